@@ -1,0 +1,314 @@
+"""Shapes of the model and of the device, with named presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+__all__ = ["PRESETS", "DeviceConfig", "ModelConfig", "preset"]
+
+
+def _require_integer(what: str, value: object, *, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be an integer, not {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{what} must be between {low} and {high}, not {value}")
+
+
+def _require_power_of_two(what: str, value: object, *, low: int, high: int) -> None:
+    _require_integer(what, value, low=low, high=high)
+    assert isinstance(value, int)
+    if value & (value - 1):
+        raise ValueError(f"{what} must be a power of two, not {value}")
+
+
+def _bits_for_count(count: int) -> int:
+    """Width of an index that counts from 0 to ``count - 1``, in bits, at least 1."""
+    return max(1, (count - 1).bit_length())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of one Mixture-of-Experts model.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        Name of the model.
+    layers : :class:`int`
+        MoE layers (L), 1 to 255. Dense layers are not counted.
+    experts : :class:`int`
+        Routed experts a layer (E), 2 to 1024.
+    top_k : :class:`int`
+        Experts that the router chooses for each token and layer (k), 1 to 16, less than or equal to ``experts``.
+    expert_bytes : :class:`int`
+        Size of one expert's weights as published, in bytes; 0 where unknown.
+
+    Raises
+    ------
+    TypeError
+        If a shape is not an integer.
+    ValueError
+        If a shape is out of its range.
+    """
+
+    name: str
+    layers: int
+    experts: int
+    top_k: int
+    expert_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise TypeError(f"Model name must be a non-empty string, not {self.name!r}")
+        _require_integer("Layer count", self.layers, low=1, high=255)
+        _require_integer("Expert count", self.experts, low=2, high=1024)
+        _require_integer("Top-k", self.top_k, low=1, high=16)
+        if self.top_k > self.experts:
+            raise ValueError(
+                f"Top-k must not exceed the expert count {self.experts}, but is {self.top_k}"
+            )
+        _require_integer("Expert size in bytes", self.expert_bytes, low=0, high=1 << 40)
+
+
+def _swiglu_bytes(*, hidden: int, intermediate: int, weight_bits: float) -> int:
+    """Size of one SwiGLU expert (gate, up and down matrices), in bytes."""
+    return int(3 * hidden * intermediate * weight_bits / 8)
+
+
+# Shapes are those of the models' published configuration files. MXFP4 stores 4.25 bits a weight with its scales.
+PRESETS: dict[str, ModelConfig] = {
+    config.name: config
+    for config in (
+        ModelConfig(name="tiny", layers=4, experts=8, top_k=2, expert_bytes=1024),
+        ModelConfig(
+            name="gpt-oss-20b",
+            layers=24,
+            experts=32,
+            top_k=4,
+            expert_bytes=_swiglu_bytes(hidden=2880, intermediate=2880, weight_bits=4.25),
+        ),
+        ModelConfig(
+            name="gpt-oss-120b",
+            layers=36,
+            experts=128,
+            top_k=4,
+            expert_bytes=_swiglu_bytes(hidden=2880, intermediate=2880, weight_bits=4.25),
+        ),
+        ModelConfig(
+            name="qwen3-30b-a3b",
+            layers=48,
+            experts=128,
+            top_k=8,
+            expert_bytes=_swiglu_bytes(hidden=2048, intermediate=768, weight_bits=16),
+        ),
+        ModelConfig(
+            name="mixtral-8x7b",
+            layers=32,
+            experts=8,
+            top_k=2,
+            expert_bytes=_swiglu_bytes(hidden=4096, intermediate=14336, weight_bits=16),
+        ),
+        ModelConfig(
+            name="olmoe-1b-7b",
+            layers=16,
+            experts=64,
+            top_k=8,
+            expert_bytes=_swiglu_bytes(hidden=2048, intermediate=1024, weight_bits=16),
+        ),
+        ModelConfig(
+            name="deepseek-v2-lite",
+            layers=26,
+            experts=64,
+            top_k=6,
+            expert_bytes=_swiglu_bytes(hidden=2048, intermediate=1408, weight_bits=16),
+        ),
+    )
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """Shape of the named model.
+
+    Raises
+    ------
+    ValueError
+        If no preset has that name.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        known = ", ".join(sorted(PRESETS))
+        raise ValueError(f"Model preset must be one of {known}, not {name!r}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """Parameters of one device: everything that the RTL is elaborated with.
+
+    Parameters
+    ----------
+    model : :class:`ModelConfig`
+        Shape of the model that is served.
+    slots : :class:`int`
+        Experts that the buffer holds (S), at least ``contexts * model.top_k``, at most 65,535.
+    expert_bytes : :class:`int`
+        Size of one expert in the device's memory and in a slot, in bytes: a whole number of tiles, at most 16 MiB. It may be
+        scaled down from ``model.expert_bytes``.
+    tile_bytes : :class:`int`
+        Unit of transfer, in bytes: a power of two from 512 to 16,384.
+    contexts : :class:`int`
+        Sequences decoded side by side (C), 1 to 8.
+    predictor : :class:`str`
+        Name of the predictor: ``"none"`` or ``"st_moe"``.
+    successors : :class:`int`
+        Entries in a row of the correlation table (K), 1 to 32 and at most ``model.experts``; 0 stands for the smaller of 8 and
+        ``model.experts``.
+    data_bytes : :class:`int`
+        Width of the memory port, in bytes: a power of two from 4 to 64.
+    address_bits : :class:`int`
+        Width of a memory address, 16 to 64 bits.
+    inflight : :class:`int`
+        Entries of the in-flight table, 4 to 32.
+    prefetch_inflight : :class:`int`
+        Most in-flight entries that prefetches may hold, 1 to ``inflight - 2``.
+    outstanding_bursts : :class:`int`
+        Read bursts that the memory port may have outstanding, 1 to 16.
+    burst_beats : :class:`int`
+        Longest read burst, in beats: a power of two from 1 to 256.
+
+    Raises
+    ------
+    TypeError
+        If a parameter is not of its type.
+    ValueError
+        If a parameter is out of its range.
+    """
+
+    model: ModelConfig
+    slots: int
+    expert_bytes: int = 2048
+    tile_bytes: int = 512
+    contexts: int = 1
+    predictor: str = "st_moe"
+    successors: int = 0
+    data_bytes: int = 16
+    address_bits: int = 40
+    inflight: int = 8
+    prefetch_inflight: int = 2
+    outstanding_bursts: int = 4
+    burst_beats: int = 64
+
+    PREDICTORS = ("none", "st_moe")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, ModelConfig):
+            raise TypeError(f"Model must be a ModelConfig, not {self.model!r}")
+        _require_integer("Context count", self.contexts, low=1, high=8)
+        least = self.contexts * self.model.top_k
+        _require_integer("Slot count", self.slots, low=1, high=65535)
+        if self.slots < least:
+            raise ValueError(
+                f"Slot count must be at least contexts x top-k = {least}, not {self.slots}"
+            )
+        _require_power_of_two("Tile size in bytes", self.tile_bytes, low=512, high=16384)
+        _require_integer("Expert size in bytes", self.expert_bytes, low=512, high=1 << 24)
+        if self.expert_bytes % self.tile_bytes:
+            raise ValueError(
+                f"Expert size must be a whole number of {self.tile_bytes}-byte tiles,"
+                f" not {self.expert_bytes} bytes"
+            )
+        if self.predictor not in self.PREDICTORS:
+            raise ValueError(
+                f"Predictor must be one of {', '.join(self.PREDICTORS)}, not {self.predictor!r}"
+            )
+        _require_integer("Successor count", self.successors, low=0, high=32)
+        if self.successors == 0:
+            object.__setattr__(self, "successors", min(8, self.model.experts))
+        if self.successors > self.model.experts:
+            raise ValueError(
+                f"Successor count must not exceed the expert count {self.model.experts},"
+                f" but is {self.successors}"
+            )
+        _require_power_of_two("Memory port width in bytes", self.data_bytes, low=4, high=64)
+        _require_integer("Address width in bits", self.address_bits, low=16, high=64)
+        total = self.model.layers * self.model.experts * self.expert_bytes
+        if total > 1 << self.address_bits:
+            raise ValueError(
+                f"Address width must span all experts ({total} bytes), but is {self.address_bits} bits"
+            )
+        _require_integer("In-flight table size", self.inflight, low=4, high=32)
+        _require_integer(
+            "In-flight prefetch limit", self.prefetch_inflight, low=1, high=self.inflight - 2
+        )
+        _require_integer("Outstanding burst limit", self.outstanding_bursts, low=1, high=16)
+        _require_power_of_two("Burst length in beats", self.burst_beats, low=1, high=256)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles in an expert."""
+        return self.expert_bytes // self.tile_bytes
+
+    @property
+    def tile_beats(self) -> int:
+        """Beats of the memory port in a tile."""
+        return self.tile_bytes // self.data_bytes
+
+    @property
+    def expert_beats(self) -> int:
+        """Beats of the memory port in an expert."""
+        return self.expert_bytes // self.data_bytes
+
+    @property
+    def candidate_depth(self) -> int:
+        """Capacity of the candidate queue: all experts of a layer for every context, at least 64."""
+        return max(64, self.model.experts * self.contexts)
+
+    def bits(self, kind: str) -> int:
+        """Width of a field of the named kind, in bits.
+
+        Kinds: ``ctx``, ``layer``, ``expert``, ``slot``, ``tile``, ``beat`` (beat within an expert), ``tag`` (in-flight entry),
+        ``index`` (position in a routing decision), ``address``, ``data``.
+
+        Raises
+        ------
+        ValueError
+            If the kind is unknown.
+        """
+        counts = {
+            "ctx": self.contexts,
+            "layer": self.model.layers,
+            "expert": self.model.experts,
+            "slot": self.slots,
+            "tile": self.tiles,
+            "beat": self.expert_beats,
+            "tag": self.inflight,
+            "index": self.model.top_k,
+        }
+        if kind in counts:
+            return _bits_for_count(counts[kind])
+        if kind == "address":
+            return self.address_bits
+        if kind == "data":
+            return self.data_bytes * 8
+        raise ValueError(f"Field kind must be one of {', '.join(counts)}, address, data, not {kind!r}")
+
+    def count(self, kind: str) -> int:
+        """Length of an array field of the named kind: ``top_k`` or ``data_bytes``."""
+        if kind == "top_k":
+            return self.model.top_k
+        if kind == "data_bytes":
+            return self.data_bytes
+        raise ValueError(f"Array kind must be top_k or data_bytes, not {kind!r}")
+
+    def expert_address(self, layer: int, expert: int, *, base: int = 0) -> int:
+        """Address of an expert's first byte: experts lie layer by layer without gaps."""
+        return base + (layer * self.model.experts + expert) * self.expert_bytes
+
+    def replace(self, **changes: object) -> DeviceConfig:
+        """The same configuration with some parameters changed, validated again."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+TINY_DEVICE = DeviceConfig(
+    model=PRESETS["tiny"], slots=8, expert_bytes=1024, address_bits=32, data_bytes=4, contexts=2
+)

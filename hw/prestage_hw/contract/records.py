@@ -1,0 +1,575 @@
+"""Records of the data's way and the messages that carry them.
+
+A field has a *kind*, which gives its width in RTL (see :meth:`DeviceConfig.bits`), and a wire width in whole bytes. Arrays
+have a length that depends on the configuration.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+
+from .params import DeviceConfig
+
+__all__ = [
+    "ERROR_TEXT",
+    "LINK_ACK",
+    "LINK_NAK",
+    "LINK_RESET",
+    "LINK_RESET_DONE",
+    "MESSAGES",
+    "RECORDS",
+    "BufferCode",
+    "BufferOp",
+    "ErrorCode",
+    "Field",
+    "Message",
+    "Phase",
+    "Record",
+    "Source",
+    "message_by_code",
+    "message_by_name",
+]
+
+
+class Phase(IntEnum):
+    """What a token is for."""
+
+    PREFILL = 0
+    DECODE = 1
+    VERIFY = 2
+
+
+class Source(IntEnum):
+    """Who proposed a candidate."""
+
+    PREDICTOR = 0
+    HINT = 1
+
+
+class BufferOp(IntEnum):
+    """Operations on the expert buffer."""
+
+    DEMAND = 0
+    PREFETCH = 1
+    FILL = 2
+    RELEASE = 3
+
+
+class BufferCode(IntEnum):
+    """Answers of the expert buffer."""
+
+    RESIDENT = 0  # DEMAND, PREFETCH: whole in the slot. FILL, RELEASE: done.
+    FILLING = 1  # DEMAND, PREFETCH: in flight to the slot.
+    ALLOCATED = 2  # DEMAND, PREFETCH: the slot is now filling; fetch it.
+    NO_SLOT = 3  # DEMAND, PREFETCH: no slot may be taken.
+
+
+class ErrorCode(IntEnum):
+    """Why a demand or a message was not served. Values are on the wire."""
+
+    BAD_CONTEXT = 1
+    BAD_LAYER = 2
+    BAD_EXPERT = 3
+    DUPLICATE_EXPERT = 4
+    UNRELEASED = 5
+    UNROUTED = 6
+    NO_SLOT = 7
+    BUS = 8
+    BAD_MESSAGE = 9
+    BAD_REGISTER = 10
+    BAD_READ = 11
+    HINT_PASSED = 12
+
+
+#: One sentence for each error code, for messages and documents.
+ERROR_TEXT = {
+    ErrorCode.BAD_CONTEXT: "The context number is not below the number of contexts.",
+    ErrorCode.BAD_LAYER: "The layer number is not below the number of layers.",
+    ErrorCode.BAD_EXPERT: "An expert number is not below the number of experts.",
+    ErrorCode.DUPLICATE_EXPERT: "An expert occurs twice in one routing decision.",
+    ErrorCode.UNRELEASED: "The layer was routed again before it was released.",
+    ErrorCode.UNROUTED: "The layer was released without having been routed.",
+    ErrorCode.NO_SLOT: "Every slot is pinned and nothing is in flight.",
+    ErrorCode.BUS: "The memory answered a read with an error.",
+    ErrorCode.BAD_MESSAGE: "The message type is unknown or its body has the wrong length.",
+    ErrorCode.BAD_REGISTER: "No register has that address, or it is read-only.",
+    ErrorCode.BAD_READ: "The slot or the beat of a read is out of range.",
+    ErrorCode.HINT_PASSED: "The hint is for a layer that was routed already.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One field of a record.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        Name, the same in RTL, NumPy, C and the documents.
+    kind : :class:`str` or :class:`int`
+        Kind for :meth:`DeviceConfig.bits`, or a fixed width in bits.
+    wire_bits : :class:`int`
+        Width on the wire: 8, 16, 32 or 64 bits.
+    count : :class:`str` or None
+        For an array, the kind of its length for :meth:`DeviceConfig.count`.
+    description : :class:`str`
+        One sentence.
+    """
+
+    name: str
+    kind: str | int
+    wire_bits: int
+    description: str
+    count: str | None = None
+
+    def bits(self, config: DeviceConfig) -> int:
+        """Width of one element in RTL, in bits."""
+        return self.kind if isinstance(self.kind, int) else config.bits(self.kind)
+
+    def length(self, config: DeviceConfig) -> int:
+        """Elements: 1 for a scalar."""
+        return 1 if self.count is None else config.count(self.count)
+
+    def wire_bytes(self, config: DeviceConfig) -> int:
+        """Bytes on the wire, all elements together."""
+        return self.wire_bits // 8 * self.length(config)
+
+
+_STRUCT_CODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A named sequence of fields.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        Name in CamelCase.
+    description : :class:`str`
+        One sentence.
+    fields : tuple of :class:`Field`
+        Fields in wire order.
+    """
+
+    name: str
+    description: str
+    fields: tuple[Field, ...]
+
+    def field(self, name: str) -> Field:
+        """The field of that name."""
+        for candidate in self.fields:
+            if candidate.name == name:
+                return candidate
+        known = ", ".join(f.name for f in self.fields)
+        raise ValueError(f"Field of {self.name} must be one of {known}, not {name!r}")
+
+    def wire_bytes(self, config: DeviceConfig) -> int:
+        """Bytes on the wire."""
+        return sum(f.wire_bytes(config) for f in self.fields)
+
+    def dtype(self, config: DeviceConfig) -> np.dtype[np.void]:
+        """NumPy dtype of the wire bytes: packed, little-endian."""
+        parts: list[tuple[str, str] | tuple[str, str, tuple[int, ...]]] = []
+        for f in self.fields:
+            code = f"<u{f.wire_bits // 8}"
+            parts.append((f.name, code) if f.count is None else (f.name, code, (f.length(config),)))
+        return np.dtype(parts)
+
+    def pack(self, config: DeviceConfig, *values: object) -> bytes:
+        """Wire bytes of a record given its values in field order; an array is one sequence."""
+        flat: list[object] = []
+        for f, value in zip(self.fields, values, strict=True):
+            if f.count is None:
+                flat.append(value)
+            else:
+                flat.extend(value)  # type: ignore[arg-type]
+        return _struct(self, config).pack(*flat)
+
+    def unpack(self, config: DeviceConfig, body: bytes) -> dict[str, int | tuple[int, ...]]:
+        """Values by field name.
+
+        Raises
+        ------
+        ValueError
+            If ``body`` has the wrong length.
+        """
+        layout = _struct(self, config)
+        if len(body) != layout.size:
+            raise ValueError(f"{self.name} must be {layout.size} bytes, not {len(body)}")
+        flat = layout.unpack(body)
+        values: dict[str, int | tuple[int, ...]] = {}
+        at = 0
+        for f in self.fields:
+            length = f.length(config)
+            values[f.name] = flat[at] if f.count is None else flat[at : at + length]
+            at += length
+        return values
+
+
+@lru_cache(maxsize=512)
+def _struct(record: Record, config: DeviceConfig) -> struct.Struct:
+    return struct.Struct(
+        "<" + "".join(f"{f.length(config)}{_STRUCT_CODES[f.wire_bits]}" for f in record.fields)
+    )
+
+
+_CTX = Field(name="ctx", kind="ctx", wire_bits=8, description="Context (sequence) number.")
+_LAYER = Field(name="layer", kind="layer", wire_bits=8, description="MoE layer, from 0.")
+_EXPERT = Field(name="expert", kind="expert", wire_bits=16, description="Expert within the layer.")
+_SLOT = Field(name="slot", kind="slot", wire_bits=16, description="Slot of the expert buffer.")
+_TILE = Field(name="tile", kind="tile", wire_bits=16, description="Tile within the expert.")
+_TAG = Field(name="tag", kind="tag", wire_bits=8, description="Entry of the in-flight table.")
+_STAMP = Field(
+    name="stamp",
+    kind=8,
+    wire_bits=8,
+    description="Routing decisions of the context so far, modulo 256, this one included.",
+)
+_ADDRESS = Field(
+    name="address", kind="address", wire_bits=64, description="Memory address, in bytes."
+)
+_BEAT = Field(name="beat", kind="beat", wire_bits=32, description="Beat within the slot.")
+_DATA = Field(
+    name="data", kind=8, wire_bits=8, count="data_bytes", description="Bytes of one beat."
+)
+_OK = Field(
+    name="ok", kind=1, wire_bits=8, description="1 if the beat's tile is valid in the slot."
+)
+_REGISTER = Field(
+    name="register", kind=16, wire_bits=16, description="Register address, in 32-bit words."
+)
+_VALUE = Field(name="value", kind=32, wire_bits=32, description="Register value.")
+_SYNC_TAG = Field(name="tag", kind=16, wire_bits=16, description="Echoed by the answer.")
+
+RECORDS: dict[str, Record] = {
+    record.name: record
+    for record in (
+        Record(
+            name="BeginToken",
+            description="A token starts; its id is known before layer 0 runs.",
+            fields=(
+                _CTX,
+                Field(name="phase", kind=2, wire_bits=8, description="A Phase."),
+                Field(
+                    name="token",
+                    kind=32,
+                    wire_bits=32,
+                    description="Id of the input token, 0xFFFFFFFF where unknown.",
+                ),
+            ),
+        ),
+        Record(
+            name="Route",
+            description="The router's choice for one layer, as the host sends it.",
+            fields=(
+                _CTX,
+                _LAYER,
+                Field(
+                    name="experts",
+                    kind="expert",
+                    wire_bits=16,
+                    count="top_k",
+                    description="Chosen experts, descending weight.",
+                ),
+            ),
+        ),
+        Record(
+            name="RoutingDecision",
+            description="A checked Route on its way to the predictor.",
+            fields=(
+                _CTX,
+                _LAYER,
+                Field(
+                    name="experts",
+                    kind="expert",
+                    wire_bits=16,
+                    count="top_k",
+                    description="Chosen experts, descending weight.",
+                ),
+                _STAMP,
+            ),
+        ),
+        Record(
+            name="Command",
+            description="A demand for one expert, or the release of a layer, in the order of the host.",
+            fields=(
+                Field(name="release", kind=1, wire_bits=8, description="1: release, 0: demand."),
+                _CTX,
+                _LAYER,
+                _EXPERT,
+                Field(
+                    name="index",
+                    kind="index",
+                    wire_bits=8,
+                    description="Position in the routing decision; 0 starts a new one.",
+                ),
+            ),
+        ),
+        Record(
+            name="Hint",
+            description="An opinion from outside about a layer to come.",
+            fields=(
+                _CTX,
+                _LAYER,
+                _EXPERT,
+                Field(name="score", kind=8, wire_bits=8, description="Confidence, 255 is certain."),
+            ),
+        ),
+        Record(
+            name="Release",
+            description="The consumer is done with a layer of a context.",
+            fields=(_CTX, _LAYER),
+        ),
+        Record(
+            name="Candidate",
+            description="An expert that may be worth prefetching.",
+            fields=(
+                _CTX,
+                _LAYER,
+                _EXPERT,
+                Field(name="score", kind=8, wire_bits=8, description="Confidence, greater is surer."),
+                Field(name="source", kind=1, wire_bits=8, description="A Source."),
+                Field(
+                    name="deadline",
+                    kind=8,
+                    wire_bits=8,
+                    description="Stamp of the routing decision that will need it, modulo 256.",
+                ),
+            ),
+        ),
+        Record(
+            name="FetchRequest",
+            description="One tile for the DMA engine.",
+            fields=(
+                _TAG,
+                Field(
+                    name="demand", kind=1, wire_bits=8, description="1: demand, 0: prefetch."
+                ),
+                _SLOT,
+                _TILE,
+                _ADDRESS,
+            ),
+        ),
+        Record(
+            name="Completion",
+            description="A tile has arrived in its slot, or failed.",
+            fields=(
+                _TAG,
+                _TILE,
+                Field(
+                    name="failed", kind=1, wire_bits=8, description="1: the memory answered an error."
+                ),
+                Field(
+                    name="address",
+                    kind="address",
+                    wire_bits=64,
+                    description="Address of the first burst that failed, else of the tile.",
+                ),
+            ),
+        ),
+        Record(
+            name="BufferRequest",
+            description="One operation on the expert buffer's directory.",
+            fields=(
+                Field(name="op", kind=2, wire_bits=8, description="A BufferOp."),
+                _CTX,
+                _LAYER,
+                _EXPERT,
+                Field(
+                    name="index",
+                    kind="index",
+                    wire_bits=8,
+                    description="DEMAND: position in the routing decision; 0 starts a new one.",
+                ),
+                _SLOT,
+                _TILE,
+                Field(
+                    name="last",
+                    kind=1,
+                    wire_bits=8,
+                    description="FILL: 1 with the tile that completes the expert.",
+                ),
+                Field(
+                    name="failed",
+                    kind=1,
+                    wire_bits=8,
+                    description="FILL: 1 with last if any tile failed; the expert is dropped.",
+                ),
+            ),
+        ),
+        Record(
+            name="BufferResult",
+            description="The answer to a BufferRequest, exactly one each, in order.",
+            fields=(
+                Field(name="code", kind=2, wire_bits=8, description="A BufferCode."),
+                _SLOT,
+                Field(
+                    name="prefetched",
+                    kind=1,
+                    wire_bits=8,
+                    description="DEMAND that found its expert: this is the first demand on a prefetch.",
+                ),
+                Field(name="evicted", kind=1, wire_bits=8, description="An expert was evicted."),
+                Field(
+                    name="evicted_unused",
+                    kind=1,
+                    wire_bits=8,
+                    description="The evicted expert was a prefetch that nobody demanded.",
+                ),
+                Field(
+                    name="polluted",
+                    kind=1,
+                    wire_bits=8,
+                    description="DEMAND that allocated: a prefetch had evicted this expert.",
+                ),
+            ),
+        ),
+        Record(
+            name="BufferWrite",
+            description="One beat of an arriving expert.",
+            fields=(_SLOT, _BEAT, _DATA),
+        ),
+        Record(
+            name="TableRequest",
+            description="Read or write one word of a predictor table.",
+            fields=(
+                Field(name="write", kind=1, wire_bits=8, description="1: write, 0: read."),
+                Field(name="table", kind=8, wire_bits=8, description="Table number."),
+                Field(name="word", kind=24, wire_bits=32, description="Word within the table."),
+                _VALUE,
+            ),
+        ),
+        Record(
+            name="Ready",
+            description="The slot holds exactly this expert's bytes until the layer is released.",
+            fields=(_CTX, _LAYER, _EXPERT, _SLOT),
+        ),
+        Record(
+            name="Event",
+            description="An error, with what it is about; fields that do not apply are 0.",
+            # The widths are those of the wire: an event reports values that were out of range.
+            fields=(
+                Field(name="code", kind=8, wire_bits=8, description="An ErrorCode."),
+                Field(name="ctx", kind=8, wire_bits=8, description="Context number."),
+                Field(name="layer", kind=8, wire_bits=8, description="MoE layer."),
+                Field(name="expert", kind=16, wire_bits=16, description="Expert."),
+                _ADDRESS,
+            ),
+        ),
+        Record(
+            name="ReadRequest",
+            description="Read one beat of a slot through the consumer port.",
+            fields=(_SLOT, _BEAT),
+        ),
+        Record(
+            name="Read",
+            description="Read beats of a slot over the link.",
+            fields=(
+                _SLOT,
+                _BEAT,
+                Field(name="count", kind=16, wire_bits=16, description="Beats to read."),
+            ),
+        ),
+        Record(name="Beat", description="One beat of a slot.", fields=(_DATA, _OK)),
+        Record(
+            name="Data",
+            description="One beat of a slot, as it goes over the link.",
+            fields=(_SLOT, _BEAT, _DATA, _OK),
+        ),
+        Record(
+            name="RegisterRead", description="Ask for a register.", fields=(_REGISTER,)
+        ),
+        Record(
+            name="RegisterWrite", description="Write a register.", fields=(_REGISTER, _VALUE)
+        ),
+        Record(
+            name="RegisterValue", description="A register's value.", fields=(_REGISTER, _VALUE)
+        ),
+        Record(
+            name="Sync",
+            description="Answer when everything before this is done and the engine is idle.",
+            fields=(_SYNC_TAG,),
+        ),
+        Record(name="Synced", description="The answer to Sync.", fields=(_SYNC_TAG,)),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """A record with a frame type.
+
+    Parameters
+    ----------
+    code : :class:`int`
+        Frame type, 0 to 255.
+    record : :class:`Record` or None
+        Body; None for frames of the link itself.
+    to_device : :class:`bool`
+        True from host to device.
+    name : :class:`str`
+        Name in UPPER_CASE.
+    """
+
+    code: int
+    name: str
+    to_device: bool
+    record: Record | None = None
+
+    def body_bytes(self, config: DeviceConfig) -> int:
+        """Length of the body, in bytes."""
+        return 0 if self.record is None else self.record.wire_bytes(config)
+
+
+# Frames of the link itself carry no sequence number of their own; RESET restarts both directions at 0.
+LINK_RESET, LINK_RESET_DONE, LINK_ACK, LINK_NAK = 0x7C, 0x7D, 0x7E, 0x7F
+
+MESSAGES: dict[str, Message] = {
+    message.name: message
+    for message in (
+        Message(code=0x01, name="REGISTER_READ", to_device=True, record=RECORDS["RegisterRead"]),
+        Message(code=0x02, name="REGISTER_WRITE", to_device=True, record=RECORDS["RegisterWrite"]),
+        Message(code=0x10, name="BEGIN_TOKEN", to_device=True, record=RECORDS["BeginToken"]),
+        Message(code=0x11, name="ROUTE", to_device=True, record=RECORDS["Route"]),
+        Message(code=0x12, name="HINT", to_device=True, record=RECORDS["Hint"]),
+        Message(code=0x13, name="RELEASE", to_device=True, record=RECORDS["Release"]),
+        Message(code=0x14, name="READ", to_device=True, record=RECORDS["Read"]),
+        Message(code=0x15, name="SYNC", to_device=True, record=RECORDS["Sync"]),
+        Message(code=LINK_RESET, name="LINK_RESET", to_device=True),
+        Message(code=LINK_RESET_DONE, name="LINK_RESET_DONE", to_device=False),
+        Message(code=LINK_ACK, name="LINK_ACK", to_device=True),
+        Message(code=LINK_NAK, name="LINK_NAK", to_device=True),
+        Message(code=0x81, name="REGISTER_VALUE", to_device=False, record=RECORDS["RegisterValue"]),
+        Message(code=0x90, name="READY", to_device=False, record=RECORDS["Ready"]),
+        Message(code=0x91, name="EVENT", to_device=False, record=RECORDS["Event"]),
+        Message(code=0x94, name="DATA", to_device=False, record=RECORDS["Data"]),
+        Message(code=0x95, name="SYNCED", to_device=False, record=RECORDS["Synced"]),
+    )
+}
+
+_BY_CODE = {message.code: message for message in MESSAGES.values()}
+
+
+def message_by_code(code: int) -> Message | None:
+    """The message of that frame type, None if there is none."""
+    return _BY_CODE.get(code)
+
+
+def message_by_name(name: str) -> Message:
+    """The message of that name.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    try:
+        return MESSAGES[name]
+    except KeyError:
+        raise ValueError(f"Message must be one of {', '.join(MESSAGES)}, not {name!r}") from None

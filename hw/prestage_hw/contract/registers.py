@@ -1,0 +1,238 @@
+"""The register list: name, address, access, reset, description. Addresses count 32-bit words."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+from .params import DeviceConfig
+
+__all__ = [
+    "COUNTERS",
+    "DEVICE_ID",
+    "REGISTERS",
+    "VERSION",
+    "Counter",
+    "Register",
+    "register_by_name",
+    "register_hash",
+]
+
+#: "PRST" in ASCII, the first register.
+DEVICE_ID = 0x50525354
+
+#: Version of the contract: major in bits 31..16, minor in bits 15..0.
+VERSION = 0x0000_0001
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counter:
+    """One event counter.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        Name of the counter and of its register(s).
+    stage : :class:`int`
+        Stage of the data's way that counts: 1 link, 2 predictor, 3 scheduler, 4 dma, 5 buffer.
+    bits : :class:`int`
+        Width: 32 (one register) or 64 (two, low word first).
+    description : :class:`str`
+        One sentence.
+    """
+
+    name: str
+    stage: int
+    description: str
+    bits: int = 32
+
+
+COUNTERS: tuple[Counter, ...] = (
+    Counter(name="tokens", stage=1, description="Tokens begun."),
+    Counter(name="routes", stage=1, description="Routing decisions accepted."),
+    Counter(name="releases", stage=1, description="Layers released."),
+    Counter(name="hints", stage=1, description="Hints accepted."),
+    Counter(name="rejected", stage=1, description="Messages refused with an Event."),
+    Counter(name="candidates", stage=2, description="Experts that the predictor proposed."),
+    Counter(
+        name="candidates_correct", stage=2, description="Proposed experts that the layer then chose."
+    ),
+    Counter(
+        name="demands_predicted",
+        stage=2,
+        description="Demands at layers for which the predictor could propose experts.",
+    ),
+    Counter(name="demands", stage=3, description="Experts demanded."),
+    Counter(name="hits", stage=3, description="Demands that found their expert resident."),
+    Counter(name="misses", stage=3, description="Demands that had to start a fetch."),
+    Counter(
+        name="late", stage=3, description="Demands that found their expert in flight as a prefetch."
+    ),
+    Counter(
+        name="merged", stage=3, description="Demands that found their expert in flight as a demand."
+    ),
+    Counter(name="refused", stage=3, description="Demands that found every slot pinned."),
+    Counter(name="prefetch_issued", stage=3, description="Prefetches started."),
+    Counter(
+        name="prefetch_redundant", stage=3, description="Candidates found resident or in flight."
+    ),
+    Counter(name="prefetch_stale", stage=3, description="Candidates whose layer had been routed."),
+    Counter(name="prefetch_no_slot", stage=3, description="Candidates that found no slot to take."),
+    Counter(name="prefetch_overflow", stage=3, description="Candidates lost to a full queue."),
+    Counter(name="useful", stage=5, description="Prefetched experts demanded before eviction."),
+    Counter(name="useless", stage=5, description="Prefetched experts evicted without a demand."),
+    Counter(name="evictions", stage=5, description="Experts evicted."),
+    Counter(
+        name="pollution", stage=5, description="Demand misses on an expert that a prefetch evicted."
+    ),
+    Counter(name="fills", stage=5, description="Experts that arrived whole."),
+    Counter(name="fill_errors", stage=5, description="Fetches that ended in an error."),
+    Counter(name="demand_bytes", stage=4, bits=64, description="Bytes fetched for demands."),
+    Counter(
+        name="prefetch_bytes", stage=4, bits=64, description="Bytes fetched for prefetches."
+    ),
+    Counter(name="link_errors", stage=1, description="Damaged frames received."),
+    Counter(name="link_replays", stage=1, description="Times the link went back to resend."),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Register:
+    """One 32-bit register.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        Name in lower case.
+    address : :class:`int`
+        Address, in 32-bit words.
+    access : :class:`str`
+        ``"ro"`` read-only, ``"rw"`` read and write, ``"wo"`` write-only.
+    reset : :class:`int` or None
+        Value after reset; None where it depends on the configuration or counts.
+    description : :class:`str`
+        One sentence.
+    """
+
+    name: str
+    address: int
+    access: str
+    reset: int | None
+    description: str
+
+
+def _layout() -> tuple[Register, ...]:
+    registers: list[Register] = []
+
+    def add(at: int, name: str, access: str, reset: int | None, description: str) -> None:
+        registers.append(
+            Register(name=name, address=at, access=access, reset=reset, description=description)
+        )
+
+    add(0x00, "device_id", "ro", DEVICE_ID, 'The letters "PRST".')
+    add(0x01, "version", "ro", VERSION, "Version of the contract: major 31..16, minor 15..0.")
+    add(0x02, "register_hash", "ro", None, "CRC-32 of the register list; the driver checks it.")
+    add(0x03, "layers", "ro", None, "MoE layers (L).")
+    add(0x04, "experts", "ro", None, "Experts a layer (E).")
+    add(0x05, "top_k", "ro", None, "Experts chosen for each token and layer (k).")
+    add(0x06, "slots", "ro", None, "Slots of the expert buffer (S).")
+    add(0x07, "expert_bytes", "ro", None, "Size of an expert, in bytes.")
+    add(0x08, "tile_bytes", "ro", None, "Size of a tile, in bytes.")
+    add(0x09, "contexts", "ro", None, "Contexts (C).")
+    add(0x0A, "predictor", "ro", None, "Predictor: index in the list of names, 0 none, 1 st_moe.")
+    add(0x0B, "successors", "ro", None, "Entries in a row of the correlation table (K).")
+    add(0x0C, "data_bytes", "ro", None, "Width of the memory port, in bytes.")
+    add(
+        0x10,
+        "control",
+        "rw",
+        1,
+        "Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints.",
+    )
+    add(
+        0x11,
+        "clear",
+        "wo",
+        0,
+        "Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free,"
+        " every layer released). Bit 2: counters. Waits until the engine is idle.",
+    )
+    add(0x12, "hint_threshold", "rw", 128, "Hints with a lower score are dropped (bits 7..0).")
+    add(0x13, "expert_base_low", "rw", 0, "Address of expert 0 of layer 0, bits 31..0.")
+    add(0x14, "expert_base_high", "rw", 0, "Address of expert 0 of layer 0, bits 63..32.")
+    add(0x15, "prefetch_tiles", "rw", 1, "Prefetch tiles that the DMA may hold at once, 1 to 4.")
+    add(
+        0x18,
+        "table_address",
+        "rw",
+        0,
+        "Table word for table_data: table in bits 31..24, word in bits 23..0.",
+    )
+    add(
+        0x19,
+        "table_data",
+        "rw",
+        None,
+        "The addressed table word; each access moves table_address one word on.",
+    )
+    add(0x1A, "table_words", "ro", None, "Words in the table that table_address selects.")
+    add(0x20, "cycles_low", "ro", None, "Clock cycles since reset, bits 31..0; latches the rest.")
+    add(0x21, "cycles_high", "ro", None, "Clock cycles since reset, bits 63..32, as latched.")
+    at = 0x40
+    for counter in COUNTERS:
+        text = f"{counter.description} Stage {counter.stage}."
+        if counter.bits == 32:
+            add(at, counter.name, "ro", 0, text)
+            at += 1
+        else:
+            add(at, f"{counter.name}_low", "ro", 0, f"{text} Bits 31..0; latches the rest.")
+            add(at + 1, f"{counter.name}_high", "ro", 0, f"{text} Bits 63..32, as latched.")
+            at += 2
+    return tuple(registers)
+
+
+REGISTERS: tuple[Register, ...] = _layout()
+
+_BY_NAME = {register.name: register for register in REGISTERS}
+
+
+def register_by_name(name: str) -> Register:
+    """The register of that name.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    try:
+        return _BY_NAME[name]
+    except KeyError:
+        raise ValueError(f"Register must be one of {', '.join(_BY_NAME)}, not {name!r}") from None
+
+
+def register_hash() -> int:
+    """CRC-32 over name, address, access and reset of every register, in address order."""
+    text = "\n".join(
+        f"{r.address:#06x} {r.name} {r.access} {'-' if r.reset is None else r.reset}"
+        for r in sorted(REGISTERS, key=lambda r: r.address)
+    )
+    return zlib.crc32(text.encode())
+
+
+def shape_registers(config: DeviceConfig) -> dict[str, int]:
+    """Values of the read-only registers that describe a configuration."""
+    return {
+        "device_id": DEVICE_ID,
+        "version": VERSION,
+        "register_hash": register_hash(),
+        "layers": config.model.layers,
+        "experts": config.model.experts,
+        "top_k": config.model.top_k,
+        "slots": config.slots,
+        "expert_bytes": config.expert_bytes,
+        "tile_bytes": config.tile_bytes,
+        "contexts": config.contexts,
+        "predictor": config.PREDICTORS.index(config.predictor),
+        "successors": config.successors,
+        "data_bytes": config.data_bytes,
+    }
