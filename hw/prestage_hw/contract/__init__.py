@@ -5,6 +5,7 @@ the register page are derived from it. Nothing here imports Amaranth.
 """
 
 from .params import PRESETS, DeviceConfig, ModelConfig, preset
+from .pipe import TRANSFER_DTYPE, Pipe, SimulatedPipe
 from .records import MESSAGES, RECORDS, Field, Message, Record, message_by_code
 from .registers import REGISTERS, Register, register_by_name, register_hash
 from .wire import WireError, decode_frame, encode_frame
@@ -14,12 +15,15 @@ __all__ = [
     "PRESETS",
     "RECORDS",
     "REGISTERS",
+    "TRANSFER_DTYPE",
     "DeviceConfig",
     "Field",
     "Message",
     "ModelConfig",
+    "Pipe",
     "Record",
     "Register",
+    "SimulatedPipe",
     "WireError",
     "decode_frame",
     "encode_frame",

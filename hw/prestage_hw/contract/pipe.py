@@ -1,0 +1,68 @@
+"""What a device looks like from the host: a pair of byte streams, and what a simulated one adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["TRANSFER_DTYPE", "Pipe", "SimulatedPipe"]
+
+#: One tile-sized or shorter read burst as the memory saw it: cycles of the address and of the last beat.
+TRANSFER_DTYPE = np.dtype(
+    [("start", "<u8"), ("end", "<u8"), ("address", "<u8"), ("bytes", "<u4"), ("failed", "<u4")]
+)
+
+
+@runtime_checkable
+class Pipe(Protocol):
+    """Byte streams to and from a device."""
+
+    def exchange(self, data: bytes, *, frames: int = 1, limit: float | None = None) -> bytes:
+        """Send ``data`` and return what came back.
+
+        Parameters
+        ----------
+        data : :class:`bytes`
+            Bytes for the device, any number of whole frames.
+        frames : :class:`int`
+            Return once this many frames have ended in what comes back; 0 returns as soon as ``data`` is sent.
+        limit : :class:`float` or None
+            Give up waiting after this time: clock cycles on a simulated device, microseconds on a board. None stands for a default of
+            the device's own.
+        """
+
+    def close(self) -> None:
+        """Release the device. A second call does nothing."""
+
+
+@runtime_checkable
+class SimulatedPipe(Pipe, Protocol):
+    """A simulated device, which has a memory, a clock and a consumer port of its own."""
+
+    @property
+    def cycles(self) -> int:
+        """Clock cycles since reset; 0 for ever on a device without a clock."""
+
+    @property
+    def clocked(self) -> bool:
+        """True if the device has a clock, so that timed pace makes sense."""
+
+    def run(self, cycles: int) -> bytes:
+        """Let ``cycles`` clock cycles pass; returns the bytes that came back meanwhile."""
+
+    def read_slot(self, slot: int) -> bytes:
+        """Bytes of a slot through the consumer port; raises ``OSError`` if a tile isn't valid."""
+
+    def compare(
+        self, slots: Sequence[int], layers: Sequence[int], experts: Sequence[int]
+    ) -> list[int]:
+        """Read slots through the consumer port and compare every byte with the experts' bytes in memory.
+
+        Returns the positions (indices into ``slots``) that differ or hold an invalid tile: empty if all is well.
+        """
+
+    def transfers(self) -> NDArray[np.void]:
+        """Bursts so far as an array of :data:`TRANSFER_DTYPE`, oldest first; empty without a clock. Keeps at least the last 65,536."""
