@@ -1,11 +1,11 @@
 """Amaranth layouts of the contract's records."""
 
-from amaranth import unsigned
+from amaranth import Cat, Const, Value, unsigned
 from amaranth.lib import data
 
-from prestage_hw.contract import RECORDS, DeviceConfig
+from prestage_hw.contract import MESSAGES, RECORDS, DeviceConfig
 
-__all__ = ["RecordLayout"]
+__all__ = ["MessageLayout", "RecordLayout", "body_bytes", "body_fields"]
 
 
 class RecordLayout(data.StructLayout):
@@ -36,3 +36,80 @@ class RecordLayout(data.StructLayout):
                 shape = data.ArrayLayout(shape, field.length(config))
             fields[field.name] = shape
         super().__init__(fields)
+
+
+class MessageLayout(data.StructLayout):
+    """Layout of a message with room for the longest body of its direction.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device whose widths apply.
+    to_device : :class:`bool`
+        True from host to device.
+    """
+
+    def __init__(self, *, config, to_device):
+        longest = max(
+            message.body_bytes(config)
+            for message in MESSAGES.values()
+            if message.to_device == to_device
+        )
+        super().__init__({"code": unsigned(8), "body": data.ArrayLayout(unsigned(8), longest)})
+
+
+def body_fields(name, *, config, body):
+    """Fields of a record in a message body.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        Name of the record.
+    config : :class:`DeviceConfig`
+        Device whose widths apply.
+    body : array of 8-bit values
+        Body in wire order.
+
+    Returns
+    -------
+    dict
+        For each field its value as wide as on the wire; a list of values for an array.
+    """
+    fields = {}
+    at = 0
+    for field in RECORDS[name].fields:
+        size = field.wire_bits // 8
+        values = []
+        for _ in range(field.length(config)):
+            values.append(Cat(body[at + i] for i in range(size)))
+            at += size
+        fields[field.name] = values[0] if field.count is None else values
+    return fields
+
+
+def body_bytes(name, *, config, **values):
+    """Bytes of a message body, in wire order.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        Name of the record.
+    config : :class:`DeviceConfig`
+        Device whose widths apply.
+    values
+        For each field a value, or a sequence of values for an array.
+
+    Returns
+    -------
+    list of 8-bit values
+    """
+    result = []
+    for field in RECORDS[name].fields:
+        value = values.pop(field.name)
+        elements = [value] if field.count is None else list(value)
+        for element in elements:
+            wide = Cat(Value.cast(element), Const(0, field.wire_bits))[: field.wire_bits]
+            result.extend(wide[at : at + 8] for at in range(0, field.wire_bits, 8))
+    if values:
+        raise ValueError(f"{name} has no field {', '.join(values)}")
+    return result

@@ -1,0 +1,93 @@
+"""How often the predictor's candidates come true."""
+
+from amaranth import Array, Module, Signal
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from prestage_hw.contract import DeviceConfig
+from prestage_hw.layouts import RecordLayout
+
+__all__ = ["Accuracy"]
+
+
+class Accuracy(wiring.Component):
+    """Watch candidates and demands go by and compare them.
+
+    For each context one bit an expert remembers what was proposed for the layer that comes next.
+    Every port only listens.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device.
+
+    Members
+    -------
+    begin, begin_ctx : ``In(1)``, ``In(ctx)``
+        A token of that context starts.
+    candidate_valid, candidate : ``In(1)``, ``In(RecordLayout("Candidate", config=config))``
+        The predictor proposes an expert.
+    command_valid, command : ``In(1)``, ``In(RecordLayout("Command", config=config))``
+        The scheduler takes a command.
+    decision_valid, decision : ``In(1)``, ``In(RecordLayout("RoutingDecision", config=config))``
+        The predictor takes a decision; its demands have gone by.
+    strobes : ``Out(StructLayout)``
+        One bit a counter: candidates, candidates_correct, demands_predicted; one cycle after the
+        cause.
+    """
+
+    def __init__(self, *, config):
+        if not isinstance(config, DeviceConfig):
+            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        self.config = config
+        counters = ("candidates", "candidates_correct", "demands_predicted")
+        super().__init__(
+            {
+                "begin": In(1),
+                "begin_ctx": In(config.bits("ctx")),
+                "candidate_valid": In(1),
+                "candidate": In(RecordLayout("Candidate", config=config)),
+                "command_valid": In(1),
+                "command": In(RecordLayout("Command", config=config)),
+                "decision_valid": In(1),
+                "decision": In(RecordLayout("RoutingDecision", config=config)),
+                "strobes": Out(data.StructLayout({name: 1 for name in counters})),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        contexts = range(config.contexts)
+        proposed = Array(Signal(config.model.experts, name=f"proposed_{c}") for c in contexts)
+        # 0 stands for "no layer": a token's first layer has no layer before it that could propose.
+        expected = Array(
+            Signal(range(config.model.layers + 1), name=f"expected_{c}") for c in contexts
+        )
+
+        m.d.sync += self.strobes.candidates.eq(self.candidate_valid)
+        with m.If(self.candidate_valid & (expected[self.candidate.ctx] == self.candidate.layer)):
+            m.d.sync += proposed[self.candidate.ctx].bit_select(self.candidate.expert, 1).eq(1)
+
+        demanded = self.command_valid & ~self.command.release
+        predicted = Signal()
+        m.d.comb += predicted.eq(
+            demanded
+            & (self.command.layer != 0)
+            & (expected[self.command.ctx] == self.command.layer)
+        )
+        m.d.sync += [
+            self.strobes.demands_predicted.eq(predicted),
+            self.strobes.candidates_correct.eq(
+                predicted & proposed[self.command.ctx].bit_select(self.command.expert, 1)
+            ),
+        ]
+
+        with m.If(self.decision_valid):
+            m.d.sync += [
+                proposed[self.decision.ctx].eq(0),
+                expected[self.decision.ctx].eq(self.decision.layer + 1),
+            ]
+        with m.If(self.begin):
+            m.d.sync += [proposed[self.begin_ctx].eq(0), expected[self.begin_ctx].eq(0)]
+        return m

@@ -1,0 +1,229 @@
+"""The register bank."""
+
+from amaranth import Cat, Const, Module, Mux, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from prestage_hw.contract import REGISTERS, DeviceConfig
+from prestage_hw.contract.registers import COUNTERS, register_by_name, shape_registers
+from prestage_hw.layouts import RecordLayout
+from prestage_hw.link.dispatcher import RegisterRequestLayout, RegisterResponseLayout
+
+__all__ = ["RegisterBank"]
+
+#: Cycles after a clear before ``engine_idle`` is looked at again: a block needs one to go busy, one
+#: more passes in registers.
+_CLEAR_CYCLES = 4
+
+
+class RegisterBank(wiring.Component):
+    """Registers of the contract.
+
+    A response comes 2 cycles after its request was taken, for ``table_data`` when the predictor
+    answers and for ``clear`` when the
+    engine is idle again.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device.
+
+    Members
+    -------
+    requests : ``In(stream.Signature(RegisterRequestLayout()))``
+        Accesses, one at a time.
+    values : ``Out(stream.Signature(RegisterResponseLayout()))``
+        One response for each.
+    table_requests : ``Out(stream.Signature(RecordLayout("TableRequest", config=config)))``
+        Accesses to predictor tables.
+    table_values : ``In(stream.Signature(32))``
+        One value for each table read.
+    table_select, table_words : ``Out(8)``, ``In(24)``
+        The selected table and its size, in words.
+    counters : ``In(StructLayout)``
+        Values of the counters.
+    engine_idle : ``In(1)``
+        Nothing is under way.
+    control : ``Out(StructLayout)``
+        Fields ``prefetch_enable``, ``hint_enable``, ``hint_threshold``, ``expert_base``,
+        ``prefetch_tiles``.
+    clear : ``Out(StructLayout)``
+        Pulses ``tables``, ``buffer``, ``counters``.
+    """
+
+    def __init__(self, *, config):
+        if not isinstance(config, DeviceConfig):
+            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        self.config = config
+        super().__init__(
+            {
+                "requests": In(stream.Signature(RegisterRequestLayout())),
+                "values": Out(stream.Signature(RegisterResponseLayout())),
+                "table_requests": Out(
+                    stream.Signature(RecordLayout("TableRequest", config=config))
+                ),
+                "table_values": In(stream.Signature(32)),
+                "table_select": Out(8),
+                "table_words": In(24),
+                "counters": In(data.StructLayout({c.name: c.bits for c in COUNTERS})),
+                "engine_idle": In(1),
+                "control": Out(
+                    data.StructLayout(
+                        {
+                            "prefetch_enable": 1,
+                            "hint_enable": 1,
+                            "hint_threshold": 8,
+                            "expert_base": config.address_bits,
+                            "prefetch_tiles": 3,
+                        }
+                    )
+                ),
+                "clear": Out(data.StructLayout({"tables": 1, "buffer": 1, "counters": 1})),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+
+        control = Signal(2, init=register_by_name("control").reset)
+        hint_threshold = Signal(8, init=register_by_name("hint_threshold").reset)
+        base_low = Signal(32)
+        base_high = Signal(32)
+        prefetch_tiles = Signal(3, init=register_by_name("prefetch_tiles").reset)
+        table_address = Signal(32)
+        cycles = Signal(64)
+        high = Signal(32)
+        # The bus reads whole beats: the low bits of the base are not kept.
+        aligned = (1 << 32) - config.data_bytes
+
+        m.d.sync += cycles.eq(cycles + 1)
+        m.d.comb += [
+            self.control.prefetch_enable.eq(control[0]),
+            self.control.hint_enable.eq(control[1]),
+            self.control.hint_threshold.eq(hint_threshold),
+            self.control.expert_base.eq(Cat(base_low, base_high)),
+            self.control.prefetch_tiles.eq(prefetch_tiles),
+            self.table_select.eq(table_address[24:]),
+        ]
+
+        readable = {
+            "control": control,
+            "hint_threshold": hint_threshold,
+            "expert_base_low": base_low,
+            "expert_base_high": base_high,
+            "prefetch_tiles": prefetch_tiles,
+            "table_address": table_address,
+            "table_words": self.table_words,
+            "cycles_low": cycles[:32],
+            "cycles_high": high,
+        }
+        for name, value in shape_registers(config).items():
+            readable[name] = Const(value, 32)
+        latches = {"cycles_low": cycles[32:]}
+        for counter in COUNTERS:
+            value = self.counters[counter.name]
+            if counter.bits == 32:
+                readable[counter.name] = value
+            else:
+                readable[f"{counter.name}_low"] = value[:32]
+                readable[f"{counter.name}_high"] = high
+                latches[f"{counter.name}_low"] = value[32:]
+
+        access = Signal(RegisterRequestLayout())
+        wait = Signal(range(_CLEAR_CYCLES + 1))
+
+        m.d.sync += self.clear.eq(0)
+        with m.If(self.values.valid & self.values.ready):
+            m.d.sync += self.values.valid.eq(0)
+        with m.If(self.table_requests.valid & self.table_requests.ready):
+            m.d.sync += self.table_requests.valid.eq(0)
+
+        def respond(ok, value=0):
+            m.d.sync += [
+                self.values.valid.eq(1),
+                self.values.p.ok.eq(ok),
+                self.values.p.value.eq(value),
+            ]
+            m.next = "IDLE"
+
+        with m.FSM():
+            with m.State("IDLE"):
+                m.d.comb += self.requests.ready.eq(~self.values.valid)
+                with m.If(self.requests.valid & self.requests.ready):
+                    m.d.sync += access.eq(self.requests.p)
+                    m.next = "ACCESS"
+
+            with m.State("ACCESS"):
+                m.d.sync += wait.eq(0)
+                with m.If(access.write):
+                    with m.Switch(access.register):
+                        for name, target in (
+                            ("control", control),
+                            ("hint_threshold", hint_threshold),
+                            ("expert_base_high", base_high),
+                            ("table_address", table_address),
+                        ):
+                            with m.Case(register_by_name(name).address):
+                                m.d.sync += target.eq(access.value)
+                                respond(1)
+                        with m.Case(register_by_name("expert_base_low").address):
+                            m.d.sync += base_low.eq(access.value & aligned)
+                            respond(1)
+                        with m.Case(register_by_name("prefetch_tiles").address):
+                            # Zero would stop prefetching for ever and more than 4 is not built:
+                            # clamp.
+                            m.d.sync += prefetch_tiles.eq(
+                                Mux(access.value > 4, 4, Mux(access.value == 0, 1, access.value))
+                            )
+                            respond(1)
+                        with m.Case(register_by_name("clear").address):
+                            m.d.sync += self.clear.eq(access.value)
+                            m.next = "CLEAR"
+                        with m.Case(register_by_name("table_data").address):
+                            m.next = "TABLE"
+                        with m.Default():
+                            respond(0)
+                with m.Else():
+                    with m.Switch(access.register):
+                        for register in REGISTERS:
+                            if register.name in readable:
+                                with m.Case(register.address):
+                                    if register.name in latches:
+                                        m.d.sync += high.eq(latches[register.name])
+                                    respond(1, readable[register.name])
+                        with m.Case(register_by_name("clear").address):
+                            respond(1)
+                        with m.Case(register_by_name("table_data").address):
+                            m.next = "TABLE"
+                        with m.Default():
+                            respond(0)
+
+            with m.State("CLEAR"):
+                with m.If(wait != _CLEAR_CYCLES):
+                    m.d.sync += wait.eq(wait + 1)
+                with m.Elif(self.engine_idle):
+                    respond(1)
+
+            with m.State("TABLE"):
+                m.d.sync += [
+                    self.table_requests.valid.eq(1),
+                    self.table_requests.p.write.eq(access.write),
+                    self.table_requests.p.table.eq(table_address[24:]),
+                    self.table_requests.p.word.eq(table_address[:24]),
+                    self.table_requests.p.value.eq(access.value),
+                ]
+                m.next = "TABLE_VALUE"
+
+            with m.State("TABLE_VALUE"):
+                m.d.comb += self.table_values.ready.eq(~access.write)
+                with m.If(
+                    Mux(
+                        access.write,
+                        self.table_requests.valid & self.table_requests.ready,
+                        self.table_values.valid,
+                    )
+                ):
+                    m.d.sync += table_address[:24].eq(table_address[:24] + 1)
+                    respond(1, self.table_values.p)
+        return m

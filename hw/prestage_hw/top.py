@@ -1,0 +1,170 @@
+"""The whole device.
+
+::
+
+    rx ─▶ 1 link ─▶ dispatcher ─▶ 2 predictor ─▶ 3 scheduler ─▶ 4 dma ─▶ 5 buffer ─▶ beats
+    tx ◀─────┘         └─ 6 register bank, counters    bus ◀─────┘
+"""
+
+from amaranth import Module
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from prestage_hw.buffer import ExpertBuffer
+from prestage_hw.buffer.arbiter import ReadArbiter
+from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.registers import COUNTERS
+from prestage_hw.dma import DMA
+from prestage_hw.dma.axi import AXI4ReadSignature
+from prestage_hw.layouts import RecordLayout
+from prestage_hw.link.dispatcher import Dispatcher
+from prestage_hw.link.link import Link
+from prestage_hw.predictor import create_predictor
+from prestage_hw.scheduler import Scheduler
+from prestage_hw.stats import Accuracy, Counters, RegisterBank
+
+__all__ = ["Top"]
+
+
+class Top(wiring.Component):
+    """Expert predictor and prefetch engine behind a byte stream.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device.
+    link_options : :class:`dict`
+        Keyword arguments for :class:`prestage_hw.link.link.Link`, for example a shorter
+        ``replay_cycles``.
+
+    Members
+    -------
+    rx, tx : ``In(stream.Signature(8))``, ``Out(stream.Signature(8))``
+        Bytes from and to the host.
+    bus : ``Out(AXI4ReadSignature(...))``
+        Memory that holds the experts.
+    reads, beats : ``In(stream of ReadRequest)``, ``Out(stream of Beat)``
+        Consumer port of the expert buffer.
+    idle : ``Out(1)``
+        Nothing is under way behind the link.
+    """
+
+    def __init__(self, *, config, link_options=None):
+        if not isinstance(config, DeviceConfig):
+            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        self.config = config
+        self.link_options = dict(link_options or {})
+        super().__init__(
+            {
+                "rx": In(stream.Signature(8)),
+                "tx": Out(stream.Signature(8)),
+                "bus": Out(
+                    AXI4ReadSignature(
+                        address_bits=config.address_bits, data_bits=config.data_bytes * 8
+                    )
+                ),
+                "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
+                "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+                "idle": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        m.submodules.link = link = Link(config=config, **self.link_options)
+        m.submodules.dispatcher = dispatcher = Dispatcher(config=config)
+        m.submodules.predictor = predictor = create_predictor(config)
+        m.submodules.scheduler = scheduler = Scheduler(config=config)
+        m.submodules.dma = dma = DMA(config=config)
+        m.submodules.buffer = buffer = ExpertBuffer(config=config)
+        m.submodules.arbiter = arbiter = ReadArbiter(config=config)
+        m.submodules.counters = counters = Counters(config=config)
+        m.submodules.accuracy = accuracy = Accuracy(config=config)
+        m.submodules.registers = registers = RegisterBank(config=config)
+
+        # 1 link
+        wiring.connect(m, wiring.flipped(self.rx), link.rx)
+        wiring.connect(m, link.tx, wiring.flipped(self.tx))
+        wiring.connect(m, link.messages, dispatcher.messages)
+        wiring.connect(m, dispatcher.replies, link.replies)
+        wiring.connect(m, dispatcher.registers, registers.requests)
+        wiring.connect(m, registers.values, dispatcher.values)
+
+        # 2 predictor
+        wiring.connect(m, dispatcher.begin, predictor.begin)
+        wiring.connect(m, dispatcher.decisions, predictor.decisions)
+        wiring.connect(m, registers.table_requests, predictor.table_requests)
+        wiring.connect(m, predictor.table_values, registers.table_values)
+        m.d.comb += [
+            predictor.table_select.eq(registers.table_select),
+            registers.table_words.eq(predictor.table_words),
+            predictor.clear.eq(registers.clear.tables),
+        ]
+
+        # 3 scheduler: the predictor's candidates go before hints; the scheduler says which it
+        # drops.
+        wiring.connect(m, dispatcher.commands, scheduler.commands)
+        wiring.connect(m, scheduler.ready, dispatcher.ready)
+        wiring.connect(m, scheduler.events, dispatcher.events)
+        m.d.comb += [
+            scheduler.candidates.valid.eq(predictor.candidates.valid | dispatcher.hints.valid),
+            predictor.candidates.ready.eq(scheduler.candidates.ready),
+            dispatcher.hints.ready.eq(scheduler.candidates.ready & ~predictor.candidates.valid),
+            scheduler.expert_base.eq(registers.control.expert_base),
+            scheduler.prefetch_tiles.eq(registers.control.prefetch_tiles),
+            scheduler.enable.eq(registers.control.prefetch_enable),
+        ]
+        with m.If(predictor.candidates.valid):
+            m.d.comb += scheduler.candidates.p.eq(predictor.candidates.p)
+        with m.Else():
+            m.d.comb += scheduler.candidates.p.eq(dispatcher.hints.p)
+
+        # 4 dma
+        wiring.connect(m, scheduler.fetches, dma.fetches)
+        wiring.connect(m, dma.completions, scheduler.completions)
+        wiring.connect(m, dma.bus, wiring.flipped(self.bus))
+        wiring.connect(m, dma.writes, buffer.writes)
+
+        # 5 buffer
+        wiring.connect(m, scheduler.buffer_requests, buffer.requests)
+        wiring.connect(m, buffer.results, scheduler.buffer_results)
+        wiring.connect(m, wiring.flipped(self.reads), arbiter.reads)
+        wiring.connect(m, arbiter.beats, wiring.flipped(self.beats))
+        wiring.connect(m, dispatcher.reads, arbiter.link_reads)
+        wiring.connect(m, arbiter.link_beats, dispatcher.beats)
+        wiring.connect(m, arbiter.port_reads, buffer.reads)
+        wiring.connect(m, buffer.beats, arbiter.port_beats)
+        m.d.comb += [
+            buffer.clear.eq(registers.clear.buffer),
+            dispatcher.clear.eq(registers.clear.buffer),
+        ]
+
+        # 6 stats
+        m.d.comb += [
+            accuracy.begin.eq(dispatcher.begin.valid & dispatcher.begin.ready),
+            accuracy.begin_ctx.eq(dispatcher.begin.p.ctx),
+            accuracy.candidate_valid.eq(predictor.candidates.valid & predictor.candidates.ready),
+            accuracy.candidate.eq(predictor.candidates.p),
+            accuracy.command_valid.eq(dispatcher.commands.valid & dispatcher.commands.ready),
+            accuracy.command.eq(dispatcher.commands.p),
+            accuracy.decision_valid.eq(dispatcher.decisions.valid & dispatcher.decisions.ready),
+            accuracy.decision.eq(dispatcher.decisions.p),
+            counters.clear.eq(registers.clear.counters),
+            registers.counters.eq(counters.values),
+            counters.strobes.link_errors.eq(link.errors),
+            counters.strobes.link_replays.eq(link.replays),
+        ]
+        sources = (dispatcher.strobes, accuracy.strobes, scheduler.strobes)
+        for counter in COUNTERS:
+            for strobes in sources:
+                if counter.name in dict(strobes.shape()):
+                    m.d.comb += counters.strobes[counter.name].eq(strobes[counter.name])
+
+        engine_idle = predictor.idle & scheduler.idle & dma.idle & buffer.idle
+        m.d.comb += [
+            dispatcher.engine_idle.eq(engine_idle),
+            registers.engine_idle.eq(engine_idle),
+            self.idle.eq(engine_idle & ~dispatcher.busy & ~dispatcher.messages.valid),
+        ]
+        return m

@@ -1,0 +1,240 @@
+"""Golden model of the dispatcher: one message in, its answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from prestage_hw.contract.params import DeviceConfig
+from prestage_hw.contract.records import MESSAGES, RECORDS, ErrorCode, Source
+
+from ..stats.accuracy import Accuracy
+from ..stats.counters import Counters
+from ..stats.registers import RegisterBank, Tables
+
+if TYPE_CHECKING:
+    from ..buffer.buffer import ExpertBuffer
+
+__all__ = ["Answer", "Dispatcher", "Predictor", "Scheduler"]
+
+#: Frame type and body of a message for the host.
+Answer = tuple[int, bytes]
+
+#: Context, layer, expert, score, source and deadline of a candidate.
+CandidateTuple = tuple[int, int, int, int, int, int]
+
+
+class Predictor(Tables, Protocol):
+    """What the dispatcher needs of a predictor."""
+
+    def begin(self, ctx: int, token: int, phase: int) -> None:
+        """A token starts."""
+
+    def decide(
+        self, ctx: int, layer: int, experts: Sequence[int], stamp: int
+    ) -> Sequence[CandidateTuple]:
+        """Learn a decision and propose experts, best first."""
+
+    def clear(self) -> None:
+        """Forget everything."""
+
+
+class Scheduler(Protocol):
+    """What the dispatcher needs of a scheduler."""
+
+    enable: bool
+    expert_base: int
+
+    def demand(self, ctx: int, layer: int, experts: Sequence[int]) -> Sequence[object]:
+        """Serve the demands of one decision."""
+
+    def offer(self, candidates: Sequence[CandidateTuple]) -> None:
+        """Prefetch candidates, best first."""
+
+    def release(self, ctx: int, layer: int) -> None:
+        """Release a layer."""
+
+
+class Dispatcher:
+    """Check messages and hand them on, each to completion.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device.
+    counters : :class:`Counters`
+        Counters.
+    predictor, scheduler, buffer, registers
+        The stages behind the dispatcher.
+    """
+
+    def __init__(
+        self,
+        config: DeviceConfig,
+        *,
+        counters: Counters,
+        predictor: Predictor,
+        scheduler: Scheduler,
+        buffer: ExpertBuffer,
+        registers: RegisterBank,
+    ) -> None:
+        self._config = config
+        self._counters = counters
+        self._predictor = predictor
+        self._scheduler = scheduler
+        self._buffer = buffer
+        self._registers = registers
+        self._accuracy = Accuracy(config, counters)
+        self._stamp = [0] * config.contexts
+        self._current = [-1] * config.contexts
+        self._unreleased: set[tuple[int, int]] = set()
+        self._handlers: dict[int, Callable[[bytes], list[Answer]]] = {
+            MESSAGES[name].code: handler
+            for name, handler in (
+                ("BEGIN_TOKEN", self._begin),
+                ("ROUTE", self._route),
+                ("RELEASE", self._release),
+                ("HINT", self._hint),
+                ("READ", self._read),
+                ("SYNC", self._sync),
+                ("REGISTER_READ", self._register_read),
+                ("REGISTER_WRITE", self._register_write),
+            )
+        }
+
+    def handle(self, code: int, body: bytes) -> list[Answer]:
+        """Answers to one message, in an order that the device could give."""
+        handler = self._handlers.get(code)
+        if handler is None:
+            return self._reject(ErrorCode.BAD_MESSAGE, address=code)
+        return handler(body)
+
+    def _values(self, name: str, body: bytes) -> tuple[int, ...]:
+        """Fields of a body; an array is one element."""
+        return tuple(RECORDS[name].unpack(self._config, body).values())  # type: ignore[arg-type]
+
+    def _answer(self, message: str, *values: object) -> Answer:
+        record = MESSAGES[message].record
+        assert record is not None
+        return MESSAGES[message].code, record.pack(self._config, *values)
+
+    def _reject(
+        self, code: ErrorCode, *, ctx: int = 0, layer: int = 0, expert: int = 0, address: int = 0
+    ) -> list[Answer]:
+        self._counters["rejected"] += 1
+        return [self._answer("EVENT", code, ctx, layer, expert, address)]
+
+    def _misplaced(self, ctx: int, layer: int) -> ErrorCode | None:
+        if ctx >= self._config.contexts:
+            return ErrorCode.BAD_CONTEXT
+        if layer >= self._config.model.layers:
+            return ErrorCode.BAD_LAYER
+        return None
+
+    def _begin(self, body: bytes) -> list[Answer]:
+        ctx, phase, token = self._values("BeginToken", body)
+        if ctx >= self._config.contexts:
+            return self._reject(ErrorCode.BAD_CONTEXT, ctx=ctx)
+        self._counters["tokens"] += 1
+        self._current[ctx] = -1
+        self._accuracy.begin(ctx)
+        self._predictor.begin(ctx, token, phase)
+        return []
+
+    def _route(self, body: bytes) -> list[Answer]:
+        fields = RECORDS["Route"].unpack(self._config, body)
+        ctx, layer, experts = fields["ctx"], fields["layer"], fields["experts"]
+        assert isinstance(ctx, int) and isinstance(layer, int) and isinstance(experts, tuple)
+        reason = self._misplaced(ctx, layer)
+        if reason is not None:
+            return self._reject(reason, ctx=ctx, layer=layer)
+        for expert in experts:
+            if expert >= self._config.model.experts:
+                return self._reject(ErrorCode.BAD_EXPERT, ctx=ctx, layer=layer, expert=expert)
+        if len(set(experts)) != len(experts):
+            repeated = next(e for i, e in enumerate(experts) if e in experts[:i])
+            return self._reject(ErrorCode.DUPLICATE_EXPERT, ctx=ctx, layer=layer, expert=repeated)
+        if (ctx, layer) in self._unreleased:
+            return self._reject(ErrorCode.UNRELEASED, ctx=ctx, layer=layer)
+        self._unreleased.add((ctx, layer))
+        self._counters["routes"] += 1
+        self._stamp[ctx] = (self._stamp[ctx] + 1) % 256
+        self._current[ctx] = layer
+        self._scheduler.expert_base = self._registers.expert_base
+        self._scheduler.enable = bool(self._registers["control"] & 1)
+        answers = [
+            self._scheduled(answer) for answer in self._scheduler.demand(ctx, layer, experts)
+        ]
+        self._accuracy.truth(ctx, layer, experts)
+        candidates = self._predictor.decide(ctx, layer, experts, self._stamp[ctx])
+        self._accuracy.proposed(ctx, [(c[1], c[2]) for c in candidates])
+        self._scheduler.offer(candidates)
+        return answers
+
+    def _scheduled(self, answer: object) -> Answer:
+        """An answer of the scheduler as a message."""
+        fields = tuple(answer)  # type: ignore[arg-type, var-annotated]
+        return self._answer("READY" if len(fields) == 4 else "EVENT", *fields)
+
+    def _release(self, body: bytes) -> list[Answer]:
+        ctx, layer = self._values("Release", body)
+        reason = self._misplaced(ctx, layer)
+        if reason is None and (ctx, layer) not in self._unreleased:
+            reason = ErrorCode.UNROUTED
+        if reason is not None:
+            return self._reject(reason, ctx=ctx, layer=layer)
+        self._unreleased.remove((ctx, layer))
+        self._counters["releases"] += 1
+        self._scheduler.release(ctx, layer)
+        return []
+
+    def _hint(self, body: bytes) -> list[Answer]:
+        ctx, layer, expert, score = self._values("Hint", body)
+        reason = self._misplaced(ctx, layer)
+        if reason is not None:
+            return self._reject(reason, ctx=ctx, layer=layer)
+        if expert >= self._config.model.experts:
+            return self._reject(ErrorCode.BAD_EXPERT, ctx=ctx, layer=layer, expert=expert)
+        if layer <= self._current[ctx]:
+            return self._reject(ErrorCode.HINT_PASSED, ctx=ctx, layer=layer, expert=expert)
+        if self._registers["control"] & 2 and score >= self._registers["hint_threshold"]:
+            self._counters["hints"] += 1
+            deadline = (self._stamp[ctx] + layer - self._current[ctx]) % 256
+            self._scheduler.expert_base = self._registers.expert_base
+            self._scheduler.offer([(ctx, layer, expert, score, int(Source.HINT), deadline)])
+        return []
+
+    def _read(self, body: bytes) -> list[Answer]:
+        slot, beat, count = self._values("Read", body)
+        if slot >= self._config.slots or count == 0 or beat + count > self._config.expert_beats:
+            return self._reject(ErrorCode.BAD_READ, expert=slot, address=beat)
+        answers = []
+        for at in range(beat, beat + count):
+            data, ok = self._buffer.read_beat(slot, at)
+            answers.append(self._answer("DATA", slot, at, tuple(data), int(ok)))
+        return answers
+
+    def _sync(self, body: bytes) -> list[Answer]:
+        return [self._answer("SYNCED", *self._values("Sync", body))]
+
+    def _register_read(self, body: bytes) -> list[Answer]:
+        (address,) = self._values("RegisterRead", body)
+        value = self._registers.read(address)
+        if value is None:
+            return self._reject(ErrorCode.BAD_REGISTER, address=address)
+        return [self._answer("REGISTER_VALUE", address, value)]
+
+    def _register_write(self, body: bytes) -> list[Answer]:
+        address, value = self._values("RegisterWrite", body)
+        if not self._registers.write(address, value):
+            return self._reject(ErrorCode.BAD_REGISTER, address=address)
+        cleared, self._registers.cleared = self._registers.cleared, set()
+        if "tables" in cleared:
+            self._predictor.clear()
+        if "buffer" in cleared:
+            self._buffer.clear()
+            self._unreleased.clear()
+            self._current = [-1] * self._config.contexts
+        if "counters" in cleared:
+            self._counters.clear()
+        return []

@@ -1,0 +1,1 @@
+"""Stage 6: counters, accuracy and the register bank."""

@@ -1,0 +1,128 @@
+"""Golden model of the register bank."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from prestage_hw.contract.params import DeviceConfig
+from prestage_hw.contract.registers import COUNTERS, REGISTERS, shape_registers
+
+from .counters import Counters
+
+__all__ = ["RegisterBank", "Tables"]
+
+
+class Tables(Protocol):
+    """What the bank needs of a predictor."""
+
+    def table_words(self, table: int) -> int:
+        """Words in a table, 0 if there is none."""
+
+    def read_table(self, table: int, word: int) -> int:
+        """One word of a table."""
+
+    def write_table(self, table: int, word: int, value: int) -> None:
+        """Store one word in a table."""
+
+
+class RegisterBank:
+    """Registers of the contract, without a clock: ``cycles`` is always 0.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device.
+    counters : :class:`Counters`
+        Counters to show.
+    tables : :class:`Tables`
+        Predictor whose tables ``table_data`` reaches.
+    """
+
+    def __init__(self, config: DeviceConfig, counters: Counters, tables: Tables) -> None:
+        self._config = config
+        self._counters = counters
+        self._tables = tables
+        self._by_address = {register.address: register for register in REGISTERS}
+        self._high = 0
+        self._wide = {counter.name for counter in COUNTERS if counter.bits == 64}
+        self._values = {
+            r.name: r.reset for r in REGISTERS if r.access == "rw" and r.reset is not None
+        }
+        self._shape = shape_registers(config)
+        self.cleared: set[str] = set()
+
+    def __getitem__(self, name: str) -> int:
+        """Value of a writable register."""
+        return self._values[name]
+
+    @property
+    def expert_base(self) -> int:
+        """Address of the first expert."""
+        base = self._values["expert_base_high"] << 32 | self._values["expert_base_low"]
+        return base % (1 << self._config.address_bits)
+
+    def read(self, address: int) -> int | None:
+        """Value of a register, None if there is none at the address."""
+        register = self._by_address.get(address)
+        if register is None:
+            return None
+        name = register.name
+        if name in self._shape:
+            return self._shape[name]
+        if name == "table_data":
+            table = self._values["table_address"] >> 24
+            value = self._tables.read_table(table, self._values["table_address"] & 0xFFFFFF)
+            self._advance()
+            return value
+        if name == "table_words":
+            return self._tables.table_words(self._values["table_address"] >> 24)
+        if name in self._values:
+            return self._values[name]
+        if name == "clear":
+            return 0
+        if name == "cycles_low":
+            self._high = 0
+            return 0
+        if name.endswith("_low") and name[:-4] in self._wide:
+            value = self._counters.register(name[:-4])
+            self._high = value >> 32
+            return value & 0xFFFFFFFF
+        if name.endswith("_high"):
+            return self._high
+        return self._counters.register(name)
+
+    def write(self, address: int, value: int) -> bool:
+        """Write a register; False if there is none at the address or it is read-only.
+
+        A write of ``clear`` leaves what to clear in :attr:`cleared`.
+        """
+        register = self._by_address.get(address)
+        if register is None or register.access == "ro":
+            return False
+        name = register.name
+        if name == "clear":
+            parts = ("tables", "buffer", "counters")
+            self.cleared = {part for i, part in enumerate(parts) if value >> i & 1}
+        elif name == "table_data":
+            at = self._values["table_address"]
+            self._tables.write_table(at >> 24, at & 0xFFFFFF, value)
+            self._advance()
+        else:
+            self._values[name] = self._legal(name, value)
+        return True
+
+    def _legal(self, name: str, value: int) -> int:
+        """What is kept of a written value."""
+        if name == "control":
+            return value & 3
+        if name == "hint_threshold":
+            return value & 0xFF
+        if name == "expert_base_low":
+            return value - value % self._config.data_bytes
+        if name == "prefetch_tiles":
+            return min(max(value, 1), 4)
+        return value
+
+    def _advance(self) -> None:
+        at = self._values["table_address"]
+        self._values["table_address"] = at & 0xFF000000 | (at + 1) & 0xFFFFFF
