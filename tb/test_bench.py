@@ -43,9 +43,7 @@ class Queue(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.queue = queue = fifo.SyncFIFOBuffered(
-            width=self.layout.size, depth=self.depth
-        )
+        m.submodules.queue = queue = fifo.SyncFIFOBuffered(width=self.layout.size, depth=self.depth)
         wiring.connect(m, wiring.flipped(self.i), queue.w_stream)
         count = Signal(3)
         m.d.sync += count.eq(count + 1)
@@ -188,7 +186,9 @@ def test_configuration_passes_through():
 
 
 def test_unknown_simulator():
-    with pytest.raises(ValueError, match=r"^Simulator must be one of verilator, icarus, not 'vcs'$"):
+    with pytest.raises(
+        ValueError, match=r"^Simulator must be one of verilator, icarus, not 'vcs'$"
+    ):
         run_bench(Queue, module=__file__, name="queue", sim="vcs")
 
 

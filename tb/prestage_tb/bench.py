@@ -187,7 +187,8 @@ def _to_verilog(component: object, *, name: str, ports: Mapping[str, object] | N
     path = _ROOT / "build" / "tb" / "verilog" / f"{name}-{_digest(text, version)}.v"
     with _locked(path):
         if not path.exists():
-            _replace_text(path, verilog._convert_rtlil_text(text))
+            # The time scale is for Icarus, which would count whole seconds without one.
+            _replace_text(path, f"`timescale 1ns/1ps\n{verilog._convert_rtlil_text(text)}")
     return path
 
 
@@ -207,13 +208,15 @@ def _build(source: Path, *, name: str, sim: str, public: bool) -> Path:
             return build
         shutil.rmtree(build, ignore_errors=True)
         build.mkdir(parents=True)
-        runtime = _restore_runtime(build) if sim == "verilator" else None
+        runtime = _runtime_folder() if sim == "verilator" else None
         environment = {**os.environ, "PATH": _simulator_path(sim)}
         # A make that started pytest hands its job server down; this make is on its own.
         for variable in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "VERILATOR_ROOT"):
             environment.pop(variable, None)
         with open(build / "build.log", "w") as log:
             for command in commands:
+                if runtime is not None and command[0] == "make":
+                    _restore_runtime(build, runtime)
                 try:
                     subprocess.run(
                         command,
@@ -261,13 +264,13 @@ def _verilator_commands(source: Path, *, name: str, public: bool) -> list[list[s
             "--vpi",
             *(["--public-flat-rw"] if public else ["--public-depth", "1"]),
             *("--prefix", "Vtop", "--top-module", name, "-o", name, "-Mdir", "."),
-            *("--timescale", "1ns/1ps", "--x-initial", "fast"),
+            *("--x-initial", "fast"),
             *("-Wno-fatal", "-Wno-lint", "-Wno-style"),
             *("-LDFLAGS", f"-Wl,-rpath,{libraries} -L{libraries} -lcocotbvpi_verilator"),
             str(main),
             str(source),
         ],
-        ["make", "-j2", "-f", "Vtop.mk", *_OPTIMIZE],
+        ["make", "-j2", "-f", "Vtop.mk", f"PYTHON3={sys.executable}", *_OPTIMIZE],
     ]
 
 
@@ -285,13 +288,14 @@ def _runtime_folder() -> Path:
     return _ROOT / "build" / "tb" / "verilator" / f"runtime-{key}"
 
 
-def _restore_runtime(build: Path) -> Path:
-    """Copy objects that an earlier build compiled, so that make finds them up to date."""
-    folder = _runtime_folder()
+def _restore_runtime(build: Path, folder: Path) -> None:
+    """Copy objects that an earlier build compiled.
+
+    make takes them as up to date because they are then newer than what Verilator has just written.
+    """
     if folder.is_dir():
         for name in _RUNTIME_OBJECTS:
             shutil.copyfile(folder / name, build / name)
-    return folder
 
 
 def _keep_runtime(build: Path, folder: Path) -> None:
@@ -327,7 +331,9 @@ def _run(
         module = Path(module).stem
     # One folder for each pytest test: parametrized tests share a build and may run at the same time.
     test = os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" ", 1)[0].rsplit("::", 1)[-1]
-    test = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', test)[:60]}-{_digest(module, test, text, str(testcase))}"
+    test = (
+        f"{re.sub(r'[^A-Za-z0-9_.-]', '_', test)[:60]}-{_digest(module, test, text, str(testcase))}"
+    )
     run = build / test
     run.mkdir(exist_ok=True)
     log, results = run / "run.log", run / "results.xml"
@@ -419,7 +425,9 @@ async def cycles(dut: object, count: int = 1) -> None:
         await RisingEdge(dut.clk)
 
 
-async def reset(dut: object, count: int = 2, *, drivers: Iterable[StreamSource | StreamSink] = ()) -> None:
+async def reset(
+    dut: object, count: int = 2, *, drivers: Iterable[StreamSource | StreamSink] = ()
+) -> None:
     """Hold ``rst`` for ``count`` cycles.
 
     ``drivers`` forget what they have queued or received. The beats of a cycle in reset do not count.
@@ -492,7 +500,9 @@ def _codec(layout: object) -> tuple[int, Callable[[object], int], Callable[[int]
 
         def pack_struct(value: Mapping[str, object]) -> int:
             if value.keys() - empty != names:
-                raise ValueError(f"Payload must have the fields {sorted(names)}, not {sorted(value)}")
+                raise ValueError(
+                    f"Payload must have the fields {sorted(names)}, not {sorted(value)}"
+                )
             return sum(pack(value[name]) << offset for name, offset, _, pack, _ in parts)
 
         def unpack_struct(bits: int) -> object:
