@@ -1,0 +1,44 @@
+"""Stage 2: predictors, selected by name.
+
+To add one, copy ``none.py`` and its golden twin in ``prestage_sim/model/predictor``, and register both classes under the same name
+(also in :attr:`DeviceConfig.PREDICTORS`); the bench ``tb/test_predictor.py`` runs every registered name.
+"""
+
+from prestage_hw.contract import DeviceConfig
+
+from .base import Predictor, PredictorSignature
+from .none import NonePredictor
+from .st_moe import StMoePredictor
+
+__all__ = [
+    "PREDICTORS",
+    "NonePredictor",
+    "Predictor",
+    "PredictorSignature",
+    "StMoePredictor",
+    "create_predictor",
+]
+
+#: Class of each predictor, by the name in :attr:`DeviceConfig.predictor`.
+PREDICTORS = {
+    "none": NonePredictor,
+    "st_moe": StMoePredictor,
+}
+
+
+def create_predictor(config):
+    """The predictor that the configuration names.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device that the predictor is part of.
+
+    Raises
+    ------
+    TypeError
+        If ``config`` is not a :class:`DeviceConfig`.
+    """
+    if not isinstance(config, DeviceConfig):
+        raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+    return PREDICTORS[config.predictor](config)

@@ -1,0 +1,81 @@
+"""What every predictor has in common: its configuration and its ports."""
+
+from amaranth import unsigned
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from prestage_hw.contract import DeviceConfig
+from prestage_hw.layouts import RecordLayout
+
+__all__ = ["Predictor", "PredictorSignature"]
+
+
+class PredictorSignature(wiring.Signature):
+    """Ports of a predictor.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device whose widths apply.
+
+    Members
+    -------
+    begin : ``In(stream.Signature(RecordLayout("BeginToken")))``
+        A token starts. Taken before a decision that is transferred in the same cycle.
+    decisions : ``In(stream.Signature(RecordLayout("RoutingDecision")))``
+        Truth for its layer, trigger for the next. Experts are distinct and exist.
+    candidates : ``Out(stream.Signature(RecordLayout("Candidate")))``
+        Predicted experts, best first.
+    table_requests : ``In(stream.Signature(RecordLayout("TableRequest")))``
+        Reads and writes of table words.
+    table_values : ``Out(stream.Signature(32))``
+        One value for each read, in order; none for a write.
+    table_select : ``In(8)``
+        Table that ``table_words`` is about.
+    table_words : ``Out(24)``
+        Words in the selected table, one cycle after ``table_select``; 0 if there is no such table.
+    clear : ``In(1)``
+        A pulse clears all tables, after everything that was accepted up to that cycle.
+    idle : ``Out(1)``
+        Nothing to do and nothing in an output register.
+    """
+
+    def __init__(self, *, config):
+        super().__init__(
+            {
+                "begin": In(stream.Signature(RecordLayout("BeginToken", config=config))),
+                "decisions": In(stream.Signature(RecordLayout("RoutingDecision", config=config))),
+                "candidates": Out(stream.Signature(RecordLayout("Candidate", config=config))),
+                "table_requests": In(stream.Signature(RecordLayout("TableRequest", config=config))),
+                "table_values": Out(stream.Signature(unsigned(32))),
+                "table_select": In(8),
+                "table_words": Out(24),
+                "clear": In(1),
+                "idle": Out(1),
+            }
+        )
+
+
+class Predictor(wiring.Component):
+    """Base of all predictors.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device that the predictor is part of.
+
+    Members
+    -------
+    As in :class:`PredictorSignature`.
+
+    Raises
+    ------
+    TypeError
+        If ``config`` is not a :class:`DeviceConfig`.
+    """
+
+    def __init__(self, config):
+        if not isinstance(config, DeviceConfig):
+            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        self.config = config
+        super().__init__(PredictorSignature(config=config))

@@ -1,0 +1,42 @@
+"""Golden models of the predictors, selected by name.
+
+To add one, copy ``none.py``, and register its class in :data:`PREDICTORS` under the name that its RTL twin has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prestage_hw.contract import DeviceConfig
+
+from .base import Candidate, Predictor
+from .none import NonePredictor
+from .st_moe import StMoePredictor
+
+__all__ = [
+    "PREDICTORS",
+    "Candidate",
+    "NonePredictor",
+    "Predictor",
+    "StMoePredictor",
+    "create_predictor",
+]
+
+#: Golden model of each predictor, by the name in :attr:`DeviceConfig.predictor`.
+PREDICTORS: dict[str, Callable[[DeviceConfig], Predictor]] = {
+    "none": NonePredictor,
+    "st_moe": StMoePredictor,
+}
+
+
+def create_predictor(config: DeviceConfig) -> Predictor:
+    """The golden model of the predictor that the configuration names.
+
+    Raises
+    ------
+    TypeError
+        If ``config`` is not a :class:`DeviceConfig`.
+    """
+    if not isinstance(config, DeviceConfig):
+        raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+    return PREDICTORS[config.predictor](config)

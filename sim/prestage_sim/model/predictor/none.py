@@ -1,0 +1,47 @@
+"""Golden model of the baseline that predicts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prestage_hw.contract import DeviceConfig
+
+from .base import Candidate
+
+__all__ = ["NonePredictor"]
+
+
+class NonePredictor:
+    """Predict nothing: takes every decision, has no table.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device that is modelled.
+    """
+
+    def __init__(self, config: DeviceConfig) -> None:
+        if not isinstance(config, DeviceConfig):
+            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        self.config = config
+
+    def begin(self, ctx: int, token: int, phase: int) -> None:
+        """Start a token."""
+
+    def decide(self, ctx: int, layer: int, experts: Sequence[int], stamp: int) -> list[Candidate]:
+        """Take the router's choice for a layer; there are no candidates."""
+        return []
+
+    def table_words(self, table: int) -> int:
+        """Words in a table: there is none."""
+        return 0
+
+    def read_table(self, table: int, word: int) -> int:
+        """Word of a table that does not exist: 0."""
+        return 0
+
+    def write_table(self, table: int, word: int, value: int) -> None:
+        """Write a word of a table that does not exist: ignored."""
+
+    def clear(self) -> None:
+        """Clear all tables: there is none."""
