@@ -1,0 +1,100 @@
+"""Read half of an AXI4 interface."""
+
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+__all__ = ["BURST_INCR", "EDGE_BYTES", "AXI4ReadSignature"]
+
+#: Encoding of an incrementing burst.
+BURST_INCR = 1
+
+#: No burst may cross a multiple of this address, in bytes (AXI4 specification, A3.4.1).
+EDGE_BYTES = 4096
+
+
+class AXI4ReadSignature(wiring.Signature):
+    """Address and data channels of AXI4 reads, from the master's view.
+
+    Parameters
+    ----------
+    address_bits : :class:`int`
+        Width of an address, in bits, 12 to 64.
+    data_bits : :class:`int`
+        Width of a beat, in bits: a power of two from 8 to 1,024.
+    id_bits : :class:`int`
+        Width of a transaction's number, in bits, at least 1.
+
+    Members
+    -------
+    arvalid, araddr, arlen, arsize, arburst, arid : ``Out``
+        Address channel: ``arlen + 1`` beats of ``2 ** arsize`` bytes.
+    arready : ``In(1)``
+        Address taken.
+    rvalid, rdata, rresp, rlast, rid : ``In``
+        Data channel.
+    rready : ``Out(1)``
+        Beat taken.
+
+    Raises
+    ------
+    TypeError
+        If a width is not an integer.
+    ValueError
+        If a width is out of its range.
+    """
+
+    def __init__(self, *, address_bits, data_bits, id_bits=1):
+        for what, value in (
+            ("Address width", address_bits),
+            ("Data width", data_bits),
+            ("ID width", id_bits),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{what} must be an integer, not {value!r}")
+        if not 12 <= address_bits <= 64:
+            raise ValueError(f"Address width must be between 12 and 64 bits, not {address_bits}")
+        if not 8 <= data_bits <= 1024 or data_bits & (data_bits - 1):
+            raise ValueError(
+                f"Data width must be a power of two from 8 to 1024 bits, not {data_bits}"
+            )
+        if id_bits < 1:
+            raise ValueError(f"ID width must be at least 1 bit, not {id_bits}")
+        self.address_bits = address_bits
+        self.data_bits = data_bits
+        self.id_bits = id_bits
+        super().__init__(
+            {
+                "arvalid": Out(1),
+                "arready": In(1),
+                "araddr": Out(address_bits),
+                "arlen": Out(8),
+                "arsize": Out(3),
+                "arburst": Out(2),
+                "arid": Out(id_bits),
+                "rvalid": In(1),
+                "rready": Out(1),
+                "rdata": In(data_bits),
+                "rresp": In(2),
+                "rlast": In(1),
+                "rid": In(id_bits),
+            }
+        )
+
+    @property
+    def data_bytes(self):
+        """Bytes in a beat."""
+        return self.data_bits // 8
+
+    def __eq__(self, other):
+        return (
+            isinstance(other, AXI4ReadSignature)
+            and self.address_bits == other.address_bits
+            and self.data_bits == other.data_bits
+            and self.id_bits == other.id_bits
+        )
+
+    def __repr__(self):
+        return (
+            f"AXI4ReadSignature(address_bits={self.address_bits}, data_bits={self.data_bits},"
+            f" id_bits={self.id_bits})"
+        )
