@@ -1,0 +1,148 @@
+"""Order of the slots by their last touch, as a doubly linked list in two memories."""
+
+from amaranth import Module, Signal, unsigned
+from amaranth.lib import wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+from prestage_hw.contract import DeviceConfig
+
+__all__ = ["RecencyList"]
+
+
+class RecencyList(wiring.Component):
+    """Keep every slot in the order of its last touch, and mark where the current route began.
+
+    The list's ends are registers in place of a sentinel row, so that the least recent slot is known without a read.
+
+    *Read* takes one cycle: ``newer`` is valid in the next cycle and stays until the next read. *Touch* takes two cycles: it starts
+    when the neighbours of ``slot`` have been read, and ``slot`` must be stable in both. *Clear* writes one row a cycle.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device whose slots are ordered.
+
+    Members
+    -------
+    slot : ``In(config.bits("slot"))``
+        The slot that ``read``, ``touch`` and ``clear`` are about.
+    read : ``In(1)``
+        Read the neighbours of ``slot``.
+    newer : ``Out(config.bits("slot"))``
+        The slot touched next after the one that was read; meaningless for ``newest``.
+    touch : ``In(1)``
+        Make ``slot`` the most recent. A mark on it moves to the next less recent slot.
+    begin_route : ``In(1)``
+        Mark the most recent slot: slots more recent than the mark were touched since.
+    clear : ``In(1)``
+        High while all slot numbers pass by on ``slot``: slot 0 becomes the least recent, the last slot the most recent and marked.
+    oldest, newest : ``Out(config.bits("slot"))``
+        Least and most recent slot.
+    mark : ``Out(config.bits("slot"))``
+        Most recent slot that was not touched since the route began.
+    marked : ``Out(1)``
+        Low when every slot was touched since the route began; ``mark`` is then meaningless.
+
+    Raises
+    ------
+    TypeError
+        If ``config`` is not a :class:`DeviceConfig`.
+    """
+
+    def __init__(self, *, config):
+        if not isinstance(config, DeviceConfig):
+            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        self.config = config
+        slot = unsigned(config.bits("slot"))
+        super().__init__(
+            {
+                "slot": In(slot),
+                "read": In(1),
+                "newer": Out(slot),
+                "touch": In(1),
+                "begin_route": In(1),
+                "clear": In(1),
+                "oldest": Out(slot),
+                "newest": Out(slot),
+                "mark": Out(slot),
+                "marked": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+
+        shape = unsigned(self.config.bits("slot"))
+        depth = 1 << self.config.bits("slot")
+        last = self.config.slots - 1
+        m.submodules.older = older_rows = Memory(shape=shape, depth=depth, init=[])
+        m.submodules.newer = newer_rows = Memory(shape=shape, depth=depth, init=[])
+        older_read, older_write = older_rows.read_port(), older_rows.write_port()
+        newer_read, newer_write = newer_rows.read_port(), newer_rows.write_port()
+        older, newer = older_read.data, newer_read.data
+
+        relink = Signal()  # second cycle of a touch
+        is_oldest = Signal()
+        is_newest = Signal()
+        m.d.comb += [
+            is_oldest.eq(self.slot == self.oldest),
+            is_newest.eq(self.slot == self.newest),
+            older_read.addr.eq(self.slot),
+            older_read.en.eq(self.read),
+            newer_read.addr.eq(self.slot),
+            newer_read.en.eq(self.read),
+            self.newer.eq(newer),
+        ]
+
+        with m.If(self.clear):
+            m.d.comb += [
+                older_write.addr.eq(self.slot),
+                older_write.data.eq(self.slot - 1),
+                older_write.en.eq(1),
+                newer_write.addr.eq(self.slot),
+                newer_write.data.eq(self.slot + 1),
+                newer_write.en.eq(1),
+            ]
+            m.d.sync += [
+                self.oldest.eq(0),
+                self.newest.eq(last),
+                self.mark.eq(last),
+                self.marked.eq(1),
+            ]
+        with m.Elif(relink):
+            m.d.comb += [
+                older_write.addr.eq(self.slot),
+                older_write.data.eq(self.newest),
+                older_write.en.eq(1),
+                newer_write.addr.eq(self.newest),
+                newer_write.data.eq(self.slot),
+                newer_write.en.eq(1),
+            ]
+            m.d.sync += [
+                self.newest.eq(self.slot),
+                relink.eq(0),
+            ]
+        with m.Elif(self.touch):
+            m.d.comb += [
+                older_write.addr.eq(newer),
+                older_write.data.eq(older),
+                older_write.en.eq(~is_newest),
+                newer_write.addr.eq(older),
+                newer_write.data.eq(newer),
+                newer_write.en.eq(~is_newest & ~is_oldest),
+            ]
+            m.d.sync += relink.eq(~is_newest)
+            with m.If(is_oldest & ~is_newest):
+                m.d.sync += self.oldest.eq(newer)
+            with m.If(self.slot == self.mark):
+                m.d.sync += self.mark.eq(older)
+                with m.If(is_oldest):
+                    m.d.sync += self.marked.eq(0)
+
+        with m.If(self.begin_route):
+            m.d.sync += [
+                self.mark.eq(self.newest),
+                self.marked.eq(1),
+            ]
+
+        return m
