@@ -1,0 +1,11 @@
+"""Fetch scheduler: demands before prefetches, one transfer for each expert in flight.
+
+``scheduler`` decides, ``inflight`` holds what is being fetched and offers its tiles, ``queue`` keeps candidates until there is
+time for them.
+"""
+
+from .inflight import InflightTable
+from .queue import CandidateQueue
+from .scheduler import STROBES, Scheduler
+
+__all__ = ["STROBES", "CandidateQueue", "InflightTable", "Scheduler"]

@@ -1,0 +1,304 @@
+"""Table of the experts that are being fetched, and the choice of the next tile."""
+
+from amaranth import Array, Module, Mux, Signal, unsigned
+from amaranth.lib import data, memory, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from prestage_hw.contract import DeviceConfig
+from prestage_hw.layouts import RecordLayout
+
+__all__ = ["EntryLayout", "InflightTable"]
+
+
+class EntryLayout(data.StructLayout):
+    """What a fetch is about; it does not change while the fetch is in flight.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device whose widths apply.
+    """
+
+    def __init__(self, *, config):
+        super().__init__(
+            {
+                "layer": unsigned(config.bits("layer")),
+                "expert": unsigned(config.bits("expert")),
+                "slot": unsigned(config.bits("slot")),
+                "address": unsigned(config.bits("address")),
+            }
+        )
+
+
+class InflightTable(wiring.Component):
+    """Remember each expert in flight and offer its tiles, demands first.
+
+    Tiles of demands leave in the order in which the entries became demands, one entry's tiles in order. A tile of a prefetch is
+    offered only while no demand has tiles left and fewer than ``prefetch_tiles`` prefetch tiles are on their way. A failed entry
+    gets no further tiles.
+
+    At most one of ``allocate``, ``wait``, ``complete`` and ``free`` may be 1 in a cycle. All but ``allocate`` mean the entry
+    ``tag``; what they change is seen from the next cycle on.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Parameters of the device.
+
+    Members
+    -------
+    fetches : ``Out(stream.Signature(RecordLayout("FetchRequest")))``
+        Tiles.
+    prefetch_tiles : ``In(3)``
+        Most prefetch tiles on their way; 0 counts as 1, or a prefetch would never end.
+    occupied, demand_room, prefetch_room : ``Out(1)``
+        Something is in flight; an entry is free for a demand; for a prefetch, which leaves one for a demand and keeps to
+        ``config.prefetch_inflight``.
+    allocate : ``In(1)``
+        Start the fetch of ``entry`` as entry ``free_tag``, a demand with ``waiters`` or a prefetch.
+    entry, waiters, demand : ``In``
+        What is allocated. ``waiters`` has one bit a context; ``wait`` adds them, too.
+    free_tag : ``Out``
+        Entry that ``allocate`` takes.
+    tag : ``In``
+        Entry that the other ports are about.
+    row : ``Out(EntryLayout(config=config))``
+        What entry ``tag`` is about.
+    row_demand, row_waiters : ``Out``
+        Class and waiting contexts of entry ``tag``.
+    row_last, row_failed, row_address : ``Out``
+        Nothing of entry ``tag`` is on its way nor will be; a tile failed; address of its first failure.
+    wait : ``In(1)``
+        Add ``waiters`` and make the entry a demand.
+    complete : ``In(1)``
+        Tile ``tile`` came back, ``failed`` or not, with ``address``.
+    tile, failed, address : ``In``
+        See ``complete``.
+    complete_demand : ``Out(1)``
+        The tile was requested for a demand.
+    free : ``In(1)``
+        The entry is done.
+    """
+
+    def __init__(self, *, config):
+        if not isinstance(config, DeviceConfig):
+            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        self.config = config
+        self.entry_layout = EntryLayout(config=config)
+        tag_bits = config.bits("tag")
+        super().__init__(
+            {
+                "fetches": Out(stream.Signature(RecordLayout("FetchRequest", config=config))),
+                "prefetch_tiles": In(3),
+                "occupied": Out(1),
+                "demand_room": Out(1),
+                "prefetch_room": Out(1),
+                "allocate": In(1),
+                "entry": In(self.entry_layout),
+                "waiters": In(config.contexts),
+                "demand": In(1),
+                "free_tag": Out(tag_bits),
+                "tag": In(tag_bits),
+                "row": Out(self.entry_layout),
+                "row_demand": Out(1),
+                "row_waiters": Out(config.contexts),
+                "row_last": Out(1),
+                "row_failed": Out(1),
+                "row_address": Out(config.bits("address")),
+                "wait": In(1),
+                "complete": In(1),
+                "tile": In(config.bits("tile")),
+                "failed": In(1),
+                "address": In(config.bits("address")),
+                "complete_demand": Out(1),
+                "free": In(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        count = config.inflight
+        everything = (1 << count) - 1
+        tile_shape = range(config.tiles + 1)
+
+        valid = Signal(count)
+        demand = Signal(count)
+        failed = Signal(count)
+        more = Signal(count)  # Tiles are left to offer.
+        # older[i][j]: entry j took its place in the order before entry i.
+        older = [Signal(count, name=f"older_{i}") for i in range(count)]
+        issued = [Signal(tile_shape, name=f"issued_{i}") for i in range(count)]
+        returned = [Signal(tile_shape, name=f"returned_{i}") for i in range(count)]
+        waiters = [Signal(config.contexts, name=f"waiters_{i}") for i in range(count)]
+        prefetches = Signal(range(count + 1))  # Entries of the class prefetch.
+        under_way = Signal(3)  # Prefetch tiles offered.
+
+        # Written when an entry starts.
+        m.submodules.entries = entries = memory.Memory(
+            shape=self.entry_layout, depth=count, init=[]
+        )
+        entry_write = entries.write_port()
+        entry_read = entries.read_port(domain="comb")
+        offer_read = entries.read_port(domain="comb")
+        # Tiles below this number were requested for a prefetch. Written when an entry starts or is promoted.
+        m.submodules.promotions = promotions = memory.Memory(
+            shape=unsigned(len(issued[0])), depth=count, init=[]
+        )
+        promotion_write = promotions.write_port()
+        promotion_read = promotions.read_port(domain="comb")
+        # Written by an entry's first failure.
+        m.submodules.failures = failures = memory.Memory(
+            shape=unsigned(config.address_bits), depth=count, init=[]
+        )
+        failure_write = failures.write_port()
+        failure_read = failures.read_port(domain="comb")
+
+        # --- rooms ---
+        vacant = Signal(count)
+        m.d.comb += [
+            vacant.eq(~valid),
+            self.occupied.eq(valid.any()),
+            self.demand_room.eq(vacant.any()),
+            self.prefetch_room.eq(
+                (vacant & (vacant - 1)).any() & (prefetches < config.prefetch_inflight)
+            ),
+        ]
+        for i in reversed(range(count)):
+            with m.If(vacant[i]):
+                m.d.comb += self.free_tag.eq(i)
+
+        # --- row ---
+        row_more = Signal()
+        row_issued = Signal(tile_shape)
+        row_returned = Signal(tile_shape)
+        m.d.comb += [
+            entry_read.addr.eq(self.tag),
+            promotion_read.addr.eq(self.tag),
+            failure_read.addr.eq(self.tag),
+            self.row.eq(entry_read.data),
+            self.row_address.eq(failure_read.data),
+            self.row_demand.eq(demand.bit_select(self.tag, 1)),
+            self.row_failed.eq(failed.bit_select(self.tag, 1)),
+            self.row_waiters.eq(Array(waiters)[self.tag]),
+            row_more.eq(more.bit_select(self.tag, 1)),
+            row_issued.eq(Array(issued)[self.tag]),
+            row_returned.eq(Array(returned)[self.tag]),
+            self.row_last.eq((row_issued == row_returned) & ~row_more),
+            self.complete_demand.eq(self.tile >= promotion_read.data),
+        ]
+
+        # --- choice of the next tile ---
+        want_demand = Signal(count)
+        want = Signal(count)
+        best = Signal(count)
+        best_tag = Signal(config.bits("tag"))
+        m.d.comb += [
+            want_demand.eq(more & demand),
+            want.eq(
+                Mux(
+                    want_demand.any(),
+                    want_demand,
+                    Mux((under_way == 0) | (under_way < self.prefetch_tiles), more, 0),
+                )
+            ),
+        ]
+        for i in range(count):
+            m.d.comb += best[i].eq(want[i] & ~(want & older[i]).any())
+            with m.If(best[i]):
+                m.d.comb += best_tag.eq(i)
+
+        # The choice is registered, with what is known of it, and must still be the choice one cycle later: the address is added
+        # up meanwhile.
+        chosen = Signal(count)
+        chosen_tag = Signal(config.bits("tag"))
+        chosen_entry = Signal(self.entry_layout)
+        chosen_tile = Signal(tile_shape)
+        load = Signal()
+        changing = Signal()
+        m.d.comb += [
+            offer_read.addr.eq(best_tag),
+            changing.eq(self.allocate | self.wait | self.complete | self.free),
+            load.eq(chosen.any() & (chosen == best) & ~self.fetches.valid & ~changing),
+        ]
+        m.d.sync += [
+            chosen.eq(Mux(load, 0, best)),
+            chosen_tag.eq(best_tag),
+            chosen_entry.eq(offer_read.data),
+            chosen_tile.eq(Array(issued)[best_tag]),
+        ]
+        with m.If(self.fetches.ready):
+            m.d.sync += self.fetches.valid.eq(0)
+        with m.If(load):
+            m.d.sync += [
+                self.fetches.valid.eq(1),
+                self.fetches.payload.tag.eq(chosen_tag),
+                self.fetches.payload.demand.eq((chosen & demand).any()),
+                self.fetches.payload.slot.eq(chosen_entry.slot),
+                self.fetches.payload.tile.eq(chosen_tile),
+                self.fetches.payload.address.eq(
+                    chosen_entry.address + chosen_tile * config.tile_bytes
+                ),
+            ]
+            with m.If(chosen_tile == config.tiles - 1):
+                m.d.sync += more.eq(more & ~chosen)
+            with m.If(~(chosen & demand).any()):
+                m.d.sync += under_way.eq(under_way + 1)
+            for i in range(count):
+                with m.If(chosen[i]):
+                    m.d.sync += issued[i].eq(chosen_tile + 1)
+
+        # --- changes ---
+        target = Signal(count)  # Entry that changes, one bit.
+        m.d.comb += [
+            target.eq(1 << Mux(self.allocate, self.free_tag, self.tag)),
+            entry_write.addr.eq(self.free_tag),
+            entry_write.data.eq(self.entry),
+            entry_write.en.eq(self.allocate),
+            failure_write.addr.eq(self.tag),
+            failure_write.data.eq(self.address),
+            failure_write.en.eq(self.complete & self.failed & ~self.row_failed),
+            promotion_write.addr.eq(Mux(self.allocate, self.free_tag, self.tag)),
+            promotion_write.data.eq(
+                Mux(self.allocate, Mux(self.demand, 0, config.tiles), row_issued)
+            ),
+            promotion_write.en.eq(self.allocate | (self.wait & ~self.row_demand)),
+        ]
+        with m.If(self.allocate):
+            m.d.sync += [
+                valid.eq(valid | target),
+                demand.eq(Mux(self.demand, demand | target, demand & ~target)),
+                failed.eq(failed & ~target),
+                more.eq(more | target),
+                prefetches.eq(prefetches + ~self.demand),
+            ]
+        with m.If(self.wait):
+            m.d.sync += demand.eq(demand | target)
+            with m.If(~self.row_demand):
+                m.d.sync += prefetches.eq(prefetches - 1)
+        with m.If(self.complete):
+            with m.If(self.failed):
+                m.d.sync += [failed.eq(failed | target), more.eq(more & ~target)]
+            with m.If(~self.complete_demand):
+                m.d.sync += under_way.eq(under_way - 1)
+        with m.If(self.free):
+            m.d.sync += valid.eq(valid & ~target)
+            with m.If(~self.row_demand):
+                m.d.sync += prefetches.eq(prefetches - 1)
+        for i in range(count):
+            with m.If(target[i] & (self.allocate | (self.wait & ~self.row_demand))):
+                # The youngest from now on.
+                m.d.sync += older[i].eq(everything & ~(1 << i))
+            with m.Elif(self.allocate | (self.wait & ~self.row_demand)):
+                m.d.sync += older[i].eq(older[i] & ~target)
+            with m.If(target[i] & self.allocate):
+                m.d.sync += [
+                    issued[i].eq(0),
+                    returned[i].eq(0),
+                    waiters[i].eq(self.waiters),
+                ]
+            with m.If(target[i] & self.wait):
+                m.d.sync += waiters[i].eq(waiters[i] | self.waiters)
+            with m.If(target[i] & self.complete):
+                m.d.sync += returned[i].eq(returned[i] + 1)
+        return m

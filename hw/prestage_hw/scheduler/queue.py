@@ -1,0 +1,68 @@
+"""Bounded queue of prefetch candidates that loses newcomers rather than block."""
+
+from amaranth import Module, Signal
+from amaranth.lib import fifo, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.records import Source
+from prestage_hw.layouts import RecordLayout
+
+__all__ = ["CandidateQueue"]
+
+
+class CandidateQueue(wiring.Component):
+    """Hold candidates in the order of arrival.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Parameters of the device; ``config.candidate_depth`` candidates fit.
+
+    Members
+    -------
+    i : ``In(stream.Signature(RecordLayout("Candidate")))``
+        Newcomers. Always ready.
+    o : ``Out(stream.Signature(RecordLayout("Candidate")))``
+        Oldest candidate.
+    enable : ``In(1)``
+        0 drops candidates of the predictor on entry.
+    overflow : ``Out(1)``
+        A newcomer was lost to a full queue, in the cycle in which it came.
+    empty : ``Out(1)``
+        The queue holds nothing.
+    """
+
+    def __init__(self, *, config):
+        if not isinstance(config, DeviceConfig):
+            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        self.config = config
+        self.layout = RecordLayout("Candidate", config=config)
+        super().__init__(
+            {
+                "i": In(stream.Signature(self.layout)),
+                "o": Out(stream.Signature(self.layout)),
+                "enable": In(1),
+                "overflow": Out(1),
+                "empty": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.fifo = queue = fifo.SyncFIFOBuffered(
+            width=self.layout.size, depth=self.config.candidate_depth
+        )
+        wanted = Signal()
+        m.d.comb += [
+            self.i.ready.eq(1),
+            wanted.eq(self.i.valid & (self.enable | (self.i.payload.source != Source.PREDICTOR))),
+            queue.w_data.eq(self.i.payload),
+            queue.w_en.eq(wanted),
+            self.overflow.eq(wanted & ~queue.w_rdy),
+            self.o.payload.eq(queue.r_data),
+            self.o.valid.eq(queue.r_rdy),
+            queue.r_en.eq(self.o.ready),
+            self.empty.eq(queue.level == 0),
+        ]
+        return m

@@ -1,0 +1,470 @@
+"""Scheduler: looks experts up in the buffer, fetches what is missing, answers demands."""
+
+from amaranth import Array, Const, Module, Mux, Signal, unsigned
+from amaranth.lib import data, enum, fifo, memory, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode
+from prestage_hw.layouts import RecordLayout
+
+from .inflight import InflightTable
+from .queue import CandidateQueue
+
+__all__ = ["STROBES", "Scheduler"]
+
+#: Counters that the scheduler strobes, named as in :data:`prestage_hw.contract.registers.COUNTERS`.
+STROBES = (
+    "demands",
+    "hits",
+    "misses",
+    "late",
+    "merged",
+    "refused",
+    "prefetch_issued",
+    "prefetch_redundant",
+    "prefetch_stale",
+    "prefetch_no_slot",
+    "prefetch_overflow",
+    "useful",
+    "useless",
+    "evictions",
+    "pollution",
+    "fills",
+    "fill_errors",
+    "demand_bytes",
+    "prefetch_bytes",
+)
+
+
+class _State(enum.Enum, shape=unsigned(4)):
+    DISPATCH = 0
+    SCREEN = 1  # Is the candidate stale?
+    LOOKUP = 2
+    RESULT = 3
+    DECIDE = 4
+    MERGE = 5
+    ALLOCATE = 6
+    HIT = 7
+    REFUSE = 8
+    RETURN = 9  # A tile came back.
+    FILL = 10
+    ANSWER = 11
+
+
+class Scheduler(wiring.Component):
+    """Serve demands before prefetches, one fetch for each expert in flight.
+
+    One thing at a time: a completion before a command, a command before a candidate. Commands are served in order; one that must
+    wait holds up those behind it and every candidate. With a buffer that answers a request ``b`` cycles after taking it and
+    nothing else to do, from a command being taken it is ``hit_latency + b`` cycles to ``ready.valid`` for a resident expert,
+    ``miss_latency + b`` to ``fetches.valid`` for a missing one; from a completion being taken it is ``fill_latency + b`` to
+    ``ready.valid``.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Parameters of the device.
+
+    Members
+    -------
+    commands : ``In(stream.Signature(RecordLayout("Command")))``
+        Demands and releases in the host's order.
+    candidates : ``In(stream.Signature(RecordLayout("Candidate")))``
+        Always ready; a newcomer is lost when ``config.candidate_depth`` candidates wait.
+    buffer_requests : ``Out(stream.Signature(RecordLayout("BufferRequest")))``
+        Operations on the buffer, one at a time.
+    buffer_results : ``In(stream.Signature(RecordLayout("BufferResult")))``
+        One for each operation.
+    fetches : ``Out(stream.Signature(RecordLayout("FetchRequest")))``
+        Tiles for the DMA engine.
+    completions : ``In(stream.Signature(RecordLayout("Completion")))``
+        One for each fetch.
+    ready : ``Out(stream.Signature(RecordLayout("Ready")))``
+        Experts that a demand may use.
+    events : ``Out(stream.Signature(RecordLayout("Event")))``
+        Demands that could not be served.
+    expert_base : ``In(address bits)``
+        Address of expert 0 of layer 0: a whole number of beats.
+    prefetch_tiles : ``In(3)``
+        Most prefetch tiles with the DMA engine; 0 counts as 1.
+    enable : ``In(1)``
+        0 drops the predictor's candidates on entry.
+    strobes : ``Out(StructLayout)``
+        One bit for each counter of :data:`STROBES`. The bytes counters strobe with each good tile that comes before any failed tile of its
+        fetch, by the class with which it was requested.
+    idle : ``Out(1)``
+        No command, candidate, transfer, answer or strobe is in the block.
+    """
+
+    #: Cycles beside the buffer's, see above.
+    hit_latency = 6
+    miss_latency = 8
+    fill_latency = 5
+
+    def __init__(self, *, config):
+        if not isinstance(config, DeviceConfig):
+            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        self.config = config
+        #: Commands that may wait: two routing decisions at least.
+        self.command_depth = max(16, 2 * config.model.top_k)
+
+        def record(name):
+            return stream.Signature(RecordLayout(name, config=config))
+
+        super().__init__(
+            {
+                "commands": In(record("Command")),
+                "candidates": In(record("Candidate")),
+                "buffer_requests": Out(record("BufferRequest")),
+                "buffer_results": In(record("BufferResult")),
+                "fetches": Out(record("FetchRequest")),
+                "completions": In(record("Completion")),
+                "ready": Out(record("Ready")),
+                "events": Out(record("Event")),
+                "expert_base": In(config.bits("address")),
+                "prefetch_tiles": In(3),
+                "enable": In(1),
+                "strobes": Out(data.StructLayout({name: unsigned(1) for name in STROBES})),
+                "idle": Out(1),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        contexts = config.contexts
+
+        m.submodules.queue = queue = CandidateQueue(config=config)
+        m.submodules.table = table = InflightTable(config=config)
+        m.submodules.commands = commands = fifo.SyncFIFOBuffered(
+            width=self.commands.payload.shape().size, depth=self.command_depth
+        )
+        # Which entry fills a slot. Read only for slots that are filling, so nothing needs clearing.
+        m.submodules.filling = filling = memory.Memory(
+            shape=unsigned(config.bits("tag")), depth=config.slots, init=[]
+        )
+        filling_write = filling.write_port()
+        filling_read = filling.read_port()
+
+        wiring.connect(m, wiring.flipped(self.candidates), queue.i)
+        wiring.connect(m, wiring.flipped(self.commands), commands.w_stream)
+        wiring.connect(m, table.fetches, wiring.flipped(self.fetches))
+        command = data.View(RecordLayout("Command", config=config), commands.r_data)
+
+        state = Signal(_State)
+        strobe = Signal(self.strobes.shape())
+
+        # What is served: a command or a candidate, kept while a demand waits.
+        op = Signal(BufferOp)
+        ctx = Signal(config.bits("ctx"))
+        layer = Signal(config.bits("layer"))
+        expert = Signal(config.bits("expert"))
+        index = Signal(config.bits("index"))
+        deadline = Signal(8)
+        route_starts = Signal()
+        waiting = Signal()  # A demand found no slot and waits for a completion.
+        retry = Signal()  # That completion has come.
+        filled = Signal()  # The buffer's answer is to a FILL.
+
+        # A demand of a context that waits for the same fetch already (its layer was released and routed again meanwhile).
+        held = Signal()
+        held_tag = Signal(config.bits("tag"))
+        held_ctx = Signal(contexts)
+
+        completion = Signal(self.completions.payload.shape())
+        tag = Signal(config.bits("tag"))
+        last = Signal()
+        pending = Signal(contexts)
+        result = Signal(self.buffer_results.payload.shape())
+        routes = [Signal(8, name=f"routes_{c}") for c in range(contexts)]
+
+        # Address of the expert that is served, three cycles after it is known: sooner than any lookup ends.
+        number = Signal(range(config.model.layers * config.model.experts))
+        offset = Signal(range(config.model.layers * config.model.experts * config.expert_bytes))
+        address = Signal(config.bits("address"))
+        m.d.sync += [
+            number.eq(layer * config.model.experts + expert),
+            offset.eq(number * config.expert_bytes),
+            address.eq(self.expert_base + offset),
+        ]
+
+        one_ctx = Signal(contexts)
+        age = Signal(8)
+        m.d.comb += [
+            one_ctx.eq(Const(1) << ctx),
+            age.eq(Array(routes)[ctx] - deadline),
+            queue.enable.eq(self.enable),
+            table.prefetch_tiles.eq(self.prefetch_tiles),
+            table.tag.eq(tag),
+            table.entry.layer.eq(layer),
+            table.entry.expert.eq(expert),
+            table.entry.slot.eq(result.slot),
+            table.entry.address.eq(address),
+            table.waiters.eq(Mux(op == BufferOp.DEMAND, one_ctx, 0)),
+            table.demand.eq(op == BufferOp.DEMAND),
+            table.tile.eq(completion.tile),
+            table.failed.eq(completion.failed),
+            table.address.eq(completion.address),
+            filling_write.addr.eq(result.slot),
+            filling_write.data.eq(table.free_tag),
+            filling_read.addr.eq(self.buffer_results.payload.slot),
+            filling_read.en.eq(1),
+            self.completions.ready.eq(state == _State.DISPATCH),
+            self.buffer_results.ready.eq(state == _State.RESULT),
+        ]
+        for stream_ in (self.buffer_requests, self.ready, self.events):
+            with m.If(stream_.ready):
+                m.d.sync += stream_.valid.eq(0)
+
+        lowest = Signal(contexts)
+        lowest_ctx = Signal(config.bits("ctx"))
+        m.d.comb += lowest.eq(pending & -pending)
+        for c in range(contexts):
+            with m.If(lowest[c]):
+                m.d.comb += lowest_ctx.eq(c)
+
+        request = self.buffer_requests.payload
+        with m.Switch(state):
+            with m.Case(_State.DISPATCH):
+                m.d.sync += filled.eq(0)
+                with m.If(self.completions.valid):
+                    m.d.sync += [
+                        completion.eq(self.completions.payload),
+                        tag.eq(self.completions.payload.tag),
+                        state.eq(_State.RETURN),
+                    ]
+                with m.Elif(held):
+                    pass
+                with m.Elif(waiting):
+                    with m.If(retry):
+                        m.d.sync += state.eq(_State.LOOKUP)
+                with m.Elif(commands.level != 0):
+                    with m.If(commands.r_rdy & (command.release | table.demand_room)):
+                        m.d.comb += commands.r_en.eq(1)
+                        m.d.sync += [
+                            op.eq(Mux(command.release, BufferOp.RELEASE, BufferOp.DEMAND)),
+                            ctx.eq(command.ctx),
+                            layer.eq(command.layer),
+                            expert.eq(command.expert),
+                            index.eq(command.index),
+                            route_starts.eq(~command.release & (command.index == 0)),
+                            state.eq(_State.LOOKUP),
+                        ]
+                with m.Elif(queue.o.valid & table.prefetch_room):
+                    m.d.comb += queue.o.ready.eq(1)
+                    m.d.sync += [
+                        op.eq(BufferOp.PREFETCH),
+                        ctx.eq(queue.o.payload.ctx),
+                        layer.eq(queue.o.payload.layer),
+                        expert.eq(queue.o.payload.expert),
+                        deadline.eq(queue.o.payload.deadline),
+                        index.eq(0),
+                        state.eq(_State.SCREEN),
+                    ]
+
+            with m.Case(_State.SCREEN):
+                # Routes since the deadline, modulo 256: below 128 the layer was routed already.
+                m.d.comb += strobe.prefetch_stale.eq(~age[7])
+                m.d.sync += state.eq(Mux(age[7], _State.LOOKUP, _State.DISPATCH))
+
+            with m.Case(_State.LOOKUP):
+                with m.If(route_starts):
+                    for c in range(contexts):
+                        with m.If(one_ctx[c]):
+                            m.d.sync += routes[c].eq(routes[c] + 1)
+                m.d.sync += [
+                    route_starts.eq(0),
+                    waiting.eq(0),
+                    request.op.eq(op),
+                    request.ctx.eq(ctx),
+                    request.layer.eq(layer),
+                    request.expert.eq(expert),
+                    request.index.eq(index),
+                    request.slot.eq(0),
+                    request.tile.eq(0),
+                    request.last.eq(0),
+                    request.failed.eq(0),
+                    self.buffer_requests.valid.eq(1),
+                    state.eq(_State.RESULT),
+                ]
+
+            with m.Case(_State.RESULT):
+                m.d.sync += result.eq(self.buffer_results.payload)
+                with m.If(self.buffer_results.valid):
+                    m.d.sync += state.eq(_State.DECIDE)
+
+            with m.Case(_State.DECIDE):
+                with m.If(filled):
+                    m.d.comb += [
+                        strobe.fills.eq(last & ~table.row_failed),
+                        strobe.fill_errors.eq(last & table.row_failed),
+                    ]
+                    m.d.sync += state.eq(Mux(last, _State.ANSWER, _State.DISPATCH))
+                with m.Else():
+                    m.d.sync += tag.eq(filling_read.data)
+                    self._decide(
+                        m,
+                        op=op,
+                        result=result,
+                        occupied=table.occupied,
+                        strobe=strobe,
+                        state=state,
+                        waiting=waiting,
+                        retry=retry,
+                    )
+
+            with m.Case(_State.MERGE):
+                m.d.comb += [
+                    strobe.demands.eq(1),
+                    strobe.late.eq(~table.row_demand),
+                    strobe.merged.eq(table.row_demand),
+                ]
+                with m.If((table.row_waiters & one_ctx).any()):
+                    m.d.sync += [held.eq(1), held_tag.eq(tag), held_ctx.eq(one_ctx)]
+                with m.Else():
+                    m.d.comb += table.wait.eq(1)
+                m.d.sync += state.eq(_State.DISPATCH)
+
+            with m.Case(_State.ALLOCATE):
+                m.d.comb += [table.allocate.eq(1), filling_write.en.eq(1)]
+                m.d.sync += state.eq(_State.DISPATCH)
+
+            with m.Case(_State.HIT):
+                with m.If(~self.ready.valid):
+                    m.d.sync += [
+                        self.ready.valid.eq(1),
+                        self.ready.payload.ctx.eq(ctx),
+                        self.ready.payload.layer.eq(layer),
+                        self.ready.payload.expert.eq(expert),
+                        self.ready.payload.slot.eq(result.slot),
+                        state.eq(_State.DISPATCH),
+                    ]
+
+            with m.Case(_State.REFUSE):
+                with m.If(~self.events.valid):
+                    m.d.sync += [
+                        self.events.valid.eq(1),
+                        self.events.payload.code.eq(ErrorCode.NO_SLOT),
+                        self.events.payload.ctx.eq(ctx),
+                        self.events.payload.layer.eq(layer),
+                        self.events.payload.expert.eq(expert),
+                        self.events.payload.address.eq(0),
+                        state.eq(_State.DISPATCH),
+                    ]
+
+            with m.Case(_State.RETURN):
+                good = ~completion.failed & ~table.row_failed
+                m.d.comb += [
+                    table.complete.eq(1),
+                    strobe.demand_bytes.eq(good & table.complete_demand),
+                    strobe.prefetch_bytes.eq(good & ~table.complete_demand),
+                ]
+                m.d.sync += [retry.eq(1), state.eq(_State.FILL)]
+
+            with m.Case(_State.FILL):
+                m.d.sync += [
+                    filled.eq(1),
+                    last.eq(table.row_last),
+                    pending.eq(table.row_waiters),
+                    request.op.eq(BufferOp.FILL),
+                    request.ctx.eq(0),
+                    request.layer.eq(table.row.layer),
+                    request.expert.eq(table.row.expert),
+                    request.index.eq(0),
+                    request.slot.eq(table.row.slot),
+                    request.tile.eq(completion.tile),
+                    request.last.eq(table.row_last),
+                    request.failed.eq(completion.failed | (table.row_last & table.row_failed)),
+                    self.buffer_requests.valid.eq(1),
+                    state.eq(_State.RESULT),
+                ]
+
+            with m.Case(_State.ANSWER):
+                with m.If(~pending.any()):
+                    with m.If(held & (held_tag == tag)):
+                        m.d.sync += [pending.eq(held_ctx), held.eq(0)]
+                    with m.Else():
+                        m.d.comb += table.free.eq(1)
+                        m.d.sync += state.eq(_State.DISPATCH)
+                with m.Elif(table.row_failed):
+                    with m.If(~self.events.valid):
+                        m.d.sync += [
+                            pending.eq(pending & ~lowest),
+                            self.events.valid.eq(1),
+                            self.events.payload.code.eq(ErrorCode.BUS),
+                            self.events.payload.ctx.eq(lowest_ctx),
+                            self.events.payload.layer.eq(table.row.layer),
+                            self.events.payload.expert.eq(table.row.expert),
+                            self.events.payload.address.eq(table.row_address),
+                        ]
+                with m.Else():
+                    with m.If(~self.ready.valid):
+                        m.d.sync += [
+                            pending.eq(pending & ~lowest),
+                            self.ready.valid.eq(1),
+                            self.ready.payload.ctx.eq(lowest_ctx),
+                            self.ready.payload.layer.eq(table.row.layer),
+                            self.ready.payload.expert.eq(table.row.expert),
+                            self.ready.payload.slot.eq(table.row.slot),
+                        ]
+
+        m.d.comb += strobe.prefetch_overflow.eq(queue.overflow)
+        m.d.sync += self.strobes.eq(strobe)
+        m.d.comb += self.idle.eq(
+            (state == _State.DISPATCH)
+            & (commands.level == 0)
+            & queue.empty
+            & ~table.occupied
+            & ~waiting
+            & ~self.ready.valid
+            & ~self.events.valid
+            & ~self.strobes.as_value().any()
+        )
+        return m
+
+    def _decide(self, m, *, op, result, occupied, strobe, state, waiting, retry):
+        """Next state after the buffer's answer to a command or candidate."""
+        with m.If(op != BufferOp.RELEASE):
+            m.d.comb += [
+                strobe.evictions.eq(result.evicted),
+                strobe.useless.eq(result.evicted_unused),
+            ]
+        with m.Switch(op):
+            with m.Case(BufferOp.DEMAND):
+                m.d.comb += [
+                    strobe.useful.eq(result.prefetched),
+                    strobe.pollution.eq(result.polluted),
+                ]
+                with m.Switch(result.code):
+                    with m.Case(BufferCode.RESIDENT):
+                        m.d.comb += [strobe.demands.eq(1), strobe.hits.eq(1)]
+                        m.d.sync += state.eq(_State.HIT)
+                    with m.Case(BufferCode.FILLING):
+                        m.d.sync += state.eq(_State.MERGE)
+                    with m.Case(BufferCode.ALLOCATED):
+                        m.d.comb += [strobe.demands.eq(1), strobe.misses.eq(1)]
+                        m.d.sync += state.eq(_State.ALLOCATE)
+                    with m.Default():
+                        with m.If(occupied):
+                            m.d.sync += [
+                                waiting.eq(1),
+                                retry.eq(0),
+                                state.eq(_State.DISPATCH),
+                            ]
+                        with m.Else():
+                            m.d.comb += [strobe.demands.eq(1), strobe.refused.eq(1)]
+                            m.d.sync += state.eq(_State.REFUSE)
+            with m.Case(BufferOp.PREFETCH):
+                with m.Switch(result.code):
+                    with m.Case(BufferCode.ALLOCATED):
+                        m.d.comb += strobe.prefetch_issued.eq(1)
+                        m.d.sync += state.eq(_State.ALLOCATE)
+                    with m.Case(BufferCode.NO_SLOT):
+                        m.d.comb += strobe.prefetch_no_slot.eq(1)
+                        m.d.sync += state.eq(_State.DISPATCH)
+                    with m.Default():
+                        m.d.comb += strobe.prefetch_redundant.eq(1)
+                        m.d.sync += state.eq(_State.DISPATCH)
+            with m.Default():
+                m.d.sync += state.eq(_State.DISPATCH)
