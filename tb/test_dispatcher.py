@@ -1,0 +1,539 @@
+"""Dispatcher, register bank, counters and accuracy against their golden models.
+
+::
+
+    messages ─▶ dispatcher ─▶ begin, decisions, commands, hints, reads
+    replies  ◀─────┤   ▲──────  ready, events, beats
+                   └─ register bank ─▶ table_requests    counters ◀─ strobes, accuracy ◀─ candidates
+"""
+
+import random
+
+import cocotb
+import pytest
+from amaranth import Module
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+from cocotb.triggers import RisingEdge
+from prestage_tb.bench import (
+    Stall,
+    StreamSink,
+    StreamSource,
+    cycles,
+    parameters,
+    reset,
+    run_bench,
+    start_clock,
+)
+
+from prestage_hw.contract import MESSAGES, RECORDS, REGISTERS, DeviceConfig, ModelConfig
+from prestage_hw.contract.params import TINY_DEVICE
+from prestage_hw.contract.records import ErrorCode, message_by_code
+from prestage_hw.contract.registers import register_by_name
+from prestage_hw.layouts import MessageLayout, RecordLayout
+from prestage_hw.link.dispatcher import Dispatcher
+from prestage_hw.stats import Accuracy, Counters, RegisterBank
+from prestage_sim.model.link.dispatcher import Dispatcher as GoldenDispatcher
+from prestage_sim.model.stats.counters import Counters as GoldenCounters
+from prestage_sim.model.stats.registers import RegisterBank as GoldenRegisterBank
+
+_TABLE_WORDS = 40
+_OUTPUTS = ("begin", "decisions", "commands", "hints", "reads", "table_requests")
+_RECORDS = {
+    "begin": "BeginToken",
+    "decisions": "RoutingDecision",
+    "commands": "Command",
+    "hints": "Candidate",
+    "reads": "ReadRequest",
+    "table_requests": "TableRequest",
+    "ready": "Ready",
+    "events": "Event",
+    "beats": "Beat",
+}
+
+
+class FrontEnd(wiring.Component):
+    """Dispatcher and stage 6, wired as in the top."""
+
+    def __init__(self, *, config):
+        self.config = config
+
+        def record(name):
+            return stream.Signature(RecordLayout(_RECORDS[name], config=config))
+
+        super().__init__({
+            "messages": In(stream.Signature(MessageLayout(config=config, to_device=True))),
+            "replies": Out(stream.Signature(MessageLayout(config=config, to_device=False))),
+            **{name: Out(record(name)) for name in _OUTPUTS},
+            **{name: In(record(name)) for name in ("ready", "events", "beats")},
+            "candidates": In(stream.Signature(RecordLayout("Candidate", config=config))),
+            "table_values": In(stream.Signature(32)),
+            "engine_idle": In(1),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        m.submodules.dispatcher = dispatcher = Dispatcher(config=config)
+        m.submodules.registers = registers = RegisterBank(config=config)
+        m.submodules.counters = counters = Counters(config=config)
+        m.submodules.accuracy = accuracy = Accuracy(config=config)
+        wiring.connect(m, wiring.flipped(self.messages), dispatcher.messages)
+        wiring.connect(m, dispatcher.replies, wiring.flipped(self.replies))
+        for name in ("begin", "decisions", "commands", "hints", "reads"):
+            wiring.connect(m, getattr(dispatcher, name), wiring.flipped(getattr(self, name)))
+        for name in ("ready", "events", "beats"):
+            wiring.connect(m, wiring.flipped(getattr(self, name)), getattr(dispatcher, name))
+        wiring.connect(m, dispatcher.registers, registers.requests)
+        wiring.connect(m, registers.values, dispatcher.values)
+        wiring.connect(m, registers.table_requests, wiring.flipped(self.table_requests))
+        wiring.connect(m, wiring.flipped(self.table_values), registers.table_values)
+        m.d.comb += [
+            registers.table_words.eq(_TABLE_WORDS),
+            registers.engine_idle.eq(self.engine_idle),
+            dispatcher.engine_idle.eq(self.engine_idle),
+            dispatcher.hint_enable.eq(registers.control.hint_enable),
+            dispatcher.hint_threshold.eq(registers.control.hint_threshold),
+            dispatcher.clear.eq(registers.clear.buffer),
+            registers.counters.eq(counters.values),
+            counters.clear.eq(registers.clear.counters),
+            self.candidates.ready.eq(1),
+            accuracy.candidate_valid.eq(self.candidates.valid),
+            accuracy.candidate.eq(self.candidates.p),
+            accuracy.begin.eq(dispatcher.begin.valid & dispatcher.begin.ready),
+            accuracy.begin_ctx.eq(dispatcher.begin.p.ctx),
+            accuracy.command_valid.eq(dispatcher.commands.valid & dispatcher.commands.ready),
+            accuracy.command.eq(dispatcher.commands.p),
+            accuracy.decision_valid.eq(dispatcher.decisions.valid & dispatcher.decisions.ready),
+            accuracy.decision.eq(dispatcher.decisions.p),
+        ]
+        for strobes in (dispatcher.strobes, accuracy.strobes):
+            for name, _ in strobes.shape():
+                m.d.comb += counters.strobes[name].eq(strobes[name])
+        return m
+
+
+def _beat(config, slot, beat):
+    """What the bench's storage holds: bytes and validity that depend on the place."""
+    generator = random.Random(slot * 65536 + beat)
+    return generator.randbytes(config.data_bytes), generator.random() < 0.8
+
+
+class _Recorder:
+    """Stages behind the golden dispatcher: they record what reaches them."""
+
+    def __init__(self, config):
+        self.config = config
+        self.enable = True
+        self.expert_base = 0
+        self.seen = {name: [] for name in _OUTPUTS}
+        self.tables = {}
+        self.plan = []
+
+    # Predictor
+    def begin(self, ctx, token, phase):
+        self.seen["begin"].append({"ctx": ctx, "token": token, "phase": phase})
+
+    def decide(self, ctx, layer, experts, stamp):
+        self.seen["decisions"].append(
+            {"ctx": ctx, "layer": layer, "experts": list(experts), "stamp": stamp}
+        )
+        return [(ctx, layer + 1, expert, 1, 0, 0) for expert in self.plan]
+
+    def table_words(self, table):
+        return _TABLE_WORDS
+
+    def _access(self, write, table, word, value):
+        self.seen["table_requests"].append(
+            {"write": write, "table": table, "word": word, "value": value}
+        )
+
+    def read_table(self, table, word):
+        self._access(0, table, word, None)
+        return self.tables.get((table, word), 0)
+
+    def write_table(self, table, word, value):
+        self._access(1, table, word, value)
+        self.tables[table, word] = value
+
+    def clear(self):
+        pass
+
+    # Scheduler
+    def demand(self, ctx, layer, experts):
+        for index, expert in enumerate(experts):
+            self.seen["commands"].append(
+                {"release": 0, "ctx": ctx, "layer": layer, "expert": expert, "index": index}
+            )
+        return []
+
+    def release(self, ctx, layer):
+        self.seen["commands"].append(
+            {"release": 1, "ctx": ctx, "layer": layer, "expert": 0, "index": 0}
+        )
+
+    def offer(self, candidates):
+        for candidate in candidates:
+            if candidate[4]:
+                names = ("ctx", "layer", "expert", "score", "source", "deadline")
+                self.seen["hints"].append(dict(zip(names, candidate, strict=True)))
+
+    # Buffer
+    def read_beat(self, slot, beat):
+        self.seen["reads"].append({"slot": slot, "beat": beat})
+        return _beat(self.config, slot, beat)
+
+
+class _Golden:
+    def __init__(self, config):
+        self.counters = GoldenCounters()
+        self.recorder = _Recorder(config)
+        self.registers = GoldenRegisterBank(config, self.counters, self.recorder)
+        self.dispatcher = GoldenDispatcher(
+            config,
+            counters=self.counters,
+            predictor=self.recorder,
+            scheduler=self.recorder,
+            buffer=self.recorder,
+            registers=self.registers,
+        )
+
+
+class _Bench:
+    """Clock, streams and the bench's own table and storage."""
+
+    def __init__(self, dut, *, stall):
+        self.dut = dut
+        self.config = parameters()["config"]
+        self.random = random.Random(cocotb.RANDOM_SEED)
+        start_clock(dut)
+        self.messages = StreamSource(
+            dut, "messages", MessageLayout(config=self.config, to_device=True), stall=stall
+        )
+        self.replies = StreamSink(
+            dut, "replies", MessageLayout(config=self.config, to_device=False), stall=stall
+        )
+        self.sinks = {
+            name: StreamSink(
+                dut, name, RecordLayout(_RECORDS[name], config=self.config), stall=stall
+            )
+            for name in _OUTPUTS
+        }
+        self.sources = {
+            name: StreamSource(
+                dut, name, RecordLayout(_RECORDS[name], config=self.config), stall=stall
+            )
+            for name in ("ready", "events", "beats")
+        }
+        self.candidates = StreamSource(
+            dut, "candidates", RecordLayout("Candidate", config=self.config)
+        )
+        self.table_values = StreamSource(dut, "table_values", 32, stall=stall)
+        self.drivers = [
+            self.messages,
+            self.replies,
+            self.candidates,
+            self.table_values,
+            *self.sinks.values(),
+            *self.sources.values(),
+        ]
+        dut.engine_idle.value = 1
+        self.tables = {}
+        cocotb.start_soon(self._serve_tables())
+        cocotb.start_soon(self._serve_reads())
+
+    async def _serve_tables(self):
+        at = 0
+        while True:
+            await RisingEdge(self.dut.clk)
+            received = self.sinks["table_requests"].received
+            at = min(at, len(received))
+            for request in received[at:]:
+                place = (request["table"], request["word"])
+                if request["write"]:
+                    self.tables[place] = request["value"]
+                else:
+                    self.table_values.send(self.tables.get(place, 0))
+            at = len(received)
+
+    async def _serve_reads(self):
+        at = 0
+        while True:
+            await RisingEdge(self.dut.clk)
+            received = self.sinks["reads"].received
+            at = min(at, len(received))
+            for request in received[at:]:
+                data, ok = _beat(self.config, request["slot"], request["beat"])
+                self.sources["beats"].send({"data": data, "ok": ok})
+            at = len(received)
+
+    def send(self, code, body):
+        size = len(self.messages._unpack(0)["body"])
+        self.messages.send({"code": code, "body": body.ljust(size, b"\xa5")})
+
+    def answers(self):
+        """Replies so far as code and body of the right length."""
+        result = []
+        for reply in self.replies.received:
+            length = message_by_code(reply["code"]).body_bytes(self.config)
+            result.append((reply["code"], bytes(reply["body"][:length])))
+        return result
+
+    async def settle(self):
+        """Wait until all that was sent is done."""
+        await self.messages.sent()
+        quiet, before = 0, None
+        while quiet < 300:
+            await RisingEdge(self.dut.clk)
+            now = (len(self.replies.received), *(len(s.received) for s in self.sinks.values()))
+            quiet = quiet + 1 if now == before else 0
+            before = now
+
+    def check(self, golden, *, injected=()):
+        """Everything that came out equals what the golden model says."""
+        for name, sink in self.sinks.items():
+            expected = golden.recorder.seen[name]
+            got = sink.received
+            if name == "table_requests":
+                # A read's value field means nothing.
+                got = [{**g, "value": g["value"] if g["write"] else None} for g in got]
+            assert got == expected, f"{name}: {got[-3:]} instead of {expected[-3:]}"
+        outside = [answer for answer in self.answers() if answer in injected]
+        assert sorted(outside) == sorted(injected)
+        assert [answer for answer in self.answers() if answer not in injected] == self.expected
+
+    expected: list = []
+
+
+def _message(config, name, *values):
+    return MESSAGES[name].code, MESSAGES[name].record.pack(config, *values)
+
+
+def _random_message(config, rng):
+    """A message that is often wrong in one of the documented ways."""
+    model = config.model
+    wild = rng.random() < 0.15
+    ctx = rng.randrange(config.contexts + 1 if wild else config.contexts)
+    layer = rng.randrange(min(model.layers + 3, 256) if wild else model.layers)
+    kind = rng.choices(
+        ["BEGIN_TOKEN", "ROUTE", "RELEASE", "HINT", "READ", "SYNC", "REGISTER_READ",
+         "REGISTER_WRITE", "UNKNOWN"],
+        [4, 30, 25, 10, 3, 3, 12, 10, 1],
+    )[0]  # fmt: skip
+    if kind == "BEGIN_TOKEN":
+        return _message(config, kind, ctx, rng.randrange(3), rng.randrange(1 << 32))
+    if kind == "ROUTE":
+        experts = rng.sample(range(model.experts), model.top_k)
+        if rng.random() < 0.1:
+            experts[rng.randrange(model.top_k)] = rng.choice([model.experts, 65535, experts[0]])
+        return _message(config, kind, ctx, layer, experts)
+    if kind == "RELEASE":
+        return _message(config, kind, ctx, layer)
+    if kind == "HINT":
+        expert = rng.randrange(model.experts + 2 if wild else model.experts)
+        return _message(config, kind, ctx, layer, expert, rng.randrange(256))
+    if kind == "READ":
+        slot = rng.randrange(config.slots + 1)
+        beat = rng.choice([0, config.expert_beats - 3, rng.randrange(1 << 32)])
+        return _message(config, kind, slot, beat, rng.randrange(5))
+    if kind == "SYNC":
+        return _message(config, kind, rng.randrange(65536))
+    # The cycle count has no golden value; a clear of the counters would hide mistakes from the end.
+    registers = [r.address for r in REGISTERS if not r.name.startswith("cycles")]
+    if kind == "REGISTER_READ":
+        return _message(config, kind, rng.choice([*registers, 0x7FFF]))
+    if kind == "REGISTER_WRITE":
+        address = rng.choice([*registers, 0x7FFF])
+        value = rng.randrange(1 << 32)
+        if address == register_by_name("clear").address:
+            value &= 3
+        if address == register_by_name("hint_threshold").address:
+            value &= 0x7F
+        return _message(config, kind, address, value)
+    return 0x33, b""
+
+
+async def _read_counters(bench, golden):
+    """Registers of all counters equal the golden model's."""
+    seen = len(bench.replies.received)
+    names = [r for r in REGISTERS if r.address >= 0x40]
+    for register in names:
+        bench.send(*_message(bench.config, "REGISTER_READ", register.address))
+    await bench.settle()
+    values = bench.answers()[seen:]
+    for register, (code, body) in zip(names, values, strict=True):
+        fields = RECORDS["RegisterValue"].unpack(bench.config, body)
+        assert code == MESSAGES["REGISTER_VALUE"].code
+        expected = golden.registers.read(register.address)
+        assert fields == {"register": register.address, "value": expected}, register.name
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=[0.0, 0.4])
+async def random_messages(dut, stall):
+    """Random messages, right and wrong, give the records and answers of the golden model."""
+    bench = _Bench(dut, stall=Stall(stall, burst=(1, 8)))
+    config, rng = bench.config, bench.random
+    golden = _Golden(config)
+    await reset(dut, drivers=bench.drivers)
+    bench.expected = []
+    injected = []
+    rejected = set()
+    for _ in range(600):
+        code, body = _random_message(config, rng)
+        bench.send(code, body)
+        answers = golden.dispatcher.handle(code, body)
+        rejected |= {ErrorCode(b[0]) for c, b in answers if c == MESSAGES["EVENT"].code}
+        bench.expected += answers
+        if rng.random() < 0.2:
+            ready = [rng.randrange(1 << f.bits(config)) for f in RECORDS["Ready"].fields]
+            names = [f.name for f in RECORDS["Ready"].fields]
+            bench.sources["ready"].send(dict(zip(names, ready, strict=True)))
+            injected.append(_message(config, "READY", *ready))
+        if rng.random() < 0.1:
+            event = {"code": 8, "ctx": 1, "layer": 2, "expert": 3, "address": rng.randrange(65536)}
+            bench.sources["events"].send(event)
+            injected.append(_message(config, "EVENT", *event.values()))
+        if rng.random() < 0.1:
+            await cycles(dut, rng.randrange(400))
+    await bench.settle()
+    bench.check(golden, injected=injected)
+    await _read_counters(bench, golden)
+    assert rejected >= {
+        ErrorCode.BAD_CONTEXT,
+        ErrorCode.BAD_LAYER,
+        ErrorCode.BAD_EXPERT,
+        ErrorCode.DUPLICATE_EXPERT,
+        ErrorCode.UNRELEASED,
+        ErrorCode.UNROUTED,
+        ErrorCode.BAD_MESSAGE,
+        ErrorCode.BAD_REGISTER,
+        ErrorCode.BAD_READ,
+        ErrorCode.HINT_PASSED,
+    }
+
+
+@cocotb.test()
+async def accuracy(dut):
+    """Candidates are compared with the decision that follows."""
+    bench = _Bench(dut, stall=0.2)
+    config, rng = bench.config, bench.random
+    golden = _Golden(config)
+    await reset(dut, drivers=bench.drivers)
+    model = config.model
+    for token in range(6):
+        for ctx in range(config.contexts):
+            steps = [_message(config, "BEGIN_TOKEN", ctx, 1, token)]
+            for layer in range(model.layers):
+                # Sometimes a layer is left out: the one after it then has no prediction.
+                if rng.random() < 0.85:
+                    experts = rng.sample(range(model.experts), model.top_k)
+                    steps.append(_message(config, "ROUTE", ctx, layer, experts))
+                    steps.append(_message(config, "RELEASE", ctx, layer))
+            for code, body in steps:
+                is_route = code == MESSAGES["ROUTE"].code
+                golden.recorder.plan = (
+                    rng.sample(range(model.experts), rng.randrange(model.experts))
+                    if is_route and body[1] + 1 < model.layers
+                    else []
+                )
+                golden.dispatcher.handle(code, body)
+                bench.send(code, body)
+                await bench.settle()
+                for expert in golden.recorder.plan:
+                    bench.candidates.send({
+                        "ctx": ctx, "layer": body[1] + 1, "expert": expert,
+                        "score": 1, "source": 0, "deadline": 0,
+                    })  # fmt: skip
+                await bench.candidates.sent()
+    assert golden.counters["candidates_correct"] > 10
+    assert golden.counters["demands_predicted"] > golden.counters["candidates_correct"]
+    await _read_counters(bench, golden)
+
+
+@cocotb.test()
+async def waits_for_idle(dut):
+    """Sync, clear and table accesses wait for the engine; nothing else does."""
+    bench = _Bench(dut, stall=0.0)
+    config = bench.config
+    golden = _Golden(config)
+    await reset(dut, drivers=bench.drivers)
+    await cycles(dut, 600)
+    dut.engine_idle.value = 0
+    for step in (
+        _message(config, "SYNC", 7),
+        _message(config, "REGISTER_READ", register_by_name("table_data").address),
+        _message(config, "REGISTER_WRITE", register_by_name("clear").address, 7),
+    ):
+        before = len(bench.replies.received)
+        bench.send(*step)
+        bench.send(*_message(config, "REGISTER_READ", register_by_name("layers").address))
+        await cycles(dut, 300)
+        assert len(bench.replies.received) == before, step
+        dut.engine_idle.value = 1
+        await bench.settle()
+        answers = bench.answers()[before:]
+        golden.dispatcher.handle(*step)
+        code, body = answers[-1]
+        assert code == MESSAGES["REGISTER_VALUE"].code
+        value = RECORDS["RegisterValue"].unpack(config, body)["value"]
+        assert value == config.model.layers
+        dut.engine_idle.value = 0
+
+
+@cocotb.test()
+async def reset_in_flight(dut):
+    """After a reset at any moment the device starts afresh."""
+    bench = _Bench(dut, stall=0.3)
+    config, rng = bench.config, bench.random
+    for _ in range(8):
+        for _ in range(20):
+            bench.send(*_random_message(config, rng))
+        await cycles(dut, rng.randrange(30, 500))
+        await reset(dut, drivers=bench.drivers)
+        golden = _Golden(config)
+        bench.tables.clear()
+        bench.expected = []
+        for _ in range(15):
+            code, body = _random_message(config, rng)
+            bench.send(code, body)
+            bench.expected += golden.dispatcher.handle(code, body)
+        await bench.settle()
+        bench.check(golden)
+
+
+@cocotb.test()
+async def latency(dut):
+    """A decision of k experts gives its first command k + 5 cycles after it was offered."""
+    bench = _Bench(dut, stall=0.0)
+    config = bench.config
+    await reset(dut, drivers=bench.drivers)
+    await cycles(dut, 600)
+    start = bench.sinks["commands"].cycle
+    bench.send(*_message(config, "ROUTE", 0, 0, range(config.model.top_k)))
+    await bench.sinks["commands"].receive(1)
+    assert bench.sinks["commands"].arrival[0] - start <= config.model.top_k + 6
+
+
+_SHAPES = {
+    "tiny": TINY_DEVICE,
+    "odd": DeviceConfig(
+        model=ModelConfig(name="odd", layers=5, experts=60, top_k=3),
+        slots=21,
+        expert_bytes=1536,
+        contexts=3,
+        data_bytes=8,
+        predictor="none",
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", _SHAPES)
+def test_dispatcher(shape):
+    config = _SHAPES[shape]
+    run_bench(
+        lambda: FrontEnd(config=config),
+        module=__file__,
+        name="front_end",
+        parameters={"config": config},
+    )
