@@ -1,0 +1,1 @@
+"""Prestage without hardware: golden model, traces and reports."""
