@@ -30,8 +30,9 @@ from prestage_hw.contract import MESSAGES, RECORDS, REGISTERS, DeviceConfig, Mod
 from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.contract.records import ErrorCode, message_by_code
 from prestage_hw.contract.registers import register_by_name
-from prestage_hw.layouts import MessageLayout, RecordLayout
+from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import Dispatcher
+from prestage_hw.link.layouts import MessageLayout
 from prestage_hw.stats import Accuracy, Counters, RegisterBank
 from prestage_sim.model.link.dispatcher import Dispatcher as GoldenDispatcher
 from prestage_sim.model.stats.counters import Counters as GoldenCounters
@@ -61,15 +62,17 @@ class FrontEnd(wiring.Component):
         def record(name):
             return stream.Signature(RecordLayout(_RECORDS[name], config=config))
 
-        super().__init__({
-            "messages": In(stream.Signature(MessageLayout(config=config, to_device=True))),
-            "replies": Out(stream.Signature(MessageLayout(config=config, to_device=False))),
-            **{name: Out(record(name)) for name in _OUTPUTS},
-            **{name: In(record(name)) for name in ("ready", "events", "beats")},
-            "candidates": In(stream.Signature(RecordLayout("Candidate", config=config))),
-            "table_values": In(stream.Signature(32)),
-            "engine_idle": In(1),
-        })
+        super().__init__(
+            {
+                "messages": In(stream.Signature(MessageLayout(config=config, to_device=True))),
+                "replies": Out(stream.Signature(MessageLayout(config=config, to_device=False))),
+                **{name: Out(record(name)) for name in _OUTPUTS},
+                **{name: In(record(name)) for name in ("ready", "events", "beats")},
+                "candidates": In(stream.Signature(RecordLayout("Candidate", config=config))),
+                "table_values": In(stream.Signature(32)),
+                "engine_idle": In(1),
+            }
+        )
 
     def elaborate(self, platform):
         m = Module()

@@ -3,9 +3,9 @@
 from amaranth import Cat, Const, Value, unsigned
 from amaranth.lib import data
 
-from prestage_hw.contract import MESSAGES, RECORDS, DeviceConfig
+from prestage_hw.contract import RECORDS, DeviceConfig
 
-__all__ = ["MessageLayout", "RecordLayout", "body_bytes", "body_fields"]
+__all__ = ["RecordLayout", "body_bytes", "body_fields"]
 
 
 class RecordLayout(data.StructLayout):
@@ -36,26 +36,6 @@ class RecordLayout(data.StructLayout):
                 shape = data.ArrayLayout(shape, field.length(config))
             fields[field.name] = shape
         super().__init__(fields)
-
-
-class MessageLayout(data.StructLayout):
-    """Layout of a message with room for the longest body of its direction.
-
-    Parameters
-    ----------
-    config : :class:`DeviceConfig`
-        Device whose widths apply.
-    to_device : :class:`bool`
-        True from host to device.
-    """
-
-    def __init__(self, *, config, to_device):
-        longest = max(
-            message.body_bytes(config)
-            for message in MESSAGES.values()
-            if message.to_device == to_device
-        )
-        super().__init__({"code": unsigned(8), "body": data.ArrayLayout(unsigned(8), longest)})
 
 
 def body_fields(name, *, config, body):

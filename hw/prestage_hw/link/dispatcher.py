@@ -7,7 +7,9 @@ from amaranth.lib.wiring import In, Out
 from prestage_hw.contract import MESSAGES, DeviceConfig
 from prestage_hw.contract.records import ErrorCode, Source
 from prestage_hw.contract.registers import register_by_name
-from prestage_hw.layouts import MessageLayout, RecordLayout, body_bytes, body_fields
+from prestage_hw.layouts import RecordLayout, body_bytes, body_fields
+
+from .layouts import MessageLayout
 
 __all__ = ["Dispatcher", "RegisterRequestLayout", "RegisterResponseLayout"]
 
