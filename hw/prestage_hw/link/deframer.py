@@ -4,24 +4,17 @@ from amaranth import Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import MESSAGES, DeviceConfig
+from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.records import LINK_ACK, LINK_NAK, LINK_RESET
 from prestage_hw.contract.wire import FRAME_OVERHEAD, MAX_FRAME_BYTES
 
-__all__ = ["Deframer", "FrameLayout", "body_lengths", "crc32_step"]
+from .layouts import body_lengths
+
+__all__ = ["Deframer", "FrameLayout", "crc32_step"]
 
 _CRC_POLYNOMIAL = 0xEDB88320
 # What the register holds after any message followed by its own CRC, before the final inversion.
 _CRC_RESIDUE = 0xDEBB20E3
-
-
-def body_lengths(config, *, to_device):
-    """Body lengths in bytes by frame type, of all numbered messages in one direction."""
-    return {
-        message.code: message.body_bytes(config)
-        for message in MESSAGES.values()
-        if message.record is not None and message.to_device == to_device
-    }
 
 
 def crc32_step(crc, byte):

@@ -67,7 +67,9 @@ class Framer(wiring.Component):
         if isinstance(longest, bool) or not isinstance(longest, int):
             raise TypeError(f"Frame length must be an integer, not {longest!r}")
         if not 5 <= longest <= MAX_FRAME_BYTES:
-            raise ValueError(f"Frame length must be between 5 and {MAX_FRAME_BYTES}, not {longest}")
+            raise ValueError(
+                f"Frame length must be between 5 and {MAX_FRAME_BYTES}, not {longest}"
+            )
         self.longest = longest
         super().__init__(
             {
@@ -156,7 +158,9 @@ class Framer(wiring.Component):
                 with m.If(last):
                     m.d.sync += [read_at.eq(0), drain_half.eq(~drain_half)]
 
-        m.d.comb += self.idle.eq((step == 0) & (at == 1) & (full == 0) & ~fetched & ~self.tx.valid)
+        m.d.comb += self.idle.eq(
+            (step == 0) & (at == 1) & (full == 0) & ~fetched & ~self.tx.valid
+        )
         for i in range(2):
             with m.If((step == 5) & (half == i)):
                 m.d.sync += [full[i].eq(1), lengths[i].eq(at)]

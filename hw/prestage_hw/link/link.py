@@ -8,10 +8,10 @@ from amaranth.lib.wiring import In, Out
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.records import LINK_ACK, LINK_NAK, LINK_RESET, LINK_RESET_DONE
 from prestage_hw.contract.wire import FRAME_OVERHEAD
-from prestage_hw.layouts import MessageLayout
 
-from .deframer import Deframer, body_lengths
+from .deframer import Deframer
 from .framer import Framer
+from .layouts import MessageLayout, body_lengths
 
 __all__ = ["Link"]
 
@@ -322,12 +322,7 @@ class Link(wiring.Component):
             with m.If(acknowledged > unacknowledged):
                 m.d.sync += following.eq(frame.acknowledge)
         with m.If(
-            (
-                arrived
-                & is_nak
-                & (unacknowledged != 0)
-                & ~(progress & (acknowledged >= unacknowledged))
-            )
+            (arrived & is_nak & (unacknowledged != 0) & ~(progress & (acknowledged >= unacknowledged)))
             | (late & ~progress & (unacknowledged != 0))
         ):
             m.d.sync += [
@@ -370,9 +365,7 @@ class Link(wiring.Component):
                         refused.eq(0),
                     ]
                     with m.If(chosen):
-                        m.d.sync += owed.eq(
-                            1
-                        )  # The frame chosen now acknowledges only what came before.
+                        m.d.sync += owed.eq(1)  # The frame chosen now acknowledges only what came before.
                     with m.Elif(owed != self.acknowledge_every):
                         m.d.sync += owed.eq(owed + 1)
                 with m.Elif(in_order):
