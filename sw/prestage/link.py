@@ -23,10 +23,11 @@ def _require_integer(what: str, value: object, *, low: int, high: int) -> None:
 
 
 class HostLink:
-    """Exchange messages with a device over a pipe that loses and damages bytes (go-back-N both ways).
+    """Exchange messages with a device over a pipe that loses or damages bytes (go-back-N).
 
-    Posting only queues bytes; they leave with the next :meth:`poll`, or when the window is full. The device's clock may stand
-    still between calls, so everything that has to happen in time happens within a call.
+    Posting only queues bytes; they leave with the next :meth:`poll`, or when the window is full.
+    The device's clock may stand still between calls, so everything that has to happen in time
+    happens within a call.
 
     Parameters
     ----------
@@ -168,7 +169,7 @@ class HostLink:
         self._owed = 0
 
     def poll(self, *, frames: int = 1, limit: float | None = None) -> list[tuple[int, bytes]]:
-        """Send what is queued and return messages from the device, as frame type and body, in order.
+        """Send what is queued; return messages from the device in order, as frame type and body.
 
         A message of a known type whose body has the wrong length has type 0.
 
@@ -177,8 +178,9 @@ class HostLink:
         frames : :class:`int`
             Messages to wait for; 0 sends and returns what is there. More may be returned.
         limit : :class:`float` or None
-            Longest wait for one answer, as for :meth:`Pipe.exchange`. Fewer than ``frames`` messages are returned if the device is silent
-            for longer although it has everything that was posted.
+            Longest wait for one answer, as for :meth:`Pipe.exchange`. Fewer than ``frames``
+            messages are returned if the device is silent for longer although it has everything that
+            was posted.
 
         Raises
         ------
@@ -211,7 +213,8 @@ class HostLink:
     def acknowledge(self) -> None:
         """Send the acknowledge that would otherwise ride on the next message.
 
-        To be called before the device runs for long without a message to it, or it sends its last messages again.
+        To be called before the device runs for long without a message to it, or it sends its last
+        messages again.
         """
         if self._owed:
             self._send_control(LINK_ACK)
@@ -226,7 +229,8 @@ class HostLink:
         *ended, self._partial = (self._partial + data).split(b"\0")
         self._receive(ended)
 
-    # --- waiting -----------------------------------------------------------------------------------
+    # --- waiting
+    # -----------------------------------------------------------------------------------
 
     def _wait(self, done: object, frames: int, limit: float | None) -> None:
         """Exchange bytes until ``done()``, or until nothing more can be expected."""
@@ -275,11 +279,13 @@ class HostLink:
         self._receive(ended)
         return True
 
-    # --- frames ------------------------------------------------------------------------------------
+    # --- frames
+    # ------------------------------------------------------------------------------------
 
     def _frame(self, code: int, sequence: int, body: bytes) -> bytes:
         raw = bytes((code, sequence, self._expected)) + body
-        # A place for the first COBS code in front; then every zero becomes the distance to the next one.
+        # A place for the first COBS code in front; then every zero becomes the distance to the next
+        # one.
         stuffed = bytearray(b"\0" + raw + zlib.crc32(raw).to_bytes(4, "little") + b"\0")
         last = len(stuffed) - 1
         at = 0

@@ -62,8 +62,9 @@ class FrameLayout(data.StructLayout):
 class Deframer(wiring.Component):
     """Take bytes off the wire and put out one checked frame for each delimiter.
 
-    One byte a cycle while frames are taken; ``rx`` stalls only while a finished frame waits. An empty frame (a lone
-    delimiter) gives nothing. A frame of the link itself (reset, acknowledge, negative acknowledge) with a body is damaged.
+    One byte a cycle while frames are taken; ``rx`` stalls only while a finished frame waits. An
+    empty frame (a lone delimiter) gives nothing. A frame of the link itself (reset, acknowledge,
+    negative acknowledge) with a body is damaged.
 
     Parameters
     ----------
@@ -111,8 +112,9 @@ class Deframer(wiring.Component):
         bad_stuffing = Signal()
         ended = Signal()
 
-        # The byte after a delimiter is a COBS code and changes no header or body register, and the one after that is
-        # not taken while a finished frame waits. So the frame's registers can serve as the output's payload.
+        # The byte after a delimiter is a COBS code and changes no header or body register, and the
+        # one after that is not taken while a finished frame waits. So the frame's registers can
+        # serve as the output's payload.
         m.d.comb += self.rx.ready.eq(~self.frames.valid | self.frames.ready)
 
         raw = Signal(8)

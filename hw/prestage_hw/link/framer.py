@@ -30,9 +30,10 @@ class RawLayout(data.StructLayout):
 class Framer(wiring.Component):
     """Append the CRC, stuff with COBS and put the delimiter behind each frame.
 
-    Each byte is written at its place in a buffer, and a run's code at the run's first place once the run is over, so one
-    pass is enough. The buffer holds two frames: one drains while the next is stuffed. A frame of *n* bytes, CRC included,
-    takes n + 1 cycles to stuff and n + 2 to drain, so one byte leaves each cycle if bytes are offered without a pause.
+    Each byte is written at its place in a buffer, and a run's code at the run's first place once
+    the run is over, so one pass is enough. The buffer holds two frames: one drains while the next
+    is stuffed. A frame of *n* bytes, CRC included, takes n + 1 cycles to stuff and n + 2 to drain,
+    so one byte leaves each cycle if bytes are offered without a pause.
 
     Parameters
     ----------
@@ -51,7 +52,8 @@ class Framer(wiring.Component):
     Attributes
     ----------
     latency : :class:`int`
-        Cycles from the ``last`` byte on ``raw`` to the frame's first byte on ``tx``, if no frame is before it.
+        Cycles from the ``last`` byte on ``raw`` to the frame's first byte on ``tx``, if no frame is
+        before it.
 
     Raises
     ------
@@ -67,9 +69,7 @@ class Framer(wiring.Component):
         if isinstance(longest, bool) or not isinstance(longest, int):
             raise TypeError(f"Frame length must be an integer, not {longest!r}")
         if not 5 <= longest <= MAX_FRAME_BYTES:
-            raise ValueError(
-                f"Frame length must be between 5 and {MAX_FRAME_BYTES}, not {longest}"
-            )
+            raise ValueError(f"Frame length must be between 5 and {MAX_FRAME_BYTES}, not {longest}")
         self.longest = longest
         super().__init__(
             {
@@ -158,9 +158,7 @@ class Framer(wiring.Component):
                 with m.If(last):
                     m.d.sync += [read_at.eq(0), drain_half.eq(~drain_half)]
 
-        m.d.comb += self.idle.eq(
-            (step == 0) & (at == 1) & (full == 0) & ~fetched & ~self.tx.valid
-        )
+        m.d.comb += self.idle.eq((step == 0) & (at == 1) & (full == 0) & ~fetched & ~self.tx.valid)
         for i in range(2):
             with m.If((step == 5) & (half == i)):
                 m.d.sync += [full[i].eq(1), lengths[i].eq(at)]

@@ -32,8 +32,8 @@ class MessageLayout(data.StructLayout):
     Members
     -------
     code : ``unsigned(8)``
-        Frame type. A message from the host with a known type and a body of the wrong length has code 0, which is never a
-        type.
+        Frame type. A message from the host with a known type and a body of the wrong length has
+        code 0, which is never a type.
     body : ``data.ArrayLayout(unsigned(8), ...)``
         As many bytes as the longest body in that direction.
 
@@ -49,6 +49,4 @@ class MessageLayout(data.StructLayout):
         if not isinstance(to_device, bool):
             raise TypeError(f"Direction must be a boolean, not {to_device!r}")
         longest = max(body_lengths(config, to_device=to_device).values())
-        super().__init__(
-            {"code": unsigned(8), "body": data.ArrayLayout(unsigned(8), longest)}
-        )
+        super().__init__({"code": unsigned(8), "body": data.ArrayLayout(unsigned(8), longest)})

@@ -24,15 +24,17 @@ def _require_integer(what, value, *, low, high):
 
 
 class Link(wiring.Component):
-    """Exchange messages with the host over a wire that loses and damages bytes (go-back-N both ways).
+    """Exchange messages with the host over a wire that loses or damages bytes (go-back-N).
 
-    A message that arrives while the one before it waits in ``messages`` is kept in the deframer and holds up ``rx``, so
-    that two are buffered. But ``rx`` also carries the acknowledges that free the replay memory. So that a full replay memory cannot
-    block itself, such a message is dropped like one lost on the wire while the replay memory is full, and asked for again
-    (LINK_NAK) once ``messages`` has room.
+    A message that arrives while the one before it waits in ``messages`` is kept in the deframer and
+    holds up ``rx``, so that two are buffered. But ``rx`` also carries the acknowledges that free
+    the replay memory. So that a full replay memory cannot block itself, such a message is dropped
+    like one lost on the wire while the replay memory is full, and asked for again (LINK_NAK) once
+    ``messages`` has room.
 
-    LINK_RESET_DONE repeats the sequence byte of its LINK_RESET, so that the host can tell which of several it answers. Messages that
-    were accepted before a reset stay; replies that were accepted before it are dropped.
+    LINK_RESET_DONE repeats the sequence byte of its LINK_RESET, so that the host can tell which of
+    several it answers. Messages that were accepted before a reset stay; replies that were accepted
+    before it are dropped.
 
     Parameters
     ----------
@@ -41,12 +43,13 @@ class Link(wiring.Component):
     replay_frames : :class:`int`
         Replies kept until they are acknowledged: a power of two from 2 to 64.
     acknowledge_every : :class:`int`
-        Messages after which a frame goes out that acknowledges them, 1 to 64. More than the host's window makes it wait for
-        ``acknowledge_idle``.
+        Messages after which a frame goes out that acknowledges them, 1 to 64. More than the host's
+        window makes it wait for ``acknowledge_idle``.
     acknowledge_idle : :class:`int`
         Cycles without a byte on ``rx`` after which what is accepted is acknowledged, 1 to 65,535.
     replay_cycles : :class:`int`
-        Cycles without a new acknowledge after which unacknowledged replies are sent again, 1 to 16,777,215.
+        Cycles without a new acknowledge after which unacknowledged replies are sent again, 1 to
+        16,777,215.
 
     Members
     -------
@@ -57,8 +60,8 @@ class Link(wiring.Component):
     messages : ``Out(stream.Signature(MessageLayout(config=..., to_device=True)))``
         Messages from the host, each once and in order.
     replies : ``In(stream.Signature(MessageLayout(config=..., to_device=False)))``
-        Messages to the host. A reply of *n* bytes is taken n + 2 cycles after it is offered if there is room. A code that the host
-        does not know goes out without a body.
+        Messages to the host. A reply of *n* bytes is taken n + 2 cycles after it is offered if
+        there is room. A code that the host does not know goes out without a body.
     errors : ``Out(1)``
         A strobe for each damaged frame.
     replays : ``Out(1)``
@@ -69,7 +72,8 @@ class Link(wiring.Component):
     message_latency : :class:`int`
         Cycles from a frame's delimiter on ``rx`` to its message on ``messages``.
     reply_overhead : :class:`int`
-        Cycles from a reply of *n* bytes being taken on ``replies`` to its first byte on ``tx``, less n.
+        Cycles from a reply of *n* bytes being taken on ``replies`` to its first byte on ``tx``,
+        less n.
 
     Raises
     ------
@@ -282,9 +286,9 @@ class Link(wiring.Component):
                         step.eq(Mux(remaining == 0, 0, 5)),
                     ]
 
-        # --- replies into the replay memory ---
-        # A slot that is acknowledged while it is being sent again may be overwritten under way. The host has that frame already and
-        # drops what it gets by its number.
+        # --- replies into the replay memory --- A slot that is acknowledged while it is being sent
+        # again may be overwritten under way. The host has that frame already and drops what it gets
+        # by its number.
         reply = self.replies.p
         copied = Signal(offset_bits + 1)
         reply_length = Signal.like(remaining)
@@ -322,7 +326,12 @@ class Link(wiring.Component):
             with m.If(acknowledged > unacknowledged):
                 m.d.sync += following.eq(frame.acknowledge)
         with m.If(
-            (arrived & is_nak & (unacknowledged != 0) & ~(progress & (acknowledged >= unacknowledged)))
+            (
+                arrived
+                & is_nak
+                & (unacknowledged != 0)
+                & ~(progress & (acknowledged >= unacknowledged))
+            )
             | (late & ~progress & (unacknowledged != 0))
         ):
             m.d.sync += [
@@ -365,7 +374,9 @@ class Link(wiring.Component):
                         refused.eq(0),
                     ]
                     with m.If(chosen):
-                        m.d.sync += owed.eq(1)  # The frame chosen now acknowledges only what came before.
+                        m.d.sync += owed.eq(
+                            1
+                        )  # The frame chosen now acknowledges only what came before.
                     with m.Elif(owed != self.acknowledge_every):
                         m.d.sync += owed.eq(owed + 1)
                 with m.Elif(in_order):

@@ -13,7 +13,7 @@ __all__ = ["Deframer", "Frame"]
 
 
 class Frame(NamedTuple):
-    """A received frame and the verdict on it. Of a damaged frame, only ``damaged`` means anything."""
+    """A received frame and the verdict on it. Of a damaged frame only ``damaged`` counts."""
 
     code: int
     sequence: int
@@ -28,7 +28,7 @@ _DAMAGED = Frame(code=0, sequence=0, acknowledge=0, body=b"", damaged=True, misf
 
 
 class Deframer:
-    """Take bytes off the wire and give one checked frame for each delimiter that ends at least one byte.
+    """Take bytes off the wire and give one checked frame for each delimiter after a byte.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Deframer:
         self._rest = b""
 
     def receive(self, data: bytes) -> list[Frame]:
-        """Frames that end in ``data``; the bytes of an unfinished one are kept for the next call."""
+        """Frames that end in ``data``; bytes of an unfinished one are kept for the next call."""
         *ended, self._rest = (self._rest + data).split(b"\0")
         return [self._check(stuffed) for stuffed in ended if stuffed]
 

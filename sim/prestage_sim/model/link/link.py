@@ -14,10 +14,11 @@ __all__ = ["DeviceLink"]
 
 
 class DeviceLink:
-    """Exchange messages with the host over a wire that loses and damages bytes (go-back-N both ways).
+    """Exchange messages with the host over a wire that loses or damages bytes (go-back-N).
 
-    The model has no clock: :meth:`transmit` stands for a pause in which everything that is due goes out, and
-    :meth:`expire` for the end of the replay timer. Messages are taken as soon as they are accepted, so there is always room.
+    The model has no clock: :meth:`transmit` stands for a pause in which everything that is due goes
+    out, and :meth:`expire` for the end of the replay timer. Messages are taken as soon as they are
+    accepted, so there is always room.
 
     Parameters
     ----------
@@ -123,7 +124,8 @@ class DeviceLink:
         Parameters
         ----------
         idle : :class:`bool`
-            True if the wire from the host has been quiet for the time after which anything accepted is acknowledged.
+            True if the wire from the host has been quiet for the time after which anything accepted
+            is acknowledged.
         """
         acknowledge = self._accepted % 256
         frames = []
