@@ -1,0 +1,162 @@
+"""The golden model behind the byte streams of a device: ``model://``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prestage_hw.contract import TRANSFER_DTYPE, DeviceConfig
+
+from .link import DeviceLink
+from .top import Top
+
+__all__ = ["ModelPipe", "open_pipe"]
+
+
+class ModelPipe:
+    """A device without a clock: every message is served to completion as soon as it arrives.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device.
+    memory : array of uint8
+        Bytes of the memory, from address 0.
+
+    Members
+    -------
+    top : :class:`Top`
+        The device behind the link.
+
+    Raises
+    ------
+    TypeError
+        If a parameter is not of its type.
+    """
+
+    def __init__(self, config: DeviceConfig, *, memory: NDArray[np.uint8]) -> None:
+        if not isinstance(config, DeviceConfig):
+            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        if not isinstance(memory, np.ndarray) or memory.dtype != np.uint8 or memory.ndim != 1:
+            raise TypeError("Memory must be a one-dimensional array of uint8")
+        self.config = config
+        self.top = Top(config, memory)
+        self._memory = memory
+        self._link = DeviceLink(config)
+        self._errors = 0
+        self._replays = 0
+        self._closed = False
+
+    @property
+    def cycles(self) -> int:
+        """Always 0: there is no clock."""
+        return 0
+
+    @property
+    def clocked(self) -> bool:
+        """Always False: there is no clock."""
+        return False
+
+    def exchange(self, data: bytes, *, frames: int = 1, limit: float | None = None) -> bytes:
+        """Serve ``data`` and return everything that is due; there is nothing to wait for.
+
+        An empty answer to a caller who expects frames stands for a silence in which the device's replay timer ends.
+
+        Raises
+        ------
+        OSError
+            If the pipe is closed.
+        """
+        if self._closed:
+            raise OSError("the device was closed")
+        link = self._link
+        messages = link.receive(data)
+        self._count()
+        for code, body in messages:
+            for answer_code, answer in self.top.handle(code, body):
+                link.reply(answer_code, answer)
+        answer = link.transmit()
+        if not answer and frames > 0 and not data:
+            link.expire()
+            self._count()
+            answer = link.transmit()
+        return answer
+
+    def _count(self) -> None:
+        counters = self.top.counters
+        counters["link_errors"] += self._link.errors - self._errors
+        counters["link_replays"] += self._link.replays - self._replays
+        self._errors, self._replays = self._link.errors, self._link.replays
+
+    def run(self, cycles: int) -> bytes:
+        """Nothing passes: returns what is due."""
+        return self.exchange(b"", frames=0)
+
+    def read_slot(self, slot: int) -> bytes:
+        """Bytes of a slot.
+
+        Raises
+        ------
+        ValueError
+            If there is no such slot.
+        OSError
+            If a tile of the slot isn't valid.
+        """
+        if not 0 <= slot < self.config.slots:
+            raise ValueError(f"Slot must be between 0 and {self.config.slots - 1}, not {slot}")
+        storage = self.top.buffer.storage
+        missing = [t for t in range(self.config.tiles) if not storage.valid[slot] >> t & 1]
+        if missing:
+            raise OSError(f"tile {missing[0]} of slot {slot} is not valid")
+        return storage.data[slot].tobytes()
+
+    def compare(
+        self, slots: Sequence[int], layers: Sequence[int], experts: Sequence[int]
+    ) -> list[int]:
+        """Positions whose slot differs from the expert's bytes in memory, or has an invalid tile."""
+        storage = self.top.buffer.storage
+        whole = (1 << self.config.tiles) - 1
+        size = self.config.expert_bytes
+        base = self.top.registers.expert_base
+        wrong = []
+        for at, (slot, layer, expert) in enumerate(zip(slots, layers, experts, strict=True)):
+            start = self.config.expert_address(layer, expert, base=base)
+            if storage.valid[slot] != whole or not np.array_equal(
+                storage.data[slot], self._memory[start : start + size]
+            ):
+                wrong.append(at)
+        return wrong
+
+    def transfers(self) -> NDArray[np.void]:
+        """Always empty: there is no clock."""
+        return np.zeros(0, dtype=TRANSFER_DTYPE)
+
+    def close(self) -> None:
+        """Refuse further bytes. A second call does nothing."""
+        self._closed = True
+
+
+def open_pipe(
+    config: DeviceConfig, *, memory: NDArray[np.uint8], options: Mapping[str, str]
+) -> ModelPipe:
+    """Open the golden model: what ``model://`` stands for.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device.
+    memory : array of uint8
+        Bytes of the memory, from address 0.
+    options : mapping
+        The URL's options; there are none.
+
+    Raises
+    ------
+    ValueError
+        If there is an option.
+    """
+    if options:
+        raise ValueError(f"model:// takes no options, but was given {', '.join(sorted(options))}")
+    return ModelPipe(config, memory=memory)

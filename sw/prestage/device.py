@@ -1,0 +1,890 @@
+"""One device: what an inference loop calls."""
+
+from __future__ import annotations
+
+import operator
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from types import TracebackType
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prestage_hw.contract import MESSAGES, DeviceConfig, Pipe, SimulatedPipe, register_by_name
+from prestage_hw.contract.pattern import expert_memory
+from prestage_hw.contract.records import ErrorCode, Phase, Record
+from prestage_hw.contract.registers import COUNTERS, REGISTERS, shape_registers
+
+from .errors import (
+    ArgumentError,
+    ClosedError,
+    DataError,
+    DeviceError,
+    DeviceTimeoutError,
+    LinkError,
+    MismatchError,
+    MissingExtraError,
+    UnknownDeviceError,
+    device_error,
+)
+from .link import HostLink
+
+__all__ = ["LINKS", "Device", "Ready", "known_links", "open_device"]
+
+#: Group of the entry points that open pipes, by URL scheme.
+LINKS = "prestage.links"
+
+#: Token id on the wire where it isn't known.
+_NO_TOKEN = 0xFFFFFFFF
+
+_CONTROL_PREFETCH, _CONTROL_HINTS = 1, 2
+_CLEAR_PREDICTOR, _CLEAR_BUFFER, _CLEAR_COUNTERS = 1, 2, 4
+
+#: Events that refuse a whole routing decision.
+_REFUSED_ROUTE = frozenset(
+    {
+        ErrorCode.BAD_CONTEXT,
+        ErrorCode.BAD_LAYER,
+        ErrorCode.BAD_EXPERT,
+        ErrorCode.DUPLICATE_EXPERT,
+        ErrorCode.UNRELEASED,
+    }
+)
+
+#: Events about one demand of a routing decision.
+_FAILED_DEMAND = frozenset({ErrorCode.BUS, ErrorCode.NO_SLOT})
+
+
+class Ready(NamedTuple):
+    """An expert that has arrived: its slot holds exactly its bytes until the layer is released."""
+
+    ctx: int
+    layer: int
+    expert: int
+    slot: int
+
+
+class _Route:
+    """One unreleased routing decision."""
+
+    __slots__ = ("errors", "experts", "ready", "refused", "waiting")
+
+    def __init__(self, experts: Sequence[int]) -> None:
+        self.experts = experts
+        self.waiting = set(experts)
+        self.ready: deque[Ready] = deque()
+        self.errors: deque[DeviceError] = deque()
+        self.refused = False
+
+
+def _layout(record: Record | None, config: DeviceConfig) -> struct.Struct:
+    """Wire layout of a record, bound once: the hot path packs some ten messages a layer."""
+    assert record is not None
+    codes = {8: "B", 16: "H", 32: "I", 64: "Q"}
+    return struct.Struct(
+        "<" + "".join(f"{f.length(config)}{codes[f.wire_bits]}" for f in record.fields)
+    )
+
+
+def known_links() -> dict[str, EntryPoint]:
+    """URL schemes that are installed, with the entry points that open them."""
+    return {point.name: point for point in entry_points(group=LINKS)}
+
+
+def _opener(scheme: str, url: str) -> Any:
+    links = known_links()
+    if scheme not in links:
+        known = ", ".join(f"{name}://" for name in sorted(links)) or "none: prestage isn't installed"
+        raise UnknownDeviceError(f"Device URL must start with one of {known}, not {url!r}")
+    point = links[scheme]
+    try:
+        return point.load()
+    except ImportError as error:
+        extra = point.extras[0] if point.extras else scheme
+        raise MissingExtraError(
+            f"{scheme}:// needs the extra prestage[{extra}]:"
+            f" pip install 'prestage[{extra}]' ({error})"
+        ) from error
+
+
+def _options(url: str) -> tuple[str, dict[str, str]]:
+    """Scheme and options of a device URL."""
+    if not isinstance(url, str):
+        raise TypeError(f"Device URL must be a string, not {url!r}")
+    parts = urlsplit(url)
+    if not parts.scheme or not url.startswith(f"{url[: len(parts.scheme)]}://"):
+        _opener("", url)
+    try:
+        pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except ValueError:
+        raise ArgumentError(
+            f"Device URL must have options of the form name=value, not {parts.query!r}"
+        ) from None
+    options = dict(pairs)
+    if len(options) != len(pairs):
+        raise ArgumentError(f"Device URL must name each option once, not {parts.query!r}")
+    where = parts.netloc + parts.path
+    if where.strip("/"):
+        options["address"] = where
+    return parts.scheme, options
+
+
+def open_device(
+    url: str, *, config: DeviceConfig, memory: NDArray[np.uint8] | None = None
+) -> Device:
+    """Open a device and check that it's what the configuration says.
+
+    Parameters
+    ----------
+    url : :class:`str`
+        ``"sim://?latency=64&bytes_per_cycle=16"``, ``"model://"`` or the scheme of any other installed link.
+    config : :class:`DeviceConfig`
+        Device that is expected; a simulated one is built from it.
+    memory : array of uint8 or None
+        Bytes of all experts, layer by layer, ``layers * experts * expert_bytes`` of them. None stands for a pattern that
+        depends on layer, expert and position.
+
+    Raises
+    ------
+    UnknownDeviceError
+        If no installed link has the URL's scheme.
+    MissingExtraError
+        If the link's packages aren't installed.
+    MismatchError
+        If a register of the device disagrees with the configuration.
+    ArgumentError
+        If an option of the URL or the memory's size is wrong.
+    """
+    if not isinstance(config, DeviceConfig):
+        raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+    scheme, options = _options(url)
+    opener = _opener(scheme, url)
+    if memory is None:
+        memory = expert_memory(config)
+    size = config.model.layers * config.model.experts * config.expert_bytes
+    if not isinstance(memory, np.ndarray) or memory.dtype != np.uint8 or memory.ndim != 1:
+        raise TypeError("Memory must be a one-dimensional array of uint8")
+    if memory.size < size:
+        raise ArgumentError(
+            f"Memory must hold all experts, {size} bytes, but holds {memory.size}"
+        )
+    try:
+        pipe = opener(config, memory=memory, options=options)
+    except ValueError as error:
+        raise ArgumentError(f"{url}: {error}") from error
+    try:
+        return Device(pipe, config, url=url)
+    except BaseException:
+        pipe.close()
+        raise
+
+
+class Device:
+    """A device behind a pipe.
+
+    Messages are posted one way: only :meth:`wait_ready`, :meth:`read`, :meth:`drain`, :meth:`stats` and the table methods wait for an
+    answer, and whatever arrives meanwhile is kept. Arguments are checked before anything is sent.
+
+    Parameters
+    ----------
+    pipe : :class:`Pipe`
+        Byte streams to and from the device; closed with it.
+    config : :class:`DeviceConfig`
+        Device that is expected.
+    url : :class:`str`
+        Where the pipe came from, for messages.
+
+    Members
+    -------
+    config, pipe, url
+        As given.
+
+    Raises
+    ------
+    MismatchError
+        If a register of the device disagrees with the configuration.
+    """
+
+    def __init__(self, pipe: Pipe, config: DeviceConfig, *, url: str = "") -> None:
+        if not isinstance(config, DeviceConfig):
+            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        self.config = config
+        self.pipe = pipe
+        self.url = url
+        self._closed = False
+        self._link = HostLink(pipe, config)
+        self._simulated = pipe if isinstance(pipe, SimulatedPipe) else None
+        self._routes: dict[tuple[int, int], _Route] = {}
+        self._current = [-1] * config.contexts
+        self._unclaimed: list[DeviceError] = []
+        self._values: deque[tuple[int, int]] = deque()
+        self._data: deque[tuple[int, int, bytes, int]] = deque()
+        self._synced: int | None = None
+        self._sync_tag = 0
+        self._control = register_by_name("control").reset or 0
+        self._contexts = config.contexts
+        self._layers = config.model.layers
+        self._experts = config.model.experts
+        self._top_k = config.model.top_k
+        layouts = {name: _layout(m.record, config) for name, m in MESSAGES.items() if m.record}
+        self._pack = {
+            name: (MESSAGES[name].code, layout.pack)
+            for name, layout in layouts.items()
+            if MESSAGES[name].to_device
+        }
+        self._route_code, self._route_pack = self._pack["ROUTE"]
+        self._sizes = {m.code: layouts[m.name].size for m in MESSAGES.values() if m.record}
+        self._ready_code = MESSAGES["READY"].code
+        self._ready_unpack = layouts["READY"].unpack
+        self._handlers = {
+            MESSAGES["EVENT"].code: (layouts["EVENT"].unpack, self._on_event),
+            MESSAGES["SYNCED"].code: (layouts["SYNCED"].unpack, self._on_synced),
+            MESSAGES["REGISTER_VALUE"].code: (layouts["REGISTER_VALUE"].unpack, self._on_value),
+            MESSAGES["DATA"].code: (layouts["DATA"].unpack, self._on_data),
+        }
+        self._link.reset()
+        self._check_shape()
+
+    def _check_shape(self) -> None:
+        expected = shape_registers(self.config)
+        actual = self._read_registers(list(expected))
+        hints = {
+            "device_id": "This is no Prestage device, or the link garbles bytes.",
+            "register_hash": "Driver and device were built from different register lists.",
+        }
+        for name, value in zip(expected, actual, strict=True):
+            if name == "version":
+                if value >> 16 != expected[name] >> 16:
+                    raise MismatchError(
+                        name,
+                        expected=expected[name],
+                        actual=value,
+                        hint="The major versions must agree.",
+                    )
+            elif value != expected[name]:
+                raise MismatchError(
+                    name, expected=expected[name], actual=value, hint=hints.get(name, "")
+                )
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Send what was posted and release the device. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._link.poll(frames=0)
+        except (OSError, LinkError):
+            pass  # a device that has gone can't be told anything more
+        finally:
+            self.pipe.close()
+
+    @property
+    def closed(self) -> bool:
+        """True once the device was closed."""
+        return self._closed
+
+    @property
+    def clocked(self) -> bool:
+        """True if the device is simulated and has a clock."""
+        return self._simulated is not None and self._simulated.clocked
+
+    @property
+    def cycles(self) -> int:
+        """Clock cycles since reset of a simulated device, without a message; 0 otherwise."""
+        return self._simulated.cycles if self._simulated is not None else 0
+
+    @property
+    def unclaimed(self) -> tuple[DeviceError, ...]:
+        """Errors that belong to no layer that is waited for; :meth:`drain` raises them."""
+        return tuple(self._unclaimed)
+
+    # What an inference loop calls.
+
+    def begin_token(
+        self, ctx: int, token: int | None = None, phase: Phase | int = Phase.DECODE
+    ) -> None:
+        """A token starts.
+
+        Parameters
+        ----------
+        ctx : :class:`int`
+            Context (sequence) number.
+        token : :class:`int` or None
+            Id of the *input* token, 0 to 0xFFFFFFFE; None where unknown.
+        phase : :class:`Phase`
+            What the token is for.
+        """
+        self._check_context(ctx)
+        number = _NO_TOKEN if token is None else operator.index(token)
+        if not 0 <= number <= _NO_TOKEN or (token is not None and number == _NO_TOKEN):
+            raise ArgumentError(f"Token id must be between 0 and {_NO_TOKEN - 1}, not {token}")
+        try:
+            phase = Phase(phase)
+        except ValueError:
+            names = ", ".join(f"{p.value} ({p.name})" for p in Phase)
+            raise ArgumentError(f"Phase must be one of {names}, not {phase!r}") from None
+        self._post("BEGIN_TOKEN", ctx, phase, number)
+        self._current[ctx] = -1
+
+    def route(self, ctx: int, layer: int, experts: Iterable[int]) -> None:
+        """The router has chosen: demand k experts, teach the predictor and start prefetches.
+
+        Parameters
+        ----------
+        ctx, layer : :class:`int`
+            Context, and the layer that was routed.
+        experts : iterable of :class:`int`
+            The k chosen experts, descending weight, distinct.
+
+        Raises
+        ------
+        ArgumentError
+            If a number is out of range, there are not k distinct experts, or the layer wasn't released since its last route.
+        """
+        chosen = [operator.index(expert) for expert in experts]
+        self._check_layer(ctx, layer)
+        if len(chosen) != self._top_k:
+            raise ArgumentError(
+                f"Route must name k = {self._top_k} experts, not {len(chosen)}: {chosen}"
+            )
+        if min(chosen) < 0 or max(chosen) >= self._experts:
+            raise ArgumentError(
+                f"Experts must be between 0 and {self._experts - 1}, not {chosen}"
+            )
+        key = (ctx, layer)
+        if key in self._routes:
+            raise ArgumentError(
+                f"Layer {layer} of context {ctx} must be released before it is routed again"
+            )
+        route = _Route(chosen)
+        if len(route.waiting) != self._top_k:
+            raise ArgumentError(f"Experts of a route must be distinct, not {chosen}")
+        self._check_open()
+        self._link.post(self._route_code, self._route_pack(ctx, layer, *chosen))
+        self._routes[key] = route
+        self._current[ctx] = layer
+
+    def hint(self, ctx: int, layer: int, expert: int, score: int = 255) -> None:
+        """Tell the device that a layer to come may choose an expert.
+
+        Parameters
+        ----------
+        ctx, layer, expert : :class:`int`
+            Context, a layer after the last one routed in this token, expert.
+        score : :class:`int`
+            Confidence, 0 to 255. Hints below the threshold are dropped, and all of them unless hints are enabled: see :meth:`configure`.
+        """
+        self._check_layer(ctx, layer)
+        if not 0 <= operator.index(expert) < self._experts:
+            raise ArgumentError(f"Expert must be between 0 and {self._experts - 1}, not {expert}")
+        if not 0 <= operator.index(score) <= 255:
+            raise ArgumentError(f"Hint score must be between 0 and 255, not {score}")
+        if layer <= self._current[ctx]:
+            raise ArgumentError(
+                f"Hint must be for a layer after {self._current[ctx]}, the last one routed, not {layer}"
+            )
+        self._post("HINT", ctx, layer, expert, score)
+
+    def wait_ready(
+        self, ctx: int, layer: int, *, timeout: float | None = None
+    ) -> Iterator[Ready]:
+        """Experts of a routed layer as they arrive, ready first.
+
+        Parameters
+        ----------
+        ctx, layer : :class:`int`
+            A context and a layer that was routed and not released.
+        timeout : :class:`float` or None
+            Longest wait for the next expert: clock cycles on a simulated device, microseconds on a board.
+
+        Raises
+        ------
+        DeviceError
+            If the device reports an error about this layer. The other experts still come: wait again.
+        DeviceTimeoutError
+            If nothing arrives in time.
+        """
+        self._check_layer(ctx, layer)
+        route = self._routes.get((ctx, layer))
+        if route is None:
+            raise ArgumentError(f"Layer {layer} of context {ctx} must be routed before it's waited for")
+        self._check_open()
+        return self._arrivals(ctx, layer, route, timeout)
+
+    def _arrivals(
+        self, ctx: int, layer: int, route: _Route, timeout: float | None
+    ) -> Iterator[Ready]:
+        while True:
+            while route.ready:
+                yield route.ready.popleft()
+            if route.errors:
+                error = route.errors.popleft()
+                if route.refused:
+                    self._routes.pop((ctx, layer), None)
+                raise error
+            if not route.waiting:
+                return
+            if not self._pump(1, timeout):
+                raise self._silence(ctx, layer, route)
+
+    def _silence(self, ctx: int, layer: int, route: _Route) -> DeviceTimeoutError:
+        return DeviceTimeoutError(
+            f"Device didn't answer in time: layer {layer} of context {ctx} still waits for"
+            f" experts {sorted(route.waiting)}"
+        )
+
+    def read(self, ready: Ready, *, over_link: bool = False) -> bytes:
+        """Bytes of an expert that is ready.
+
+        Parameters
+        ----------
+        ready : :class:`Ready`
+            From :meth:`wait_ready`, its layer not released yet.
+        over_link : :class:`bool`
+            Read with messages even where the device has a consumer port.
+
+        Raises
+        ------
+        ArgumentError
+            If the layer was released.
+        DataError
+            If a tile of the slot isn't valid.
+        """
+        route = self._routes.get((ready.ctx, ready.layer))
+        if route is None or ready.expert not in route.experts:
+            raise ArgumentError(
+                f"Expert {ready.expert} of layer {ready.layer}, context {ready.ctx}, must not be read"
+                " after its layer was released"
+            )
+        self._check_open()
+        if self._simulated is not None and not over_link:
+            try:
+                return self._simulated.read_slot(ready.slot)
+            except OSError as error:
+                raise DataError(f"Slot {ready.slot} can't be read: {error}") from error
+        return self._read_over_link(ready.slot)
+
+    def _read_over_link(self, slot: int) -> bytes:
+        beats = self.config.expert_beats
+        most = 0xFFFF
+        for beat in range(0, beats, most):
+            self._post("READ", slot, beat, min(most, beats - beat))
+        parts = []
+        while len(parts) < beats:
+            if not self._data and not self._pump(min(beats - len(parts), 64), None):
+                raise DeviceTimeoutError(
+                    f"Device didn't answer in time: slot {slot} gave {len(parts)} of {beats} beats"
+                )
+            self._raise_unclaimed(ErrorCode.BAD_READ)
+            while self._data:
+                got_slot, beat, data, ok = self._data.popleft()
+                if got_slot != slot or beat != len(parts):
+                    raise LinkError(
+                        f"Data must be of slot {slot}, beat {len(parts)}, not slot {got_slot}, beat {beat}"
+                    )
+                if not ok:
+                    raise DataError(f"Slot {slot} has an invalid tile at beat {beat}")
+                parts.append(data)
+        return b"".join(parts)
+
+    def release(self, ctx: int, layer: int) -> None:
+        """The consumer is done with a layer; its slots may be reused.
+
+        Raises
+        ------
+        ArgumentError
+            If the layer isn't routed, or an expert of it hasn't arrived.
+        """
+        key = (ctx, layer)
+        route = self._routes.get(key)
+        if route is None:
+            self._check_layer(ctx, layer)
+            raise ArgumentError(f"Layer {layer} of context {ctx} must be routed before it's released")
+        if route.waiting:
+            raise ArgumentError(
+                f"Layer {layer} of context {ctx} must not be released while experts"
+                f" {sorted(route.waiting)} are awaited"
+            )
+        if not route.refused:
+            self._post("RELEASE", ctx, layer)
+        del self._routes[key]
+        self._unclaimed.extend(route.errors)
+
+    def drain(self, *, timeout: float | None = None) -> None:
+        """Wait until everything posted is done and the device is idle.
+
+        Parameters
+        ----------
+        timeout : :class:`float` or None
+            Longest wait without any answer, as in :meth:`wait_ready`.
+
+        Raises
+        ------
+        DeviceError
+            An error that belongs to no unreleased layer; further ones are in its ``others``.
+        DeviceTimeoutError
+            If the device doesn't become idle in time.
+        """
+        self.sync(timeout=timeout)
+        if self._unclaimed:
+            first, *others = self._unclaimed
+            self._unclaimed.clear()
+            first.others = tuple(others)
+            raise first
+
+    def sync(self, *, timeout: float | None = None) -> None:
+        """Like :meth:`drain`, but leaves errors in :attr:`unclaimed`."""
+        tag = self._sync_tag = (self._sync_tag + 1) & 0xFFFF
+        self._post("SYNC", tag)
+        self._synced = None
+        waiting = sum(len(route.waiting) for route in self._routes.values())
+        while self._synced != tag:
+            if not self._pump(waiting + 1, timeout):
+                raise DeviceTimeoutError("Device didn't answer in time: it's still not idle")
+            waiting = 0
+
+    def flush(self) -> None:
+        """Send what was posted without waiting for an answer."""
+        self._pump(0, None)
+
+    def collect(self, ctx: int, layer: int, *, timeout: float | None = None) -> None:
+        """Wait until no expert of a routed layer is awaited; :meth:`wait_ready` then returns at once.
+
+        Raises
+        ------
+        DeviceTimeoutError
+            If nothing arrives in time.
+        """
+        self._check_layer(ctx, layer)
+        route = self._routes.get((ctx, layer))
+        while route is not None and route.waiting:
+            if not self._pump(len(route.waiting), timeout):
+                raise self._silence(ctx, layer, route)
+
+    def run(self, cycles: int) -> None:
+        """Let clock cycles pass on a simulated device; nothing happens if ``cycles`` isn't positive.
+
+        Raises
+        ------
+        ArgumentError
+            If the device has no clock.
+        """
+        if self._simulated is None or not self._simulated.clocked:
+            raise ArgumentError(f"Only a device with a clock can run, not {self.url or 'this one'}")
+        self._check_open()
+        if cycles > 0:
+            before = self._simulated.cycles
+            self._link.acknowledge()
+            rest = cycles - (self._simulated.cycles - before)
+            if rest > 0:
+                self._link.receive(self._simulated.run(rest))
+
+    # Settings, counters and tables.
+
+    def configure(
+        self,
+        *,
+        prefetch: bool | None = None,
+        hints: bool | None = None,
+        hint_threshold: int | None = None,
+        expert_base: int | None = None,
+        prefetch_tiles: int | None = None,
+        clear_predictor: bool = False,
+        clear_buffer: bool = False,
+        clear_counters: bool = False,
+        tables: Mapping[int, NDArray[np.uint32]] | None = None,
+    ) -> None:
+        """Change settings; None leaves one as it is.
+
+        Parameters
+        ----------
+        prefetch, hints : :class:`bool` or None
+            Prefetch what the predictor proposes (on after reset), and what hints name (off after reset).
+        hint_threshold : :class:`int` or None
+            Least score of a hint that counts, 0 to 255.
+        expert_base : :class:`int` or None
+            Address of expert 0 of layer 0, in bytes: a multiple of the memory port's width.
+        prefetch_tiles : :class:`int` or None
+            Prefetch tiles that may be under way at once, 1 to 4. A demand waits behind at most so many.
+        clear_predictor, clear_buffer, clear_counters : :class:`bool`
+            Clear the predictor's tables, the buffer (every layer counts as released), the counters. Waits for the engine to be idle.
+        tables : mapping of :class:`int` to arrays of uint32, or None
+            Predictor tables to load after clearing, as :meth:`snapshot` gives them.
+        """
+        writes: list[tuple[str, int]] = []
+        control = self._control
+        for bit, wanted in ((_CONTROL_PREFETCH, prefetch), (_CONTROL_HINTS, hints)):
+            if wanted is not None:
+                control = control | bit if wanted else control & ~bit
+        if control != self._control:
+            writes.append(("control", control))
+        if hint_threshold is not None:
+            if not 0 <= operator.index(hint_threshold) <= 255:
+                raise ArgumentError(f"Hint threshold must be between 0 and 255, not {hint_threshold}")
+            writes.append(("hint_threshold", hint_threshold))
+        if expert_base is not None:
+            self._check_base(expert_base)
+            writes.append(("expert_base_low", expert_base & 0xFFFFFFFF))
+            writes.append(("expert_base_high", expert_base >> 32))
+        if prefetch_tiles is not None:
+            if not 1 <= operator.index(prefetch_tiles) <= 4:
+                raise ArgumentError(f"Prefetch tiles must be between 1 and 4, not {prefetch_tiles}")
+            writes.append(("prefetch_tiles", prefetch_tiles))
+        clear = (
+            clear_predictor * _CLEAR_PREDICTOR
+            + clear_buffer * _CLEAR_BUFFER
+            + clear_counters * _CLEAR_COUNTERS
+        )
+        if clear:
+            if clear_buffer and any(route.waiting for route in self._routes.values()):
+                raise ArgumentError("Buffer must not be cleared while experts are awaited")
+            writes.append(("clear", clear))
+        loads = [(n, self._check_table(n, t)) for n, t in (tables or {}).items()]
+        for name, value in writes:
+            self._post("REGISTER_WRITE", register_by_name(name).address, value)
+        self._control = control
+        if clear_buffer:
+            self._routes.clear()
+            self._current = [-1] * self._contexts
+        for number, values in loads:
+            self._load_table(number, values)
+
+    def _check_base(self, base: int) -> None:
+        model = self.config.model
+        size = model.layers * model.experts * self.config.expert_bytes
+        most = (1 << self.config.address_bits) - size
+        if not 0 <= operator.index(base) <= most:
+            raise ArgumentError(f"Expert base must be between 0 and {most:#x}, not {base:#x}")
+        if base % self.config.data_bytes:
+            raise ArgumentError(
+                f"Expert base must be a multiple of {self.config.data_bytes} bytes, not {base:#x}"
+            )
+
+    def stats(self) -> dict[str, int]:
+        """All counters by name, and ``cycles``: clock cycles since reset as the device counts them."""
+        names = ["cycles_low", "cycles_high"]
+        for counter in COUNTERS:
+            if counter.bits == 32:
+                names.append(counter.name)
+            else:
+                names += [f"{counter.name}_low", f"{counter.name}_high"]
+        values = dict(zip(names, self._read_registers(names), strict=True))
+        stats = {"cycles": values["cycles_high"] << 32 | values["cycles_low"]}
+        for counter in COUNTERS:
+            if counter.bits == 32:
+                stats[counter.name] = values[counter.name]
+            else:
+                low, high = values[f"{counter.name}_low"], values[f"{counter.name}_high"]
+                stats[counter.name] = high << 32 | low
+        return stats
+
+    def counters(self, *names: str) -> tuple[int, ...]:
+        """Some 32-bit counters, cheaper than :meth:`stats`."""
+        return tuple(self._read_registers(names))
+
+    def read_register(self, name: str) -> int:
+        """Value of a register."""
+        (value,) = self._read_registers([name])
+        return value
+
+    def write_register(self, name: str, value: int) -> None:
+        """Write a register.
+
+        Raises
+        ------
+        ArgumentError
+            If it's read-only or the value doesn't fit in 32 bits.
+        """
+        register = _register(name)
+        if register.access == "ro":
+            raise ArgumentError(f"Register {name} must not be written: it's read-only")
+        if not 0 <= operator.index(value) < 1 << 32:
+            raise ArgumentError(f"Register value must be between 0 and 0xffffffff, not {value:#x}")
+        self._post("REGISTER_WRITE", register.address, value)
+        if name == "control":
+            self._control = value & 3
+
+    def table_words(self, table: int) -> int:
+        """Words in a predictor table, 0 if there is no such table."""
+        self._check_table_number(table)
+        self.write_register("table_address", table << 24)
+        return self.read_register("table_words")
+
+    def save_table(self, table: int) -> NDArray[np.uint32]:
+        """Words of a predictor table.
+
+        Raises
+        ------
+        ArgumentError
+            If there is no such table.
+        """
+        count = self.table_words(table)
+        if count == 0:
+            raise ArgumentError(f"Predictor {self.config.predictor!r} must have a table {table}")
+        # In pieces, so that a large table doesn't pile up as bytes in the pipe.
+        address = _register("table_data").address
+        values: list[int] = []
+        while len(values) < count:
+            values += self._read_addresses([address] * min(1024, count - len(values)))
+        return np.array(values, dtype=np.uint32)
+
+    def snapshot(self) -> dict[int, NDArray[np.uint32]]:
+        """All tables of the predictor, for ``configure(tables=...)``. Empty if it has none."""
+        tables = {}
+        for number in range(256):
+            if self.table_words(number) == 0:
+                return tables
+            tables[number] = self.save_table(number)
+        return tables
+
+    def _check_table_number(self, table: int) -> None:
+        if not 0 <= operator.index(table) <= 255:
+            raise ArgumentError(f"Table number must be between 0 and 255, not {table}")
+
+    def _check_table(self, table: int, values: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        self._check_table_number(table)
+        array = np.asarray(values)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise TypeError(f"Table {table} must be a one-dimensional array of integers")
+        if array.size and not 0 <= int(array.min()) <= int(array.max()) < 1 << 32:
+            raise ArgumentError(f"Words of table {table} must fit in 32 bits")
+        words = self.table_words(table)
+        if array.size != words:
+            raise ArgumentError(f"Table {table} must have {words} words, not {array.size}")
+        return array
+
+    def _load_table(self, table: int, values: NDArray[np.uint32]) -> None:
+        self.write_register("table_address", table << 24)
+        address = _register("table_data").address
+        for value in values.tolist():
+            self._post("REGISTER_WRITE", address, value)
+        self.sync()
+
+    # Messages.
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("Device must be open, but was closed")
+
+    def _check_context(self, ctx: int) -> None:
+        if not 0 <= operator.index(ctx) < self._contexts:
+            raise ArgumentError(f"Context must be between 0 and {self._contexts - 1}, not {ctx}")
+
+    def _check_layer(self, ctx: int, layer: int) -> None:
+        self._check_context(ctx)
+        if not 0 <= operator.index(layer) < self._layers:
+            raise ArgumentError(f"Layer must be between 0 and {self._layers - 1}, not {layer}")
+
+    def _post(self, name: str, *values: int) -> None:
+        self._check_open()
+        code, pack = self._pack[name]
+        self._link.post(code, pack(*values))
+
+    def _read_registers(self, names: Sequence[str]) -> list[int]:
+        return self._read_addresses([_register(name).address for name in names])
+
+    def _read_addresses(self, addresses: Sequence[int]) -> list[int]:
+        for address in addresses:
+            self._post("REGISTER_READ", address)
+        values: list[int] = []
+        while len(values) < len(addresses):
+            if not self._values and not self._pump(len(addresses) - len(values), None):
+                raise DeviceTimeoutError(
+                    f"Device didn't answer in time: register {addresses[len(values)]:#x} wasn't read"
+                )
+            self._raise_unclaimed(ErrorCode.BAD_REGISTER)
+            while self._values:
+                address, value = self._values.popleft()
+                if address != addresses[len(values)]:
+                    raise LinkError(
+                        f"Register value must be of {addresses[len(values)]:#x}, not {address:#x}"
+                    )
+                values.append(value)
+        return values
+
+    def _raise_unclaimed(self, code: ErrorCode) -> None:
+        for at, error in enumerate(self._unclaimed):
+            if error.code == code:
+                raise self._unclaimed.pop(at)
+
+    def _pump(self, messages: int, timeout: float | None) -> bool:
+        """Wait for messages and sort them; False if none came in time."""
+        self._check_open()
+        try:
+            arrived = self._link.poll(frames=messages, limit=timeout)
+        except OSError as error:
+            raise LinkError(f"{self.url or 'Device'} can't be reached: {error}") from error
+        for code, body in arrived:
+            if code == self._ready_code and len(body) == self._sizes[code]:
+                self._on_ready(*self._ready_unpack(body))
+                continue
+            handler = self._handlers.get(code)
+            if handler is None or len(body) != self._sizes[code]:
+                raise LinkError(
+                    f"Device sent a message of type {code:#04x} with {len(body)} bytes,"
+                    " which isn't in the contract"
+                )
+            unpack, handle = handler
+            handle(*unpack(body))
+        return bool(arrived)
+
+    def _on_ready(self, ctx: int, layer: int, expert: int, slot: int) -> None:
+        route = self._routes.get((ctx, layer))
+        if route is None or expert not in route.waiting:
+            raise LinkError(
+                f"Device announced expert {expert} of layer {layer}, context {ctx}, which isn't awaited"
+            )
+        if slot >= self.config.slots:
+            raise LinkError(f"Device announced slot {slot}, but has only {self.config.slots}")
+        route.waiting.remove(expert)
+        route.ready.append(Ready(ctx, layer, expert, slot))
+
+    def _on_event(self, code: int, ctx: int, layer: int, expert: int, address: int) -> None:
+        error = device_error(code, ctx=ctx, layer=layer, expert=expert, address=address)
+        if isinstance(error, LinkError):
+            raise error
+        route = self._routes.get((ctx, layer))
+        if route is not None and error.code in _FAILED_DEMAND and expert in route.waiting:
+            route.waiting.remove(expert)
+            route.errors.append(error)
+        elif route is not None and error.code in _REFUSED_ROUTE and route.waiting:
+            route.waiting.clear()
+            route.refused = True
+            route.errors.append(error)
+        else:
+            self._unclaimed.append(error)
+
+    def _on_synced(self, tag: int) -> None:
+        self._synced = tag
+
+    def _on_value(self, address: int, value: int) -> None:
+        self._values.append((address, value))
+
+    def _on_data(self, slot: int, beat: int, *rest: int) -> None:
+        *data, ok = rest
+        self._data.append((slot, beat, bytes(data), ok))
+
+
+_REGISTERS = {register.name: register for register in REGISTERS}
+
+
+def _register(name: str) -> Any:
+    try:
+        return _REGISTERS[name]
+    except KeyError:
+        raise ArgumentError(f"Register must be one of {', '.join(_REGISTERS)}, not {name!r}") from None

@@ -1,0 +1,237 @@
+"""Everything that can go wrong between a program and a device."""
+
+from __future__ import annotations
+
+from prestage_hw.contract.records import ERROR_TEXT, ErrorCode
+
+__all__ = [
+    "DEVICE_ERRORS",
+    "ArgumentError",
+    "BadContextError",
+    "BadExpertError",
+    "BadLayerError",
+    "BadMessageError",
+    "BadReadError",
+    "BadRegisterError",
+    "BusError",
+    "ClosedError",
+    "DataError",
+    "DeviceError",
+    "DeviceTimeoutError",
+    "DuplicateExpertError",
+    "HintPassedError",
+    "LinkError",
+    "MismatchError",
+    "MissingExtraError",
+    "NoSlotError",
+    "PrestageError",
+    "UnknownDeviceError",
+    "UnreleasedError",
+    "UnroutedError",
+    "device_error",
+]
+
+
+class PrestageError(Exception):
+    """Base of all errors of the driver."""
+
+
+class ArgumentError(PrestageError, ValueError):
+    """An argument that the device would refuse; nothing was sent."""
+
+
+class UnknownDeviceError(PrestageError, ValueError):
+    """A device URL that no installed link understands."""
+
+
+class MissingExtraError(PrestageError, ImportError):
+    """A link whose packages aren't installed."""
+
+
+class ClosedError(PrestageError):
+    """A call on a device that is closed."""
+
+
+class LinkError(PrestageError):
+    """The bytes of the link make no sense, or the device doesn't answer at all."""
+
+
+class DeviceTimeoutError(PrestageError, TimeoutError):
+    """The device didn't answer in time."""
+
+
+class MismatchError(PrestageError):
+    """The device isn't what the configuration says.
+
+    Parameters
+    ----------
+    register : :class:`str`
+        Register that disagrees.
+    expected, actual : :class:`int`
+        Its value by the configuration, and the one read.
+    """
+
+    def __init__(self, register: str, *, expected: int, actual: int, hint: str = "") -> None:
+        self.register = register
+        self.expected = expected
+        self.actual = actual
+        form = "#010x" if register in ("device_id", "version", "register_hash") else "d"
+        text = f"Register {register} must be {expected:{form}}, but the device has {actual:{form}}"
+        super().__init__(f"{text}. {hint}" if hint else text)
+
+
+class DataError(PrestageError):
+    """A slot that was announced as ready doesn't hold its expert's bytes."""
+
+
+class DeviceError(PrestageError):
+    """An Event of the device.
+
+    Parameters
+    ----------
+    code : :class:`ErrorCode`
+        Why.
+    ctx, layer, expert, address : :class:`int`
+        What it is about; 0 where a field doesn't apply.
+
+    Members
+    -------
+    others : tuple of :class:`DeviceError`
+        Further errors that came with this one.
+    """
+
+    code: ErrorCode
+
+    def __init__(self, *, ctx: int, layer: int, expert: int, address: int) -> None:
+        self.ctx = ctx
+        self.layer = layer
+        self.expert = expert
+        self.address = address
+        self.others: tuple[DeviceError, ...] = ()
+        super().__init__(f"{ERROR_TEXT[self.code]} ({self._about()})")
+
+    def _about(self) -> str:
+        return f"{self.code.name}: context {self.ctx}, layer {self.layer}"
+
+
+class _ExpertError(DeviceError):
+    def _about(self) -> str:
+        return f"{super()._about()}, expert {self.expert}"
+
+
+class BadContextError(DeviceError):
+    """The context number is not below the number of contexts."""
+
+    code = ErrorCode.BAD_CONTEXT
+
+
+class BadLayerError(DeviceError):
+    """The layer number is not below the number of layers."""
+
+    code = ErrorCode.BAD_LAYER
+
+
+class BadExpertError(_ExpertError):
+    """An expert number is not below the number of experts."""
+
+    code = ErrorCode.BAD_EXPERT
+
+
+class DuplicateExpertError(_ExpertError):
+    """An expert occurs twice in one routing decision."""
+
+    code = ErrorCode.DUPLICATE_EXPERT
+
+
+class UnreleasedError(DeviceError):
+    """The layer was routed again before it was released."""
+
+    code = ErrorCode.UNRELEASED
+
+
+class UnroutedError(DeviceError):
+    """The layer was released without having been routed."""
+
+    code = ErrorCode.UNROUTED
+
+
+class NoSlotError(_ExpertError):
+    """Every slot is pinned and nothing is in flight."""
+
+    code = ErrorCode.NO_SLOT
+
+
+class BusError(_ExpertError):
+    """The memory answered a read with an error."""
+
+    code = ErrorCode.BUS
+
+    def _about(self) -> str:
+        return f"{super()._about()}, address {self.address:#x}"
+
+
+class BadMessageError(DeviceError):
+    """The device doesn't know a message, or its body has the wrong length."""
+
+    code = ErrorCode.BAD_MESSAGE
+
+    def _about(self) -> str:
+        return f"{self.code.name}: type {self.address:#04x}"
+
+
+class BadRegisterError(DeviceError):
+    """No register has that address, or it is read-only."""
+
+    code = ErrorCode.BAD_REGISTER
+
+    def _about(self) -> str:
+        return f"{self.code.name}: register {self.address:#x}"
+
+
+class BadReadError(DeviceError):
+    """The slot or the beat of a read is out of range."""
+
+    code = ErrorCode.BAD_READ
+
+    def _about(self) -> str:
+        return f"{self.code.name}: slot {self.expert}, beat {self.address}"
+
+
+class HintPassedError(_ExpertError):
+    """The hint is for a layer that was routed already."""
+
+    code = ErrorCode.HINT_PASSED
+
+
+#: The exception of each error code.
+DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
+    kind.code: kind
+    for kind in (
+        BadContextError,
+        BadLayerError,
+        BadExpertError,
+        DuplicateExpertError,
+        UnreleasedError,
+        UnroutedError,
+        NoSlotError,
+        BusError,
+        BadMessageError,
+        BadRegisterError,
+        BadReadError,
+        HintPassedError,
+    )
+}
+
+
+def device_error(
+    code: int, *, ctx: int, layer: int, expert: int, address: int
+) -> DeviceError | LinkError:
+    """The exception of an Event; a :class:`LinkError` if its code is unknown."""
+    try:
+        kind = DEVICE_ERRORS[ErrorCode(code)]
+    except ValueError:
+        return LinkError(
+            f"Event must have a known code, not {code} (context {ctx}, layer {layer}, expert {expert},"
+            f" address {address:#x})"
+        )
+    return kind(ctx=ctx, layer=layer, expert=expert, address=address)
