@@ -1,7 +1,7 @@
 """The RTL as a library in this process: what ``sim://`` opens.
 
-The top is elaborated, compiled once for each configuration and kept in a cache; see :mod:`.build`. ``harness.h`` documents the C
-interface, :mod:`.pipe` wraps it.
+The top is elaborated, compiled once for each configuration and kept in a cache; see
+:mod:`.build`. ``harness.h`` documents the C interface, :mod:`.pipe` wraps it.
 """
 
 from .build import BuildError, build_library

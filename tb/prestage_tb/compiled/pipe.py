@@ -209,7 +209,7 @@ class CompiledPipe:
         for address, length in failing:
             library.prestage_fail(self._handle, address, length)
         self._cycles_a_call = 10_000
-        # Everything in flight fetched one after the other, four times over, and room for the link's own timeout.
+        # Everything in flight one after the other, four times over, and room for link timeouts.
         busy = (config.inflight + 1) * (
             config.expert_bytes / self.bandwidth
             + latency * (config.expert_beats // min(config.burst_beats, config.tile_beats) + 1)
@@ -311,7 +311,7 @@ class CompiledPipe:
         return self._handle
 
     def _advance(self, cycles: int, until: int, frames: int) -> None:
-        """Run in calls so short that Ctrl-C gets through; the device is in order between any two."""
+        """Run in calls so short that Ctrl-C gets through; it does no harm between any two."""
         while cycles > 0:
             count = min(cycles, self._cycles_a_call)
             begun = time.perf_counter()

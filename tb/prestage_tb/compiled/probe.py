@@ -1,6 +1,7 @@
-"""A design with the ports of the top that measures the harness from inside: the memory's timing, its errors and its bytes.
+"""A design with the ports of the top that measures the harness from inside.
 
-It shares nothing with the device but its ports, so that a test of the harness doesn't lean on what the harness is for.
+It shares nothing with the device but its ports, so that a test of the harness doesn't lean on what
+the harness is for.
 """
 
 from amaranth import Cat, Module, Signal, unsigned
@@ -12,11 +13,13 @@ from prestage_hw.layouts import RecordLayout
 
 __all__ = ["COMMAND_BYTES", "REPLY_WORDS", "Probe"]
 
-#: Bytes of a command: slot, arlen, bursts - 1, stall (rready is high in one cycle of stall + 1), address (4, little-endian).
+#: Bytes of a command: slot, arlen, bursts - 1, stall (after a beat, rready is low for so many
+#: cycles), address (4 bytes, little-endian).
 COMMAND_BYTES = 8
 
-#: 16-bit words of a reply: cycles from the first address to the first and to the last beat, beats that weren't OKAY, rlasts that were
-#: out of place. Each word is sent as four nibbles, most significant first, with 0x40 added; a zero byte ends the reply.
+#: 16-bit words of a reply: cycles from the first address to the first and to the last beat, beats
+#: that weren't OKAY, rlasts that were out of place. Each word is sent as four nibbles, most
+#: significant first, with 0x40 added; a zero byte ends the reply.
 REPLY_WORDS = 4
 
 
@@ -39,7 +42,8 @@ class Probe(wiring.Component):
     reads : ``In(stream.Signature(ReadRequest))``
         Consumer port: what to read.
     beats : ``Out(stream.Signature(Beat))``
-        Consumer port: what was read. ``ok`` is 1 for beats that the last command wrote, if none of its beats failed.
+        Consumer port: what was read. ``ok`` is 1 for beats that the last command wrote, if none of
+        its beats failed.
     """
 
     def __init__(self, config):
