@@ -120,13 +120,9 @@ class StMoePredictor(Predictor):
         touched_read, touched_write = touched.read_port(), touched.write_port()
 
         # Rank: a list of experts for each score, linked from its first (head) to its last (tail).
-        m.submodules.heads = heads = Memory(
-            shape=expert_bits, depth=self.most_score + 1, init=[]
-        )
+        m.submodules.heads = heads = Memory(shape=expert_bits, depth=self.most_score + 1, init=[])
         head_read, head_write = heads.read_port(), heads.write_port()
-        m.submodules.tails = tails = Memory(
-            shape=expert_bits, depth=self.most_score + 1, init=[]
-        )
+        m.submodules.tails = tails = Memory(shape=expert_bits, depth=self.most_score + 1, init=[])
         tail_write = tails.write_port()
         tail_read = tails.read_port(transparent_for=(tail_write,))
         m.submodules.links = links = Memory(shape=expert_bits, depth=experts, init=[])
@@ -288,7 +284,8 @@ class StMoePredictor(Predictor):
         # Table port: one word at a time, while nothing else is to do.
         quiet = ~begin_waits & ~decision_waits & (queue.level == 0)
         request = self.table_requests.payload
-        of_row, of_source = request.word[:successor_bits], request.word[successor_bits:][:expert_bits]
+        of_row = request.word[:successor_bits]
+        of_source = request.word[successor_bits:][:expert_bits]
         of_pair = request.word[successor_bits + expert_bits :]
         of_past, of_layer = request.word[:index_bits], request.word[index_bits:][:layer_bits]
         of_ctx = request.word[index_bits + layer_bits :]
@@ -365,9 +362,7 @@ class StMoePredictor(Predictor):
                         m.next = "Table fetch"
                     with m.If(request.table == 1):
                         m.d.sync += [
-                            known.eq(
-                                (of_past < top_k) & (of_layer < layers) & (of_ctx < contexts)
-                            ),
+                            known.eq((of_past < top_k) & (of_layer < layers) & (of_ctx < contexts)),
                             position.eq(of_past),
                             past_layer.eq(of_layer),
                             ctx.eq(of_ctx),

@@ -109,9 +109,7 @@ class StMoePredictor:
         most = self._most_score
         # Saturate before ranking: equal scores rank by first touch.
         ranked = [
-            (score if score < most else most, expert)
-            for expert, score in scores.items()
-            if score >= _THRESHOLD
+            (min(score, most), expert) for expert, score in scores.items() if score >= _THRESHOLD
         ]
         ranked.sort(key=lambda pair: -pair[0])
         return [(ctx, target, expert, score, 0, deadline) for score, expert in ranked]
