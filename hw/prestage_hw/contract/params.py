@@ -39,7 +39,8 @@ class ModelConfig:
     experts : :class:`int`
         Routed experts a layer (E), 2 to 1024.
     top_k : :class:`int`
-        Experts that the router chooses for each token and layer (k), 1 to 16, less than or equal to ``experts``.
+        Experts that the router chooses for each token and layer (k), 1 to 16, less than or equal to
+        ``experts``.
     expert_bytes : :class:`int`
         Size of one expert's weights as published, in bytes; 0 where unknown.
 
@@ -75,7 +76,8 @@ def _swiglu_bytes(*, hidden: int, intermediate: int, weight_bits: float) -> int:
     return int(3 * hidden * intermediate * weight_bits / 8)
 
 
-# Shapes are those of the models' published configuration files. MXFP4 stores 4.25 bits a weight with its scales.
+# Shapes are those of the models' published configuration files. MXFP4 stores 4.25 bits a weight
+# with its scales.
 PRESETS: dict[str, ModelConfig] = {
     config.name: config
     for config in (
@@ -152,8 +154,8 @@ class DeviceConfig:
     slots : :class:`int`
         Experts that the buffer holds (S), at least ``contexts * model.top_k``, at most 65,535.
     expert_bytes : :class:`int`
-        Size of one expert in the device's memory and in a slot, in bytes: a whole number of tiles, at most 16 MiB. It may be
-        scaled down from ``model.expert_bytes``.
+        Size of one expert in the device's memory and in a slot, in bytes: a whole number of tiles,
+        at most 16 MiB. It may be scaled down from ``model.expert_bytes``.
     tile_bytes : :class:`int`
         Unit of transfer, in bytes: a power of two from 512 to 16,384.
     contexts : :class:`int`
@@ -161,8 +163,8 @@ class DeviceConfig:
     predictor : :class:`str`
         Name of the predictor: ``"none"`` or ``"st_moe"``.
     successors : :class:`int`
-        Entries in a row of the correlation table (K), 1 to 32 and at most ``model.experts``; 0 stands for the smaller of 8 and
-        ``model.experts``.
+        Entries in a row of the correlation table (K), 1 to 32 and at most ``model.experts``; 0
+        stands for the smaller of 8 and ``model.experts``.
     data_bytes : :class:`int`
         Width of the memory port, in bytes: a power of two from 4 to 64.
     address_bits : :class:`int`
@@ -234,7 +236,8 @@ class DeviceConfig:
         total = self.model.layers * self.model.experts * self.expert_bytes
         if total > 1 << self.address_bits:
             raise ValueError(
-                f"Address width must span all experts ({total} bytes), but is {self.address_bits} bits"
+                f"Address width must span all experts ({total} bytes),"
+                f" but is {self.address_bits} bits"
             )
         _require_integer("In-flight table size", self.inflight, low=4, high=32)
         _require_integer(
@@ -260,14 +263,15 @@ class DeviceConfig:
 
     @property
     def candidate_depth(self) -> int:
-        """Capacity of the candidate queue: all experts of a layer for every context, at least 64."""
+        """Capacity of the candidate queue: a layer's experts for each context, at least 64."""
         return max(64, self.model.experts * self.contexts)
 
     def bits(self, kind: str) -> int:
         """Width of a field of the named kind, in bits.
 
-        Kinds: ``ctx``, ``layer``, ``expert``, ``slot``, ``tile``, ``beat`` (beat within an expert), ``tag`` (in-flight entry),
-        ``index`` (position in a routing decision), ``address``, ``data``.
+        Kinds: ``ctx``, ``layer``, ``expert``, ``slot``, ``tile``, ``beat`` (beat within an expert),
+        ``tag`` (in-flight entry), ``index`` (position in a routing decision), ``address``,
+        ``data``.
 
         Raises
         ------
@@ -290,7 +294,9 @@ class DeviceConfig:
             return self.address_bits
         if kind == "data":
             return self.data_bytes * 8
-        raise ValueError(f"Field kind must be one of {', '.join(counts)}, address, data, not {kind!r}")
+        raise ValueError(
+            f"Field kind must be one of {', '.join(counts)}, address, data, not {kind!r}"
+        )
 
     def count(self, kind: str) -> int:
         """Length of an array field of the named kind: ``top_k`` or ``data_bytes``."""

@@ -11,21 +11,24 @@ __all__ = ["expert_memory", "expert_pattern"]
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Finalizer of splitmix64 (Steele, Lea and Flood, 2014): neighbouring inputs give unrelated outputs."""
+    """Finalizer of splitmix64 (Steele, Lea and Flood, 2014), which sets neighbours far apart."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
 
 
 def expert_pattern(layer: int, expert: int, *, size: int) -> NDArray[np.uint8]:
-    """``size`` bytes (a multiple of 8) that depend on layer, expert and position, shape ``[size]``."""
+    """``size`` bytes (a multiple of 8) that depend on layer, expert and position."""
     start = np.uint64((layer << 48) | (expert << 32))
     words = _mix(start + np.arange(size // 8, dtype=np.uint64) + np.uint64(1))
     return words.astype("<u8").view(np.uint8)
 
 
 def expert_memory(config: DeviceConfig) -> NDArray[np.uint8]:
-    """A memory image of all experts filled with :func:`expert_pattern`, shape ``[layers * experts * expert_bytes]``."""
+    """A memory image of all experts, filled with :func:`expert_pattern`.
+
+    Its shape is ``[layers * experts * expert_bytes]``.
+    """
     model = config.model
     return np.concatenate(
         [

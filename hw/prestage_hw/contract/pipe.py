@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 __all__ = ["TRANSFER_DTYPE", "Pipe", "SimulatedPipe"]
 
-#: One tile-sized or shorter read burst as the memory saw it: cycles of the address and of the last beat.
+#: One read burst as the memory saw it, with the cycles of its address and of its last beat.
 TRANSFER_DTYPE = np.dtype(
     [("start", "<u8"), ("end", "<u8"), ("address", "<u8"), ("bytes", "<u4"), ("failed", "<u4")]
 )
@@ -28,10 +28,11 @@ class Pipe(Protocol):
         data : :class:`bytes`
             Bytes for the device, any number of whole frames.
         frames : :class:`int`
-            Return once this many frames have ended in what comes back; 0 returns as soon as ``data`` is sent.
+            Return once this many frames have ended in what comes back; 0 returns as soon as
+            ``data`` is sent.
         limit : :class:`float` or None
-            Give up waiting after this time: clock cycles on a simulated device, microseconds on a board. None stands for a default of
-            the device's own.
+            Give up waiting after this time: clock cycles on a simulated device, microseconds on a
+            board. None stands for a default of the device's own.
         """
 
     def close(self) -> None:
@@ -59,10 +60,14 @@ class SimulatedPipe(Pipe, Protocol):
     def compare(
         self, slots: Sequence[int], layers: Sequence[int], experts: Sequence[int]
     ) -> list[int]:
-        """Read slots through the consumer port and compare every byte with the experts' bytes in memory.
+        """Compare every byte of slots, read through the consumer port, with memory.
 
-        Returns the positions (indices into ``slots``) that differ or hold an invalid tile: empty if all is well.
+        Returns the positions (indices into ``slots``) that differ or hold an invalid tile: empty if
+        all is well.
         """
 
     def transfers(self) -> NDArray[np.void]:
-        """Bursts so far as an array of :data:`TRANSFER_DTYPE`, oldest first; empty without a clock. Keeps at least the last 65,536."""
+        """Bursts so far as an array of :data:`TRANSFER_DTYPE`, oldest first.
+
+        At least the last 65,536 are kept. The array is empty on a device without a clock.
+        """

@@ -1,7 +1,7 @@
 """Records of the data's way and the messages that carry them.
 
-A field has a *kind*, which gives its width in RTL (see :meth:`DeviceConfig.bits`), and a wire width in whole bytes. Arrays
-have a length that depends on the configuration.
+A field has a *kind*, which gives its width in RTL (see :meth:`DeviceConfig.bits`), and a wire width
+in whole bytes. Arrays have a length that depends on the configuration.
 """
 
 from __future__ import annotations
@@ -297,7 +297,7 @@ RECORDS: dict[str, Record] = {
         ),
         Record(
             name="Command",
-            description="A demand for one expert, or the release of a layer, in the order of the host.",
+            description="A demand for one expert or the release of a layer, in the host's order.",
             fields=(
                 Field(name="release", kind=1, wire_bits=8, description="1: release, 0: demand."),
                 _CTX,
@@ -333,7 +333,9 @@ RECORDS: dict[str, Record] = {
                 _CTX,
                 _LAYER,
                 _EXPERT,
-                Field(name="score", kind=8, wire_bits=8, description="Confidence, greater is surer."),
+                Field(
+                    name="score", kind=8, wire_bits=8, description="Confidence, greater is surer."
+                ),
                 Field(name="source", kind=1, wire_bits=8, description="A Source."),
                 Field(
                     name="deadline",
@@ -348,9 +350,7 @@ RECORDS: dict[str, Record] = {
             description="One tile for the DMA engine.",
             fields=(
                 _TAG,
-                Field(
-                    name="demand", kind=1, wire_bits=8, description="1: demand, 0: prefetch."
-                ),
+                Field(name="demand", kind=1, wire_bits=8, description="1: demand, 0: prefetch."),
                 _SLOT,
                 _TILE,
                 _ADDRESS,
@@ -363,7 +363,10 @@ RECORDS: dict[str, Record] = {
                 _TAG,
                 _TILE,
                 Field(
-                    name="failed", kind=1, wire_bits=8, description="1: the memory answered an error."
+                    name="failed",
+                    kind=1,
+                    wire_bits=8,
+                    description="1: the memory answered an error.",
                 ),
                 Field(
                     name="address",
@@ -413,7 +416,7 @@ RECORDS: dict[str, Record] = {
                     name="prefetched",
                     kind=1,
                     wire_bits=8,
-                    description="DEMAND that found its expert: this is the first demand on a prefetch.",
+                    description="DEMAND that found its expert: the first one on a prefetch.",
                 ),
                 Field(name="evicted", kind=1, wire_bits=8, description="An expert was evicted."),
                 Field(
@@ -482,15 +485,9 @@ RECORDS: dict[str, Record] = {
             description="One beat of a slot, as it goes over the link.",
             fields=(_SLOT, _BEAT, _DATA, _OK),
         ),
-        Record(
-            name="RegisterRead", description="Ask for a register.", fields=(_REGISTER,)
-        ),
-        Record(
-            name="RegisterWrite", description="Write a register.", fields=(_REGISTER, _VALUE)
-        ),
-        Record(
-            name="RegisterValue", description="A register's value.", fields=(_REGISTER, _VALUE)
-        ),
+        Record(name="RegisterRead", description="Ask for a register.", fields=(_REGISTER,)),
+        Record(name="RegisterWrite", description="Write a register.", fields=(_REGISTER, _VALUE)),
+        Record(name="RegisterValue", description="A register's value.", fields=(_REGISTER, _VALUE)),
         Record(
             name="Sync",
             description="Answer when everything before this is done and the engine is idle.",
@@ -527,7 +524,8 @@ class Message:
         return 0 if self.record is None else self.record.wire_bytes(config)
 
 
-# Frames of the link itself carry no sequence number of their own; RESET restarts both directions at 0.
+# Frames of the link itself carry no sequence number of their own; LINK_RESET restarts both
+# directions at 0.
 LINK_RESET, LINK_RESET_DONE, LINK_ACK, LINK_NAK = 0x7C, 0x7D, 0x7E, 0x7F
 
 MESSAGES: dict[str, Message] = {

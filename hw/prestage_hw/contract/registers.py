@@ -55,7 +55,9 @@ COUNTERS: tuple[Counter, ...] = (
     Counter(name="rejected", stage=1, description="Messages refused with an Event."),
     Counter(name="candidates", stage=2, description="Experts that the predictor proposed."),
     Counter(
-        name="candidates_correct", stage=2, description="Proposed experts that the layer then chose."
+        name="candidates_correct",
+        stage=2,
+        description="Proposed experts that the layer then chose.",
     ),
     Counter(
         name="demands_predicted",
@@ -88,9 +90,7 @@ COUNTERS: tuple[Counter, ...] = (
     Counter(name="fills", stage=5, description="Experts that arrived whole."),
     Counter(name="fill_errors", stage=5, description="Fetches that ended in an error."),
     Counter(name="demand_bytes", stage=4, bits=64, description="Bytes fetched for demands."),
-    Counter(
-        name="prefetch_bytes", stage=4, bits=64, description="Bytes fetched for prefetches."
-    ),
+    Counter(name="prefetch_bytes", stage=4, bits=64, description="Bytes fetched for prefetches."),
     Counter(name="link_errors", stage=1, description="Damaged frames received."),
     Counter(name="link_replays", stage=1, description="Times the link went back to resend."),
 )

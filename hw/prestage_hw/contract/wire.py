@@ -1,8 +1,9 @@
 """Frames on the wire: header, body and CRC-32, stuffed with COBS.
 
-A frame is ``type, sequence, acknowledge, body, crc`` where the first three are one byte each and ``crc`` is the CRC-32 of
-IEEE 802.3 over everything before it, least significant byte first. COBS (Cheshire and Baker, 1999) removes the zero bytes and
-a zero byte ends the frame, so a receiver finds the next frame after any damage.
+A frame is ``type, sequence, acknowledge, body, crc`` where the first three are one byte each and
+``crc`` is the CRC-32 of IEEE 802.3 over everything before it, least significant byte first. COBS
+(Cheshire and Baker, 1999) removes the zero bytes and a zero byte ends the frame, so a receiver
+finds the next frame after any damage.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = [
 #: Bytes of a frame that are not body: type, sequence, acknowledge and CRC-32.
 FRAME_OVERHEAD = 7
 
-#: Longest frame before stuffing, in bytes. Below 254, COBS adds exactly one byte and never splits a run.
+#: Longest frame before stuffing, in bytes. Below 254, COBS adds one byte and never splits a run.
 MAX_FRAME_BYTES = 253
 
 _CRC = struct.Struct("<I")
@@ -34,7 +35,13 @@ class WireError(ValueError):
 
 
 def cobs_encode(raw: bytes) -> bytes:
-    """Stuff ``raw`` (at most :data:`MAX_FRAME_BYTES`) so that it holds no zero byte, without the final delimiter."""
+    """Stuff ``raw`` so that it holds no zero byte; the delimiter is not appended.
+
+    Raises
+    ------
+    ValueError
+        If ``raw`` is longer than :data:`MAX_FRAME_BYTES`.
+    """
     if len(raw) > MAX_FRAME_BYTES:
         raise ValueError(f"Frame must be at most {MAX_FRAME_BYTES} bytes, not {len(raw)}")
     return b"".join(bytes((len(run) + 1,)) + run for run in raw.split(b"\0"))
@@ -54,7 +61,9 @@ def cobs_decode(stuffed: bytes) -> bytes:
         code = stuffed[at]
         end = at + code
         if code == 0 or code == 255 or end > len(stuffed):
-            raise WireError(f"COBS code {code} at byte {at} does not fit a {len(stuffed)}-byte frame")
+            raise WireError(
+                f"COBS code {code} at byte {at} does not fit a {len(stuffed)}-byte frame"
+            )
         runs.append(stuffed[at + 1 : end])
         at = end
     return b"\0".join(runs)

@@ -1,0 +1,223 @@
+/* Generated from hw/prestage_hw/contract by python -m prestage_hw.contract.generate. */
+/* SPDX-License-Identifier: BSD-2-Clause */
+
+#ifndef PRESTAGE_H
+#define PRESTAGE_H
+
+#include <stdint.h>
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "The structures below have the layout of the wire only on little-endian machines"
+#endif
+
+/* Identity. The host compares the registers of these names with them. */
+#define PRESTAGE_DEVICE_ID 0x50525354u
+#define PRESTAGE_VERSION 0x00000001u
+#define PRESTAGE_REGISTER_HASH 0x97452b20u
+
+/*
+ * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
+ * IEEE 802.3 over all of them, least significant byte first; stuffed with COBS, ended by
+ * a zero byte.
+ */
+#define PRESTAGE_FRAME_OVERHEAD 7u
+#define PRESTAGE_MAX_FRAME_BYTES 253u
+
+/* Types of frames. */
+enum prestage_message {
+    PRESTAGE_REGISTER_READ = 0x01, /* to the device */
+    PRESTAGE_REGISTER_WRITE = 0x02, /* to the device */
+    PRESTAGE_BEGIN_TOKEN = 0x10, /* to the device */
+    PRESTAGE_ROUTE = 0x11, /* to the device */
+    PRESTAGE_HINT = 0x12, /* to the device */
+    PRESTAGE_RELEASE = 0x13, /* to the device */
+    PRESTAGE_READ = 0x14, /* to the device */
+    PRESTAGE_SYNC = 0x15, /* to the device */
+    PRESTAGE_LINK_RESET = 0x7c, /* to the device */
+    PRESTAGE_LINK_RESET_DONE = 0x7d, /* to the host */
+    PRESTAGE_LINK_ACK = 0x7e, /* both ways */
+    PRESTAGE_LINK_NAK = 0x7f, /* both ways */
+    PRESTAGE_REGISTER_VALUE = 0x81, /* to the host */
+    PRESTAGE_READY = 0x90, /* to the host */
+    PRESTAGE_EVENT = 0x91, /* to the host */
+    PRESTAGE_DATA = 0x94, /* to the host */
+    PRESTAGE_SYNCED = 0x95, /* to the host */
+};
+
+enum prestage_phase {
+    PRESTAGE_PHASE_PREFILL = 0,
+    PRESTAGE_PHASE_DECODE = 1,
+    PRESTAGE_PHASE_VERIFY = 2,
+};
+
+enum prestage_source {
+    PRESTAGE_SOURCE_PREDICTOR = 0,
+    PRESTAGE_SOURCE_HINT = 1,
+};
+
+enum prestage_error_code {
+    PRESTAGE_ERROR_CODE_BAD_CONTEXT = 1, /* The context number is not below the number of contexts. */
+    PRESTAGE_ERROR_CODE_BAD_LAYER = 2, /* The layer number is not below the number of layers. */
+    PRESTAGE_ERROR_CODE_BAD_EXPERT = 3, /* An expert number is not below the number of experts. */
+    PRESTAGE_ERROR_CODE_DUPLICATE_EXPERT = 4, /* An expert occurs twice in one routing decision. */
+    PRESTAGE_ERROR_CODE_UNRELEASED = 5, /* The layer was routed again before it was released. */
+    PRESTAGE_ERROR_CODE_UNROUTED = 6, /* The layer was released without having been routed. */
+    PRESTAGE_ERROR_CODE_NO_SLOT = 7, /* Every slot is pinned and nothing is in flight. */
+    PRESTAGE_ERROR_CODE_BUS = 8, /* The memory answered a read with an error. */
+    PRESTAGE_ERROR_CODE_BAD_MESSAGE = 9, /* The message type is unknown or its body has the wrong length. */
+    PRESTAGE_ERROR_CODE_BAD_REGISTER = 10, /* No register has that address, or it is read-only. */
+    PRESTAGE_ERROR_CODE_BAD_READ = 11, /* The slot or the beat of a read is out of range. */
+    PRESTAGE_ERROR_CODE_HINT_PASSED = 12, /* The hint is for a layer that was routed already. */
+};
+
+/* Register addresses, in 32-bit words. */
+enum prestage_register {
+    PRESTAGE_REG_DEVICE_ID = 0x00, /* ro: The letters "PRST". */
+    PRESTAGE_REG_VERSION = 0x01, /* ro: Version of the contract: major 31..16, minor 15..0. */
+    PRESTAGE_REG_REGISTER_HASH = 0x02, /* ro: CRC-32 of the register list; the driver checks it. */
+    PRESTAGE_REG_LAYERS = 0x03, /* ro: MoE layers (L). */
+    PRESTAGE_REG_EXPERTS = 0x04, /* ro: Experts a layer (E). */
+    PRESTAGE_REG_TOP_K = 0x05, /* ro: Experts chosen for each token and layer (k). */
+    PRESTAGE_REG_SLOTS = 0x06, /* ro: Slots of the expert buffer (S). */
+    PRESTAGE_REG_EXPERT_BYTES = 0x07, /* ro: Size of an expert, in bytes. */
+    PRESTAGE_REG_TILE_BYTES = 0x08, /* ro: Size of a tile, in bytes. */
+    PRESTAGE_REG_CONTEXTS = 0x09, /* ro: Contexts (C). */
+    PRESTAGE_REG_PREDICTOR = 0x0a, /* ro: Predictor: index in the list of names, 0 none, 1 st_moe. */
+    PRESTAGE_REG_SUCCESSORS = 0x0b, /* ro: Entries in a row of the correlation table (K). */
+    PRESTAGE_REG_DATA_BYTES = 0x0c, /* ro: Width of the memory port, in bytes. */
+    PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. */
+    PRESTAGE_REG_CLEAR = 0x11, /* wo: Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free, every layer released). Bit 2: counters. Waits until the engine is idle. */
+    PRESTAGE_REG_HINT_THRESHOLD = 0x12, /* rw: Hints with a lower score are dropped (bits 7..0). */
+    PRESTAGE_REG_EXPERT_BASE_LOW = 0x13, /* rw: Address of expert 0 of layer 0, bits 31..0. */
+    PRESTAGE_REG_EXPERT_BASE_HIGH = 0x14, /* rw: Address of expert 0 of layer 0, bits 63..32. */
+    PRESTAGE_REG_PREFETCH_TILES = 0x15, /* rw: Prefetch tiles that the DMA may hold at once, 1 to 4. */
+    PRESTAGE_REG_TABLE_ADDRESS = 0x18, /* rw: Table word for table_data: table in bits 31..24, word in bits 23..0. */
+    PRESTAGE_REG_TABLE_DATA = 0x19, /* rw: The addressed table word; each access moves table_address one word on. */
+    PRESTAGE_REG_TABLE_WORDS = 0x1a, /* ro: Words in the table that table_address selects. */
+    PRESTAGE_REG_CYCLES_LOW = 0x20, /* ro: Clock cycles since reset, bits 31..0; latches the rest. */
+    PRESTAGE_REG_CYCLES_HIGH = 0x21, /* ro: Clock cycles since reset, bits 63..32, as latched. */
+    PRESTAGE_REG_TOKENS = 0x40, /* ro: Tokens begun. Stage 1. */
+    PRESTAGE_REG_ROUTES = 0x41, /* ro: Routing decisions accepted. Stage 1. */
+    PRESTAGE_REG_RELEASES = 0x42, /* ro: Layers released. Stage 1. */
+    PRESTAGE_REG_HINTS = 0x43, /* ro: Hints accepted. Stage 1. */
+    PRESTAGE_REG_REJECTED = 0x44, /* ro: Messages refused with an Event. Stage 1. */
+    PRESTAGE_REG_CANDIDATES = 0x45, /* ro: Experts that the predictor proposed. Stage 2. */
+    PRESTAGE_REG_CANDIDATES_CORRECT = 0x46, /* ro: Proposed experts that the layer then chose. Stage 2. */
+    PRESTAGE_REG_DEMANDS_PREDICTED = 0x47, /* ro: Demands at layers for which the predictor could propose experts. Stage 2. */
+    PRESTAGE_REG_DEMANDS = 0x48, /* ro: Experts demanded. Stage 3. */
+    PRESTAGE_REG_HITS = 0x49, /* ro: Demands that found their expert resident. Stage 3. */
+    PRESTAGE_REG_MISSES = 0x4a, /* ro: Demands that had to start a fetch. Stage 3. */
+    PRESTAGE_REG_LATE = 0x4b, /* ro: Demands that found their expert in flight as a prefetch. Stage 3. */
+    PRESTAGE_REG_MERGED = 0x4c, /* ro: Demands that found their expert in flight as a demand. Stage 3. */
+    PRESTAGE_REG_REFUSED = 0x4d, /* ro: Demands that found every slot pinned. Stage 3. */
+    PRESTAGE_REG_PREFETCH_ISSUED = 0x4e, /* ro: Prefetches started. Stage 3. */
+    PRESTAGE_REG_PREFETCH_REDUNDANT = 0x4f, /* ro: Candidates found resident or in flight. Stage 3. */
+    PRESTAGE_REG_PREFETCH_STALE = 0x50, /* ro: Candidates whose layer had been routed. Stage 3. */
+    PRESTAGE_REG_PREFETCH_NO_SLOT = 0x51, /* ro: Candidates that found no slot to take. Stage 3. */
+    PRESTAGE_REG_PREFETCH_OVERFLOW = 0x52, /* ro: Candidates lost to a full queue. Stage 3. */
+    PRESTAGE_REG_USEFUL = 0x53, /* ro: Prefetched experts demanded before eviction. Stage 5. */
+    PRESTAGE_REG_USELESS = 0x54, /* ro: Prefetched experts evicted without a demand. Stage 5. */
+    PRESTAGE_REG_EVICTIONS = 0x55, /* ro: Experts evicted. Stage 5. */
+    PRESTAGE_REG_POLLUTION = 0x56, /* ro: Demand misses on an expert that a prefetch evicted. Stage 5. */
+    PRESTAGE_REG_FILLS = 0x57, /* ro: Experts that arrived whole. Stage 5. */
+    PRESTAGE_REG_FILL_ERRORS = 0x58, /* ro: Fetches that ended in an error. Stage 5. */
+    PRESTAGE_REG_DEMAND_BYTES_LOW = 0x59, /* ro: Bytes fetched for demands. Stage 4. Bits 31..0; latches the rest. */
+    PRESTAGE_REG_DEMAND_BYTES_HIGH = 0x5a, /* ro: Bytes fetched for demands. Stage 4. Bits 63..32, as latched. */
+    PRESTAGE_REG_PREFETCH_BYTES_LOW = 0x5b, /* ro: Bytes fetched for prefetches. Stage 4. Bits 31..0; latches the rest. */
+    PRESTAGE_REG_PREFETCH_BYTES_HIGH = 0x5c, /* ro: Bytes fetched for prefetches. Stage 4. Bits 63..32, as latched. */
+    PRESTAGE_REG_LINK_ERRORS = 0x5d, /* ro: Damaged frames received. Stage 1. */
+    PRESTAGE_REG_LINK_REPLAYS = 0x5e, /* ro: Times the link went back to resend. Stage 1. */
+};
+
+/* Bodies of the messages. */
+#pragma pack(push, 1)
+
+/* Ask for a register. */
+struct prestage_register_read {
+    uint16_t register_; /* Register address, in 32-bit words. */
+};
+
+/* Write a register. */
+struct prestage_register_write {
+    uint16_t register_; /* Register address, in 32-bit words. */
+    uint32_t value; /* Register value. */
+};
+
+/* A token starts; its id is known before layer 0 runs. */
+struct prestage_begin_token {
+    uint8_t ctx; /* Context (sequence) number. */
+    uint8_t phase; /* A Phase. */
+    uint32_t token; /* Id of the input token, 0xFFFFFFFF where unknown. */
+};
+
+/* The router's choice for one layer, as the host sends it. */
+/* Followed by uint16_t experts[top_k]. */
+struct prestage_route_head {
+    uint8_t ctx; /* Context (sequence) number. */
+    uint8_t layer; /* MoE layer, from 0. */
+};
+
+/* An opinion from outside about a layer to come. */
+struct prestage_hint {
+    uint8_t ctx; /* Context (sequence) number. */
+    uint8_t layer; /* MoE layer, from 0. */
+    uint16_t expert; /* Expert within the layer. */
+    uint8_t score; /* Confidence, 255 is certain. */
+};
+
+/* The consumer is done with a layer of a context. */
+struct prestage_release {
+    uint8_t ctx; /* Context (sequence) number. */
+    uint8_t layer; /* MoE layer, from 0. */
+};
+
+/* Read beats of a slot over the link. */
+struct prestage_read {
+    uint16_t slot; /* Slot of the expert buffer. */
+    uint32_t beat; /* Beat within the slot. */
+    uint16_t count; /* Beats to read. */
+};
+
+/* Answer when everything before this is done and the engine is idle. */
+struct prestage_sync {
+    uint16_t tag; /* Echoed by the answer. */
+};
+
+/* A register's value. */
+struct prestage_register_value {
+    uint16_t register_; /* Register address, in 32-bit words. */
+    uint32_t value; /* Register value. */
+};
+
+/* The slot holds exactly this expert's bytes until the layer is released. */
+struct prestage_ready {
+    uint8_t ctx; /* Context (sequence) number. */
+    uint8_t layer; /* MoE layer, from 0. */
+    uint16_t expert; /* Expert within the layer. */
+    uint16_t slot; /* Slot of the expert buffer. */
+};
+
+/* An error, with what it is about; fields that do not apply are 0. */
+struct prestage_event {
+    uint8_t code; /* An ErrorCode. */
+    uint8_t ctx; /* Context number. */
+    uint8_t layer; /* MoE layer. */
+    uint16_t expert; /* Expert. */
+    uint64_t address; /* Memory address, in bytes. */
+};
+
+/* One beat of a slot, as it goes over the link. */
+/* Followed by uint8_t data[data_bytes], uint8_t ok. */
+struct prestage_data_head {
+    uint16_t slot; /* Slot of the expert buffer. */
+    uint32_t beat; /* Beat within the slot. */
+};
+
+/* The answer to Sync. */
+struct prestage_synced {
+    uint16_t tag; /* Echoed by the answer. */
+};
+
+#pragma pack(pop)
+
+#endif
