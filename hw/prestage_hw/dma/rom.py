@@ -38,7 +38,7 @@ class AXIBlockMemory(wiring.Component):
     """
 
     #: Cycles from an address being taken to its first beat.
-    latency = 3
+    latency = 4
 
     RESPONSE_OKAY = 0
     RESPONSE_DECERR = 3

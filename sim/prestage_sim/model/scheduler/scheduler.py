@@ -1,0 +1,259 @@
+"""Golden model of the scheduler at drained pace: each message is served to its end before the next comes."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import NamedTuple, Protocol
+
+from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode
+
+from ..dma.axi import BusError, Memory
+from ..dma.dma import DMA
+from .inflight import Entry
+from .queue import enters, stale
+
+__all__ = ["Buffer", "Event", "Memory", "Ready", "Scheduler"]
+
+
+class Ready(NamedTuple):
+    """The slot holds this expert until the layer is released."""
+
+    ctx: int
+    layer: int
+    expert: int
+    slot: int
+
+
+class Event(NamedTuple):
+    """A demand that could not be served."""
+
+    code: ErrorCode
+    ctx: int
+    layer: int
+    expert: int
+    address: int
+
+
+class _Result(Protocol):
+    @property
+    def code(self) -> BufferCode: ...
+    @property
+    def slot(self) -> int: ...
+    @property
+    def prefetched(self) -> bool: ...
+    @property
+    def evicted(self) -> bool: ...
+    @property
+    def evicted_unused(self) -> bool: ...
+    @property
+    def polluted(self) -> bool: ...
+
+
+class Buffer(Protocol):
+    """What the scheduler needs of the golden expert buffer."""
+
+    def request(
+        self,
+        op: int,
+        *,
+        ctx: int = 0,
+        layer: int = 0,
+        expert: int = 0,
+        index: int = 0,
+        slot: int = 0,
+        tile: int = 0,
+        last: bool = False,
+        failed: bool = False,
+    ) -> _Result:
+        """Do one operation."""
+
+    def write_expert(self, slot: int, data: bytes) -> None:
+        """Write all bytes of an expert."""
+
+
+_DEMAND, _PREFETCH = BufferOp.DEMAND, BufferOp.PREFETCH
+_FILL, _RELEASE = BufferOp.FILL, BufferOp.RELEASE
+_RESIDENT = BufferCode.RESIDENT
+_ALLOCATED, _NO_SLOT = BufferCode.ALLOCATED, BufferCode.NO_SLOT
+
+
+class Scheduler:
+    """Serve demands, then candidates, with every transfer done as soon as it may be.
+
+    The counters and the buffer's state are those of the RTL at drained pace, bus errors included. Two things are not modelled
+    because drained pace never shows them: demands that find a prefetch in flight, and candidates lost to a full queue (one
+    decision brings at most ``config.model.experts`` candidates, which fit).
+
+    Order of answers: the RTL sends `Ready` and `Event` on separate streams, so that only the order within each kind counts. A
+    resident expert is answered when it is looked up, a missing one when it has arrived, so that a fast memory may
+    put a missing expert's answer before that of a resident expert which comes later in the decision. Allowed are
+    therefore all orders in which the resident experts of a decision keep their order, so do the missing ones, and an expert that
+    was looked up after a refused one comes after all missing ones before it. :meth:`demand` gives the order of a slow memory.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device.
+    buffer : :class:`Buffer`
+        Golden expert buffer.
+    memory : :class:`Memory`
+        Memory that holds the experts.
+    counters : mutable mapping of :class:`str` to :class:`int`
+        Counters by name; those of the stages 3, 4 and 5 are counted, the bytes counters in bytes.
+
+    Attributes
+    ----------
+    expert_base : :class:`int`
+        Address of expert 0 of layer 0.
+    enable : :class:`bool`
+        False drops the predictor's candidates.
+    counters : mutable mapping
+        As above.
+
+    Raises
+    ------
+    TypeError
+        If ``config`` is not a :class:`DeviceConfig`.
+    """
+
+    def __init__(
+        self,
+        config: DeviceConfig,
+        *,
+        buffer: Buffer,
+        memory: Memory,
+        counters: MutableMapping[str, int],
+    ) -> None:
+        if not isinstance(config, DeviceConfig):
+            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        self.config = config
+        self.buffer = buffer
+        self.memory = memory
+        self.counters = counters
+        self.expert_base = 0
+        self.enable = True
+        self._dma = DMA(config)
+        self._routes = [0] * config.contexts
+
+    def demand(self, ctx: int, layer: int, experts: Sequence[int]) -> list[Ready | Event]:
+        """Serve one routing decision and give the answers, one for each expert.
+
+        Parameters
+        ----------
+        ctx, layer : :class:`int`
+            Whose decision.
+        experts : sequence of :class:`int`
+            The experts in the router's order, without repetition.
+        """
+        request = self.buffer.request
+        counters = self.counters
+        self._routes[ctx] = (self._routes[ctx] + 1) % 256
+        answers: list[Ready | Event] = []
+        inflight: list[Entry] = []
+        for index, expert in enumerate(experts):
+            result = request(_DEMAND, ctx=ctx, layer=layer, expert=expert, index=index)
+            while result.code == _NO_SLOT and inflight:
+                answers += self._fill(inflight.pop(0))
+                result = request(_DEMAND, ctx=ctx, layer=layer, expert=expert, index=index)
+            counters["demands"] += 1
+            counters["useful"] += result.prefetched
+            counters["pollution"] += result.polluted
+            self._count_eviction(result)
+            if result.code == _RESIDENT:
+                counters["hits"] += 1
+                answers.append(Ready(ctx, layer, expert, result.slot))
+            elif result.code == _ALLOCATED:
+                counters["misses"] += 1
+                inflight.append(Entry(layer, expert, result.slot, True, [ctx]))
+            elif result.code == _NO_SLOT:
+                counters["refused"] += 1
+                answers.append(Event(ErrorCode.NO_SLOT, ctx, layer, expert, 0))
+            else:
+                raise ValueError(
+                    f"Experts of a decision must be distinct, but {expert} occurs twice in {experts}"
+                )
+        for entry in inflight:
+            answers += self._fill(entry)
+        return answers
+
+    def offer(self, candidates: Sequence[tuple[int, int, int, int, int, int]]) -> None:
+        """Prefetch candidates: (context, layer, expert, score, source, deadline), best first."""
+        request = self.buffer.request
+        counters = self.counters
+        for ctx, layer, expert, _, source, deadline in candidates:
+            if not enters(source, enable=self.enable):
+                continue
+            if stale(deadline, routes=self._routes[ctx]):
+                counters["prefetch_stale"] += 1
+                continue
+            result = request(_PREFETCH, ctx=ctx, layer=layer, expert=expert)
+            if result.code == _ALLOCATED:
+                counters["prefetch_issued"] += 1
+                self._count_eviction(result)
+                self._fill(Entry(layer, expert, result.slot, False))
+            elif result.code == _NO_SLOT:
+                counters["prefetch_no_slot"] += 1
+            else:
+                counters["prefetch_redundant"] += 1
+
+    def release(self, ctx: int, layer: int) -> None:
+        """Release a layer."""
+        self.buffer.request(_RELEASE, ctx=ctx, layer=layer)
+
+    def _count_eviction(self, result: _Result) -> None:
+        if result.evicted:
+            self.counters["evictions"] += 1
+            self.counters["useless"] += result.evicted_unused
+
+    def _fill(self, entry: Entry) -> list[Ready | Event]:
+        """Fetch an expert whole; the answers to who waits for it."""
+        config = self.config
+        request = self.buffer.request
+        address = self.expert_base + (
+            (entry.layer * config.model.experts + entry.expert) * config.expert_bytes
+        )
+        try:
+            data = self.memory.read(address, config.expert_bytes)
+        except BusError:
+            return self._fill_failing(entry, address)
+        slot = entry.slot
+        self.buffer.write_expert(slot, data)
+        last = config.tiles - 1
+        for tile in range(last):
+            request(_FILL, slot=slot, tile=tile)
+        request(_FILL, slot=slot, tile=last, last=True)
+        self.counters["demand_bytes" if entry.demand else "prefetch_bytes"] += config.expert_bytes
+        self.counters["fills"] += 1
+        return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
+
+    def _fill_failing(self, entry: Entry, address: int) -> list[Ready | Event]:
+        """Fetch tile by tile up to the first that fails.
+
+        The RTL may have later tiles under way by then; they are never read and not counted.
+        """
+        config = self.config
+        slot = entry.slot
+        data = bytearray()
+        for tile in range(config.tiles):
+            completion, tile_data = self._dma.transfer(
+                address + tile * config.tile_bytes, self.memory
+            )
+            data += tile_data
+            failed = completion.failed
+            last = failed or tile == config.tiles - 1
+            self.buffer.request(_FILL, slot=slot, tile=tile, last=last, failed=failed)
+            if failed:
+                break
+            name = "demand_bytes" if entry.demand else "prefetch_bytes"
+            self.counters[name] += config.tile_bytes
+        if not failed:
+            # Only the address wrapped around.
+            self.buffer.write_expert(slot, bytes(data))
+            self.counters["fills"] += 1
+            return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
+        self.counters["fill_errors"] += 1
+        return [
+            Event(ErrorCode.BUS, ctx, entry.layer, entry.expert, completion.address)
+            for ctx in entry.waiters
+        ]

@@ -1,0 +1,295 @@
+"""AXI4 read memory for benches: set latency and bandwidth, random stalls, errors, protocol checks.
+
+Time is that of :mod:`prestage_tb.bench`: signals change just after a rising edge of ``clk``, are looked at on the falling edge, and
+a beat seen there happens at the next rising edge.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from prestage_tb.bench import Stall, _pauses
+
+__all__ = ["DECERR", "OKAY", "SLVERR", "AXIMemory", "Transfer", "pattern"]
+
+OKAY, SLVERR, DECERR = 0, 2, 3
+
+_EDGE_BYTES = 4096
+_INCR = 1
+
+
+def pattern(address: int, size: int) -> bytes:
+    """``size`` bytes that depend on their address, a multiple of 4."""
+    return b"".join(
+        ((at // 4 * 0x9E3779B1 + (at >> 34)) & 0xFFFFFFFF).to_bytes(4, "little")
+        for at in range(address, address + size, 4)
+    )
+
+
+@dataclass
+class Transfer:
+    """One burst as the memory saw it; cycles are counted since the memory started.
+
+    Attributes
+    ----------
+    address, beats : :class:`int`
+        The burst.
+    asked : :class:`int`
+        Cycle in which its address was taken.
+    start, end : :class:`int`
+        Cycles in which its first and its last beat were taken, -1 before.
+    """
+
+    address: int
+    beats: int
+    asked: int
+    start: int = -1
+    end: int = -1
+
+
+class AXIMemory:
+    """Serve the reads of an AXI4 master and check that it keeps the rules.
+
+    Parameters
+    ----------
+    dut : handle
+        Device under test.
+    name : :class:`str`
+        Name of the bus, a port with :class:`prestage_hw.dma.axi.AXI4ReadSignature`.
+    data : callable
+        Bytes at an address: ``data(address, size)``.
+    data_bytes : :class:`int`
+        Width of the bus, in bytes.
+    address_bits : :class:`int`
+        Width of an address, in bits.
+    latency : :class:`int`
+        Cycles from an address being taken to its first beat being offered, at least 1.
+    bytes_per_cycle : :class:`float` or None
+        Bandwidth; None offers a beat every cycle.
+    address_stall, data_stall : :class:`float` or :class:`Stall` or iterable of :class:`bool`
+        When ``arready`` is 0 and when no new beat is offered.
+    outstanding : :class:`int` or None
+        Most bursts that the master may have outstanding; more fail the test.
+    burst_beats : :class:`int`
+        Longest burst that the master may ask for; a longer one fails the test.
+    fault : callable or None
+        ``fault(address, beat, beats)`` of a burst gives the beat's response and ``rlast``; None stands for
+        a memory without faults. See :attr:`failing` for the simple case.
+
+    Members
+    -------
+    failing : list of (first, one past the last, response)
+        Addresses of beats that answer an error.
+    transfers : list of :class:`Transfer`
+        Bursts so far.
+    beat_cycles : list of :class:`int`
+        Cycles in which a beat was taken.
+    cycle : :class:`int`
+        Cycles since the memory started.
+    """
+
+    def __init__(
+        self,
+        dut: object,
+        name: str = "bus",
+        *,
+        data: Callable[[int, int], bytes] = pattern,
+        data_bytes: int,
+        address_bits: int,
+        latency: int = 4,
+        bytes_per_cycle: float | None = None,
+        address_stall: float | Stall | Iterable[bool] = 0.0,
+        data_stall: float | Stall | Iterable[bool] = 0.0,
+        outstanding: int | None = None,
+        burst_beats: int = 256,
+        fault: Callable[[int, int, int], tuple[int, bool]] | None = None,
+        seed: object = None,
+    ) -> None:
+        import cocotb
+
+        if latency < 1:
+            raise ValueError(f"Latency must be at least 1 cycle, not {latency}")
+        self._clk = dut.clk
+        self._rst = getattr(dut, "rst", None)
+        self._signals = {
+            member: getattr(dut, f"{name}__{member}")
+            for member in (
+                "arvalid",
+                "arready",
+                "araddr",
+                "arlen",
+                "arsize",
+                "arburst",
+                "arid",
+                "rvalid",
+                "rready",
+                "rdata",
+                "rresp",
+                "rlast",
+                "rid",
+            )
+        }
+        self._data = data
+        self._bytes = data_bytes
+        self._space = 1 << address_bits
+        self.latency = latency
+        self._interval = 1.0 if bytes_per_cycle is None else max(1.0, data_bytes / bytes_per_cycle)
+        self._address_pause = _pauses(address_stall, seed=seed, name=f"{name}.ar")
+        self._data_pause = _pauses(data_stall, seed=seed, name=f"{name}.r")
+        self._outstanding = outstanding
+        self._burst_beats = burst_beats
+        self._fault = fault
+        self.failing: list[tuple[int, int, int]] = []
+        self.transfers: list[Transfer] = []
+        self.beat_cycles: list[int] = []
+        self.cycle = 0
+        #: True keeps the address channel or the data channel stalled.
+        self.address_paused = False
+        self.data_paused = False
+        self._queue: deque[tuple[Transfer, int]] = deque()
+        for member in ("arready", "rvalid", "rdata", "rresp", "rlast", "rid"):
+            self._signals[member].value = 0
+        self._task = cocotb.start_soon(self._run())
+
+    @property
+    def waiting(self) -> int:
+        """Bursts whose last beat was not taken yet."""
+        return len(self._queue)
+
+    def _in_reset(self) -> bool:
+        return self._rst is not None and str(self._rst.value) != "0"
+
+    def _require(self, condition: bool, rule: str) -> None:
+        if not condition:
+            raise AssertionError(f"AXI4, cycle {self.cycle}: {rule}")
+
+    def _bit(self, member: str) -> bool:
+        value = str(self._signals[member].value)
+        self._require(value in ("0", "1"), f"{member} must be 0 or 1, not {value}")
+        return value == "1"
+
+    def _number(self, member: str) -> int:
+        value = str(self._signals[member].value)
+        self._require(value.isdigit(), f"{member} must hold only 0 and 1, not {value}")
+        return int(value, 2)
+
+    def _check(self, address: int, length: int, size: int, burst: int) -> None:
+        """Rules of an address beat."""
+        total = (length + 1) * self._bytes
+        self._require(1 << size == self._bytes, f"arsize must be the full width, not {size}")
+        self._require(burst == _INCR, f"arburst must be INCR, not {burst}")
+        self._require(
+            length < self._burst_beats,
+            f"a burst must have at most {self._burst_beats} beats, not {length + 1}",
+        )
+        self._require(
+            address % self._bytes == 0, f"araddr must be a multiple of a beat, not {address:#x}"
+        )
+        self._require(
+            address // _EDGE_BYTES == (address + total - 1) // _EDGE_BYTES,
+            f"a burst must not cross a 4 KiB edge, but {address:#x} has {length + 1} beats",
+        )
+        if self._outstanding is not None:
+            self._require(
+                len(self._queue) < self._outstanding,
+                f"at most {self._outstanding} bursts may be outstanding",
+            )
+
+    def _beat(self, transfer: Transfer, beat: int) -> tuple[int, int, bool]:
+        """Data, response and rlast of a beat."""
+        address = (transfer.address + beat * self._bytes) % self._space
+        response, last = OKAY, beat == transfer.beats - 1
+        for first, end, code in self.failing:
+            if first <= address < end:
+                response = code
+        if self._fault is not None:
+            fault_response, last = self._fault(transfer.address, beat, transfer.beats)
+            response = fault_response or response
+        return int.from_bytes(self._data(address, self._bytes), "little"), response, last
+
+    @staticmethod
+    def _pauses_now(pause: Iterator[bool] | None) -> bool:
+        return pause is not None and next(pause, False)
+
+    async def _run(self) -> None:
+        from cocotb.triggers import FallingEdge, RisingEdge
+
+        rising, falling = RisingEdge(self._clk), FallingEdge(self._clk)
+        signals = self._signals
+        held: tuple[int, int, int, int] | None = None
+        beat = 0
+        offering = False
+        next_beat = 0.0
+        await rising
+        while True:
+            accepting = not self.address_paused and not self._pauses_now(self._address_pause)
+            signals["arready"].value = int(accepting)
+            if not offering and self._queue:
+                transfer, earliest = self._queue[0]
+                if (
+                    self.cycle >= max(earliest, next_beat)
+                    and not self.data_paused
+                    and not self._pauses_now(self._data_pause)
+                ):
+                    data, response, last = self._beat(transfer, beat)
+                    signals["rdata"].value = data
+                    signals["rresp"].value = response
+                    signals["rlast"].value = int(last)
+                    signals["rvalid"].value = 1
+                    offering = True
+            if not offering:
+                signals["rvalid"].value = 0
+            await falling
+            if self._in_reset():
+                await rising
+                self.cycle += 1
+                self._queue.clear()
+                held, beat, offering = None, 0, False
+                continue
+            asked = None
+            if self._bit("arvalid"):
+                asked = tuple(self._number(m) for m in ("araddr", "arlen", "arsize", "arburst"))
+                self._require(
+                    held is None or held == asked,
+                    f"the address channel must not change while it waits: {held} to {asked}",
+                )
+                self._check(*asked)
+                held = None if accepting else asked
+            else:
+                self._require(held is None, "arvalid must not fall before arready")
+            taken = offering and self._bit("rready")
+            await rising
+            self.cycle += 1
+            if asked is not None and accepting:
+                transfer = Transfer(asked[0], asked[1] + 1, self.cycle)
+                self.transfers.append(transfer)
+                # Offered from this cycle's start on, it can be taken one cycle later.
+                self._queue.append((transfer, self.cycle + self.latency - 1))
+            if taken:
+                transfer = self._queue[0][0]
+                self.beat_cycles.append(self.cycle)
+                if beat == 0:
+                    transfer.start = self.cycle
+                next_beat = max(next_beat, self.cycle - 1) + self._interval
+                offering = False
+                beat += 1
+                if beat == transfer.beats:
+                    transfer.end = self.cycle
+                    self._queue.popleft()
+                    beat = 0
+
+
+def random_address(
+    generator: random.Random, *, address_bits: int, tile_bytes: int, data_bytes: int
+) -> int:
+    """An address of a tile, often close to a 4 KiB edge, with any bits below a beat."""
+    limit = (1 << address_bits) - tile_bytes - data_bytes
+    address = generator.randrange(limit)
+    if generator.random() < 0.6:
+        address = address // _EDGE_BYTES * _EDGE_BYTES
+        address += generator.randrange(-8, 9) * data_bytes
+        address = min(max(address, 0), limit)
+    return address

@@ -1,0 +1,113 @@
+"""DMA engine and block memory (the half that pytest runs)."""
+
+from pathlib import Path
+
+import pytest
+
+from prestage_hw.contract import DeviceConfig, preset
+from prestage_hw.contract.params import TINY_DEVICE
+from prestage_hw.dma import DMA, AXI4ReadSignature, AXIBlockMemory
+from prestage_hw.dma.backend import BackEnd
+from prestage_hw.dma.frontend import FrontEnd
+from prestage_hw.dma.midend import MidEnd
+from prestage_tb.axi import pattern
+from prestage_tb.bench import run_bench
+
+HERE = Path(__file__).parent
+
+CONFIGS = {
+    "tiny": TINY_DEVICE,
+    "gpt-oss-20b": DeviceConfig(model=preset("gpt-oss-20b"), slots=64),
+    "wide": DeviceConfig(
+        model=preset("olmoe-1b-7b"),
+        slots=24,
+        data_bytes=64,
+        address_bits=32,
+        outstanding_bursts=8,
+        burst_beats=256,
+        expert_bytes=3 * 8192,
+        tile_bytes=8192,
+    ),
+    "short-bursts": DeviceConfig(
+        model=preset("tiny"),
+        slots=5,
+        data_bytes=32,
+        address_bits=17,
+        outstanding_bursts=16,
+        burst_beats=1,
+        expert_bytes=512,
+    ),
+    "one-credit": DeviceConfig(
+        model=preset("tiny"),
+        slots=5,
+        data_bytes=64,
+        address_bits=36,
+        outstanding_bursts=1,
+        burst_beats=8,
+        expert_bytes=1536,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dma(name):
+    config = CONFIGS[name]
+    run_bench(
+        DMA(config=config),
+        module=HERE / "cocotb_dma.py",
+        name="dma",
+        parameters={"config": config},
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt-oss-20b"])
+def test_block_memory(name):
+    config = CONFIGS[name]
+    size = 9 * 1024 + config.data_bytes
+    run_bench(
+        AXIBlockMemory(config=config, init=pattern(0, size)),
+        module=HERE / "cocotb_rom.py",
+        name="rom",
+        parameters={"config": config, "size": size},
+    )
+
+
+@pytest.mark.parametrize("block", [DMA, MidEnd])
+def test_bad_config(block):
+    with pytest.raises(TypeError, match="Configuration must be a DeviceConfig, not 'tiny'"):
+        block(config="tiny")
+
+
+@pytest.mark.parametrize("block", [FrontEnd, BackEnd])
+def test_bad_tile_limit(block):
+    with pytest.raises(TypeError, match="Configuration must be a DeviceConfig, not None"):
+        block(config=None, tiles=4)
+    with pytest.raises(ValueError, match="Tile limit must be a positive integer, not 0"):
+        block(config=TINY_DEVICE, tiles=0)
+
+
+def test_bad_block_memory():
+    with pytest.raises(TypeError, match="Configuration must be a DeviceConfig, not 4"):
+        AXIBlockMemory(config=4, init=bytes(16))
+    for size in (0, 10):
+        with pytest.raises(
+            ValueError,
+            match=f"Memory contents must be a whole number of 4-byte beats, not {size} bytes",
+        ):
+            AXIBlockMemory(config=TINY_DEVICE, init=bytes(size))
+
+
+def test_axi_signature():
+    signature = AXI4ReadSignature(address_bits=32, data_bits=64)
+    assert signature == AXI4ReadSignature(address_bits=32, data_bits=64, id_bits=1)
+    assert signature != AXI4ReadSignature(address_bits=32, data_bits=32)
+    assert signature.data_bytes == 8
+    assert "address_bits=32, data_bits=64" in repr(signature)
+    with pytest.raises(TypeError, match="Address width must be an integer, not '32'"):
+        AXI4ReadSignature(address_bits="32", data_bits=32)
+    with pytest.raises(ValueError, match="Address width must be between 12 and 64 bits, not 65"):
+        AXI4ReadSignature(address_bits=65, data_bits=32)
+    with pytest.raises(ValueError, match="Data width must be a power of two"):
+        AXI4ReadSignature(address_bits=32, data_bits=24)
+    with pytest.raises(ValueError, match="ID width must be at least 1 bit, not 0"):
+        AXI4ReadSignature(address_bits=32, data_bits=32, id_bits=0)
