@@ -1,0 +1,293 @@
+"""Shapes of models and devices: presets, derived widths, and every message of a refusal."""
+
+import re
+
+import pytest
+
+from prestage_hw.contract import PRESETS, DeviceConfig, ModelConfig, preset
+
+MODEL = ModelConfig(name="m", layers=4, experts=8, top_k=2)
+
+
+def device(**changes):
+    return DeviceConfig(**{"model": MODEL, "slots": 8, **changes})
+
+
+def raises(kind, text):
+    return pytest.raises(kind, match=f"^{re.escape(text)}$")
+
+
+# Shapes from the models' published configuration files.
+PUBLISHED = {
+    "gpt-oss-20b": (24, 32, 4),
+    "gpt-oss-120b": (36, 128, 4),
+    "qwen3-30b-a3b": (48, 128, 8),
+    "mixtral-8x7b": (32, 8, 2),
+    "olmoe-1b-7b": (16, 64, 8),
+    "deepseek-v2-lite": (26, 64, 6),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_shapes(name):
+    model = preset(name)
+    assert (model.layers, model.experts, model.top_k) == PUBLISHED[name]
+    assert model.name == name
+
+
+def test_presets_are_the_published_ones_and_tiny():
+    assert set(PRESETS) == {*PUBLISHED, "tiny"}
+
+
+def test_expert_sizes():
+    # Mixtral's experts are three 4096 x 14336 matrices in 16 bits.
+    assert preset("mixtral-8x7b").expert_bytes == 3 * 4096 * 14336 * 2
+    # 4.25 bits a weight are 17 bytes for 32 weights.
+    assert preset("gpt-oss-20b").expert_bytes == 3 * 2880 * 2880 * 17 // 32
+
+
+def test_unknown_preset():
+    with raises(
+        ValueError, f"Model preset must be one of {', '.join(sorted(PRESETS))}, not 'gpt-5'"
+    ):
+        preset("gpt-5")
+
+
+@pytest.mark.parametrize(
+    "changes, kind, text",
+    [
+        ({"name": ""}, TypeError, "Model name must be a non-empty string, not ''"),
+        ({"name": 3}, TypeError, "Model name must be a non-empty string, not 3"),
+        ({"layers": 0}, ValueError, "Layer count must be between 1 and 255, not 0"),
+        ({"layers": 256}, ValueError, "Layer count must be between 1 and 255, not 256"),
+        ({"layers": 2.0}, TypeError, "Layer count must be an integer, not 2.0"),
+        ({"layers": True}, TypeError, "Layer count must be an integer, not True"),
+        ({"experts": 1}, ValueError, "Expert count must be between 2 and 1024, not 1"),
+        ({"experts": 1025}, ValueError, "Expert count must be between 2 and 1024, not 1025"),
+        ({"experts": "8"}, TypeError, "Expert count must be an integer, not '8'"),
+        ({"top_k": 0}, ValueError, "Top-k must be between 1 and 16, not 0"),
+        ({"top_k": 17}, ValueError, "Top-k must be between 1 and 16, not 17"),
+        ({"top_k": None}, TypeError, "Top-k must be an integer, not None"),
+        ({"top_k": 9}, ValueError, "Top-k must not exceed the expert count 8, but is 9"),
+        (
+            {"expert_bytes": -1},
+            ValueError,
+            f"Expert size in bytes must be between 0 and {1 << 40}, not -1",
+        ),
+        (
+            {"expert_bytes": 1.5},
+            TypeError,
+            "Expert size in bytes must be an integer, not 1.5",
+        ),
+    ],
+)
+def test_model_is_validated(changes, kind, text):
+    with raises(kind, text):
+        ModelConfig(**{"name": "m", "layers": 4, "experts": 8, "top_k": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, kind, text",
+    [
+        ({"model": "tiny"}, TypeError, "Model must be a ModelConfig, not 'tiny'"),
+        ({"contexts": 0}, ValueError, "Context count must be between 1 and 8, not 0"),
+        ({"contexts": 9}, ValueError, "Context count must be between 1 and 8, not 9"),
+        ({"contexts": "1"}, TypeError, "Context count must be an integer, not '1'"),
+        ({"slots": 0}, ValueError, "Slot count must be between 1 and 65535, not 0"),
+        ({"slots": 65536}, ValueError, "Slot count must be between 1 and 65535, not 65536"),
+        ({"slots": 8.0}, TypeError, "Slot count must be an integer, not 8.0"),
+        ({"slots": 1}, ValueError, "Slot count must be at least contexts x top-k = 2, not 1"),
+        (
+            {"slots": 7, "contexts": 4},
+            ValueError,
+            "Slot count must be at least contexts x top-k = 8, not 7",
+        ),
+        (
+            {"tile_bytes": 256},
+            ValueError,
+            "Tile size in bytes must be between 512 and 16384, not 256",
+        ),
+        (
+            {"tile_bytes": 32768},
+            ValueError,
+            "Tile size in bytes must be between 512 and 16384, not 32768",
+        ),
+        (
+            {"tile_bytes": 768},
+            ValueError,
+            "Tile size in bytes must be a power of two, not 768",
+        ),
+        ({"tile_bytes": "1k"}, TypeError, "Tile size in bytes must be an integer, not '1k'"),
+        (
+            {"expert_bytes": 0},
+            ValueError,
+            f"Expert size in bytes must be between 512 and {1 << 24}, not 0",
+        ),
+        (
+            {"expert_bytes": (1 << 24) + 512},
+            ValueError,
+            f"Expert size in bytes must be between 512 and {1 << 24}, not {(1 << 24) + 512}",
+        ),
+        (
+            {"expert_bytes": 1000},
+            ValueError,
+            "Expert size must be a whole number of 512-byte tiles, not 1000 bytes",
+        ),
+        (
+            {"expert_bytes": 512, "tile_bytes": 1024},
+            ValueError,
+            "Expert size must be a whole number of 1024-byte tiles, not 512 bytes",
+        ),
+        (
+            {"predictor": "oracle"},
+            ValueError,
+            "Predictor must be one of none, st_moe, not 'oracle'",
+        ),
+        ({"predictor": None}, ValueError, "Predictor must be one of none, st_moe, not None"),
+        ({"successors": -1}, ValueError, "Successor count must be between 0 and 32, not -1"),
+        ({"successors": 33}, ValueError, "Successor count must be between 0 and 32, not 33"),
+        (
+            {"successors": 9},
+            ValueError,
+            "Successor count must not exceed the expert count 8, but is 9",
+        ),
+        (
+            {"data_bytes": 2},
+            ValueError,
+            "Memory port width in bytes must be between 4 and 64, not 2",
+        ),
+        (
+            {"data_bytes": 128},
+            ValueError,
+            "Memory port width in bytes must be between 4 and 64, not 128",
+        ),
+        (
+            {"data_bytes": 12},
+            ValueError,
+            "Memory port width in bytes must be a power of two, not 12",
+        ),
+        (
+            {"address_bits": 15},
+            ValueError,
+            "Address width in bits must be between 16 and 64, not 15",
+        ),
+        (
+            {"address_bits": 65},
+            ValueError,
+            "Address width in bits must be between 16 and 64, not 65",
+        ),
+        (
+            {"address_bits": 16, "expert_bytes": 4096},
+            ValueError,
+            "Address width must span all experts (131072 bytes), but is 16 bits",
+        ),
+        ({"inflight": 3}, ValueError, "In-flight table size must be between 4 and 32, not 3"),
+        ({"inflight": 33}, ValueError, "In-flight table size must be between 4 and 32, not 33"),
+        (
+            {"prefetch_inflight": 0},
+            ValueError,
+            "In-flight prefetch limit must be between 1 and 6, not 0",
+        ),
+        (
+            {"inflight": 4, "prefetch_inflight": 3},
+            ValueError,
+            "In-flight prefetch limit must be between 1 and 2, not 3",
+        ),
+        (
+            {"outstanding_bursts": 0},
+            ValueError,
+            "Outstanding burst limit must be between 1 and 16, not 0",
+        ),
+        (
+            {"outstanding_bursts": 17},
+            ValueError,
+            "Outstanding burst limit must be between 1 and 16, not 17",
+        ),
+        (
+            {"burst_beats": 0},
+            ValueError,
+            "Burst length in beats must be between 1 and 256, not 0",
+        ),
+        (
+            {"burst_beats": 512},
+            ValueError,
+            "Burst length in beats must be between 1 and 256, not 512",
+        ),
+        (
+            {"burst_beats": 48},
+            ValueError,
+            "Burst length in beats must be a power of two, not 48",
+        ),
+    ],
+)
+def test_device_is_validated(changes, kind, text):
+    with raises(kind, text):
+        device(**changes)
+
+
+def test_derived_sizes():
+    config = device(expert_bytes=3072, tile_bytes=1024, data_bytes=16)
+    assert (config.tiles, config.tile_beats, config.expert_beats) == (3, 64, 192)
+
+
+def test_default_successors_do_not_exceed_the_experts():
+    assert device().successors == 8
+    four = ModelConfig(name="four", layers=2, experts=4, top_k=2)
+    assert device(model=four).successors == 4
+    assert device(successors=3).successors == 3
+
+
+def test_candidate_depth():
+    assert device().candidate_depth == 64
+    wide = ModelConfig(name="wide", layers=2, experts=128, top_k=2)
+    assert device(model=wide, slots=16, contexts=3).candidate_depth == 384
+
+
+def test_bits():
+    config = device(slots=9, contexts=3, expert_bytes=2048, address_bits=33, inflight=5)
+    expected = {
+        "ctx": 2,
+        "layer": 2,
+        "expert": 3,
+        "slot": 4,
+        "tile": 2,
+        "beat": 7,
+        "tag": 3,
+        "index": 1,
+        "address": 33,
+        "data": 128,
+    }
+    assert {kind: config.bits(kind) for kind in expected} == expected
+
+
+def test_bits_of_a_single_one_is_one():
+    config = DeviceConfig(
+        model=ModelConfig(name="m", layers=1, experts=2, top_k=1), slots=1, expert_bytes=512
+    )
+    kinds = ("ctx", "layer", "slot", "tile", "index")
+    assert [config.bits(kind) for kind in kinds] == [1, 1, 1, 1, 1]
+
+
+def test_unknown_kinds():
+    with raises(
+        ValueError,
+        "Field kind must be one of ctx, layer, expert, slot, tile, beat, tag, index, address,"
+        " data, not 'colour'",
+    ):
+        device().bits("colour")
+    with raises(ValueError, "Array kind must be top_k or data_bytes, not 'experts'"):
+        device().count("experts")
+
+
+def test_expert_address():
+    config = device(expert_bytes=1024)
+    assert config.expert_address(0, 0) == 0
+    assert config.expert_address(3, 7, base=0x1000) == 0x1000 + 31 * 1024
+
+
+def test_replace_validates_again():
+    config = device()
+    assert config.replace(slots=12).slots == 12
+    assert config.replace(slots=12) != config
+    with raises(ValueError, "Slot count must be at least contexts x top-k = 2, not 1"):
+        config.replace(slots=1)
