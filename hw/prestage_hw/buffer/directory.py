@@ -4,6 +4,7 @@ from amaranth import Cat, Module, unsigned
 from amaranth.lib import data, enum, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
+
 from prestage_hw.contract import DeviceConfig
 
 __all__ = ["Directory", "EntryLayout", "EntryState", "PinLayout", "SlotLayout"]

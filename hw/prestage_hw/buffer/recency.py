@@ -4,6 +4,7 @@ from amaranth import Module, Signal, unsigned
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
+
 from prestage_hw.contract import DeviceConfig
 
 __all__ = ["RecencyList"]

@@ -4,6 +4,7 @@ from amaranth import Cat, Module, Mux, Signal, unsigned
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
+
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.layouts import RecordLayout
 
@@ -14,8 +15,8 @@ class Storage(wiring.Component):
     """Write arriving beats to their slots and read beats for the consumer.
 
     One beat is written and one is read in each cycle. A beat is written to the memory in the cycle in which it is taken, one cycle
-    later if an expert is not a power of two beats. Data and tile-valid bits of a read are read in the same cycle. A read of a beat
-    that is written in the same cycle returns its old value; so does one of the tile-valid bits.
+    later if an expert is not a power of two beats. Data and tile-valid bits of a read are read in the same cycle. A read waits
+    while its beat, or the tile-valid bits of its slot, are written: one cycle, and never in a slot that is READY.
 
     Parameters
     ----------
@@ -147,13 +148,18 @@ class Storage(wiring.Component):
                 write.en.eq(write_enable),
             ]
 
-        # Second stage: the memories.
+        # Second stage: the memories. A read waits while its row is written: it could not be valid anyway, and no
+        # block RAM has to resolve the collision (which would cost a register and a multiplexer for every data bit).
         step_output = Signal()
+        collision = Signal()
         read_valid = Signal()
         read_tile = Signal.like(tile)
         read_blank = Signal()
         m.d.comb += [
-            step_memory.eq(~read_valid | step_output),
+            collision.eq(
+                (write.en & (write.addr == address)) | (valid_write.en & (valid_write.addr == slot))
+            ),
+            step_memory.eq((~read_valid | step_output) & ~collision),
             read.addr.eq(address),
             read.en.eq(step_memory),
             valid_read.addr.eq(slot),
@@ -165,6 +171,8 @@ class Storage(wiring.Component):
                 read_tile.eq(tile),
                 read_blank.eq(self.blank),
             ]
+        with m.Elif(step_output):
+            m.d.sync += read_valid.eq(0)
 
         # Third stage: block RAM is slow out of the clock edge, so the beat leaves from registers.
         m.d.comb += step_output.eq(~self.beats.valid | self.beats.ready)

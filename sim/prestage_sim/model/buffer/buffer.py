@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.records import BufferCode, BufferOp
 

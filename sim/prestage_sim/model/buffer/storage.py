@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from prestage_hw.contract import DeviceConfig
 
 __all__ = ["Storage"]
