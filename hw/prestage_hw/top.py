@@ -90,6 +90,10 @@ class Top(wiring.Component):
         wiring.connect(m, dispatcher.replies, link.replies)
         wiring.connect(m, dispatcher.registers, registers.requests)
         wiring.connect(m, registers.values, dispatcher.values)
+        m.d.comb += [
+            dispatcher.hint_enable.eq(registers.control.hint_enable),
+            dispatcher.hint_threshold.eq(registers.control.hint_threshold),
+        ]
 
         # 2 predictor
         wiring.connect(m, dispatcher.begin, predictor.begin)

@@ -1,0 +1,445 @@
+"""The whole device against the golden model, over real link bytes.
+
+::
+
+    host ─▶ rx ┌─────┐ bus ─▶ AXI4 memory that holds the experts
+    host ◀─ tx │ Top │
+               └─────┘ beats ─▶ consumer, which compares bytes with the memory
+"""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import cocotb
+import pytest
+from prestage_tb.axi import DECERR, SLVERR, AXIMemory
+
+from prestage_hw.contract import (
+    MESSAGES,
+    RECORDS,
+    REGISTERS,
+    DeviceConfig,
+    ModelConfig,
+    decode_frame,
+    encode_frame,
+)
+from prestage_hw.contract.params import TINY_DEVICE
+from prestage_hw.contract.pattern import expert_memory
+from prestage_hw.contract.records import LINK_ACK, LINK_NAK, ErrorCode
+from prestage_hw.contract.registers import COUNTERS, register_by_name
+from prestage_hw.layouts import RecordLayout
+from prestage_hw.top import Top
+from prestage_sim.model.top import Top as GoldenTop
+from prestage_sim.traces import load_trace
+from prestage_tb.bench import (
+    Stall,
+    StreamSink,
+    StreamSource,
+    cycles,
+    parameters,
+    reset,
+    run_bench,
+    start_clock,
+)
+
+_ROOT = Path(__file__).resolve().parents[1]
+_ACKNOWLEDGE_EVERY = 8
+
+
+class _Host:
+    """Host end of an undamaged link: it counts sequences and acknowledges."""
+
+    def __init__(self, dut, config, *, stall):
+        self.config = config
+        self.rx = StreamSource(dut, "rx", 8, stall=stall)
+        self.tx = StreamSink(dut, "tx", 8, stall=stall)
+        self.clear()
+
+    def clear(self):
+        self.sequence = 0
+        self.expected = 0
+        self.answers = []
+        self._parsed = 0
+        self._frame = bytearray()
+        self._bytes = 0
+
+    def post(self, name, *values):
+        """Queue a message and return its code and body."""
+        record = MESSAGES[name].record
+        body = record.pack(self.config, *values)
+        self.post_raw(MESSAGES[name].code, body)
+        return MESSAGES[name].code, body
+
+    def post_raw(self, code, body):
+        frame = encode_frame(code, sequence=self.sequence, acknowledge=self.expected, body=body)
+        self.rx.send(*frame)
+        self.sequence += 1
+
+    def poll(self):
+        """Parse what has come since the last call."""
+        for byte in self.tx.received[self._bytes :]:
+            self._bytes += 1
+            if byte:
+                self._frame.append(byte)
+                continue
+            code, sequence, _, body = decode_frame(bytes(self._frame))
+            self._frame.clear()
+            assert code != LINK_NAK
+            if code == LINK_ACK:
+                continue
+            assert sequence == self.expected % 256
+            self.expected += 1
+            self.answers.append((code, body))
+            if self.expected % _ACKNOWLEDGE_EVERY == 0:
+                self.rx.send(*encode_frame(LINK_ACK, sequence=0, acknowledge=self.expected))
+
+    async def wait(self, dut, *, until, limit=200_000):
+        """Wait for an answer with the code ``until``; returns all answers since the last wait."""
+        for _ in range(limit // 16):
+            self.poll()
+            fresh = self.answers[self._parsed :]
+            if any(code == until for code, _ in fresh):
+                self._parsed = len(self.answers)
+                return fresh
+            await cycles(dut, 16)
+        raise AssertionError(f"No answer {until:#x} within {limit} cycles")
+
+
+class _Bench:
+    def __init__(self, dut, *, stall=0.0, latency=20):
+        values = parameters()
+        self.dut = dut
+        self.config = values["config"]
+        self.trace = values.get("trace")
+        self.random = random.Random(cocotb.RANDOM_SEED)
+        self.image = expert_memory(self.config)
+        start_clock(dut)
+        self.host = _Host(dut, self.config, stall=stall)
+        self.reads = StreamSource(
+            dut, "reads", RecordLayout("ReadRequest", config=self.config), stall=stall
+        )
+        self.beats = StreamSink(dut, "beats", RecordLayout("Beat", config=self.config), stall=stall)
+        self.memory = AXIMemory(
+            dut,
+            data=lambda address, size: self.image[address : address + size].tobytes(),
+            data_bytes=self.config.data_bytes,
+            address_bits=self.config.address_bits,
+            latency=latency,
+            address_stall=stall,
+            data_stall=stall,
+            outstanding=self.config.outstanding_bursts,
+            burst_beats=self.config.burst_beats,
+        )
+        self.drivers = [self.host.rx, self.host.tx, self.reads, self.beats]
+
+    async def reset(self):
+        self.host.clear()
+        await reset(self.dut, drivers=self.drivers)
+        self.host.clear()
+
+    async def check_bytes(self, readies):
+        """Every byte of the slots is the expert's."""
+        beats = self.config.expert_beats
+        for ready in readies:
+            for beat in range(beats):
+                self.reads.send({"slot": ready["slot"], "beat": beat})
+            got = await self.beats.receive(beats)
+            assert all(beat["ok"] for beat in got), ready
+            data = b"".join(bytes(beat["data"]) for beat in got)
+            start = self.config.expert_address(ready["layer"], ready["expert"])
+            assert data == self.image[start : start + self.config.expert_bytes].tobytes(), ready
+
+    def readies(self, answers):
+        return [
+            RECORDS["Ready"].unpack(self.config, body)
+            for code, body in answers
+            if code == MESSAGES["READY"].code
+        ]
+
+    async def drained(self, golden, name, *values):
+        """One message on an idle device; its answers must be the golden model's, in any order."""
+        message = self.host.post(name, *values)
+        self.host.post("SYNC", 1)
+        answers = await self.host.wait(self.dut, until=MESSAGES["SYNCED"].code)
+        assert answers.pop() == (
+            MESSAGES["SYNCED"].code,
+            RECORDS["Synced"].pack(self.config, 1),
+        )
+        expected = golden.handle(*message)
+        assert Counter(answers) == Counter(expected), (name, values, answers, expected)
+        return answers
+
+    async def compare_registers(self, golden):
+        """All counters and all writable registers equal the golden model's."""
+        for register in REGISTERS:
+            if register.name.startswith("cycles") or register.name == "table_data":
+                continue
+            await self.drained(golden, "REGISTER_READ", register.address)
+
+    async def compare_tables(self, golden):
+        """All words of both tables, read through registers, equal the golden model's."""
+        for table in (0, 1):
+            address = register_by_name("table_address").address
+            await self.drained(golden, "REGISTER_WRITE", address, table << 24)
+            data = register_by_name("table_data").address
+            words = golden.predictor.table_words(table)
+            # A few at a time: the device keeps at most a replay memory of unacknowledged answers.
+            for start in range(0, words, _ACKNOWLEDGE_EVERY):
+                expected = []
+                for _ in range(start, min(start + _ACKNOWLEDGE_EVERY, words)):
+                    expected += golden.handle(*self.host.post("REGISTER_READ", data))
+                self.host.post("SYNC", 2)
+                answers = await self.host.wait(self.dut, until=MESSAGES["SYNCED"].code)
+                assert answers[:-1] == expected
+
+
+def _decisions(bench, tokens):
+    """Layers' choices, token by token: from the trace if there is one, else random with reuse."""
+    model, rng = bench.config.model, bench.random
+    if bench.trace is not None:
+        experts = load_trace(Path(bench.trace["path"])).experts
+        start = rng.randrange(len(experts) - tokens)
+        yield from experts[start : start + tokens].tolist()
+        return
+    favourites = [rng.sample(range(model.experts), model.top_k) for _ in range(model.layers)]
+    for _ in range(tokens):
+        chosen = []
+        for layer in range(model.layers):
+            if rng.random() < 0.5:
+                favourites[layer] = rng.sample(range(model.experts), model.top_k)
+            chosen.append(rng.sample(favourites[layer], model.top_k))
+        yield chosen
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=[0.0, 0.3])
+async def drained_pace(dut, stall):
+    """At drained pace every answer, byte and counter is the golden model's."""
+    bench = _Bench(dut, stall=Stall(stall, burst=(1, 6)))
+    config, rng = bench.config, bench.random
+    golden = GoldenTop(config, bench.image)
+    await bench.reset()
+    tokens = bench.trace["tokens"] if bench.trace else 10
+    for token, layers in enumerate(_decisions(bench, tokens)):
+        ctx = rng.randrange(config.contexts)
+        await bench.drained(golden, "BEGIN_TOKEN", ctx, 1, token)
+        for layer, experts in enumerate(layers):
+            answers = await bench.drained(golden, "ROUTE", ctx, layer, experts)
+            if rng.random() < 0.3:
+                await bench.check_bytes(bench.readies(answers))
+            await bench.drained(golden, "RELEASE", ctx, layer)
+    assert golden.counters["fills"] > 0
+    await bench.compare_registers(golden)
+
+
+@cocotb.test()
+async def hints_and_errors(dut):
+    """Hints, memory errors and full buffers at drained pace agree with the golden model."""
+    bench = _Bench(dut, stall=0.1)
+    config, rng, model = bench.config, bench.random, bench.config.model
+    golden = GoldenTop(config, bench.image)
+    await bench.reset()
+    bad = {(rng.randrange(model.layers), rng.randrange(model.experts)) for _ in range(6)}
+    for layer, expert in bad:
+        # The second beat from the end, so that the failing burst isn't the first one.
+        address = config.expert_address(layer, expert) + config.expert_bytes - config.data_bytes * 2
+        bench.memory.failing.append((address, address + config.data_bytes, SLVERR))
+        golden.memory.failing.append((address, address + config.data_bytes))
+    control = register_by_name("control").address
+    await bench.drained(golden, "REGISTER_WRITE", control, 3)
+    codes = Counter()
+    held = []
+    for token, layers in enumerate(_decisions(bench, 8)):
+        for ctx in range(config.contexts):
+            await bench.drained(golden, "BEGIN_TOKEN", ctx, 1, token)
+        for layer, experts in enumerate(layers):
+            for ctx in range(config.contexts):
+                wanted = rng.randrange(layer, model.layers)
+                expert = rng.randrange(model.experts)
+                score = rng.randrange(256)
+                await bench.drained(golden, "HINT", ctx, wanted, expert, score)
+                answers = await bench.drained(golden, "ROUTE", ctx, layer, experts)
+                codes.update(body[0] for code, body in answers if code == MESSAGES["EVENT"].code)
+                held.append((ctx, layer))
+            # Layers are released late, so that slots run out now and then.
+            while held and rng.random() < 0.7:
+                await bench.drained(golden, "RELEASE", *held.pop(rng.randrange(len(held))))
+        while held:
+            await bench.drained(golden, "RELEASE", *held.pop())
+    await bench.compare_registers(golden)
+    assert codes[ErrorCode.BUS] and codes[ErrorCode.NO_SLOT], codes
+
+
+@cocotb.test()
+async def timed_pace(dut):
+    """Routes come when they like: each gets k readies or errors, and the bytes are right."""
+    bench = _Bench(dut, stall=0.05, latency=60)
+    config, rng, model = bench.config, bench.random, bench.config.model
+    host = bench.host
+    await bench.reset()
+    for _ in range(3):
+        layer, expert = rng.randrange(model.layers), rng.randrange(model.experts)
+        address = config.expert_address(layer, expert)
+        bench.memory.failing.append((address, address + config.data_bytes, DECERR))
+
+    routes = 0
+    waiting = {}  # (ctx, layer) -> experts that are not answered yet
+    seen = 0
+    ready_layers = []
+
+    async def answers_to(key):
+        nonlocal seen
+        for _ in range(20_000):
+            host.poll()
+            for code, body in host.answers[seen:]:
+                if code == MESSAGES["READY"].code:
+                    fields = RECORDS["Ready"].unpack(config, body)
+                    layer_key = (fields["ctx"], fields["layer"])
+                    waiting[layer_key].remove(fields["expert"])
+                    await bench.check_bytes([fields] if rng.random() < 0.2 else [])
+                elif code == MESSAGES["EVENT"].code:
+                    fields = RECORDS["Event"].unpack(config, body)
+                    assert fields["code"] in (ErrorCode.BUS, ErrorCode.NO_SLOT), fields
+                    waiting[fields["ctx"], fields["layer"]].remove(fields["expert"])
+            seen = len(host.answers)
+            if not waiting[key]:
+                return
+            await cycles(dut, 16)
+        raise AssertionError(f"{key} was never answered: {waiting}")
+
+    for token, layers in enumerate(_decisions(bench, 8)):
+        for ctx in range(config.contexts):
+            host.post("BEGIN_TOKEN", ctx, 1, token)
+        for layer, experts in enumerate(layers):
+            for ctx in range(config.contexts):
+                mine = [(expert + ctx) % model.experts for expert in experts]
+                waiting[ctx, layer] = set(mine)
+                host.post("ROUTE", ctx, layer, mine)
+                routes += 1
+                ready_layers.append((ctx, layer))
+                if rng.random() < 0.5:
+                    await cycles(dut, rng.randrange(300))
+            while ready_layers:
+                key = ready_layers.pop(0)
+                await answers_to(key)
+                host.post("RELEASE", *key)
+    host.post("SYNC", 9)
+    await host.wait(dut, until=MESSAGES["SYNCED"].code)
+    assert all(not experts for experts in waiting.values())
+
+    counters = {}
+    for counter in COUNTERS:
+        name = counter.name if counter.bits == 32 else f"{counter.name}_low"
+        host.post("REGISTER_READ", register_by_name(name).address)
+        answers = await host.wait(dut, until=MESSAGES["REGISTER_VALUE"].code)
+        counters[counter.name] = RECORDS["RegisterValue"].unpack(config, answers[-1][1])["value"]
+    c = counters
+    assert c["routes"] == c["releases"] == routes
+    assert c["demands"] == routes * model.top_k
+    assert c["hits"] + c["misses"] + c["late"] + c["merged"] + c["refused"] == c["demands"]
+    assert c["fills"] + c["fill_errors"] == c["misses"] + c["prefetch_issued"]
+    assert c["useful"] + c["useless"] <= c["prefetch_issued"]
+    assert c["demand_bytes"] + c["prefetch_bytes"] >= c["fills"] * config.expert_bytes
+    assert c["link_errors"] == c["link_replays"] == c["rejected"] == 0
+
+
+@cocotb.test()
+async def tables_and_reads(dut):
+    """Tables load and read back through registers, and slots read over the link."""
+    bench = _Bench(dut, stall=0.0)
+    config, rng = bench.config, bench.random
+    golden = GoldenTop(config, bench.image)
+    await bench.reset()
+    for table in (0, 1):
+        address = register_by_name("table_address").address
+        await bench.drained(golden, "REGISTER_WRITE", address, table << 24)
+        data = register_by_name("table_data").address
+        for _ in range(min(64, golden.predictor.table_words(table))):
+            word = rng.randrange(config.model.experts) | rng.randrange(8) << 16
+            golden.handle(*bench.host.post("REGISTER_WRITE", data, word))
+    for layer in range(min(3, config.model.layers)):
+        experts = rng.sample(range(config.model.experts), config.model.top_k)
+        answers = await bench.drained(golden, "ROUTE", 0, layer, experts)
+        for ready in bench.readies(answers)[:2]:
+            count = min(5, config.expert_beats)
+            await bench.drained(golden, "READ", ready["slot"], config.expert_beats - count, count)
+    if config.model.layers * config.model.experts * config.successors <= 1024:
+        await bench.compare_tables(golden)
+    await bench.drained(golden, "REGISTER_WRITE", register_by_name("clear").address, 7)
+    await bench.compare_registers(golden)
+    answers = await bench.drained(golden, "ROUTE", 0, 0, range(config.model.top_k))
+    await bench.check_bytes(bench.readies(answers))
+
+
+@cocotb.test()
+async def reset_in_flight(dut):
+    """A reset at any moment gives a fresh device."""
+    bench = _Bench(dut, stall=0.2, latency=40)
+    config, rng = bench.config, bench.random
+    await bench.reset()
+    for _ in range(4):
+        for layer in range(3):
+            experts = rng.sample(range(config.model.experts), config.model.top_k)
+            bench.host.post("ROUTE", 0, layer, experts)
+        await cycles(dut, rng.randrange(200, 2500))
+        await bench.reset()
+        golden = GoldenTop(config, bench.image)
+        for layer in range(2):
+            experts = rng.sample(range(config.model.experts), config.model.top_k)
+            answers = await bench.drained(golden, "ROUTE", 0, layer, experts)
+            await bench.check_bytes(bench.readies(answers))
+        await bench.compare_registers(golden)
+
+
+_SHAPES = {
+    "tiny": TINY_DEVICE,
+    "tiny-none": TINY_DEVICE.replace(predictor="none"),
+    "odd": DeviceConfig(
+        model=ModelConfig(name="odd", layers=3, experts=12, top_k=3),
+        slots=11,
+        expert_bytes=1536,
+        contexts=3,
+        data_bytes=16,
+        successors=5,
+        address_bits=32,
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", _SHAPES)
+def test_top(shape):
+    """Random routing on small shapes, all tests."""
+    config = _SHAPES[shape]
+    run_bench(
+        lambda: Top(config=config), module=__file__, name="top", parameters={"config": config}
+    )
+
+
+def _run_trace(path, *, preset, tokens):
+    trace = load_trace(path)
+    _, layers, top_k = trace.experts.shape
+    model = ModelConfig(name=preset, layers=layers, experts=trace.experts_per_layer, top_k=top_k)
+    config = DeviceConfig(
+        model=model, slots=max(top_k, layers * model.experts // 4), expert_bytes=512
+    )
+    run_bench(
+        lambda: Top(config=config),
+        module=__file__,
+        name="top",
+        parameters={"config": config, "trace": {"path": str(path), "tokens": tokens}},
+        testcase=["drained_pace/stall=0.0"],
+    )
+
+
+def test_top_tinymoe():
+    """The project's own trace."""
+    _run_trace(_ROOT / "models/tinymoe/traces/tinymoe__code.npz", preset="tinymoe", tokens=6)
+
+
+def test_top_gpt_oss():
+    """A large model's trace."""
+    path = _ROOT.parent / "shared/traces/gpt-oss-20b__cs.npz"
+    if not path.exists():
+        pytest.skip(f"needs {path}, which is not part of the project")
+    _run_trace(path, preset="gpt-oss-20b", tokens=4)
