@@ -18,22 +18,25 @@ __all__ = ["ExpertBuffer"]
 class ExpertBuffer(wiring.Component):
     """Keep experts in slots and decide which slot an arriving expert takes.
 
-    One request is worked on at a time. Its result is offered, counted in cycles from the one in which the request is taken:
+    One request is worked on at a time. Its result is offered, counted in cycles from the one in
+    which the request is taken:
 
-    - DEMAND, PREFETCH: after ``lookup_latency``, plus 2 for each pinned or filling slot that the search for a victim skips. NO_SLOT
-      comes one cycle sooner than the allocation of the last slot searched would, at once after 2 if every slot was touched since
-      the route began.
+    - DEMAND, PREFETCH: after ``lookup_latency``, plus 2 for each pinned or filling slot that the
+      search for a victim skips. NO_SLOT comes one cycle sooner than the allocation of the last slot
+      searched would; for a PREFETCH after 2 if every slot was touched since the route began.
     - FILL: after ``fill_latency``.
     - RELEASE: after ``release_latency``.
 
-    The next request is taken when the result was taken, at the earliest one cycle later. What a result says is visible on the read
-    port for every read taken from the first cycle in which the result is offered.
+    The next request is taken when the result was taken, at the earliest one cycle later. What a
+    result says is visible on the read port for every read taken from the first cycle in which the
+    result is offered.
 
-    After reset and after ``clear`` the block clears itself, one row in each of ``clear_cycles``: no expert resident, no pin, no tile
-    valid, slot 0 least recent, and a route begun. The data stay. A request that was taken before is answered first.
+    After reset and after ``clear`` the block clears itself, one row in each of ``clear_cycles``: no
+    expert resident, no pin, no tile valid, slot 0 least recent, and a route begun. The data stay. A
+    request that was taken before is answered first.
 
-    Every tile of an expert is to be written before the FILL that reports it. Fills are to name a slot that is filling (others change
-    nothing), demands an entry of the pin list that is free.
+    Every tile of an expert is to be written before the FILL that reports it. Fills are to name a
+    slot that is filling (others change nothing), demands an entry of the pin list that is free.
 
     Parameters
     ----------
@@ -45,7 +48,8 @@ class ExpertBuffer(wiring.Component):
     lookup_latency, fill_latency, release_latency : :class:`int`
         See above, in cycles.
     read_latency : :class:`int`
-        Cycles from the cycle in which a read is taken to the first in which its beat is offered, where ``beats`` never waits.
+        Cycles from the cycle in which a read is taken to the first in which its beat is offered,
+        where ``beats`` never waits.
     clear_cycles : :class:`int`
         Cycles that clearing takes.
 
@@ -64,7 +68,8 @@ class ExpertBuffer(wiring.Component):
     clear : ``In(1)``
         A pulse forgets everything but the data.
     idle : ``Out(1)``
-        No request, result or clearing is in the block. Low from the cycle after a pulse of ``clear``.
+        No request, result or clearing is in the block. Low from the cycle after a pulse of
+        ``clear``.
 
     Raises
     ------
@@ -146,7 +151,8 @@ class ExpertBuffer(wiring.Component):
 
         with m.FSM(init="CLEAR"):
             with m.State("CLEAR"):
-                # `slot` passes all its values whatever it starts from: there are at least as many rows as slots.
+                # `slot` passes all its values whatever it starts from: there are at least as many
+                # rows as slots.
                 m.d.comb += [
                     directory.clear.eq(1),
                     recency.clear.eq(1),

@@ -46,7 +46,8 @@ class EntryLayout(data.StructLayout):
 class SlotLayout(data.StructLayout):
     """What a slot holds.
 
-    ``tiles`` repeats the tile-valid bits of :class:`Storage`, so that setting one needs no second read port there.
+    ``tiles`` repeats the tile-valid bits of :class:`Storage`, so that setting one needs no second
+    read port there.
 
     Parameters
     ----------
@@ -84,10 +85,10 @@ class PinLayout(data.StructLayout):
 
 
 class Directory(wiring.Component):
-    """Hold the directory (expert to slot), the slot states (slot to expert) and the pin list, each in a memory of its own.
+    """Hold the directory (expert to slot), the slot states (slot to expert) and the pin list.
 
-    A read takes one cycle: its value is valid in the next cycle and stays until the next read of the same memory. A memory is
-    never read and written in the same cycle.
+    Each has a memory of its own. A read takes one cycle: its value is valid in the next cycle and stays until the next read of
+    the same memory. A memory is never read and written in the same cycle.
 
     Parameters
     ----------
@@ -130,7 +131,8 @@ class Directory(wiring.Component):
     pin_value : ``In(PinLayout(config=config))``
         New pin.
     clear : ``In(1)``
-        Zero row ``row`` of the directory and of the pin list, and the state of ``slot``. Nothing else may be written meanwhile.
+        Zero row ``row`` of the directory and of the pin list, and the state of ``slot``. Nothing
+        else may be written meanwhile.
     row : ``In(row_bits)``
         Row to clear.
 

@@ -13,10 +13,12 @@ __all__ = ["RecencyList"]
 class RecencyList(wiring.Component):
     """Keep every slot in the order of its last touch, and mark where the current route began.
 
-    The list's ends are registers in place of a sentinel row, so that the least recent slot is known without a read.
+    The list's ends are registers in place of a sentinel row, so that the least recent slot is known
+    without a read.
 
-    *Read* takes one cycle: ``newer`` is valid in the next cycle and stays until the next read. *Touch* takes two cycles: it starts
-    when the neighbours of ``slot`` have been read, and ``slot`` must be stable in both. *Clear* writes one row a cycle.
+    *Read* takes one cycle: ``newer`` is valid in the next cycle and stays until the next read.
+    *Touch* takes two cycles: it starts when the neighbours of ``slot`` have been read, and ``slot``
+    must be stable in both. *Clear* writes one row a cycle.
 
     Parameters
     ----------
@@ -36,7 +38,8 @@ class RecencyList(wiring.Component):
     begin_route : ``In(1)``
         Mark the most recent slot: slots more recent than the mark were touched since.
     clear : ``In(1)``
-        High while all slot numbers pass by on ``slot``: slot 0 becomes the least recent, the last slot the most recent and marked.
+        High while all slot numbers pass by on ``slot``: slot 0 becomes the least recent, the last
+        slot the most recent and marked.
     oldest, newest : ``Out(config.bits("slot"))``
         Least and most recent slot.
     mark : ``Out(config.bits("slot"))``

@@ -14,9 +14,10 @@ __all__ = ["Storage"]
 class Storage(wiring.Component):
     """Write arriving beats to their slots and read beats for the consumer.
 
-    One beat is written and one is read in each cycle. A beat is written to the memory in the cycle in which it is taken, one cycle
-    later if an expert is not a power of two beats. Data and tile-valid bits of a read are read in the same cycle. A read waits
-    while its beat, or the tile-valid bits of its slot, are written: one cycle, and never in a slot that is READY.
+    One beat is written and one is read in each cycle. A beat is written to the memory in the cycle
+    in which it is taken, one cycle later if an expert is not a power of two beats. Data and
+    tile-valid bits of a read are read in the same cycle. A read waits while its beat, or the
+    tile-valid bits of its slot, are written.
 
     Parameters
     ----------
@@ -26,8 +27,8 @@ class Storage(wiring.Component):
     Attributes
     ----------
     read_latency : :class:`int`
-        Cycles from the cycle in which a read is taken to the first in which its beat is offered, where ``beats`` never waits: 2, or
-        3 if an expert is not a power of two beats.
+        Cycles from the cycle in which a read is taken to the first in which its beat is offered,
+        where ``beats`` never waits: 2, or 3 if an expert is not a power of two beats.
 
     Members
     -------
@@ -36,7 +37,8 @@ class Storage(wiring.Component):
     reads : ``In(stream.Signature(RecordLayout("ReadRequest", config=config)))``
         Beats wanted by the consumer.
     beats : ``Out(stream.Signature(RecordLayout("Beat", config=config)))``
-        The beats in the order of the reads. ``ok`` is the valid bit of the beat's tile; it is 0 for a slot or a beat out of range.
+        The beats in the order of the reads. ``ok`` is the valid bit of the beat's tile; it is 0 for
+        a slot or a beat out of range.
     valid_write : ``In(1)``
         Set the tile-valid bits of slot ``valid_slot`` to ``valid_tiles``.
     valid_slot : ``In(config.bits("slot"))``
@@ -90,7 +92,8 @@ class Storage(wiring.Component):
             valid_write.en.eq(self.valid_write),
         ]
 
-        # A request that arrives while the first stage is held waits here, so that `reads.ready` comes from a register.
+        # A request that arrives while the first stage is held waits here, so that `reads.ready`
+        # comes from a register.
         waiting = Signal()
         waiting_place = Signal.like(self.reads.payload)
         place = Signal.like(self.reads.payload)
@@ -105,7 +108,8 @@ class Storage(wiring.Component):
         with m.If(~waiting):
             m.d.sync += waiting_place.eq(self.reads.payload)
 
-        # First stage: address. Nothing to compute, and no cycle spent, where the slot and the beat are its bits.
+        # First stage: address. Nothing to compute, and no cycle spent, where the slot and the beat
+        # are its bits.
         step_memory = Signal()
         address = Signal.like(read.addr)
         address_valid = Signal()
@@ -148,8 +152,9 @@ class Storage(wiring.Component):
                 write.en.eq(write_enable),
             ]
 
-        # Second stage: the memories. A read waits while its row is written: it could not be valid anyway, and no
-        # block RAM has to resolve the collision (which would cost a register and a multiplexer for every data bit).
+        # Second stage: the memories. A read waits while its row is written: it could not be valid
+        # anyway, and no block RAM has to resolve the collision (which would cost a register and a
+        # multiplexer for every data bit).
         step_output = Signal()
         collision = Signal()
         read_valid = Signal()

@@ -94,13 +94,14 @@ class ExpertBuffer:
         Parameters
         ----------
         op : :class:`int`
-            A :class:`BufferOp`. DEMAND uses ``ctx, layer, expert, index``; PREFETCH ``layer, expert``; FILL
-            ``slot, tile, last, failed``; RELEASE ``ctx, layer``.
+            A :class:`BufferOp`. DEMAND uses ``ctx, layer, expert, index``; PREFETCH ``layer,
+            expert``; FILL ``slot, tile, last, failed``; RELEASE ``ctx, layer``.
 
         Raises
         ------
         ValueError
-            If the operation is unknown, a field that it uses is out of range, or a demand's pin list entry is taken.
+            If the operation is unknown, a field that it uses is out of range, or a demand's pin
+            list entry is taken.
         """
         if op == BufferOp.DEMAND:
             return self._demand(ctx, layer, expert, index)

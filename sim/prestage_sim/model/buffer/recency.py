@@ -9,7 +9,7 @@ __all__ = ["Recency"]
 
 
 class Recency:
-    """Keep every slot in the order of its last touch, and remember which were touched since the route began.
+    """Keep every slot in the order of its last touch, and know which the route has touched.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ class Recency:
         self.clear()
 
     def clear(self) -> None:
-        """Put slot 0 first (least recent) and the last slot last; a route begins, in which nothing was touched."""
+        """Make slot 0 the least recent, the last slot the most; begin a route that touched none."""
         self._order: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.slots))
         self._route = 0
         self._touched_in = [-1] * self.slots
