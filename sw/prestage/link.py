@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import deque
+from collections.abc import Callable
 
 from prestage_hw.contract import MESSAGES, DeviceConfig, Pipe
 from prestage_hw.contract.records import LINK_ACK, LINK_NAK, LINK_RESET, LINK_RESET_DONE
@@ -41,6 +42,9 @@ class HostLink:
         Messages from the device after which an acknowledge goes out by itself, 1 to 64.
     attempts : :class:`int`
         Silent waits after which the device is taken for dead, at least 1.
+    patience : :class:`float`
+        Longest wait, in the pipe's unit of time, after which messages that have arrived are
+        acknowledged even if more are waited for. Shorter than the device's replay delay.
 
     Members
     -------
@@ -65,17 +69,21 @@ class HostLink:
         window: int = 16,
         acknowledge_every: int = 8,
         attempts: int = 8,
+        patience: float = 16_384,
     ) -> None:
         if not isinstance(config, DeviceConfig):
             raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
         _require_integer("Window", window, low=1, high=64)
         _require_integer("Acknowledge interval", acknowledge_every, low=1, high=64)
         _require_integer("Attempt count", attempts, low=1, high=1 << 16)
+        if not patience > 0:
+            raise ValueError(f"Patience must be positive, not {patience!r}")
         self.pipe = pipe
         self.config = config
         self.window = window
         self.acknowledge_every = acknowledge_every
         self.attempts = attempts
+        self.patience = patience
         self.errors = 0
         self.replays = 0
         self._lengths = {
@@ -232,9 +240,8 @@ class HostLink:
     # --- waiting
     # -----------------------------------------------------------------------------------
 
-    def _wait(self, done: object, frames: int, limit: float | None) -> None:
+    def _wait(self, done: Callable[[], bool], frames: int, limit: float | None) -> None:
         """Exchange bytes until ``done()``, or until nothing more can be expected."""
-        assert callable(done)
         silent = 0
         fruitless = 0
         while not done():
@@ -242,7 +249,12 @@ class HostLink:
                 self._send_control(LINK_ACK)
             self._progress = False
             missing = max(1, frames - len(self._inbox))
-            answered = self._exchange(frames=missing, limit=limit)
+            patient = limit is None or limit > self.patience
+            answered = self._exchange(frames=missing, limit=self.patience if patient else limit)
+            if not answered and patient:
+                # Nothing to acknowledge yet: wait in one piece, but only for the first frame.
+                rest = None if limit is None else limit - self.patience
+                answered = self._exchange(frames=1, limit=rest)
             if self._progress:
                 silent = fruitless = 0
                 continue
