@@ -30,7 +30,9 @@ from prestage_tb.bench import (
 class TB:
     """Clock, reset, streams, memory, scoreboard."""
 
-    def __init__(self, dut, *, stall=0.0, fault=None, latency=4, bytes_per_cycle=None, memory_stall=None):
+    def __init__(
+        self, dut, *, stall=0.0, fault=None, latency=4, bytes_per_cycle=None, memory_stall=None
+    ):
         self.dut = dut
         self.config = config = parameters()["config"]
         self.golden = GoldenDMA(config)

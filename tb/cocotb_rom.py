@@ -78,7 +78,9 @@ class Master:
                 at = address + beat * config.data_bytes
                 data = int.from_bytes(pattern(at, config.data_bytes), "little")
                 inside = at < size
-                expected.append((data if inside else None, 0 if inside else 3, beat == beats - 1, number))
+                expected.append(
+                    (data if inside else None, 0 if inside else 3, beat == beats - 1, number)
+                )
         for _ in range(100 + 20 * len(expected)):
             if len(self.beats) - first >= len(expected):
                 break
@@ -97,7 +99,9 @@ def random_bursts(generator, count):
     for _ in range(count):
         beats = generator.choice((1, 2, 3, generator.randrange(1, 65)))
         word = generator.randrange(size // config.data_bytes + 8)
-        word = min(word, (word // (4096 // config.data_bytes) + 1) * (4096 // config.data_bytes) - beats)
+        word = min(
+            word, (word // (4096 // config.data_bytes) + 1) * (4096 // config.data_bytes) - beats
+        )
         bursts.append((max(word, 0) * config.data_bytes, beats, generator.randrange(2)))
     return bursts
 

@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """DMA engine and block memory (the half that pytest runs)."""
 
 from pathlib import Path

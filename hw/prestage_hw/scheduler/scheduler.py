@@ -98,9 +98,9 @@ class Scheduler(wiring.Component):
     """
 
     #: Cycles beside the buffer's, see above.
-    hit_latency = 6
-    miss_latency = 8
-    fill_latency = 5
+    hit_latency = 7
+    miss_latency = 9
+    fill_latency = 6
 
     def __init__(self, *, config):
         if not isinstance(config, DeviceConfig):

@@ -1,0 +1,962 @@
+"""Scheduler against a scoreboard and its golden model (the half that runs in the simulator).
+
+::
+
+    commands ───▶ Scheduler ◀──▶ golden buffer (answers lookups after random delays)
+    candidates ─▶    │   │
+    ready, events ◀──┘   └─────▶ fetches ─▶ memory of random latency ─▶ completions
+"""
+
+import random
+from collections import Counter, deque
+
+import cocotb
+import numpy as np
+from cocotb.triggers import FallingEdge, RisingEdge
+
+from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode, Source
+from prestage_hw.layouts import RecordLayout
+from prestage_hw.scheduler import STROBES, Scheduler
+from prestage_sim.model.buffer import ExpertBuffer
+from prestage_sim.model.dma import DMA as GoldenDMA
+from prestage_sim.model.dma import Memory
+from prestage_sim.model.scheduler import Event, Ready
+from prestage_sim.model.scheduler import Scheduler as GoldenScheduler
+from prestage_tb.bench import (
+    Stall,
+    StreamSink,
+    StreamSource,
+    cycles,
+    parameters,
+    reset,
+    start_clock,
+)
+
+# Cycles in which what the bench has seen may not yet have reached the choice of the next tile: from a lookup's result or a
+# completion being taken to the table, and from the table to ``fetches``.
+SLACK = 6
+
+
+class Entry:
+    """A fetch as the scoreboard knows it."""
+
+    def __init__(self, *, layer, expert, slot, demand, ctx, cycle):
+        self.layer = layer
+        self.expert = expert
+        self.slot = slot
+        self.demand = demand
+        self.waiters = [ctx] if demand else []
+        self.since = cycle  # When it took its place in the order.
+        self.offered = 0
+        self.completed = 0
+        self.failed_at = None  # Cycle in which its first failing completion was taken.
+        self.failed_address = None
+        self.tag = None
+        self.again = []  # A context that waits twice: its layer was released and routed again.
+
+
+class TB:
+    """Clock, reset, streams, and a scoreboard that looks at every cycle."""
+
+    def __init__(self, dut, *, stall=0.0, fetch_stall=0.0, latency=(1, 1), failing=0.0, base=0):
+        self.dut = dut
+        self.config = config = parameters()["config"]
+        self.random = random.Random(cocotb.RANDOM_SEED)
+        start_clock(dut)
+
+        def source(name, record, **options):
+            return StreamSource(dut, name, RecordLayout(record, config=config), **options)
+
+        def sink(name, record, **options):
+            return StreamSink(dut, name, RecordLayout(record, config=config), **options)
+
+        self.commands = source("commands", "Command", stall=stall)
+        self.candidates = source("candidates", "Candidate", stall=stall)
+        self.requests = sink("buffer_requests", "BufferRequest", stall=stall)
+        self.results = source("buffer_results", "BufferResult", stall=stall)
+        self.fetches = sink("fetches", "FetchRequest", stall=fetch_stall)
+        self.completions = source("completions", "Completion", stall=stall)
+        self.ready = sink("ready", "Ready", stall=stall)
+        self.events = sink("events", "Event", stall=stall)
+        self.streams = [
+            self.commands,
+            self.candidates,
+            self.requests,
+            self.results,
+            self.fetches,
+            self.completions,
+            self.ready,
+            self.events,
+        ]
+        self.latency = latency
+        self.failing = failing
+        self.base = base
+        self.broken = []  # Address ranges of the memory that fail.
+        self.golden_dma = GoldenDMA(config)
+        self.prefetch_tiles = 1
+        dut.expert_base.value = base
+        dut.prefetch_tiles.value = 1
+        dut.enable.value = 1
+        self.cycle = 0
+        self.hold_memory = False
+        self.forget()
+        cocotb.start_soon(self._watch())
+
+    def forget(self):
+        """Start afresh, as after a reset."""
+        config = self.config
+        self.buffer = ExpertBuffer(config)
+        self.strobes = Counter()
+        self.expected = Counter()  # What the strobes must have counted in the end.
+        self.memory_queue = deque()
+        self.inflight = {}  # Entry by slot.
+        self.answers = []
+        self.open_demands = deque()  # Commands that were not looked up yet: (command, cycle).
+        self.unanswered = []  # Demands that wait: (ctx, layer, expert).
+        self.due = deque()  # Answers that must come next on ``ready``, and on ``events``.
+        self.due_events = deque()
+        self.queued = deque()  # Candidates that were not looked up yet.
+        self.routes = [0] * config.contexts
+        self.request = None
+        self.last_result = None
+        self.lookups = []
+        self.log = {}
+        self.retrying = None
+        self.offered_now = None
+        self.fill_queue = deque()  # Completions taken whose FILL has not come.
+        self.shown = 0
+
+    async def reset(self):
+        self.forget()
+        await reset(self.dut, drivers=self.streams)
+        self.forget()
+
+    # --- stimulus ---
+
+    def demand(self, ctx, layer, experts):
+        self.commands.send(
+            *(
+                {"release": 0, "ctx": ctx, "layer": layer, "expert": e, "index": i}
+                for i, e in enumerate(experts)
+            )
+        )
+
+    def release(self, ctx, layer):
+        self.commands.send({"release": 1, "ctx": ctx, "layer": layer, "expert": 0, "index": 0})
+
+    def candidate(self, ctx, layer, expert, *, deadline=None, source=Source.PREDICTOR):
+        if deadline is None:
+            deadline = (self.sent_routes(ctx) + 1) % 256
+        self.candidates.send(
+            {
+                "ctx": ctx,
+                "layer": layer,
+                "expert": expert,
+                "score": self.random.randrange(256),
+                "source": int(source),
+                "deadline": deadline,
+            }
+        )
+
+    def sent_routes(self, ctx):
+        """Routes of a context that the scheduler has looked up, plus those on their way."""
+        waiting = sum(
+            1
+            for c in [*(c for c, _ in self.open_demands), *self._unsent()]
+            if not c["release"] and c["index"] == 0 and c["ctx"] == ctx
+        )
+        return self.routes[ctx] + waiting
+
+    def _unsent(self):
+        return [self.commands._unpack(bits) for bits in self.commands._queue]
+
+    def quiet(self):
+        """Nothing is under way as far as the bench can see."""
+        return not (
+            self.commands.pending
+            or self.candidates.pending
+            or self.open_demands
+            or self.unanswered
+            or self.inflight
+            or self.memory_queue
+            or self.request
+            or self.due
+            or self.due_events
+        )
+
+    async def idle(self, limit=200_000):
+        """Wait until all is done; ``idle`` must follow at once."""
+        for _ in range(limit):
+            await RisingEdge(self.dut.clk)
+            if self.quiet() and str(self.dut.idle.value) == "1":
+                break
+        else:
+            raise AssertionError(
+                f"not idle: {self.open_demands} {self.unanswered} {self.inflight} {self.queued}"
+            )
+        await cycles(self.dut, 2)
+        assert self.quiet() and str(self.dut.idle.value) == "1"
+        for name in STROBES:
+            if name not in ("prefetch_stale", "prefetch_overflow"):
+                assert self.strobes[name] == self.expected[name], (
+                    f"{name} is {self.strobes[name]}, not {self.expected[name]}"
+                )
+        lost = self.strobes["prefetch_stale"] + self.strobes["prefetch_overflow"]
+        assert lost == self.expected["skipped"] + len(self.queued)
+        if not self.strobes["prefetch_overflow"]:
+            for candidate in self.queued:
+                assert self.stale(candidate), f"lost candidate {candidate}"
+        self.expected["skipped"] += len(self.queued)
+        self.queued.clear()
+        self.buffer.check_invariants()
+
+    def taken_slots(self):
+        """Slots that demands have taken."""
+        return sum(
+            op == BufferOp.DEMAND and result.code == BufferCode.ALLOCATED
+            for op, _, result in self.lookups
+        )
+
+    def stale(self, candidate):
+        return (self.routes[candidate["ctx"]] - candidate["deadline"]) % 256 < 128
+
+    # --- scoreboard ---
+
+    def _taken(self, stream):
+        """Payload of a stream if it is taken in this cycle."""
+        if str(stream.valid.value) == "1" and str(stream.ready.value) == "1":
+            return stream._unpack(int(stream.payload.value))
+        return None
+
+    async def _watch(self):
+        dut = self.dut
+        while True:
+            await FallingEdge(dut.clk)
+            self.cycle += 1
+            if str(dut.rst.value) != "0":
+                continue
+            strobes = int(dut.strobes.value)
+            for n, name in enumerate(STROBES):
+                if strobes >> n & 1:
+                    self.strobes[name] += 1
+                    self.log[name] = self.cycle
+            self._watch_idle()
+            self._watch_offer()
+            if str(self.requests.valid.value) == "0":
+                self.shown = self.cycle + 1  # The cycle in which a request shows next.
+            fetch = self._taken(self.fetches)
+            if fetch is not None:
+                self._fetched(fetch)
+            self._serve_memory()
+            completion = self._taken(self.completions)
+            if completion is not None:
+                self._completed(completion)
+            answer = self._taken(self.ready)
+            if answer is not None:
+                self._answered(Ready(**answer), self.due)
+            answer = self._taken(self.events)
+            if answer is not None:
+                self._answered(Event(**answer), self.due_events)
+            result = self._taken(self.results)
+            if result is not None:
+                self._result(result)
+            request = self._taken(self.requests)
+            if request is not None:
+                self._requested(request)
+            command = self._taken(self.commands)
+            if command is not None:
+                self.open_demands.append((command, self.cycle))
+                self.log["command"] = self.cycle
+                if not command["release"]:
+                    self.unanswered.append((command["ctx"], command["layer"], command["expert"]))
+            candidate = self._taken(self.candidates)
+            if candidate is not None and (
+                str(dut.enable.value) == "1" or candidate["source"] != Source.PREDICTOR
+            ):
+                self.queued.append(candidate)
+
+    def _watch_idle(self):
+        if str(self.dut.idle.value) == "1":
+            assert not (self.open_demands or self.unanswered or self.inflight), "idle too early"
+            assert not (self.request or self.memory_queue or self.due or self.due_events)
+            lost = self.strobes["prefetch_stale"] + self.strobes["prefetch_overflow"]
+            assert lost == self.expected["skipped"] + len(self.queued), "idle with candidates"
+            for stream in (self.requests, self.fetches, self.ready, self.events):
+                assert str(stream.valid.value) == "0"
+
+    def _watch_offer(self):
+        """A tile that is newly offered must be the right one."""
+        if "ready" not in self.log and str(self.ready.valid.value) == "1":
+            self.log["ready"] = self.cycle
+        if str(self.fetches.valid.value) != "1":
+            self.offered_now = None
+            return
+        if self.offered_now is not None:
+            return
+        fetch = self.offered_now = self.fetches._unpack(int(self.fetches.payload.value))
+        self.log.setdefault("fetch", self.cycle)
+        entry = self.inflight[fetch["slot"]]
+        config = self.config
+        address = config.expert_address(entry.layer, entry.expert, base=self.base)
+        address += fetch["tile"] * config.tile_bytes
+        assert fetch["address"] == address % (1 << config.address_bits)
+        assert fetch["tile"] == entry.offered, "an entry's tiles must come in order"
+        assert entry.tag in (None, fetch["tag"])
+        others = [e.tag for e in self.inflight.values() if e is not entry]
+        assert fetch["tag"] not in others, "two fetches share an entry"
+        entry.tag = fetch["tag"]
+        assert entry.failed_at is None or self.cycle - entry.failed_at <= SLACK, (
+            "a failed entry must get no further tiles"
+        )
+        waiting = [
+            e
+            for e in self.inflight.values()
+            if e.demand
+            and e.offered < config.tiles
+            and e.failed_at is None
+            and self.cycle - e.since > SLACK
+        ]
+        if fetch["demand"]:
+            assert entry.demand
+            for other in waiting:
+                assert other is entry or other.since > entry.since, (
+                    "tiles of demands must go out in the order of the demands"
+                )
+        else:
+            assert not waiting, "a prefetch tile was offered while a demand's tiles wait"
+            assert not entry.demand or self.cycle - entry.since <= SLACK
+            under_way = sum(not f["demand"] for f, *_ in self.memory_queue)
+            assert under_way < max(1, self.prefetch_tiles), "too many prefetch tiles with the DMA"
+        entry.offered += 1
+
+    def _fetched(self, fetch):
+        failing = False
+        address = fetch["address"]
+        for burst, beats in self.golden_dma.bursts(address):
+            end = burst + beats * self.config.data_bytes
+            if any(first < end and burst < last for first, last in self.broken):
+                failing, address = True, burst
+                break
+        completion = {
+            "tag": fetch["tag"],
+            "tile": fetch["tile"],
+            "failed": int(failing),
+            "address": address,
+        }
+        due = self.cycle + self.random.randint(*self.latency)
+        if self.memory_queue:
+            due = max(due, self.memory_queue[-1][2])
+        self.memory_queue.append((fetch, completion, due))
+
+    def _serve_memory(self):
+        if self.hold_memory or self.completions.pending:
+            return
+        if self.memory_queue and self.memory_queue[0][2] <= self.cycle:
+            self.completions.send(self.memory_queue[0][1])
+
+    def _completed(self, completion):
+        fetch, expected, _ = self.memory_queue.popleft()
+        assert completion == expected
+        self.log["completion"] = self.cycle
+        self.log.pop("ready", None)
+        entry = self.inflight[fetch["slot"]]
+        entry.completed += 1
+        if completion["failed"]:
+            if entry.failed_at is None:
+                entry.failed_at = self.cycle
+                entry.failed_address = completion["address"]
+        elif entry.failed_at is None:
+            self.expected["demand_bytes" if fetch["demand"] else "prefetch_bytes"] += 1
+        self.fill_queue.append((entry, completion))
+
+    def _answered(self, answer, due):
+        assert due, f"nobody waits for {answer}"
+        assert answer == due[0]
+        due.popleft()
+        self.unanswered.remove((answer.ctx, answer.layer, answer.expert))
+        self.answers.append(answer)
+
+    def _requested(self, request):
+        """The scheduler asks the buffer; the golden buffer answers."""
+        assert self.request is None, "one request at a time"
+        self.request = request
+        op = BufferOp(request["op"])
+        key = (request["ctx"], request["layer"], request["expert"])
+        if op == BufferOp.FILL:
+            entry, completion = self.fill_queue.popleft()
+            done = entry.completed == entry.offered and (
+                entry.offered == self.config.tiles or entry.failed_at is not None
+            )
+            failed = completion["failed"] or (done and entry.failed_at is not None)
+            assert request["slot"] == entry.slot
+            assert request["tile"] == completion["tile"]
+            assert (request["last"], request["failed"]) == (int(done), int(failed))
+        else:
+            assert not self.fill_queue, "a completion goes before everything else"
+        if op in (BufferOp.DEMAND, BufferOp.RELEASE):
+            self.log["lookup"] = self.cycle
+            if self.retrying is not None:
+                assert key == self.retrying and op == BufferOp.DEMAND
+                assert request["index"] == self.retrying_index
+            else:
+                command, _ = self.open_demands.popleft()
+                assert bool(command["release"]) == (op == BufferOp.RELEASE)
+                assert key[:2] == (command["ctx"], command["layer"])
+                if op == BufferOp.DEMAND:
+                    assert key[2] == command["expert"]
+                    assert request["index"] == command["index"]
+                    if request["index"] == 0:
+                        self.routes[request["ctx"]] = (self.routes[request["ctx"]] + 1) % 256
+            if op == BufferOp.DEMAND:
+                assert len(self.inflight) < self.config.inflight
+        if op == BufferOp.PREFETCH:
+            assert self.retrying is None
+            assert all(self.shown - since <= 4 for _, since in self.open_demands), (
+                "a command goes before a candidate"
+            )
+            prefetches = sum(not e.demand for e in self.inflight.values())
+            assert prefetches < self.config.prefetch_inflight
+            assert len(self.inflight) <= self.config.inflight - 2
+            while True:
+                candidate = self.queued.popleft()
+                if key == tuple(candidate[n] for n in ("ctx", "layer", "expert")):
+                    if not self.stale(candidate):
+                        break
+                assert self.stale(candidate) or self.strobes["prefetch_overflow"]
+                self.expected["skipped"] += 1
+        fields = {n: request[n] for n in ("ctx", "layer", "expert", "index", "slot", "tile")}
+        result = self.buffer.request(
+            op, **fields, last=bool(request["last"]), failed=bool(request["failed"])
+        )
+        self.results.send({name: int(value) for name, value in result._asdict().items()})
+        self.lookups.append((op, key, result))
+
+    def _result(self, result):
+        """The answer of the buffer was taken: what must follow from it?"""
+        request, self.request = self.request, None
+        op, code = BufferOp(request["op"]), BufferCode(result["code"])
+        ctx, layer, expert = (request[n] for n in ("ctx", "layer", "expert"))
+        slot = result["slot"]
+        expected = self.expected
+        self.log["result"] = self.cycle
+        if op == BufferOp.FILL:
+            if request["last"]:
+                entry = self.inflight.pop(request["slot"])
+                if entry.failed_at is None:
+                    expected["fills"] += 1
+                else:
+                    expected["fill_errors"] += 1
+                for waiter in sorted(entry.waiters):
+                    self._answer(entry, waiter)
+                for waiter in entry.again:
+                    self._answer(entry, waiter)
+            return
+        if op == BufferOp.RELEASE:
+            return
+        expected["evictions"] += result["evicted"]
+        expected["useless"] += result["evicted_unused"]
+        if op == BufferOp.PREFETCH:
+            if code == BufferCode.ALLOCATED:
+                expected["prefetch_issued"] += 1
+                self._start(layer, expert, slot, demand=False, ctx=ctx)
+            elif code == BufferCode.NO_SLOT:
+                expected["prefetch_no_slot"] += 1
+            else:
+                expected["prefetch_redundant"] += 1
+            return
+        expected["useful"] += result["prefetched"]
+        expected["pollution"] += result["polluted"]
+        self.retrying = None
+        if code == BufferCode.NO_SLOT and self.inflight:
+            self.retrying = (ctx, layer, expert)
+            self.retrying_index = request["index"]
+            expected["waits"] += 1
+            return
+        expected["demands"] += 1
+        if code == BufferCode.RESIDENT:
+            expected["hits"] += 1
+            self.due.append(Ready(ctx, layer, expert, slot))
+        elif code == BufferCode.ALLOCATED:
+            expected["misses"] += 1
+            self._start(layer, expert, slot, demand=True, ctx=ctx)
+        elif code == BufferCode.NO_SLOT:
+            expected["refused"] += 1
+            self.due_events.append(Event(ErrorCode.NO_SLOT, ctx, layer, expert, 0))
+        else:
+            entry = self.inflight[slot]
+            assert (entry.layer, entry.expert) == (layer, expert)
+            expected["merged" if entry.demand else "late"] += 1
+            if not entry.demand:
+                entry.demand = True
+                entry.since = self.cycle
+            if ctx in entry.waiters:
+                entry.again = [ctx]
+            else:
+                entry.waiters.append(ctx)
+
+    def _start(self, layer, expert, slot, *, demand, ctx):
+        assert slot not in self.inflight, "a transfer into the slot is in flight"
+        self.inflight[slot] = Entry(
+            layer=layer, expert=expert, slot=slot, demand=demand, ctx=ctx, cycle=self.cycle
+        )
+        if self.random.random() < self.failing:
+            first = self.config.expert_address(layer, expert, base=self.base)
+            first += self.random.randrange(self.config.expert_beats) * self.config.data_bytes
+            self.broken.append((first, first + self.config.data_bytes))
+
+    def _answer(self, entry, ctx):
+        if entry.failed_at is None:
+            self.due.append(Ready(ctx, entry.layer, entry.expert, entry.slot))
+        else:
+            self.due_events.append(
+                Event(ErrorCode.BUS, ctx, entry.layer, entry.expert, entry.failed_address)
+            )
+
+
+class Workload:
+    """Tokens of several contexts with experts that come back, good and bad candidates, early and late releases."""
+
+    def __init__(self, tb, *, hold=0):
+        self.tb = tb
+        self.config = tb.config
+        self.random = tb.random
+        self.layer = [0] * tb.config.contexts
+        self.pending = [deque() for _ in range(tb.config.contexts)]
+        self.hold = hold
+
+    def experts(self):
+        model = self.config.model
+        # A few experts are popular, so that hits, merges and redundant candidates are common.
+        popular = min(model.experts, 2 * model.top_k)
+        chosen = []
+        while len(chosen) < model.top_k:
+            limit = popular if self.random.random() < 0.6 else model.experts
+            expert = self.random.randrange(limit)
+            if expert not in chosen:
+                chosen.append(expert)
+        return chosen
+
+    def candidates(self, ctx, layer):
+        model = self.config.model
+        count = self.random.choice((0, 1, 3, model.top_k, 2 * model.top_k))
+        experts = self.random.sample(range(model.experts), min(count, model.experts))
+        return [((layer + 1) % model.layers, expert) for expert in experts]
+
+    def step(self, ctx):
+        """Route one layer of a context, after releasing enough that it may be routed."""
+        layers = self.config.model.layers
+        layer = self.layer[ctx]
+        self.layer[ctx] = (layer + 1) % layers
+        pending = self.pending[ctx]
+        while pending and (layer in pending or len(pending) > self.hold):
+            self.tb.release(ctx, pending.popleft())
+        experts = self.experts()
+        self.tb.demand(ctx, layer, experts)
+        pending.append(layer)
+        return layer, experts
+
+    def release_all(self):
+        for ctx, pending in enumerate(self.pending):
+            while pending:
+                self.tb.release(ctx, pending.popleft())
+
+
+STALLS = {"none": 0.0, "some": 0.3, "long": Stall(0.5, burst=(1, 30))}
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=list(STALLS), latency=[(1, 4), (20, 120)], failing=[0.0, 0.1])
+async def timed(dut, stall, latency, failing):
+    """Routes come while earlier ones are under way; the scoreboard checks every cycle."""
+    config = parameters()["config"]
+    base = 16 * config.data_bytes * 3
+    tb = TB(
+        dut,
+        stall=STALLS[stall],
+        fetch_stall=STALLS[stall],
+        latency=latency,
+        failing=failing,
+        base=base,
+    )
+    await tb.reset()
+    work = Workload(tb, hold=1)
+    for step in range(60):
+        ctx = tb.random.randrange(config.contexts)
+        layer, _ = work.step(ctx)
+        await tb.commands.sent()
+        for target, expert in work.candidates(ctx, layer):
+            tb.candidate(ctx, target, expert)
+        if tb.random.random() < 0.2:
+            tb.candidate(
+                ctx, layer, tb.random.randrange(config.model.experts), deadline=tb.routes[ctx]
+            )
+        if tb.random.random() < 0.3:
+            tb.broken.clear()
+        if step % 10 == 9:
+            tb.prefetch_tiles = 4
+            await tb.idle()
+            tb.prefetch_tiles = tb.random.randrange(5)
+            dut.prefetch_tiles.value = tb.prefetch_tiles
+        else:
+            await cycles(dut, tb.random.randrange(1, 150))
+    work.release_all()
+    await tb.idle()
+    for name in ("hits", "misses", "prefetch_issued", "prefetch_redundant", "prefetch_stale"):
+        assert tb.strobes[name], f"the workload has no {name}"
+    dut._log.info("counters: %s", dict(tb.strobes))
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=list(STALLS), failing=[False, True], full=[False, True])
+async def drained(dut, stall, failing, full):
+    """At drained pace all counters and the order of the answers are the golden model's."""
+    config = parameters()["config"]
+    tb = TB(
+        dut, stall=STALLS[stall], fetch_stall=STALLS[stall], latency=(1, 60), base=config.data_bytes
+    )
+    await tb.reset()
+    model = config.model
+    size = tb.base + model.layers * model.experts * config.expert_bytes
+    if failing:
+        for _ in range(model.layers * model.experts // 8):
+            first = tb.random.randrange(size // config.data_bytes) * config.data_bytes
+            tb.broken.append((first, first + config.data_bytes))
+    counters = Counter()
+    golden_buffer = ExpertBuffer(config)
+    golden = GoldenScheduler(
+        config,
+        buffer=golden_buffer,
+        memory=Memory(np.zeros(size, np.uint8), failing=tb.broken),
+        counters=counters,
+    )
+    golden.expert_base = tb.base
+    # With many layers unreleased every slot is pinned in the end, and demands are refused.
+    hold = config.slots // model.top_k + 1 if full else 1
+    work = Workload(tb, hold=min(hold, model.layers - 1))
+    for step in range(80 if model.layers < 10 else 60):
+        ctx = tb.random.randrange(config.contexts)
+        before = list(work.pending[ctx])
+        first = len(tb.answers)
+        layer, experts = work.step(ctx)
+        for old in before[: len(before) + 1 - len(work.pending[ctx])]:
+            golden.release(ctx, old)
+        expected = golden.demand(ctx, layer, experts)
+        await tb.commands.sent()
+        candidates = [
+            (
+                ctx,
+                target,
+                expert,
+                9,
+                Source.PREDICTOR,
+                (tb.sent_routes(ctx) + tb.random.choice((0, 1, 1, 1))) % 256,
+            )
+            for target, expert in work.candidates(ctx, layer)
+        ]
+        for c in candidates:
+            tb.candidate(ctx, c[1], c[2], deadline=c[5])
+        golden.offer(candidates)
+        await tb.idle()
+        answers = tb.answers[first:]
+        check_order(answers, expected)
+        for name in STROBES:
+            unit = config.tile_bytes if name.endswith("bytes") else 1
+            assert tb.strobes[name] * unit == counters[name], f"{name} after step {step}"
+    for op, count in Counter(op for op, _, _ in tb.lookups).items():
+        dut._log.info("%s: %d", op.name, count)
+    dut._log.info("counters: %s", dict(tb.strobes))
+    if full and hold <= model.layers:
+        assert tb.strobes["refused"]
+    if failing:
+        assert tb.strobes["fill_errors"]
+    assert list(tb.buffer.recency) == list(golden_buffer.recency)
+    for name in ("state", "pins", "evicted_by_prefetch"):
+        ours = getattr(tb.buffer.directory, name)
+        assert ours == getattr(golden_buffer.directory, name), name
+
+
+def check_order(answers, expected):
+    """``answers`` must be an order that the golden model's docstring allows."""
+    assert Counter(answers) == Counter(expected)
+    events = [a for a in answers if isinstance(a, Event)]
+    assert events == [a for a in expected if isinstance(a, Event)]
+
+
+@cocotb.test()
+async def latencies(dut):
+    """Cycles beside the buffer's, and all of what they lead to."""
+    tb = TB(dut)
+    await tb.reset()
+    await cycles(dut, 5)
+
+    def passed(first, last):
+        return tb.log[last] - tb.log[first]
+
+    # The golden buffer answers one cycle after the request is taken.
+    b = 1
+    tb.hold_memory = True
+    tb.demand(0, 0, [3])
+    while "fetch" not in tb.log:
+        await cycles(dut, 1)
+    assert passed("lookup", "result") == b
+    miss = passed("command", "fetch") - b
+    tb.hold_memory = False
+    await tb.idle()
+    fill = passed("completion", "ready") - b
+    tb.release(0, 0)
+    await tb.idle()
+    tb.log.clear()
+    tb.demand(0, 0, [3])
+    await tb.idle()
+    hit = passed("command", "ready") - b
+    dut._log.info("latency without the buffer's: hit %d, miss %d, fill %d", hit, miss, fill)
+    assert (hit, miss, fill) == (
+        Scheduler.hit_latency,
+        Scheduler.miss_latency,
+        Scheduler.fill_latency,
+    )
+
+
+@cocotb.test()
+async def demand_promotes_a_prefetch(dut):
+    """A demand for a prefetch that is partly fetched takes over the rest of its tiles."""
+    tb = TB(dut, latency=(5, 5))
+    await tb.reset()
+    config = tb.config
+    tb.hold_memory = True
+    tb.candidate(0, 1, 5, deadline=1)
+    await cycles(dut, 60)
+    assert [f["demand"] for f, *_ in tb.memory_queue] == [0]
+    tb.demand(0, 1, [5])
+    await cycles(dut, 60)
+    assert [f["demand"] for f, *_ in tb.memory_queue] == [0] + [1] * (config.tiles - 1)
+    tb.hold_memory = False
+    await tb.idle()
+    assert [type(a) for a in tb.answers] == [Ready]
+    assert tb.strobes == {
+        "prefetch_issued": 1,
+        "demands": 1,
+        "late": 1,
+        "useful": 1,
+        "prefetch_bytes": 1,
+        "fills": 1,
+        **({"demand_bytes": config.tiles - 1} if config.tiles > 1 else {}),
+    }
+
+
+@cocotb.test()
+async def demand_waits_for_one_tile(dut):
+    """Behind a prefetch with one tile out, a demand's first tile is the next that goes out."""
+    tb = TB(dut)
+    await tb.reset()
+    tb.hold_memory = True
+    for expert in range(tb.config.prefetch_inflight):
+        tb.candidate(0, 1, expert, deadline=1)
+    await cycles(dut, 80)
+    assert len(tb.memory_queue) == 1
+    tb.demand(0, 0, list(range(tb.config.model.top_k)))
+    await cycles(dut, 120)
+    assert [f["demand"] for f, *_ in tb.memory_queue] == [0] + [1] * (
+        tb.config.tiles * tb.config.model.top_k
+    )
+    tb.hold_memory = False
+    await tb.idle()
+
+
+@cocotb.test()
+@cocotb.parametrize(fails=[False, True])
+async def contexts_share_a_fetch(dut, fails):
+    """All contexts that wait for an expert are answered, in ascending order, whether it arrives or fails."""
+    tb = TB(dut, latency=(3, 9))
+    config = tb.config
+    await tb.reset()
+    tb.hold_memory = True
+    address = config.expert_address(1, 2)
+    if fails:
+        tb.broken.append((address + config.tile_bytes // 2, address + config.tile_bytes))
+    for ctx in reversed(range(config.contexts)):
+        tb.demand(ctx, 1, [2])
+    await cycles(dut, 40 * config.contexts)
+    tb.hold_memory = False
+    await tb.idle()
+    assert [a.ctx for a in tb.answers] == list(range(config.contexts))
+    assert tb.strobes["merged"] == config.contexts - 1
+    if fails:
+        assert all(a.code == ErrorCode.BUS for a in tb.answers)
+        first = next(
+            at
+            for at, beats in GoldenDMA(config).bursts(address)
+            if at + beats * config.data_bytes > address + config.tile_bytes // 2
+        )
+        assert all(a.address == first for a in tb.answers)
+        assert tb.strobes["fill_errors"] == 1 and tb.strobes["fills"] == 0
+
+
+@cocotb.test()
+async def routed_again_while_in_flight(dut):
+    """A layer that is released before its expert came and routed again gets an answer for each demand."""
+    tb = TB(dut, latency=(3, 9))
+    await tb.reset()
+    tb.hold_memory = True
+    tb.demand(0, 1, [2])
+    tb.release(0, 1)
+    tb.demand(0, 1, [2])
+    await cycles(dut, 100)
+    tb.hold_memory = False
+    await tb.idle()
+    assert [a[:3] for a in tb.answers] == [(0, 1, 2)] * 2
+    assert tb.strobes["merged"] == 1 and tb.strobes["misses"] == 1
+
+
+def places(config):
+    """Decisions that demand different experts: (layer, context, experts)."""
+    k = config.model.top_k
+    for layer in range(config.model.layers):
+        for ctx in range(min(config.contexts, config.model.experts // k)):
+            yield layer, ctx, list(range(ctx * k, ctx * k + k))
+
+
+@cocotb.test()
+async def demand_waits_for_a_slot(dut):
+    """With every slot pinned or filling a demand waits, and takes the slot of a prefetch that has arrived."""
+    tb = TB(dut, latency=(3, 9))
+    config = tb.config
+    await tb.reset()
+    model = config.model
+    left = config.slots - 1
+    for layer, ctx, experts in places(config):
+        tb.demand(ctx, layer, experts[:left])
+        left -= len(experts[:left])
+        await tb.idle()
+        if not left:
+            break
+    # The last layer stays free for what comes.
+    assert tb.taken_slots() == config.slots - 1 and layer < model.layers - 1
+    tb.hold_memory = True
+    layer = model.layers - 1
+    tb.candidate(0, layer, model.experts - 1, deadline=tb.routes[0] + 1)
+    await cycles(dut, 60)
+    assert len(tb.inflight) == 1
+    tb.demand(0, layer, [model.experts - 2])
+    tb.candidate(0, layer, model.experts - 3, deadline=tb.routes[0] + 2)
+    await cycles(dut, 100)
+    assert tb.retrying and tb.expected["waits"] == 1
+    tb.hold_memory = False
+    await tb.idle()
+    assert tb.answers[-1][:3] == (0, layer, model.experts - 2)
+    assert tb.expected["waits"] == tb.config.tiles
+    assert tb.strobes["refused"] == 0
+
+
+@cocotb.test()
+async def every_slot_pinned(dut):
+    """With nothing in flight a demand without a slot is refused, and the others of its route go on."""
+    tb = TB(dut, latency=(3, 9))
+    config = tb.config
+    await tb.reset()
+    model = config.model
+    left = config.slots
+    for layer, ctx, experts in places(config):
+        tb.demand(ctx, layer, experts[:left])
+        left -= len(experts[:left])
+        await tb.idle()
+        if not left:
+            break
+    assert tb.taken_slots() == config.slots and layer < model.layers - 1
+    layer = model.layers - 1
+    first = len(tb.answers)
+    tb.demand(0, layer, list(range(model.top_k)))
+    await tb.idle()
+    assert tb.answers[first:] == [
+        Event(ErrorCode.NO_SLOT, 0, layer, expert, 0) for expert in range(model.top_k)
+    ]
+    assert tb.strobes["refused"] == model.top_k
+
+
+@cocotb.test()
+async def queue_overflows(dut):
+    """Candidates beyond the queue are lost and counted; the others are served."""
+    tb = TB(dut)
+    config = tb.config
+    await tb.reset()
+    tb.hold_memory = True
+    extra = 7
+    model = config.model
+    for n in range(config.candidate_depth + config.prefetch_inflight + extra):
+        if n < config.prefetch_inflight:
+            tb.candidate(0, 1, n, deadline=1)
+            await cycles(dut, 40)
+        else:
+            tb.candidate(0, n % model.layers, n % model.experts, deadline=1)
+    await tb.candidates.sent()
+    await cycles(dut, 5)
+    assert tb.strobes["prefetch_overflow"] == extra
+    assert str(dut.idle.value) == "0"
+    tb.hold_memory = False
+    await tb.idle()
+    served = sum(
+        tb.strobes[n] for n in ("prefetch_issued", "prefetch_redundant", "prefetch_no_slot")
+    )
+    assert served == config.candidate_depth + config.prefetch_inflight
+
+
+@cocotb.test()
+async def enable_low(dut):
+    """Only hints enter while ``enable`` is 0."""
+    tb = TB(dut)
+    await tb.reset()
+    dut.enable.value = 0
+    await cycles(dut, 1)
+    for expert in range(4):
+        tb.candidate(0, 1, expert, deadline=1, source=expert % 2)
+    await tb.idle()
+    assert tb.strobes["prefetch_issued"] == 2
+    assert [key for op, key, _ in tb.lookups if op == BufferOp.PREFETCH] == [(0, 1, 1), (0, 1, 3)]
+    dut.enable.value = 1
+
+
+@cocotb.test()
+async def stale_candidates(dut):
+    """A deadline up to 127 routes back is stale; one that lies ahead, up to 128 routes, is not."""
+    tb = TB(dut, latency=(1, 3))
+    await tb.reset()
+    config = tb.config
+    generator = random.Random(7)
+    for _ in range(300):
+        # Contexts are counted apart, modulo 256.
+        ctx = generator.randrange(config.contexts)
+        tb.demand(ctx, 0, [0])
+        tb.release(ctx, 0)
+    await tb.idle()
+    for ctx in range(config.contexts):
+        for ahead in (-127, -1, 0, 1, 2, 127, 128):
+            before = tb.strobes["prefetch_stale"]
+            tb.candidate(
+                ctx,
+                1,
+                generator.randrange(config.model.experts),
+                deadline=(tb.routes[ctx] + ahead) % 256,
+            )
+            await tb.idle()
+            assert tb.strobes["prefetch_stale"] - before == (ahead <= 0)
+
+
+@cocotb.test()
+async def reset_in_flight(dut):
+    """After a reset at any moment nothing of before comes out and all works."""
+    tb = TB(dut, stall=0.2, fetch_stall=0.2, latency=(1, 40), failing=0.1)
+    config = tb.config
+    await tb.reset()
+    work = Workload(tb)
+    for _ in range(10):
+        for _ in range(3):
+            ctx = tb.random.randrange(config.contexts)
+            layer, _ = work.step(ctx)
+            for target, expert in work.candidates(ctx, layer):
+                tb.candidate(ctx, target, expert)
+        await cycles(dut, tb.random.randrange(1, 200))
+        await tb.reset()
+        work = Workload(tb)
+        work.step(0)
+        await tb.idle()
+        assert len(tb.answers) == config.model.top_k

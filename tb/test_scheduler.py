@@ -1,0 +1,52 @@
+# amaranth: UnusedElaboratable=no
+"""Scheduler (the half that pytest runs)."""
+
+from pathlib import Path
+
+import pytest
+
+from prestage_hw.contract import DeviceConfig, preset
+from prestage_hw.contract.params import TINY_DEVICE
+from prestage_hw.contract.registers import COUNTERS
+from prestage_hw.scheduler import STROBES, CandidateQueue, InflightTable, Scheduler
+from prestage_tb.bench import run_bench
+
+HERE = Path(__file__).parent
+
+CONFIGS = {
+    "tiny": TINY_DEVICE,
+    "gpt-oss-20b": DeviceConfig(model=preset("gpt-oss-20b"), slots=64),
+    # Odd sizes, more contexts, more prefetches, a whole expert in one tile.
+    "one-tile": DeviceConfig(
+        model=preset("olmoe-1b-7b"),
+        slots=37,
+        contexts=3,
+        expert_bytes=512,
+        inflight=11,
+        prefetch_inflight=9,
+        address_bits=33,
+        data_bytes=8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scheduler(name):
+    config = CONFIGS[name]
+    run_bench(
+        Scheduler(config=config),
+        module=HERE / "cocotb_scheduler.py",
+        name="scheduler",
+        parameters={"config": config},
+    )
+
+
+@pytest.mark.parametrize("block", [Scheduler, InflightTable, CandidateQueue])
+def test_bad_config(block):
+    with pytest.raises(TypeError, match="Configuration must be a DeviceConfig, not 'tiny'"):
+        block(config="tiny")
+
+
+def test_strobes_are_counters():
+    assert set(STROBES) == {c.name for c in COUNTERS if c.stage in (3, 4, 5)}
+    assert dict(Scheduler(config=TINY_DEVICE).strobes.shape()).keys() == set(STROBES)
