@@ -162,8 +162,8 @@ class LayerAccuracy:
 def layer_accuracy(run: Run) -> LayerAccuracy:
     """Accuracy by layer: the golden predictor on the tokens that were replayed.
 
-    What a predictor proposes depends on the routing alone, so that this holds for every device and pace. Its sums are the
-    device's counters.
+    What a predictor proposes depends on the routing alone, so that this holds for every device and
+    pace. Its sums are the device's counters.
     """
     config = run.config
     predictor = create_predictor(config)

@@ -1,7 +1,8 @@
 """Routing traces: what a Mixture-of-Experts router chose, token by token.
 
-Four formats are read: our own ``.npz``, JSON lines of routed experts as vLLM and SGLang return them, and CSV. ``docs/traces.md``
-describes each. All end in one :class:`Trace`, which is checked when it is made.
+Four formats are read: our own ``.npz``, JSON lines of routed experts as vLLM and SGLang return
+them, and CSV. ``docs/traces.md`` describes each. All end in one :class:`Trace`, which is checked
+when it is made.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Trace:
     experts_per_layer : :class:`int`
         Experts that a layer has (E), 2 to 1024; 0 stands for one more than the highest id.
     request_id : array of int32, ``[T]``, or None
-        Request of each token; the tokens of one request are contiguous and in order. None stands for one request.
+        Request of each token; the tokens of one request are contiguous and in order. None stands
+        for one request.
     is_decode : array of bool, ``[T]``, or None
         False for tokens of a prompt. None stands for decode throughout.
     token : array of int32, ``[T]``, or None
@@ -80,8 +82,8 @@ class Trace:
     Raises
     ------
     TraceError
-        If an array has the wrong shape or kind, there is no token, an id is out of range or occurs twice in a row, or ``meta`` contradicts
-        the arrays.
+        If an array has the wrong shape or kind, there is no token, an id is out of range or occurs
+        twice in a row, or ``meta`` contradicts the arrays.
     """
 
     experts: NDArray[np.int16]
@@ -105,7 +107,8 @@ class Trace:
             raise TraceError("Trace must hold at least one token, but holds none")
         if layers == 0 or top_k == 0:
             raise TraceError(
-                f"Trace must have at least one layer and one expert a row, not shape {list(experts.shape)}"
+                f"Trace must have at least one layer and one expert a row, not shape"
+                f" {list(experts.shape)}"
             )
         _check_meta(self.meta, tokens=tokens, layers=layers, top_k=top_k)
         count = self.experts_per_layer or int(experts.max()) + 1
@@ -122,7 +125,9 @@ class Trace:
         put(self, "experts_per_layer", count)
         put(self, "request_id", _column(self.request_id, "request_id", np.int32, tokens, 0))
         if len(np.unique(self.request_id)) != self.requests:
-            raise TraceError("Tokens of one request must be contiguous, but a request id comes back")
+            raise TraceError(
+                "Tokens of one request must be contiguous, but a request id comes back"
+            )
         put(self, "is_decode", _column(self.is_decode, "is_decode", np.bool_, tokens, True))
         put(self, "token", _column(self.token, "token", np.int32, tokens, UNKNOWN_TOKEN))
         if self.layer_ids is None:
@@ -196,7 +201,9 @@ def _check_meta(meta: Mapping[str, Any], *, tokens: int, layers: int, top_k: int
     for name, actual in (("tokens", tokens), ("layers", layers), ("top_k", top_k)):
         stated = meta.get(name)
         if stated is not None and stated != actual:
-            raise TraceError(f"Trace says {name} = {stated!r} in its meta, but its arrays have {actual}")
+            raise TraceError(
+                f"Trace says {name} = {stated!r} in its meta, but its arrays have {actual}"
+            )
 
 
 def _where(position: Sequence[Any]) -> str:
@@ -208,7 +215,8 @@ def _check_ids(experts: NDArray[Any], *, count: int) -> None:
     if bad.any():
         at = np.argwhere(bad)[0]
         raise TraceError(
-            f"Expert ids must be between 0 and {count - 1}, but {_where(at)} has {int(experts[tuple(at)])}"
+            f"Expert ids must be between 0 and {count - 1}, but {_where(at)} has"
+            f" {int(experts[tuple(at)])}"
         )
 
 
@@ -229,7 +237,8 @@ def _column(values: Any, name: str, dtype: Any, length: int, fill: Any) -> NDArr
     array = np.asarray(values)
     if array.shape != (length,) or array.dtype.kind not in "iub":
         raise TraceError(
-            f"Trace {name} must be integers of shape [{length}], not {array.dtype} of shape {list(array.shape)}"
+            f"Trace {name} must be integers of shape [{length}], not {array.dtype} of shape"
+            f" {list(array.shape)}"
         )
     return np.ascontiguousarray(array, dtype=dtype)
 
@@ -273,7 +282,8 @@ def load_trace(
     experts : :class:`int` or None
         Experts a layer, where the file doesn't say.
     layers, top_k : :class:`int` or None
-        Shape of a row that the file gives as flat numbers (SGLang). Where the file has a shape of its own they must agree with it.
+        Shape of a row that the file gives as flat numbers (SGLang). Where the file has a shape of
+        its own they must agree with it.
 
     Raises
     ------
@@ -291,7 +301,9 @@ def load_trace(
     except IsADirectoryError:
         raise TraceError(f"{path}: is a directory, not a trace") from None
     except UnicodeDecodeError as error:
-        raise TraceError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise TraceError(
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     except OSError as error:
         raise TraceError(f"{path}: can't be read: {error.strerror or error}") from error
     for what, wanted, actual in (("layers", layers, trace.layers), ("top-k", top_k, trace.top_k)):
@@ -418,7 +430,7 @@ def _dims(experts: NDArray[Any]) -> str:
 
 
 def _json_values(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    """Number and value of each line; a file that is one JSON value over several lines counts as one."""
+    """Number and value of each line; one JSON value over several lines counts as one line."""
     text = file.read().decode("utf-8-sig")
     lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
     for number, line in lines:
@@ -464,7 +476,8 @@ def _part(
     top_k: int | None,
 ) -> _Part:
     raw = None
-    # SGLang puts the array in meta_info (/generate) or sglext (its OpenAI endpoints), vLLM in the choice itself.
+    # SGLang puts the array in meta_info (/generate) or sglext (its OpenAI endpoints), vLLM in the
+    # choice itself.
     for holder in (choice, choice.get("meta_info"), choice.get("sglext")):
         if isinstance(holder, Mapping) and holder.get("routed_experts") is not None:
             raw = holder["routed_experts"]
@@ -595,7 +608,8 @@ def _read_csv(
     missing = [name for name in needed if name not in columns]
     if missing or count == 0:
         raise TraceError(
-            f"header must name the columns step, layer, e0, e1, ..., not {', '.join(head) or 'nothing'}"
+            f"header must name the columns step, layer, e0, e1, ..., not"
+            f" {', '.join(head) or 'nothing'}"
         )
     with_scores = all(f"s{i}" in columns for i in range(count))
     rows = [row for row in csv.reader(text) if row]
@@ -604,7 +618,9 @@ def _read_csv(
     line = 2 + bool(meta)
     for at, row in enumerate(rows):
         if len(row) != len(head):
-            raise TraceError(f"line {at + line}: has {len(row)} fields, but the header has {len(head)}")
+            raise TraceError(
+                f"line {at + line}: has {len(row)} fields, but the header has {len(head)}"
+            )
     table = list(zip(*rows, strict=True))
 
     def column(name: str, dtype: Any) -> NDArray[Any]:
@@ -717,7 +733,10 @@ def _write_csv(file: IO[bytes], trace: Trace) -> None:
         names += [f"s{i}" for i in range(trace.top_k)]
     writer.writerow([*_CSV_HEAD, *names])
     per_token = zip(
-        trace.request_id.tolist(), trace.is_decode.astype(int).tolist(), trace.token.tolist(), strict=True
+        trace.request_id.tolist(),
+        trace.is_decode.astype(int).tolist(),
+        trace.token.tolist(),
+        strict=True,
     )
     layer_ids = trace.layer_ids.tolist()
     for step, (request, decode, token) in enumerate(per_token):
@@ -730,7 +749,7 @@ def _write_csv(file: IO[bytes], trace: Trace) -> None:
 
 
 def _preset_for(model: str) -> ModelConfig | None:
-    """The preset whose name the recorded model name starts with, its publisher aside; the longest if several."""
+    """The preset whose name the recorded model name starts with, its publisher aside."""
     base = model.replace("\\", "/").rsplit("/", 1)[-1].lower()
     # "gpt-oss-20b-Q4_K_M.gguf" is gpt-oss-20b, but "tinymoe" isn't tiny.
     found = [
@@ -744,8 +763,8 @@ def _preset_for(model: str) -> ModelConfig | None:
 def model_config(trace: Trace) -> ModelConfig:
     """Shape of the model that a trace was recorded from.
 
-    Where the recorded name belongs to a preset and layers and experts agree, the preset's name and expert size are taken, with the
-    trace's own k. Otherwise everything comes from the trace.
+    Where the recorded name belongs to a preset and layers and experts agree, the preset's name and
+    expert size are taken, with the trace's own k. Otherwise everything comes from the trace.
 
     Raises
     ------

@@ -93,7 +93,10 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         help=f"format of the input: {', '.join(FORMATS)} (default: by its suffix)",
     )
     group.add_argument(
-        "--experts", type=_positive, metavar="E", help="experts a layer, where the trace doesn't say"
+        "--experts",
+        type=_positive,
+        metavar="E",
+        help="experts a layer, where the trace doesn't say",
     )
     group.add_argument(
         "--layers", type=_positive, metavar="L", help="MoE layers, where the trace doesn't say"
@@ -323,7 +326,8 @@ def _run_replay(args: argparse.Namespace) -> int:
         return _FAILED
     if not run.complete:
         print(
-            f"prestage: interrupted after {run.tokens} of {run.trace.tokens} tokens", file=sys.stderr
+            f"prestage: interrupted after {run.tokens} of {run.trace.tokens} tokens",
+            file=sys.stderr,
         )
         return _INTERRUPTED
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import struct
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -98,7 +98,9 @@ def known_links() -> dict[str, EntryPoint]:
 def _opener(scheme: str, url: str) -> Any:
     links = known_links()
     if scheme not in links:
-        known = ", ".join(f"{name}://" for name in sorted(links)) or "none: prestage isn't installed"
+        known = (
+            ", ".join(f"{name}://" for name in sorted(links)) or "none: prestage isn't installed"
+        )
         raise UnknownDeviceError(f"Device URL must start with one of {known}, not {url!r}")
     point = links[scheme]
     try:
@@ -141,12 +143,13 @@ def open_device(
     Parameters
     ----------
     url : :class:`str`
-        ``"sim://?latency=64&bytes_per_cycle=16"``, ``"model://"`` or the scheme of any other installed link.
+        ``"sim://?latency=64&bytes_per_cycle=16"``, ``"model://"`` or the scheme of any other
+        installed link.
     config : :class:`DeviceConfig`
         Device that is expected; a simulated one is built from it.
     memory : array of uint8 or None
-        Bytes of all experts, layer by layer, ``layers * experts * expert_bytes`` of them. None stands for a pattern that
-        depends on layer, expert and position.
+        Bytes of all experts, layer by layer, ``layers * experts * expert_bytes`` of them. None
+        stands for a pattern that depends on layer, expert and position.
 
     Raises
     ------
@@ -169,9 +172,7 @@ def open_device(
     if not isinstance(memory, np.ndarray) or memory.dtype != np.uint8 or memory.ndim != 1:
         raise TypeError("Memory must be a one-dimensional array of uint8")
     if memory.size < size:
-        raise ArgumentError(
-            f"Memory must hold all experts, {size} bytes, but holds {memory.size}"
-        )
+        raise ArgumentError(f"Memory must hold all experts, {size} bytes, but holds {memory.size}")
     try:
         pipe = opener(config, memory=memory, options=options)
     except ValueError as error:
@@ -186,8 +187,9 @@ def open_device(
 class Device:
     """A device behind a pipe.
 
-    Messages are posted one way: only :meth:`wait_ready`, :meth:`read`, :meth:`drain`, :meth:`stats` and the table methods wait for an
-    answer, and whatever arrives meanwhile is kept. Arguments are checked before anything is sent.
+    Messages are posted one way: only :meth:`wait_ready`, :meth:`read`, :meth:`drain`, :meth:`stats`
+    and the table methods wait for an answer, and whatever arrives meanwhile is kept. Arguments are
+    checked before anything is sent.
 
     Parameters
     ----------
@@ -240,7 +242,7 @@ class Device:
         self._sizes = {m.code: layouts[m.name].size for m in MESSAGES.values() if m.record}
         self._ready_code = MESSAGES["READY"].code
         self._ready_unpack = layouts["READY"].unpack
-        self._handlers = {
+        self._handlers: dict[int, tuple[Callable[[bytes], Any], Callable[..., None]]] = {
             MESSAGES["EVENT"].code: (layouts["EVENT"].unpack, self._on_event),
             MESSAGES["SYNCED"].code: (layouts["SYNCED"].unpack, self._on_synced),
             MESSAGES["REGISTER_VALUE"].code: (layouts["REGISTER_VALUE"].unpack, self._on_value),
@@ -354,7 +356,8 @@ class Device:
         Raises
         ------
         ArgumentError
-            If a number is out of range, there are not k distinct experts, or the layer wasn't released since its last route.
+            If a number is out of range, there are not k distinct experts, or the layer wasn't
+            released since its last route.
         """
         chosen = [operator.index(expert) for expert in experts]
         self._check_layer(ctx, layer)
@@ -363,9 +366,7 @@ class Device:
                 f"Route must name k = {self._top_k} experts, not {len(chosen)}: {chosen}"
             )
         if min(chosen) < 0 or max(chosen) >= self._experts:
-            raise ArgumentError(
-                f"Experts must be between 0 and {self._experts - 1}, not {chosen}"
-            )
+            raise ArgumentError(f"Experts must be between 0 and {self._experts - 1}, not {chosen}")
         key = (ctx, layer)
         if key in self._routes:
             raise ArgumentError(
@@ -387,7 +388,8 @@ class Device:
         ctx, layer, expert : :class:`int`
             Context, a layer after the last one routed in this token, expert.
         score : :class:`int`
-            Confidence, 0 to 255. Hints below the threshold are dropped, and all of them unless hints are enabled: see :meth:`configure`.
+            Confidence, 0 to 255. Hints below the threshold are dropped, and all of them unless
+            hints are enabled: see :meth:`configure`.
         """
         self._check_layer(ctx, layer)
         if not 0 <= operator.index(expert) < self._experts:
@@ -396,13 +398,12 @@ class Device:
             raise ArgumentError(f"Hint score must be between 0 and 255, not {score}")
         if layer <= self._current[ctx]:
             raise ArgumentError(
-                f"Hint must be for a layer after {self._current[ctx]}, the last one routed, not {layer}"
+                f"Hint must be for a layer after {self._current[ctx]}, the last one routed, not"
+                f" {layer}"
             )
         self._post("HINT", ctx, layer, expert, score)
 
-    def wait_ready(
-        self, ctx: int, layer: int, *, timeout: float | None = None
-    ) -> Iterator[Ready]:
+    def wait_ready(self, ctx: int, layer: int, *, timeout: float | None = None) -> Iterator[Ready]:
         """Experts of a routed layer as they arrive, ready first.
 
         Parameters
@@ -410,19 +411,23 @@ class Device:
         ctx, layer : :class:`int`
             A context and a layer that was routed and not released.
         timeout : :class:`float` or None
-            Longest wait for the next expert: clock cycles on a simulated device, microseconds on a board.
+            Longest wait for the next expert: clock cycles on a simulated device, microseconds on a
+            board.
 
         Raises
         ------
         DeviceError
-            If the device reports an error about this layer. The other experts still come: wait again.
+            If the device reports an error about this layer. The other experts still come: wait
+            again.
         DeviceTimeoutError
             If nothing arrives in time.
         """
         self._check_layer(ctx, layer)
         route = self._routes.get((ctx, layer))
         if route is None:
-            raise ArgumentError(f"Layer {layer} of context {ctx} must be routed before it's waited for")
+            raise ArgumentError(
+                f"Layer {layer} of context {ctx} must be routed before it's waited for"
+            )
         self._check_open()
         return self._arrivals(ctx, layer, route, timeout)
 
@@ -468,7 +473,8 @@ class Device:
         route = self._routes.get((ready.ctx, ready.layer))
         if route is None or ready.expert not in route.experts:
             raise ArgumentError(
-                f"Expert {ready.expert} of layer {ready.layer}, context {ready.ctx}, must not be read"
+                f"Expert {ready.expert} of layer {ready.layer}, context {ready.ctx}, must not be"
+                f" read"
                 " after its layer was released"
             )
         self._check_open()
@@ -484,7 +490,7 @@ class Device:
         most = 0xFFFF
         for beat in range(0, beats, most):
             self._post("READ", slot, beat, min(most, beats - beat))
-        parts = []
+        parts: list[bytes] = []
         while len(parts) < beats:
             if not self._data and not self._pump(min(beats - len(parts), 64), None):
                 raise DeviceTimeoutError(
@@ -495,7 +501,8 @@ class Device:
                 got_slot, beat, data, ok = self._data.popleft()
                 if got_slot != slot or beat != len(parts):
                     raise LinkError(
-                        f"Data must be of slot {slot}, beat {len(parts)}, not slot {got_slot}, beat {beat}"
+                        f"Data must be of slot {slot}, beat {len(parts)}, not slot {got_slot},"
+                        f" beat {beat}"
                     )
                 if not ok:
                     raise DataError(f"Slot {slot} has an invalid tile at beat {beat}")
@@ -514,7 +521,9 @@ class Device:
         route = self._routes.get(key)
         if route is None:
             self._check_layer(ctx, layer)
-            raise ArgumentError(f"Layer {layer} of context {ctx} must be routed before it's released")
+            raise ArgumentError(
+                f"Layer {layer} of context {ctx} must be routed before it's released"
+            )
         if route.waiting:
             raise ArgumentError(
                 f"Layer {layer} of context {ctx} must not be released while experts"
@@ -563,7 +572,7 @@ class Device:
         self._pump(0, None)
 
     def collect(self, ctx: int, layer: int, *, timeout: float | None = None) -> None:
-        """Wait until no expert of a routed layer is awaited; :meth:`wait_ready` then returns at once.
+        """Wait until no expert of a routed layer is awaited any more.
 
         Raises
         ------
@@ -577,7 +586,7 @@ class Device:
                 raise self._silence(ctx, layer, route)
 
     def run(self, cycles: int) -> None:
-        """Let clock cycles pass on a simulated device; nothing happens if ``cycles`` isn't positive.
+        """Let clock cycles pass on a simulated device, none if ``cycles`` isn't positive.
 
         Raises
         ------
@@ -614,15 +623,18 @@ class Device:
         Parameters
         ----------
         prefetch, hints : :class:`bool` or None
-            Prefetch what the predictor proposes (on after reset), and what hints name (off after reset).
+            Prefetch what the predictor proposes (on after reset), and what hints name (off after
+            reset).
         hint_threshold : :class:`int` or None
             Least score of a hint that counts, 0 to 255.
         expert_base : :class:`int` or None
             Address of expert 0 of layer 0, in bytes: a multiple of the memory port's width.
         prefetch_tiles : :class:`int` or None
-            Prefetch tiles that may be under way at once, 1 to 4. A demand waits behind at most so many.
+            Prefetch tiles that may be under way at once, 1 to 4. A demand waits behind at most so
+            many.
         clear_predictor, clear_buffer, clear_counters : :class:`bool`
-            Clear the predictor's tables, the buffer (every layer counts as released), the counters. Waits for the engine to be idle.
+            Clear the predictor's tables, the buffer (every layer counts as released), the counters.
+            Waits for the engine to be idle.
         tables : mapping of :class:`int` to arrays of uint32, or None
             Predictor tables to load after clearing, as :meth:`snapshot` gives them.
         """
@@ -635,7 +647,9 @@ class Device:
             writes.append(("control", control))
         if hint_threshold is not None:
             if not 0 <= operator.index(hint_threshold) <= 255:
-                raise ArgumentError(f"Hint threshold must be between 0 and 255, not {hint_threshold}")
+                raise ArgumentError(
+                    f"Hint threshold must be between 0 and 255, not {hint_threshold}"
+                )
             writes.append(("hint_threshold", hint_threshold))
         if expert_base is not None:
             self._check_base(expert_base)
@@ -676,7 +690,7 @@ class Device:
             )
 
     def stats(self) -> dict[str, int]:
-        """All counters by name, and ``cycles``: clock cycles since reset as the device counts them."""
+        """All counters by name, and ``cycles``: clock cycles since reset."""
         names = ["cycles_low", "cycles_high"]
         for counter in COUNTERS:
             if counter.bits == 32:
@@ -745,7 +759,7 @@ class Device:
 
     def snapshot(self) -> dict[int, NDArray[np.uint32]]:
         """All tables of the predictor, for ``configure(tables=...)``. Empty if it has none."""
-        tables = {}
+        tables: dict[int, NDArray[np.uint32]] = {}
         for number in range(256):
             if self.table_words(number) == 0:
                 return tables
@@ -805,7 +819,8 @@ class Device:
         while len(values) < len(addresses):
             if not self._values and not self._pump(len(addresses) - len(values), None):
                 raise DeviceTimeoutError(
-                    f"Device didn't answer in time: register {addresses[len(values)]:#x} wasn't read"
+                    f"Device didn't answer in time: register {addresses[len(values)]:#x} wasn't"
+                    f" read"
                 )
             self._raise_unclaimed(ErrorCode.BAD_REGISTER)
             while self._values:
@@ -847,7 +862,8 @@ class Device:
         route = self._routes.get((ctx, layer))
         if route is None or expert not in route.waiting:
             raise LinkError(
-                f"Device announced expert {expert} of layer {layer}, context {ctx}, which isn't awaited"
+                f"Device announced expert {expert} of layer {layer}, context {ctx}, which isn't"
+                f" awaited"
             )
         if slot >= self.config.slots:
             raise LinkError(f"Device announced slot {slot}, but has only {self.config.slots}")
@@ -887,4 +903,6 @@ def _register(name: str) -> Any:
     try:
         return _REGISTERS[name]
     except KeyError:
-        raise ArgumentError(f"Register must be one of {', '.join(_REGISTERS)}, not {name!r}") from None
+        raise ArgumentError(
+            f"Register must be one of {', '.join(_REGISTERS)}, not {name!r}"
+        ) from None

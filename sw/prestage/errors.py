@@ -231,7 +231,8 @@ def device_error(
         kind = DEVICE_ERRORS[ErrorCode(code)]
     except ValueError:
         return LinkError(
-            f"Event must have a known code, not {code} (context {ctx}, layer {layer}, expert {expert},"
+            f"Event must have a known code, not {code} (context {ctx}, layer {layer}, expert"
+            f" {expert},"
             f" address {address:#x})"
         )
     return kind(ctx=ctx, layer=layer, expert=expert, address=address)

@@ -97,7 +97,8 @@ def profile_tables(config: DeviceConfig, traces: Iterable[Trace]) -> dict[int, N
         shape = (trace.layers, trace.experts_per_layer, trace.top_k)
         if shape != (model.layers, model.experts, model.top_k):
             raise ArgumentError(
-                f"Profile must have {model.layers} layers, {model.experts} experts and k = {model.top_k},"
+                f"Profile must have {model.layers} layers, {model.experts} experts and k ="
+                f" {model.top_k},"
                 f" not {shape[0]}, {shape[1]} and {shape[2]}"
             )
         for rows in trace.experts.tolist():
@@ -115,7 +116,9 @@ def profile_tables(config: DeviceConfig, traces: Iterable[Trace]) -> dict[int, N
 
 
 class Interrupt:
-    """Turn the first Ctrl-C into a flag, so that a run ends between two layers; a second one ends it at once.
+    """Turn the first Ctrl-C into a flag, so that a run ends between two layers.
+
+    A second one ends it at once.
 
     Members
     -------
@@ -178,8 +181,9 @@ def replay(
     trace : :class:`Trace`
         What the router chose.
     pace : :class:`str`
-        ``"drained"``: each layer is posted when the device is idle, so that every counter is the same on every device. ``"timed"``: a
-        layer is computed for ``layer_cycles`` after its experts have arrived, whatever the device does meanwhile; needs a clock.
+        ``"drained"``: each layer is posted when the device is idle, so that every counter is the
+        same on every device. ``"timed"``: a layer is computed for ``layer_cycles`` after its
+        experts have arrived, whatever the device does meanwhile; needs a clock.
     layer_cycles : :class:`int`
         Cycles from a layer's last ready to the next layer's route, at timed pace. At least 1.
     interrupt : :class:`Interrupt` or None
@@ -192,7 +196,8 @@ def replay(
     Returns
     -------
     :class:`prestage_sim.report.Run`
-        What happened. Its ``complete`` is False, and ``error`` says why, if the run was interrupted or an expert's bytes were wrong.
+        What happened. Its ``complete`` is False, and ``error`` says why, if the run was interrupted
+        or an expert's bytes were wrong.
 
     Raises
     ------
@@ -304,7 +309,8 @@ def _verify(device: Device, layer: int, timeout: float | None = None) -> None:
     if wrong:
         ready = arrived[wrong[0]]
         raise DataError(
-            f"Slot {ready.slot} must hold expert {ready.expert} of layer {layer}, but its bytes differ"
+            f"Slot {ready.slot} must hold expert {ready.expert} of layer {layer}, but its bytes"
+            f" differ"
         )
 
 
@@ -347,7 +353,7 @@ def _versions() -> dict[str, str]:
 
 
 def run_object(run: Run, *, trace_path: str) -> dict[str, Any]:
-    """A run as one JSON object: ``config``, ``counters``, ``metrics``, ``timing``, ``versions``, and what was replayed."""
+    """A run as one JSON object: what was replayed, on what, and what was counted."""
     timing: dict[str, Any] = {
         "cycles": run.cycles,
         "seconds": round(run.seconds, 6),

@@ -62,7 +62,8 @@ class ModelPipe:
     def exchange(self, data: bytes, *, frames: int = 1, limit: float | None = None) -> bytes:
         """Serve ``data`` and return everything that is due; there is nothing to wait for.
 
-        An empty answer to a caller who expects frames stands for a silence in which the device's replay timer ends.
+        An empty answer to a caller who expects frames stands for a silence in which the device's
+        replay timer ends.
 
         Raises
         ------
@@ -110,12 +111,13 @@ class ModelPipe:
         missing = [t for t in range(self.config.tiles) if not storage.valid[slot] >> t & 1]
         if missing:
             raise OSError(f"tile {missing[0]} of slot {slot} is not valid")
-        return storage.data[slot].tobytes()
+        data: bytes = storage.data[slot].tobytes()
+        return data
 
     def compare(
         self, slots: Sequence[int], layers: Sequence[int], experts: Sequence[int]
     ) -> list[int]:
-        """Positions whose slot differs from the expert's bytes in memory, or has an invalid tile."""
+        """Positions whose slot differs from the expert in memory, or has an invalid tile."""
         storage = self.top.buffer.storage
         whole = (1 << self.config.tiles) - 1
         size = self.config.expert_bytes
