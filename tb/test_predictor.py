@@ -61,12 +61,14 @@ def test_tiny(predictor):
 def test_shape(shape):
     """Shapes at the edges."""
     config = _SHAPES[shape]
-    tests = [name for name in _RANDOM if shape != "flat" or name != "is_as_fast_as_promised"]
+    # The costliest decision learns and predicts at once: that takes three layers.
+    timed = config.model.layers >= 3
+    tests = [name for name in _RANDOM if timed or name != "is_as_fast_as_promised"]
     run_bench(
         create_predictor(config),
         module=_MODULE,
         name="predictor",
-        parameters={"config": config, "decisions": 450},
+        parameters={"config": config, "decisions": 300},
         testcase=tests,
     )
 
@@ -83,8 +85,20 @@ def test_speed_of_large_model():
     )
 
 
+def test_preset():
+    """The gpt-oss-20b preset on random routing."""
+    config = _device("gpt-oss-20b")
+    run_bench(
+        create_predictor(config),
+        module=_MODULE,
+        name="predictor",
+        parameters={"config": config, "decisions": 90},
+        testcase=["follows_golden", "is_as_fast_as_promised"],
+    )
+
+
 def test_trace():
-    """The gpt-oss-20b preset on a real trace, and at random."""
+    """The gpt-oss-20b preset on a real trace."""
     path = _TRACES / "gpt-oss-20b__cs.npz"
     config = _device("gpt-oss-20b")
     if not path.exists():
@@ -94,19 +108,7 @@ def test_trace():
         module=_MODULE,
         name="predictor",
         parameters={"config": config, "trace": str(path), "tokens": 60},
-        testcase=["follows_golden_on_trace", "is_as_fast_as_promised"],
-    )
-
-
-def test_random_on_preset():
-    """The gpt-oss-20b preset on random routing."""
-    config = _device("gpt-oss-20b", contexts=2)
-    run_bench(
-        create_predictor(config),
-        module=_MODULE,
-        name="predictor",
-        parameters={"config": config, "decisions": 180},
-        testcase=["follows_golden", "restarts_in_mid_flight"],
+        testcase=["follows_golden_on_trace"],
     )
 
 
