@@ -14,16 +14,6 @@ import random
 import cocotb
 from cocotb.task import bridge, resume
 from cocotb.triggers import FallingEdge, RisingEdge
-from prestage_tb.bench import (
-    Stall,
-    StreamSink,
-    StreamSource,
-    assert_no_x,
-    cycles,
-    parameters,
-    reset,
-    start_clock,
-)
 
 from prestage.link import HostLink
 from prestage_hw.contract import MESSAGES
@@ -34,6 +24,16 @@ from prestage_hw.link.deframer import FrameLayout
 from prestage_hw.link.framer import RawLayout
 from prestage_sim.model.link import Deframer as GoldenDeframer
 from prestage_sim.model.link import DeviceLink, frame_bytes
+from prestage_tb.bench import (
+    Stall,
+    StreamSink,
+    StreamSource,
+    assert_no_x,
+    cycles,
+    parameters,
+    reset,
+    start_clock,
+)
 
 _CONTROL = (LINK_RESET, LINK_ACK, LINK_NAK)
 _UNKNOWN = (0x00, 0x03, 0x33, 0x81, 0x90, 0xFF, LINK_RESET_DONE)
@@ -244,6 +244,15 @@ async def frames_out_matches_the_model(dut):
 
 
 @cocotb.test()
+async def frames_out_published_crc(dut):
+    """The check value of CRC-32, 0xCBF43926, which every table of CRCs prints."""
+    raw, tx = await setup_framer(dut)
+    send_raw(raw, b"123456789")
+    expected = bytes.fromhex("0E 313233343536373839 2639F4CB 00")
+    assert bytes(await tx.receive(len(expected))) == expected
+
+
+@cocotb.test()
 async def frames_out_latency_and_pace(dut):
     raw, tx = await setup_framer(dut)
     longest = parameters()["longest"]
@@ -266,7 +275,7 @@ async def frames_out_latency_and_pace(dut):
 async def frames_out_forgets_in_reset(dut):
     raw, tx = await setup_framer(dut)
     data = bytes((1, 0, 3))
-    for wait in range(0, 24):
+    for wait in range(24):
         send_raw(raw, bytes((9, 9, 9)))
         await cycles(dut, 1 + wait)
         await reset(dut, drivers=(raw, tx))
@@ -609,7 +618,7 @@ async def link_reply_latency_and_pace(dut):
     code, length = max(bench.reply_lengths.items(), key=lambda item: item[1])
     for _ in range(bench.options["replay_frames"]):
         bench.reply(code, bytes((1,)) * length)
-    await bench.settle(40 * bench.options["replay_frames"] + 500)
+    await bench.settle((length + 12) * bench.options["replay_frames"] + 500)
     frame = length + 9
     count = bench.options["replay_frames"] * frame
     assert bench.tx.arrival[first + count - 1] - bench.tx.arrival[first] == count - 1
@@ -845,7 +854,7 @@ async def link_reset_frame_in_flight(dut):
         await cycles(dut, rng.randrange(80))
         bench.send(LINK_RESET, sequence=mark, acknowledge=99)
         await bench.rx.sent()
-        await cycles(dut, 400)
+        await cycles(dut, 300 + 8 * length)
         frames = bench.frames()
         done = [at for at, frame in enumerate(frames) if frame[0] == LINK_RESET_DONE]
         assert [frames[at] for at in done] == [(LINK_RESET_DONE, mark, 0, b"")]
@@ -859,7 +868,7 @@ async def link_reset_frame_in_flight(dut):
         await bench.rx.sent()
         await cycles(dut, 20)
         bench.reply(0x95, bytes((mark, 0)))
-        await cycles(dut, 300)
+        await cycles(dut, 200 + 2 * length)
         assert bytes(bench.messages.received[before]["body"][:6])[5] == mark
         assert [f for f in bench.frames() if f[0] == 0x95] == [
             (0x95, len(after), 1, bytes((mark, 0)))
@@ -867,7 +876,7 @@ async def link_reset_frame_in_flight(dut):
         # Restart for the next round with everything acknowledged.
         bench.send(LINK_RESET, sequence=0)
         await bench.rx.sent()
-        await cycles(dut, 300)
+        await cycles(dut, 200 + 2 * length)
         bench.frames()
     assert bench.errors == 0
 

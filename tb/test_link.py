@@ -1,15 +1,14 @@
 """Link framing and go-back-N: RTL against the golden model, the driver and published vectors."""
 
 import re
-import zlib
 from pathlib import Path
 
 import pytest
-from prestage_tb.bench import run_bench
 
 from prestage_hw.contract import DeviceConfig, preset
 from prestage_hw.contract.params import TINY_DEVICE
-from prestage_hw.link import Deframer, Framer, Link, MessageLayout
+from prestage_hw.link import Deframer, Framer, Link
+from prestage_tb.bench import run_bench
 
 BENCH = Path(__file__).with_name("cocotb_link.py")
 WIDE_DEVICE = DeviceConfig(model=preset("qwen3-30b-a3b"), slots=64, data_bytes=64)
