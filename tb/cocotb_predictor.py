@@ -6,8 +6,8 @@
            │                               ▲ clear        │
            └─ in the order seen ─▶ golden ─┴── compare ◀──┘
 
-The golden model is fed with what the predictor took, in the order in which it took it: within one cycle a table request comes first, then a token
-start, a decision, and a clear.
+The golden model is fed with what the predictor took, in the order in which it took it: within one
+cycle a table request comes first, then a token start, a decision, and a clear.
 """
 
 import random
@@ -15,6 +15,10 @@ import random
 import cocotb
 import numpy as np
 from cocotb.triggers import FallingEdge, RisingEdge
+
+from prestage_hw.layouts import RecordLayout
+from prestage_hw.predictor import PREDICTORS
+from prestage_sim.model.predictor import create_predictor
 from prestage_tb.bench import (
     Stall,
     StreamSink,
@@ -25,10 +29,6 @@ from prestage_tb.bench import (
     reset,
     start_clock,
 )
-
-from prestage_hw.layouts import RecordLayout
-from prestage_hw.predictor import PREDICTORS
-from prestage_sim.model.predictor import create_predictor
 
 _TABLES = (0, 1)
 _CANDIDATE_FIELDS = ("ctx", "layer", "expert", "score", "source", "deadline")
@@ -107,7 +107,7 @@ class PredictorBench:
         await RisingEdge(self.dut.clk)
 
     async def compare_tables(self):
-        """Read all tables, and one word beyond the end of each, and compare them with the golden model."""
+        """Read all tables and one word beyond each; compare them with the golden model."""
         await self.until_idle()
         for table in _TABLES:
             self.dut.table_select.value = table
@@ -162,7 +162,8 @@ class PredictorBench:
             received = self.candidates.received
             while compared < len(received):
                 assert received[compared] == self.expected[compared], (
-                    f"candidate {compared} must be {self.expected[compared]}, not {received[compared]}"
+                    f"candidate {compared} must be {self.expected[compared]},"
+                    f" not {received[compared]}"
                 )
                 compared += 1
             idle = str(self.dut.idle.value)
@@ -211,7 +212,8 @@ class RandomRouting:
 
 async def _route(bench, routing, count):
     for _ in range(count):
-        # Streams are independent: waiting now and then keeps most token starts in front of their decision.
+        # Streams are independent: waiting now and then keeps most token starts in front of their
+        # decision.
         routing.send()
         if bench.random.random() < 0.7:
             await bench.sent()
@@ -242,7 +244,7 @@ async def follows_golden(dut):
 
 @cocotb.test()
 async def keeps_loaded_tables(dut):
-    """Every word written, real ones, padding and beyond; wrong experts and duplicates; then routing on top."""
+    """Every word written, padding and beyond too; wrong experts, duplicates; then routing."""
     bench = PredictorBench(dut)
     await bench.start()
     experts = bench.config.model.experts
@@ -271,7 +273,7 @@ async def keeps_loaded_tables(dut):
 
 @cocotb.test()
 async def clears_in_mid_run(dut):
-    """A clear waits for what was accepted, then forgets everything, also while the tables are read."""
+    """A clear waits for what was accepted, then forgets everything."""
     bench = PredictorBench(dut, stall=0.2)
     await bench.start()
     routing = RandomRouting(bench)
@@ -328,7 +330,7 @@ async def takes_token_starts_first(dut):
 
 @cocotb.test()
 async def is_as_fast_as_promised(dut):
-    """Cycles of a decision in the costliest state that the tables can be in, against the stated bounds."""
+    """Cycles of a decision in about the costliest state of the tables, against the bounds."""
     bench = PredictorBench(dut)
     await bench.start()
     config, model = bench.config, bench.config.model
@@ -336,7 +338,8 @@ async def is_as_fast_as_promised(dut):
     successors, top_k, experts = config.successors, model.top_k, model.experts
     if not hasattr(predictor, "decision_cycles"):
         return
-    # Rows of layers 0 and 1 hold different experts at confidence 3 (candidates) and 0 (replaced while learning).
+    # Rows of layers 0 and 1 hold different experts at confidence 3 (candidates) and 0 (replaced
+    # while learning).
     expert_bits, successor_bits = (experts - 1).bit_length(), (successors - 1).bit_length()
     choice = list(range(top_k))
     for layer in range(min(2, model.layers - 1)):

@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
-from prestage_tb.bench import run_bench
 
 from prestage_hw.contract import PRESETS, DeviceConfig, ModelConfig
 from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.predictor import PREDICTORS, StMoePredictor, create_predictor
+from prestage_tb.bench import run_bench
 
 _MODULE = Path(__file__).with_name("cocotb_predictor.py")
 _TRACES = Path(os.environ.get("PRESTAGE_TRACES", "/work/shared/traces"))

@@ -19,8 +19,9 @@ _VALID = 1 << 18
 def correlation_profile(experts: ArrayLike, *, config: DeviceConfig) -> NDArray[np.uint32]:
     """Words of the ``st_moe`` correlation table that a trace calls for.
 
-    The row of each layer and source holds the K experts that followed most often in the next layer, most frequent first (equally frequent ones by
-    number), with confidence 2. Entries without a successor are invalid.
+    The row of each layer and source holds the K experts that followed most often in the next layer,
+    most frequent first (equally frequent ones by number), with confidence 2. Entries without a
+    successor are invalid.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Golden predictors against hand-worked cases, a second reading of the specification, and what must always hold."""
+"""Golden predictors: hand-worked cases, a second reading of the specification, invariants."""
 
 import os
 import random
@@ -33,7 +33,7 @@ def _entry(expert, confidence):
 
 
 class SecondReading:
-    """The specification of ``st_moe`` once more, sentence by sentence and slowly: every table is one dict.
+    """The specification of ``st_moe`` once more, slowly: every table is one dict.
 
     A missing key is an invalid entry. First touch is a counter.
     """
@@ -353,7 +353,7 @@ def test_study_counts():
 
 
 def test_speed():
-    """The golden model keeps up with a trace: at least 15,000 routed layers a second on an idle machine."""
+    """The golden model keeps up with a trace: 15,000 routed layers a second and more."""
     model = PRESETS["gpt-oss-20b"]
     config = DeviceConfig(model=model, slots=model.top_k)
     golden, generator = create_predictor(config), random.Random(1)

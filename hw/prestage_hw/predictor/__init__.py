@@ -1,7 +1,8 @@
 """Stage 2: predictors, selected by name.
 
-To add one, copy ``none.py`` and its golden twin in ``prestage_sim/model/predictor``, and register both classes under the same name
-(also in :attr:`DeviceConfig.PREDICTORS`); the bench ``tb/test_predictor.py`` runs every registered name.
+To add one, copy ``none.py`` and its golden twin in ``prestage_sim/model/predictor``, and register
+both classes under the same name (also in :attr:`DeviceConfig.PREDICTORS`); the bench
+``tb/test_predictor.py`` runs every registered name.
 """
 
 from prestage_hw.contract import DeviceConfig

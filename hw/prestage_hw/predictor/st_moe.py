@@ -31,10 +31,12 @@ def _index_bits(count):
 class StMoePredictor(Predictor):
     """Predict from the experts that followed in the past and from the previous token's choice.
 
-    Serial: one table entry a cycle. The correlation table is a block RAM of rows (K entries side by side), the scores are another of one word
-    an expert, and candidates are ranked through linked lists, one for each score.
+    Serial: one table entry a cycle. The correlation table is a block RAM of rows (K entries side by
+    side), the scores are another of one word an expert, and candidates are ranked through linked
+    lists, one for each score.
 
-    With n experts touched, m candidates, and no stall of ``candidates``, a decision takes, from its transfer on an idle predictor:
+    With n experts touched, m candidates, and no stall of ``candidates``, a decision takes, from its
+    transfer on an idle predictor:
 
     ======================================= =======================================
     first candidate valid                   at most ``first_candidate_cycles``
@@ -42,10 +44,12 @@ class StMoePredictor(Predictor):
     predictor free for the next decision    at most ``decision_cycles``
     ======================================= =======================================
 
-    A queue takes up to 4 decisions and token starts while one is in work. Clearing takes one cycle for each row of the larger table, plus 2.
+    A queue takes up to 4 decisions and token starts while one is in work. Clearing takes one cycle
+    for each row of the larger table, plus 2.
 
-    Table words of value 0 stand for all invalid correlation entries. A written word whose expert does not exist is stored as 0; in the history it also makes its
-    row invalid. Scores saturate at 3k + 2, which only rows that were written with duplicates could exceed.
+    Table words of value 0 stand for all invalid correlation entries. A written word whose expert
+    does not exist is stored as 0; in the history it also makes its row invalid. Scores saturate at
+    3k + 2, which only rows that were written with duplicates could exceed.
 
     Members
     -------
@@ -81,7 +85,7 @@ class StMoePredictor(Predictor):
 
     @property
     def decision_cycles(self):
-        """Cycles from the transfer of a decision to the start of the next, at most, without stalls."""
+        """Cycles from the transfer of a decision until the predictor is free, without stalls."""
         k = self.config.model.top_k
         return self.last_candidate_cycles + k * (2 * self.config.successors + 3) + 5
 
@@ -112,7 +116,8 @@ class StMoePredictor(Predictor):
         m.submodules.history = history = Memory(shape=past_layout, depth=pasts, init=[])
         past_read, past_write = history.read_port(), history.write_port()
 
-        # Scores of the layer to come, and the experts in the order of first touch. Two touches of one expert may follow each other directly.
+        # Scores of the layer to come, and the experts in the order of first touch. Two touches of
+        # one expert may follow each other directly.
         m.submodules.scores = scores = Memory(shape=score_layout, depth=experts, init=[])
         score_write = scores.write_port()
         score_read = scores.read_port(transparent_for=(score_write,))
@@ -128,8 +133,8 @@ class StMoePredictor(Predictor):
         m.submodules.links = links = Memory(shape=expert_bits, depth=experts, init=[])
         link_read, link_write = links.read_port(), links.write_port()
 
-        # One queue for decisions and token starts keeps their order. Both streams are ready only while nothing waits at its entry, so that what
-        # arrives later stays behind.
+        # One queue for decisions and token starts keeps their order. Both streams are ready only
+        # while nothing waits at its entry, so that what arrives later stays behind.
         decision_layout = RecordLayout("RoutingDecision", config=self.config)
         item_layout = data.StructLayout({"decision": decision_layout, "begin": 1})
         m.submodules.queue = queue = fifo.SyncFIFOBuffered(

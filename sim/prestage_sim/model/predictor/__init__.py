@@ -1,6 +1,7 @@
 """Golden models of the predictors, selected by name.
 
-To add one, copy ``none.py``, and register its class in :data:`PREDICTORS` under the name that its RTL twin has.
+To add one, copy ``none.py``, and register its class in :data:`PREDICTORS` under the name that its
+RTL twin has.
 """
 
 from __future__ import annotations

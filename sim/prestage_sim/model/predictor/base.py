@@ -7,7 +7,8 @@ from typing import Protocol
 
 __all__ = ["Candidate", "Predictor"]
 
-#: ``(ctx, layer, expert, score, source, deadline)``, the fields of the contract's record in its order.
+#: ``(ctx, layer, expert, score, source, deadline)``, the fields of the contract's record in its
+#: order.
 Candidate = tuple[int, int, int, int, int, int]
 
 
@@ -28,7 +29,7 @@ class Predictor(Protocol):
         """
 
     def decide(self, ctx: int, layer: int, experts: Sequence[int], stamp: int) -> list[Candidate]:
-        """Take the router's choice for a layer and return candidates for the next in the promised order.
+        """Take the router's choice for a layer and return the ranked candidates for the next.
 
         Parameters
         ----------

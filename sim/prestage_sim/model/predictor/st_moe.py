@@ -31,7 +31,8 @@ def _index_bits(count: int) -> int:
 class StMoePredictor:
     """Predict from the experts that followed in the past and from the previous token's choice.
 
-    An entry of a row is a pair of parallel lists: ``experts`` (-1 where invalid) and ``confidences``.
+    An entry of a row is a pair of parallel lists: ``experts`` (-1 where invalid) and
+    ``confidences``.
 
     Parameters
     ----------
@@ -77,7 +78,7 @@ class StMoePredictor:
         self._previous[ctx] = -1
 
     def decide(self, ctx: int, layer: int, experts: Sequence[int], stamp: int) -> list[Candidate]:
-        """Predict layer + 1, then learn from the pair layer - 1 and layer, then remember the choice."""
+        """Predict layer + 1, learn from the pair layer - 1 and layer, remember the choice."""
         chosen = tuple(experts)
         candidates = self._predict(ctx, layer, chosen, stamp) if layer < self._layers - 1 else []
         if layer > 0 and self._previous[ctx] == layer - 1 and self._history_valid[ctx][layer - 1]:
@@ -134,7 +135,7 @@ class StMoePredictor:
             row_confidences[position] = _NEW_CONFIDENCE
 
     def table_words(self, table: int) -> int:
-        """Words in a table: 0 correlation, 1 history; padding up to powers of two is counted, layers are not padded in table 0."""
+        """Words in a table, padding included: 0 is the correlation table, 1 the history."""
         if table == 0:
             return (self._layers - 1) << (self._expert_bits + self._successor_bits)
         if table == 1:
@@ -175,8 +176,8 @@ class StMoePredictor:
     def write_table(self, table: int, word: int, value: int) -> None:
         """Write a word of a table.
 
-        An invalid correlation entry, and one whose expert does not exist, is stored as 0. In the history an expert that does not exist is stored
-        as 0 and makes its row invalid.
+        An invalid correlation entry, and one whose expert does not exist, is stored as 0. In the
+        history an expert that does not exist is stored as 0 and makes its row invalid.
         """
         expert = value & _EXPERT_MASK
         valid = bool(value >> _VALID_SHIFT & 1)
