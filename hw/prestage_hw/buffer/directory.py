@@ -87,8 +87,9 @@ class PinLayout(data.StructLayout):
 class Directory(wiring.Component):
     """Hold the directory (expert to slot), the slot states (slot to expert) and the pin list.
 
-    Each has a memory of its own. A read takes one cycle: its value is valid in the next cycle and stays until the next read of
-    the same memory. A memory is never read and written in the same cycle.
+    Each has a memory of its own. A read takes one cycle: its value is valid in the next cycle and
+    stays until the next read of the same memory. A memory is never read and written in the same
+    cycle.
 
     Parameters
     ----------

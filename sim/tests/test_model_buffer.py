@@ -1,0 +1,474 @@
+"""Golden model of the expert buffer, against worked cases and a model that scans everything."""
+
+import random
+
+import pytest
+
+from prestage_hw.contract import DeviceConfig, ModelConfig, preset
+from prestage_hw.contract.params import TINY_DEVICE
+from prestage_hw.contract.records import BufferCode, BufferOp
+from prestage_sim.model.buffer import BufferResult, ExpertBuffer
+
+DEMAND, PREFETCH, FILL, RELEASE = BufferOp
+RESIDENT, FILLING, ALLOCATED, NO_SLOT = BufferCode
+
+#: Three slots, one layer more than needed, two tiles an expert: small enough to work out by hand.
+SMALL = DeviceConfig(
+    model=ModelConfig(name="small", layers=2, experts=5, top_k=2), slots=3, expert_bytes=1024
+)
+
+CONFIGS = {
+    "small": SMALL,
+    "tiny": TINY_DEVICE,
+    "barely": DeviceConfig(model=preset("tiny"), slots=8, contexts=4),
+    "one-slot": DeviceConfig(
+        model=ModelConfig(name="one", layers=1, experts=2, top_k=1), slots=1, expert_bytes=512
+    ),
+    "odd": DeviceConfig(
+        model=ModelConfig(name="odd", layers=3, experts=60, top_k=3),
+        slots=17,
+        expert_bytes=1536,
+        contexts=2,
+    ),
+    "gpt-oss-20b": DeviceConfig(model=preset("gpt-oss-20b"), slots=192),
+}
+
+
+def result(code, slot=0, **flags):
+    return BufferResult(code, slot, **flags)
+
+
+def fill(buffer, slot):
+    """Report all tiles of a slot as arrived."""
+    for tile in range(buffer.config.tiles):
+        buffer.request(FILL, slot=slot, tile=tile, last=tile == buffer.config.tiles - 1)
+
+
+# --- worked cases -----------------------------------------------------------------------------
+
+
+def test_demands_take_the_least_recent_free_slot():
+    buffer = ExpertBuffer(SMALL)
+    assert buffer.request(DEMAND, expert=0, index=0) == result(ALLOCATED, 0)
+    assert buffer.request(DEMAND, expert=1, index=1) == result(ALLOCATED, 1)
+    assert buffer.request(DEMAND, layer=1, expert=0, index=0) == result(ALLOCATED, 2)
+    # Slots 0 and 1 are filling and pinned, 2 too.
+    assert buffer.request(DEMAND, layer=1, expert=1, index=1) == result(NO_SLOT)
+    fill(buffer, 0)
+    fill(buffer, 1)
+    assert buffer.request(DEMAND, layer=1, expert=1, index=1) == result(NO_SLOT)
+    assert buffer.request(RELEASE, layer=0) == result(RESIDENT)
+    assert buffer.request(DEMAND, layer=1, expert=1, index=1) == result(ALLOCATED, 0, evicted=True)
+    # (0, 0) is gone; it was a demand that evicted it, so this is no pollution. Slot 1 is next.
+    assert buffer.request(DEMAND, expert=0, index=0) == result(ALLOCATED, 1, evicted=True)
+    buffer.check_invariants()
+
+
+def test_a_filling_slot_is_not_taken_when_released():
+    buffer = ExpertBuffer(SMALL)
+    buffer.request(DEMAND, expert=0, index=0)
+    buffer.request(RELEASE)
+    assert buffer.request(DEMAND, expert=1, index=0) == result(ALLOCATED, 1)
+    assert buffer.request(DEMAND, expert=2, index=1) == result(ALLOCATED, 2)
+    assert buffer.request(DEMAND, layer=1, expert=2, index=0) == result(NO_SLOT)
+    fill(buffer, 0)
+    assert buffer.request(DEMAND, layer=1, expert=2, index=0) == result(ALLOCATED, 0, evicted=True)
+
+
+def test_first_demand_on_a_prefetch_is_flagged_once():
+    buffer = ExpertBuffer(SMALL)
+    assert buffer.request(PREFETCH, expert=3) == result(ALLOCATED, 0)
+    assert buffer.request(PREFETCH, expert=3) == result(FILLING, 0)
+    assert buffer.request(DEMAND, expert=3, index=0) == result(FILLING, 0, prefetched=True)
+    buffer.request(RELEASE)
+    fill(buffer, 0)
+    assert buffer.request(DEMAND, expert=3, index=0) == result(RESIDENT, 0)
+    buffer.request(RELEASE)
+    assert buffer.request(PREFETCH, expert=3) == result(RESIDENT, 0)
+    assert buffer.request(PREFETCH, expert=4) == result(ALLOCATED, 1)
+    fill(buffer, 1)
+    assert buffer.request(DEMAND, expert=4, index=0) == result(RESIDENT, 1, prefetched=True)
+
+
+def test_a_prefetch_spares_what_the_route_touched():
+    buffer = ExpertBuffer(SMALL)
+    for expert in range(3):
+        buffer.request(PREFETCH, expert=expert)
+        fill(buffer, expert)
+    # Clearing begins a route, in which all three were touched.
+    assert buffer.request(PREFETCH, expert=3) == result(NO_SLOT)
+    buffer.request(DEMAND, expert=0, index=0)
+    buffer.request(RELEASE)
+    assert buffer.request(PREFETCH, expert=1) == result(RESIDENT, 1)
+    # Order is 2, 0, 1; only 2 was not touched since the route began.
+    assert buffer.request(PREFETCH, expert=3) == result(
+        ALLOCATED, 2, evicted=True, evicted_unused=True
+    )
+    assert buffer.request(PREFETCH, expert=4) == result(NO_SLOT)
+    # A demand takes slot 0 all the same, and a new route makes slot 1 fair game.
+    fill(buffer, 2)
+    assert buffer.request(DEMAND, expert=4, index=1) == result(ALLOCATED, 0, evicted=True)
+    assert buffer.request(PREFETCH, expert=0) == result(NO_SLOT)
+    assert buffer.request(DEMAND, layer=1, expert=3, index=0) == result(
+        ALLOCATED, 1, evicted=True, evicted_unused=True
+    )
+    assert buffer.request(PREFETCH, expert=0) == result(
+        ALLOCATED, 2, evicted=True, evicted_unused=True
+    )
+    buffer.check_invariants()
+
+
+def test_a_refused_demand_begins_its_route():
+    buffer = ExpertBuffer(SMALL)
+    buffer.request(DEMAND, expert=0, index=0)
+    buffer.request(DEMAND, expert=1, index=1)
+    buffer.request(PREFETCH, expert=2)
+    assert buffer.request(DEMAND, layer=1, expert=0, index=0) == result(NO_SLOT)
+    fill(buffer, 2)
+    # Touched in the route before, not in this one.
+    assert buffer.request(PREFETCH, expert=3) == result(
+        ALLOCATED, 2, evicted=True, evicted_unused=True
+    )
+
+
+def test_pollution_is_a_miss_on_what_a_prefetch_evicted():
+    buffer = ExpertBuffer(SMALL)
+    for expert in range(3):
+        buffer.request(DEMAND, expert=expert, index=0)
+        buffer.request(RELEASE)
+        fill(buffer, expert)
+    assert buffer.request(PREFETCH, expert=3) == result(ALLOCATED, 0, evicted=True)
+    fill(buffer, 0)
+    assert buffer.request(DEMAND, expert=0, index=0) == result(
+        ALLOCATED, 1, evicted=True, polluted=True
+    )
+    buffer.request(RELEASE)
+    fill(buffer, 1)
+    # Evicted by a demand: not polluted. The mark of expert 0 was used up.
+    assert buffer.request(DEMAND, expert=1, index=0) == result(ALLOCATED, 2, evicted=True)
+    # Expert 0 is evicted by a prefetch once more, and counts once more.
+    fill(buffer, 2)
+    buffer.request(RELEASE)
+    assert buffer.request(PREFETCH, expert=2) == result(
+        ALLOCATED, 0, evicted=True, evicted_unused=True
+    )
+    fill(buffer, 0)
+    assert buffer.request(PREFETCH, expert=3) == result(ALLOCATED, 1, evicted=True)
+    fill(buffer, 1)
+    buffer.request(DEMAND, layer=1, expert=0, index=0)
+    buffer.request(RELEASE, layer=1)
+    assert buffer.request(DEMAND, expert=0, index=0).polluted
+
+
+def test_tiles_become_valid_one_by_one_and_leave_with_the_expert():
+    buffer = ExpertBuffer(SMALL)
+    beats = SMALL.expert_beats
+    data = bytes(i % 251 for i in range(SMALL.expert_bytes))
+    buffer.request(DEMAND, expert=0, index=0)
+    buffer.write_expert(0, data)
+    assert not any(buffer.read_beat(0, beat)[1] for beat in range(beats))
+    buffer.request(FILL, slot=0, tile=0)
+    assert [buffer.read_beat(0, beat)[1] for beat in range(beats)] == [True] * 32 + [False] * 32
+    buffer.request(FILL, slot=0, tile=1, last=True)
+    for beat in range(beats):
+        assert buffer.read_beat(0, beat) == (data[beat * 16 : beat * 16 + 16], True)
+    buffer.write_beat(0, 33, bytes(16))
+    assert buffer.read_beat(0, 33) == (bytes(16), True)
+    buffer.request(RELEASE)
+    assert buffer.request(DEMAND, expert=1, index=0) == result(ALLOCATED, 1)
+    assert buffer.read_beat(0, 0)[1]
+    assert buffer.request(DEMAND, layer=1, expert=1, index=0) == result(ALLOCATED, 2)
+    assert buffer.request(DEMAND, layer=1, expert=2, index=1) == result(ALLOCATED, 0, evicted=True)
+    assert not buffer.read_beat(0, 0)[1]
+
+
+def test_a_failed_fill_drops_the_expert_and_keeps_the_pins():
+    buffer = ExpertBuffer(SMALL)
+    buffer.request(DEMAND, expert=0, index=0)
+    assert buffer.request(FILL, slot=0, tile=0, failed=True) == result(RESIDENT, 0)
+    assert buffer.request(DEMAND, layer=1, expert=0, index=0) == result(ALLOCATED, 1)
+    buffer.request(FILL, slot=0, tile=1)
+    assert buffer.read_beat(0, SMALL.tile_beats)[1]
+    assert buffer.request(FILL, slot=0, tile=1, last=True, failed=True) == result(RESIDENT, 0)
+    assert not buffer.read_beat(0, SMALL.tile_beats)[1]
+    # The pinned slot 0 can't be taken, so the expert comes to another, and then none is left.
+    assert buffer.request(DEMAND, expert=0, index=1) == result(ALLOCATED, 2)
+    assert buffer.request(DEMAND, layer=1, expert=3, index=1) == result(NO_SLOT)
+    buffer.check_invariants()
+    buffer.request(RELEASE)
+    assert buffer.request(DEMAND, layer=1, expert=3, index=1) == result(ALLOCATED, 0)
+    buffer.check_invariants()
+
+
+def test_a_fill_of_a_slot_that_is_not_filling_changes_nothing():
+    buffer = ExpertBuffer(SMALL)
+    assert buffer.request(FILL, slot=2, tile=0, last=True) == result(RESIDENT, 2)
+    assert not buffer.read_beat(2, 0)[1]
+    buffer.check_invariants()
+
+
+def test_clear_forgets_all_but_the_data():
+    buffer = ExpertBuffer(SMALL)
+    buffer.request(DEMAND, expert=0, index=0)
+    buffer.write_beat(0, 0, b"\1" * 16)
+    fill(buffer, 0)
+    buffer.request(PREFETCH, expert=1)
+    buffer.clear()
+    buffer.check_invariants()
+    assert buffer.read_beat(0, 0) == (b"\1" * 16, False)
+    assert buffer.request(DEMAND, expert=0, index=0) == result(ALLOCATED, 0)
+
+
+# --- the second model -------------------------------------------------------------------------
+
+
+class Slot:
+    def __init__(self, touched):
+        self.touched = touched
+        self.owner = None
+        self.filling = self.prefetched = False
+        self.tiles = set()
+
+
+class ScanningBuffer:
+    """The same rules with time stamps in place of an order, and scans in place of indices."""
+
+    def __init__(self, config):
+        self.config = config
+        self.clear()
+
+    def clear(self):
+        self.time = self.route_began = 0
+        self.slots = [
+            Slot(touched=number - self.config.slots) for number in range(self.config.slots)
+        ]
+        self.pinned = []  # (ctx, layer, index, slot)
+        self.evicted_by_prefetch = set()
+
+    def pins(self, slot):
+        return sum(pin[3] is slot for pin in self.pinned)
+
+    def touch(self, slot):
+        self.time += 1
+        slot.touched = self.time
+
+    def request(self, op, **fields):
+        return getattr(self, BufferOp(op).name.lower())(**fields)
+
+    def lookup(self, op, layer, expert):
+        """The slot of an expert, how it was found, and the flags of an eviction."""
+        for slot in self.slots:
+            if slot.owner == (layer, expert):
+                self.touch(slot)
+                return slot, FILLING if slot.filling else RESIDENT, {}
+        free = [slot for slot in self.slots if not self.pins(slot) and not slot.filling]
+        if op == PREFETCH:
+            free = [slot for slot in free if slot.touched <= self.route_began]
+        if not free:
+            return None, NO_SLOT, {}
+        slot = min(free, key=lambda slot: slot.touched)
+        flags = {"evicted": slot.owner is not None, "evicted_unused": slot.prefetched}
+        flags["polluted"] = op == DEMAND and (layer, expert) in self.evicted_by_prefetch
+        if slot.owner is not None and op == PREFETCH:
+            self.evicted_by_prefetch.add(slot.owner)
+        self.evicted_by_prefetch.discard((layer, expert))
+        slot.owner, slot.filling, slot.tiles = (layer, expert), True, set()
+        slot.prefetched = op == PREFETCH
+        self.touch(slot)
+        return slot, ALLOCATED, flags
+
+    def demand(self, ctx, layer, expert, index):
+        if index == 0:
+            self.route_began = self.time
+        slot, code, flags = self.lookup(DEMAND, layer, expert)
+        if slot is None:
+            return BufferResult(code)
+        self.pinned.append((ctx, layer, index, slot))
+        prefetched, slot.prefetched = slot.prefetched, False
+        return BufferResult(code, self.slots.index(slot), prefetched, **flags)
+
+    def prefetch(self, layer, expert):
+        slot, code, flags = self.lookup(PREFETCH, layer, expert)
+        return BufferResult(code, 0 if slot is None else self.slots.index(slot), **flags)
+
+    def fill(self, slot, tile, last, failed):
+        number, slot = slot, self.slots[slot]
+        if not failed:
+            slot.tiles.add(tile)
+        if last:
+            slot.filling = False
+        if last and failed:
+            slot.owner, slot.tiles, slot.prefetched = None, set(), False
+        return BufferResult(RESIDENT, number)
+
+    def release(self, ctx, layer):
+        self.pinned = [pin for pin in self.pinned if pin[:2] != (ctx, layer)]
+        return BufferResult(RESIDENT)
+
+
+class Traffic:
+    """Random legal operations in any order that keeps the rules."""
+
+    def __init__(self, config, seed):
+        self.config = config
+        self.random = random.Random(seed)
+        self.forget()
+
+    def forget(self):
+        self.routes = {}  # (ctx, layer): experts not yet demanded, with their index
+        self.filling = {}  # slot: [next tile, a tile failed]
+
+    def next(self):
+        """One operation and its fields; None to clear."""
+        model = self.config.model
+        while True:
+            kind = self.random.random()
+            layer = min(int(self.random.expovariate(1)), model.layers - 1)
+            if kind < 0.002:
+                self.forget()
+                return None
+            if kind < 0.4:
+                key = self.random.randrange(self.config.contexts), layer
+                if key not in self.routes:
+                    experts = self.random.sample(range(model.experts), model.top_k)
+                    self.routes[key] = list(enumerate(experts))
+                if self.routes[key]:
+                    index, expert = self.routes[key][0]
+                    fields = {"ctx": key[0], "layer": layer, "expert": expert, "index": index}
+                    return DEMAND, fields
+            elif kind < 0.55:
+                expert = self.random.randrange(model.experts)
+                return PREFETCH, {"layer": layer, "expert": expert}
+            elif kind < 0.85 and self.filling:
+                slot = self.random.choice(list(self.filling))
+                tile, failed = self.filling[slot]
+                now = failed or self.random.random() < 0.05
+                last = tile == self.config.tiles - 1 or now and self.random.random() < 0.5
+                failed = now if last else now and not failed
+                return FILL, {"slot": slot, "tile": tile, "last": last, "failed": failed}
+            elif kind >= 0.85 and self.routes:
+                ctx, layer = self.random.choice(list(self.routes))
+                return RELEASE, {"ctx": ctx, "layer": layer}
+
+    def done(self, op, fields, answer):
+        """Take note of an answer."""
+        if op == DEMAND:
+            route = self.routes[fields["ctx"], fields["layer"]]
+            if answer.code != NO_SLOT or self.random.random() < 0.3:
+                del route[0]
+        elif op == FILL:
+            slot = self.filling[fields["slot"]]
+            slot[0] += 1
+            slot[1] |= fields["failed"]
+            if fields["last"]:
+                del self.filling[fields["slot"]]
+        elif op == RELEASE:
+            del self.routes[fields["ctx"], fields["layer"]]
+        if answer.code == ALLOCATED:
+            self.filling[answer.slot] = [0, False]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("seed", range(3))
+def test_agrees_with_the_second_model(name, seed):
+    config = CONFIGS[name]
+    buffer, witness = ExpertBuffer(config), ScanningBuffer(config)
+    traffic = Traffic(config, seed)
+    seen = set()
+    for step in range(6000):
+        work = traffic.next()
+        if work is None:
+            buffer.clear()
+            witness.clear()
+            continue
+        op, fields = work
+        untouchable = {
+            number
+            for number, slot in enumerate(witness.slots)
+            if slot.filling or witness.pins(slot)
+        }
+        answer = buffer.request(op, **fields)
+        assert answer == witness.request(op, **fields), f"step {step}: {op.name} {fields}"
+        if answer.code == ALLOCATED:
+            assert answer.slot not in untouchable
+        traffic.done(op, fields, answer)
+        seen.add((op, answer.code))
+        if step % 100 == 0:
+            buffer.check_invariants()
+            for slot in range(config.slots):
+                for tile in range(config.tiles):
+                    ok = buffer.read_beat(slot, tile * config.tile_beats)[1]
+                    assert ok == (tile in witness.slots[slot].tiles)
+    expected = {(op, code) for op in (DEMAND, PREFETCH) for code in BufferCode}
+    if name == "gpt-oss-20b":
+        expected -= {(DEMAND, NO_SLOT), (PREFETCH, NO_SLOT)}
+    assert seen >= expected | {(FILL, RESIDENT), (RELEASE, RESIDENT)}
+
+
+# --- invariants and refusals ------------------------------------------------------------------
+
+
+def test_invariants_notice_damage():
+    def damaged(damage):
+        buffer = ExpertBuffer(SMALL)
+        buffer.request(DEMAND, expert=0, index=0)
+        buffer.request(PREFETCH, expert=1)
+        fill(buffer, 1)
+        buffer.check_invariants()
+        damage(buffer)
+        with pytest.raises(AssertionError):
+            buffer.check_invariants()
+
+    damaged(lambda buffer: setattr(buffer.directory.slots[2], "owner", 0))
+    damaged(lambda buffer: setattr(buffer.directory.slots[0], "owner", 4))
+    damaged(lambda buffer: setattr(buffer.directory.slots[0], "owner", -1))
+    damaged(lambda buffer: setattr(buffer.directory.slots[1], "filling", True))
+    damaged(lambda buffer: setattr(buffer.directory.slots[1], "pins", 1))
+    damaged(lambda buffer: setattr(buffer.directory.slots[2], "prefetched", True))
+    damaged(lambda buffer: buffer.directory.pins.clear())
+    damaged(lambda buffer: buffer.directory.state.__setitem__(9, 1))
+    damaged(lambda buffer: buffer.directory.slot_of.__setitem__(0, 1))
+    damaged(lambda buffer: buffer.directory.evicted_by_prefetch.add(0))
+    damaged(lambda buffer: buffer.storage.valid.__setitem__(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("op", "fields", "message"),
+    [
+        (DEMAND, {"layer": 2}, "Layer must be between 0 and 1, not 2"),
+        (PREFETCH, {"expert": 5}, "Expert must be between 0 and 4, not 5"),
+        (PREFETCH, {"expert": -1}, "Expert must be between 0 and 4, not -1"),
+        (DEMAND, {"ctx": 1}, "Context must be between 0 and 0, not 1"),
+        (RELEASE, {"ctx": 1}, "Context must be between 0 and 0, not 1"),
+        (DEMAND, {"index": 2}, "Index must be between 0 and 1, not 2"),
+        (FILL, {"slot": 3}, "Slot must be between 0 and 2, not 3"),
+        (FILL, {"tile": 2}, "Tile must be between 0 and 1, not 2"),
+        (4, {}, "Operation must be a BufferOp, not 4"),
+    ],
+)
+def test_refuses_what_is_out_of_range(op, fields, message):
+    with pytest.raises(ValueError, match=message):
+        ExpertBuffer(SMALL).request(op, **fields)
+
+
+def test_refuses_a_demand_before_the_release():
+    buffer = ExpertBuffer(SMALL)
+    buffer.request(DEMAND, expert=0, index=0)
+    with pytest.raises(
+        ValueError, match="Context 0 must release layer 0 before it demands index 0"
+    ):
+        buffer.request(DEMAND, expert=1, index=0)
+
+
+def test_refuses_bad_data():
+    buffer = ExpertBuffer(SMALL)
+    with pytest.raises(ValueError, match="Slot must be between 0 and 2, not 3"):
+        buffer.read_beat(3, 0)
+    with pytest.raises(ValueError, match="Beat must be between 0 and 63, not 64"):
+        buffer.write_beat(0, 64, bytes(16))
+    with pytest.raises(ValueError, match="Beat must be 16 bytes, not 15"):
+        buffer.write_beat(0, 0, bytes(15))
+    with pytest.raises(ValueError, match="Expert must be 1024 bytes, not 512"):
+        buffer.write_expert(0, bytes(512))
+    with pytest.raises(TypeError, match="Configuration must be a DeviceConfig, not 3"):
+        ExpertBuffer(3)
