@@ -41,8 +41,8 @@ class Transfer(NamedTuple):
 def expert_transfers(run: Run, *, tokens: range) -> list[Transfer]:
     """Transfers that began while some tokens were replayed.
 
-    A transfer for the layer that is being routed is a demand's. Any other is a prefetch, used if that
-    layer's next choice has its expert.
+    A transfer for the layer that is being routed is a demand's. Any other is a prefetch, used if
+    that layer's next choice has its expert.
     """
     config = run.config
     spans = run.spans
@@ -214,12 +214,13 @@ def _candidates(run: Run) -> tuple[Plot, str] | None:
         y=(len(parts) - 0.5, -0.5),
         x_label="experts",
         y_label="",
-        left=140,
+        left=160,
     )
     plot.x_ticks(ticks(0, most, count=4))
     plot.y_ticks(list(range(len(parts))), texts=[text for _, text, _ in parts])
     for at, (kind, text, count) in enumerate(parts):
-        plot.bar((0, count), (at - 0.34, at + 0.34), kind, tip=f"{text}: {count:,}")
+        if count:
+            plot.bar((0, count), (at - 0.34, at + 0.34), kind, tip=f"{text}: {count:,}")
     return plot, ""
 
 
@@ -358,7 +359,7 @@ def _figures(run: Run) -> Iterable[_Figure]:
     if timeline is not None:
         yield _figure(
             "Transfers against layers",
-            "The last tokens. A row is a layer; a bar is an expert on its way from memory to its slot.",
+            "The last tokens. A row is a layer; a bar is an expert on its way into its slot.",
             timeline,
             wide=True,
         )
@@ -466,8 +467,8 @@ def page(run: Run, *, trace_path: str = "") -> str:
     source = files("prestage_sim").joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         name=PurePath(trace_path).name or run.trace.model,
-        subtitle=f"{model.name}: {model.layers} layers × {model.experts} experts, top {model.top_k}."
-        f" Predictor {run.config.predictor}, {run.config.slots:,} slots, {run.url}",
+        subtitle=f"{model.name}: {model.layers} layers × {model.experts} experts, top {model.top_k}"
+        f", predictor {run.config.predictor}, {run.config.slots:,} slots, {run.url}",
         state=state,
         text=text,
         tiles=_tiles(run),

@@ -592,7 +592,7 @@ def _expert_bytes(raw: str, *, layers: int | None, top_k: int | None) -> NDArray
 def _read_csv(
     file: IO[bytes], *, experts: int | None, layers: int | None, top_k: int | None
 ) -> Trace:
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    text = io.StringIO(file.read().decode("utf-8-sig"), newline="")
     meta: dict[str, Any] = {}
     start = text.readline()
     if start.startswith("#"):

@@ -161,6 +161,8 @@ def open_device(
         If a register of the device disagrees with the configuration.
     ArgumentError
         If an option of the URL or the memory's size is wrong.
+    LinkError
+        If the device can't be reached or its simulation can't be built.
     """
     if not isinstance(config, DeviceConfig):
         raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
@@ -171,12 +173,14 @@ def open_device(
     size = config.model.layers * config.model.experts * config.expert_bytes
     if not isinstance(memory, np.ndarray) or memory.dtype != np.uint8 or memory.ndim != 1:
         raise TypeError("Memory must be a one-dimensional array of uint8")
-    if memory.size < size:
-        raise ArgumentError(f"Memory must hold all experts, {size} bytes, but holds {memory.size}")
+    if memory.size != size:
+        raise ArgumentError(f"Memory must hold all experts, {size} bytes, not {memory.size}")
     try:
         pipe = opener(config, memory=memory, options=options)
     except ValueError as error:
         raise ArgumentError(f"{url}: {error}") from error
+    except (RuntimeError, OSError) as error:
+        raise LinkError(f"{url} can't be opened: {error}") from error
     try:
         return Device(pipe, config, url=url)
     except BaseException:

@@ -24,6 +24,8 @@ class ModelPipe:
         Device.
     memory : array of uint8
         Bytes of the memory, from address 0.
+    failing : sequence of pairs of :class:`int`
+        Address and size of ranges that answer with an error.
 
     Members
     -------
@@ -36,13 +38,20 @@ class ModelPipe:
         If a parameter is not of its type.
     """
 
-    def __init__(self, config: DeviceConfig, *, memory: NDArray[np.uint8]) -> None:
+    def __init__(
+        self,
+        config: DeviceConfig,
+        *,
+        memory: NDArray[np.uint8],
+        failing: Sequence[tuple[int, int]] = (),
+    ) -> None:
         if not isinstance(config, DeviceConfig):
             raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
         if not isinstance(memory, np.ndarray) or memory.dtype != np.uint8 or memory.ndim != 1:
             raise TypeError("Memory must be a one-dimensional array of uint8")
         self.config = config
         self.top = Top(config, memory)
+        self.top.memory.failing.extend((address, address + size) for address, size in failing)
         self._memory = memory
         self._link = DeviceLink(config)
         self._errors = 0
@@ -152,13 +161,28 @@ def open_pipe(
     memory : array of uint8
         Bytes of the memory, from address 0.
     options : mapping
-        The URL's options; there are none.
+        The URL's options: ``error`` names address ranges that answer with an error, as
+        ``ADDRESS:SIZE[,ADDRESS:SIZE...]``.
 
     Raises
     ------
     ValueError
-        If there is an option.
+        If an option is unknown or malformed.
     """
-    if options:
-        raise ValueError(f"model:// takes no options, but was given {', '.join(sorted(options))}")
-    return ModelPipe(config, memory=memory)
+    for name in options:
+        if name != "error":
+            raise ValueError(f"Option of model:// must be error, not {name!r}")
+    return ModelPipe(config, memory=memory, failing=_ranges(options.get("error", "")))
+
+
+def _ranges(text: str) -> list[tuple[int, int]]:
+    ranges = []
+    for part in text.split(",") if text else ():
+        try:
+            address, size = (int(number, 0) for number in part.split(":"))
+        except ValueError:
+            address = size = 0
+        if address < 0 or size <= 0:
+            raise ValueError(f"Error range must be ADDRESS:SIZE with a positive size, not {part!r}")
+        ranges.append((address, size))
+    return ranges
