@@ -14,10 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prestage_hw.contract import TRANSFER_DTYPE, DeviceConfig, SimulatedPipe, register_hash
+from prestage_hw.contract import (
+    TRANSFER_DTYPE,
+    DeviceConfig,
+    ModelConfig,
+    SimulatedPipe,
+    register_hash,
+)
 from prestage_hw.contract.records import Phase
 from prestage_hw.contract.registers import VERSION
-from prestage_sim.model.predictor import create_predictor
+from prestage_sim.profile import CORRELATION_TABLE, correlation_profile
 from prestage_sim.report import SAMPLE_DTYPE, Run
 from prestage_sim.traces import Trace, TraceError, model_config
 
@@ -76,43 +82,36 @@ def device_config(trace: Trace, *, slots: int | None = None, **parameters: Any) 
 
 
 def profile_tables(config: DeviceConfig, traces: Iterable[Trace]) -> dict[int, NDArray[np.uint32]]:
-    """Predictor tables after the routing of some traces, as :meth:`Device.configure` takes them.
+    """Predictor tables from a profile, as :meth:`Device.configure` takes them.
 
     Parameters
     ----------
     config : :class:`DeviceConfig`
         Device whose predictor will hold them.
     traces : iterable of :class:`Trace`
-        Traces of the same model, learnt one after another.
+        Traces of the same model.
 
     Raises
     ------
     ArgumentError
-        If a trace has another shape than the device.
+        If a trace has another shape than the device, or its predictor holds no profile.
     """
-    predictor = create_predictor(config)
-    model = config.model
-    stamp = 0
+    if config.predictor != "st_moe":
+        raise ArgumentError(f"Predictor must be st_moe to hold a profile, not {config.predictor}")
+    experts = []
     for trace in traces:
-        shape = (trace.layers, trace.experts_per_layer, trace.top_k)
-        if shape != (model.layers, model.experts, model.top_k):
-            raise ArgumentError(
-                f"Profile must have {model.layers} layers, {model.experts} experts and k ="
-                f" {model.top_k},"
-                f" not {shape[0]}, {shape[1]} and {shape[2]}"
-            )
-        for rows in trace.experts.tolist():
-            predictor.begin(0, 0, Phase.DECODE)
-            for layer, experts in enumerate(rows):
-                stamp = (stamp + 1) % 256
-                predictor.decide(0, layer, experts, stamp)
-    tables: dict[int, NDArray[np.uint32]] = {}
-    while words := predictor.table_words(len(tables)):
-        number = len(tables)
-        tables[number] = np.array(
-            [predictor.read_table(number, word) for word in range(words)], dtype=np.uint32
+        _check_shape(trace, config.model, what="Profile", kind=ArgumentError)
+        experts.append(trace.experts)
+    return {CORRELATION_TABLE: correlation_profile(np.concatenate(experts), config=config)}
+
+
+def _check_shape(trace: Trace, model: ModelConfig, *, what: str, kind: type[ValueError]) -> None:
+    shape = (trace.layers, trace.experts_per_layer, trace.top_k)
+    if shape != (model.layers, model.experts, model.top_k):
+        raise kind(
+            f"{what} must have {model.layers} layers, {model.experts} experts and"
+            f" k = {model.top_k}, not {shape[0]}, {shape[1]} and {shape[2]}"
         )
-    return tables
 
 
 class Interrupt:
@@ -288,13 +287,7 @@ def _check(device: Device, trace: Trace, *, pace: str, layer_cycles: int) -> Non
             )
         if layer_cycles < 1:
             raise ArgumentError(f"Layer cycles must be a positive integer, not {layer_cycles}")
-    model = device.config.model
-    shape = (trace.layers, trace.experts_per_layer, trace.top_k)
-    if shape != (model.layers, model.experts, model.top_k):
-        raise TraceError(
-            f"Trace must have {model.layers} layers, {model.experts} experts and k = {model.top_k},"
-            f" not {shape[0]}, {shape[1]} and {shape[2]}"
-        )
+    _check_shape(trace, device.config.model, what="Trace", kind=TraceError)
 
 
 def _verify(device: Device, layer: int, timeout: float | None = None) -> None:
