@@ -21,7 +21,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,7 +43,7 @@ _HARNESS = ("harness.h", "harness.cpp", "engine_verilator.h", "engine_cxxrtl.h")
 
 _VERILATOR_FLAGS = (
     *("--cc", "--prefix", "Vtop", "--top-module", "top", "-O3", "--threads", "1"),
-    *("--x-assign", "fast", "--x-initial", "fast", "--noassert", "--no-timing"),
+    *("--x-assign", "fast", "--x-initial", "0", "--noassert", "--no-timing"),
     # Files of this size let two compilers work; smaller ones repeat too much of the header.
     *("--output-split", "8000", "--output-split-cfuncs", "4000"),
     # yosys writes Verilog of mixed widths, all of them meant.
@@ -140,7 +139,10 @@ def _build(
     tools: dict[str, str],
     quiet: bool,
 ) -> Path:
-    work = Path(tempfile.mkdtemp(prefix="build-", dir=root))
+    # The lock is held, so what lies here was left by a process that was killed.
+    work = root / f"build-{source_key}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
     shape = f"{config.model.name}, {config.slots} slots, {config.predictor}"
     begun = time.monotonic()
     try:

@@ -8,6 +8,7 @@ A process of its own, so that a simulation runs without Amaranth in memory:
 import importlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def main(arguments):
         text = cxxrtl.convert(design, name="top", emit_src=False)
     else:
         text = verilog.convert(design, name="top", emit_src=False, strip_internal_attrs=True)
+        # A statement for each word of a memory makes the build several times longer. Variables
+        # start at 0 anyway (--x-initial 0), so those that say 0 can go.
+        text = re.sub(
+            r"^  initial begin\n(?:    \S+ ?\[\d+\] = \d+'h[0-9a-f]+;\n)*  end\n",
+            lambda block: re.sub(r"^.* = \d+'h0+;\n", "", block.group(), flags=re.MULTILINE),
+            text,
+            flags=re.MULTILINE,
+        )
     Path(output).write_text(text)
 
 
