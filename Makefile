@@ -37,7 +37,7 @@ bitstream: ## Build the tiny preset for the ECPIX-5 85F, with a report of area a
 	@scripts/setup.sh hw,fpga && $(PYTHON_ENV) -m prestage_fpga
 
 bench: ## Measure the speed of the compiled simulation.
-	@scripts/setup.sh sim && $(PYTHON_ENV) scripts/bench.py
+	@scripts/setup.sh sim && $(PYTHON_ENV) -m prestage_tb.compiled.bench
 
 coverage: ## Measure the line coverage of the golden model, the driver and the contract.
 	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2 --cov --cov-report=term-missing --cov-fail-under=90

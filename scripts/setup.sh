@@ -10,11 +10,11 @@ extras=$1
 hash=$(cat pyproject.toml requirements/tested.txt | sha256sum | cut -c 1-16)
 stamp=.venv/prestage-$(echo "$extras" | tr ',' '-')-$hash
 
-if [ -e "$stamp" ] && [ -x .venv/bin/python ]; then
+[ ! -x .venv/bin/python ] || export PYTHON=.venv/bin/python
+python=$(scripts/check-tools.sh "$extras")
+if [ -e "$stamp" ]; then
     exit 0
 fi
-
-python=$(scripts/check-tools.sh "$extras")
 if [ ! -x .venv/bin/python ]; then
     echo "Creating .venv"
     "$python" -m venv .venv
