@@ -484,7 +484,7 @@ class Wire:
         bench.rx.send(*self._treat(data))
         await bench.rx.sent()
         answer = b""
-        end = bench.tx.cycle + int(limit or 3000)
+        end = bench.tx.cycle + int(limit or 700)
         while True:
             received = bench.tx.received
             if len(received) > self._read and received[-1] == 0:
@@ -522,7 +522,7 @@ async def converse(dut, *, loss, stall, count, burst=1):
     cocotb.start_soon(engine())
 
     def host():
-        link = HostLink(wire, bench.config, attempts=100, patience=1000)
+        link = HostLink(wire, bench.config, attempts=200, patience=300)
         link.reset()
         for at in range(count):
             message = random_message(rng, bench.config)
@@ -562,20 +562,20 @@ async def link_serves_the_driver_with_stalls(dut):
 
 @cocotb.test()
 async def link_serves_the_driver_on_a_bad_wire(dut):
-    bench, wire, link = await converse(dut, loss=0.1, stall=0.2, count=300)
-    assert wire.damaged > 50
+    bench, wire, link = await converse(dut, loss=0.1, stall=0.2, count=200)
+    assert wire.damaged > 30
     assert bench.errors and link.errors and link.replays and bench.replays
 
 
 @cocotb.test()
 async def link_serves_the_driver_in_bursts(dut):
     """Answers fill the replay memory while messages wait: neither side may block the other."""
-    await converse(dut, loss=0.0, stall=0.0, count=60, burst=40)
+    await converse(dut, loss=0.0, stall=0.0, count=30, burst=40)
 
 
 @cocotb.test()
 async def link_serves_the_driver_in_bursts_on_a_bad_wire(dut):
-    await converse(dut, loss=0.05, stall=0.1, count=40, burst=20)
+    await converse(dut, loss=0.05, stall=0.1, count=30, burst=20)
 
 
 @cocotb.test()
@@ -846,7 +846,7 @@ async def link_reset_frame_in_flight(dut):
     rng = random.Random(cocotb.RANDOM_SEED)
     bench.set_stall(0.1)
     code, length = max(bench.reply_lengths.items(), key=lambda item: item[1])
-    for mark in range(60):
+    for mark in range(40):
         for at in range(rng.randrange(4)):
             bench.send(0x15, sequence=at)
         for at in range(rng.randrange(4)):
