@@ -1,0 +1,521 @@
+"""Expert buffer in lockstep with its golden model (the half that runs in the simulator).
+
+::
+
+    requests ─▶ ExpertBuffer ─▶ results
+      writes ─▶              ─▶ beats
+       reads ─▶
+"""
+
+import random
+from collections import deque
+
+import cocotb
+from cocotb.triggers import FallingEdge, ReadWrite, RisingEdge
+
+from prestage_hw.buffer import ExpertBuffer
+from prestage_hw.contract.records import RECORDS, BufferCode, BufferOp
+from prestage_hw.layouts import RecordLayout
+from prestage_sim.model.buffer import ExpertBuffer as GoldenBuffer
+from prestage_tb.bench import (
+    Stall,
+    StreamSink,
+    StreamSource,
+    cycles,
+    parameters,
+    reset,
+    start_clock,
+)
+
+DEMAND, PREFETCH, FILL, RELEASE = BufferOp
+RESIDENT, FILLING, ALLOCATED, NO_SLOT = BufferCode
+
+STALLS = {
+    "none": 0.0,
+    "light": 0.2,
+    "bursts": Stall(0.5, burst=(1, 12)),
+}
+
+
+class TB:
+    """Clock, reset, streams, golden model.
+
+    Beats are read all the time. What a read may return is known exactly as long as no operation is
+    under way; if one is, the states before and after it are both right.
+    """
+
+    # The data outlive the tests of one simulation: what a test that passed has left in the slots.
+    left_data = None
+
+    def __init__(self, dut, *, stall=0.0):
+        self.dut = dut
+        self.config = config = parameters()["config"]
+        self.buffer = ExpertBuffer(config=config)
+        self.golden = GoldenBuffer(config)
+        self.random = random.Random(f"{cocotb.RANDOM_SEED}/{stall}")
+        self.exact_cycles = stall == 0.0
+        self.seen = {}
+        start_clock(dut)
+
+        def layout(name):
+            return RecordLayout(name, config=config)
+
+        self.requests = StreamSource(dut, "requests", layout("BufferRequest"), stall=stall)
+        self.results = StreamSink(dut, "results", layout("BufferResult"), stall=stall)
+        self.writes = StreamSource(dut, "writes", layout("BufferWrite"), stall=stall)
+        self.reads = StreamSource(dut, "reads", layout("ReadRequest"), stall=stall)
+        self.beats = StreamSink(dut, "beats", layout("Beat"), stall=stall)
+        self.drivers = [self.requests, self.results, self.writes, self.reads, self.beats]
+        dut.clear.value = 0
+        self.forget()
+        cocotb.start_soon(self._check_beats())
+
+    def forget(self):
+        """Know of no work under way."""
+        self.window = []  # tile-valid bits that reads may still see
+        self.pending = deque()  # reads: (slot, beat, allowed (ok, data))
+        self.queued = deque()  # writes that the golden model has not seen
+        self.queued_count = self.written_count = 0
+
+    async def start(self):
+        """Reset, and fill the slots unless their bytes are known."""
+        await self.reset()
+        if TB.left_data is None:
+            for slot in range(self.config.slots):
+                for tile in range(self.config.tiles):
+                    self.write_tile(slot, tile)
+            await self.finish()
+        self.golden.storage.data[:] = TB.left_data
+        TB.left_data = None
+
+    async def finish(self):
+        """Wait for all writes and reads."""
+        await self.writes.sent()
+        await cycles(self.dut, 3)
+        self.settle_writes()
+        while self.pending:
+            await cycles(self.dut)
+        TB.left_data = self.golden.storage.data.copy()
+
+    async def reset(self):
+        """Reset at any time."""
+        await RisingEdge(self.dut.clk)
+        await ReadWrite()  # The drivers have counted the beats of that edge.
+        self.settle_writes()
+        self.forget()
+        self.golden.clear()
+        await reset(self.dut, drivers=self.drivers)
+        await FallingEdge(self.dut.clk)
+        waited = 0
+        while str(self.dut.idle.value) != "1":
+            waited += 1
+            await FallingEdge(self.dut.clk)
+        assert waited == self.buffer.clear_cycles
+
+    # --- data ---
+
+    def write_tile(self, slot, tile, *, beats=None):
+        """Queue beats of a tile, all or a random few; return the count of writes to wait for."""
+        numbers = range(self.config.tile_beats)
+        if beats is not None:
+            numbers = self.random.sample(numbers, min(beats, self.config.tile_beats))
+        for number in numbers:
+            beat = tile * self.config.tile_beats + number
+            data = self.random.randbytes(self.config.data_bytes)
+            self.queued.append((slot, beat, data))
+            self.writes.send({"slot": slot, "beat": beat, "data": data})
+            self.queued_count += 1
+        return self.queued_count
+
+    def settle_writes(self):
+        """Tell the golden model of the writes that were taken."""
+        assert str(self.dut.writes__ready.value) == "1"
+        while self.written_count < self.writes.sent_count:
+            self.golden.write_beat(*self.queued.popleft())
+            self.written_count += 1
+
+    def read(self, slot, beat):
+        """Queue a read."""
+        allowed = [self.golden.read_beat(slot, beat)]
+        tile = beat // self.config.tile_beats
+        allowed += [(allowed[0][0], bool(valid[slot] >> tile & 1)) for valid in self.window]
+        self.pending.append((slot, beat, allowed))
+        self.reads.send({"slot": slot, "beat": beat})
+
+    def _changed(self):
+        for slot, beat, allowed in self.pending:
+            allowed.append(self.golden.read_beat(slot, beat))
+
+    async def _check_beats(self):
+        while True:
+            [beat] = await self.beats.receive(1, limit=None)
+            slot, number, allowed = self.pending.popleft()
+            got = bytes(beat["data"]), bool(beat["ok"])
+            if got[1]:
+                assert got in allowed, f"slot {slot} beat {number}: {got}, not in {allowed}"
+            else:
+                assert not all(ok for _, ok in allowed), f"slot {slot} beat {number} is not ok"
+
+    # --- operations ---
+
+    def expected_cycles(self, op, fields):
+        """Cycles from request to result by the documentation, before the golden model acts."""
+        if op == FILL:
+            return self.buffer.fill_latency
+        if op == RELEASE:
+            return self.buffer.release_latency
+        directory, recency = self.golden.directory, self.golden.recency
+        if directory.state[directory.key(fields["layer"], fields["expert"])]:
+            return self.buffer.lookup_latency
+        skipped = 0
+        for slot in recency:
+            if op == PREFETCH and recency.touched(slot):
+                break
+            held = directory.slots[slot]
+            if not held.pins and not held.filling:
+                return self.buffer.lookup_latency + 2 * skipped
+            skipped += 1
+        return self.buffer.lookup_latency + 2 * (skipped - 1) - 1 if skipped else 2
+
+    async def operate(self, op, *, clear=False, **fields):
+        """Do one operation, and clear just after it was taken if wanted."""
+        self.settle_writes()
+        expected_cycles = self.expected_cycles(op, fields)
+        self.window.append(list(self.golden.storage.valid))
+        answer = self.golden.request(op, **fields)
+        self._changed()
+        record = {field.name: 0 for field in RECORDS["BufferRequest"].fields}
+        # Fields that an operation doesn't use are noise.
+        for field in RECORDS["BufferRequest"].fields:
+            if field.name in ("ctx", "layer", "expert", "index", "slot", "tile", "last", "failed"):
+                record[field.name] = self.random.getrandbits(field.bits(self.config))
+        record.update({"op": op, **{name: int(value) for name, value in fields.items()}})
+        self.requests.send(record)
+        await self.requests.sent()
+        taken = self.requests.cycle
+        if clear:
+            self.window.append(list(self.golden.storage.valid))
+            self.golden.clear()
+            self._changed()
+            self.dut.clear.value = 1
+            await cycles(self.dut)
+            self.dut.clear.value = 0
+        [got] = await self.results.receive(1, limit=8 * self.config.slots + 1000)
+        expected = {name: int(value) for name, value in answer._asdict().items()}
+        assert got == expected, f"{op.name} {fields}: {got}, not {expected}"
+        if self.exact_cycles:
+            took = self.results.arrival[-1] - taken
+            assert took == expected_cycles, f"{op.name} {fields}: {took}, not {expected_cycles}"
+        if clear:
+            await self.until_idle()
+        self.window.clear()
+        key = op.name, answer.code.name
+        self.seen[key] = self.seen.get(key, 0) + 1
+        return answer
+
+    async def until_idle(self):
+        """Wait for the end of clearing."""
+        for _ in range(4 * self.buffer.clear_cycles + 100):
+            await FallingEdge(self.dut.clk)
+            if str(self.dut.idle.value) == "1":
+                return
+        raise AssertionError("The buffer must become idle")
+
+    async def clear(self):
+        """Clear with no operation under way."""
+        self.window.append(list(self.golden.storage.valid))
+        self.golden.clear()
+        self._changed()
+        self.dut.clear.value = 1
+        await cycles(self.dut)
+        self.dut.clear.value = 0
+        await FallingEdge(self.dut.clk)
+        assert str(self.dut.idle.value) == "0"
+        await self.until_idle()
+        self.window.clear()
+
+    async def fetch(self, slot, *, beats=None):
+        """Write and fill all tiles of a slot."""
+        for tile in range(self.config.tiles):
+            self.write_tile(slot, tile, beats=beats)
+            await self.writes.sent()
+            await self.operate(
+                FILL, slot=slot, tile=tile, last=tile == self.config.tiles - 1, failed=0
+            )
+
+    async def compare_all(self):
+        """Compare every beat of every slot, then let every expert pass through the buffer."""
+        await self.finish()
+        self.beats.clear()
+        for slot in range(self.config.slots):
+            for beat in range(self.config.expert_beats):
+                self.read(slot, beat)
+        while self.pending:
+            await cycles(self.dut, 10)
+        at = 0
+        for slot in range(self.config.slots):
+            for beat in range(self.config.expert_beats):
+                got = self.beats.received[at]
+                # Also the data of tiles that are not valid.
+                assert (bytes(got["data"]), bool(got["ok"])) == self.golden.read_beat(slot, beat)
+                at += 1
+        for layer in range(self.config.model.layers):
+            for expert in range(self.config.model.experts):
+                answer = await self.operate(DEMAND, ctx=0, layer=layer, expert=expert, index=0)
+                if answer.code == ALLOCATED:
+                    await self.fetch(answer.slot, beats=1)
+                await self.operate(RELEASE, ctx=0, layer=layer)
+                if expert % 8 == 0:
+                    other = self.random.randrange(self.config.model.experts)
+                    answer = await self.operate(PREFETCH, layer=layer, expert=other)
+                    if answer.code == ALLOCATED:
+                        await self.fetch(answer.slot, beats=1)
+        self.golden.check_invariants()
+        await self.finish()
+
+
+class Scheduler:
+    """Legal work for the buffer in random order; the tiles of a slot come in their order."""
+
+    def __init__(self, tb, *, clear=0.0, reset=0.0, beats=2):
+        self.tb = tb
+        self.random = tb.random
+        self.clear = clear
+        self.reset = reset
+        self.beats = beats
+        self.forget()
+
+    def forget(self):
+        self.routes = {}  # (ctx, layer): demands to come
+        self.filling = {}  # slot: [tile, failed, writes to wait for]
+        self.holders = {}  # slot: number of pins
+
+    async def run(self, steps):
+        tb, config = self.tb, self.tb.config
+        for step in range(steps):
+            self._start_tiles()
+            for _ in range(self.random.randrange(4)):
+                if len(tb.pending) < 20:
+                    self._read()
+            layer = min(int(self.random.expovariate(0.7)), config.model.layers - 1)
+            kind = self.random.random()
+            if kind < self.clear:
+                await tb.clear()
+                self.forget()
+            elif kind < self.clear + self.reset:
+                await self._reset()
+            elif kind < 0.4:
+                await self._demand(self.random.randrange(config.contexts), layer)
+            elif kind < 0.55:
+                expert = self.random.randrange(config.model.experts)
+                self._allocated(await tb.operate(PREFETCH, layer=layer, expert=expert))
+            elif kind < 0.85:
+                await self._fill()
+            else:
+                await self._release()
+            if step % 64 == 0:
+                tb.golden.check_invariants()
+
+    def _read(self):
+        """Read any slot, the latest ones of fills more often."""
+        config = self.tb.config
+        slot = self.random.randrange(config.slots)
+        if self.filling and self.random.random() < 0.5:
+            slot = self.random.choice(list(self.filling))
+        self.tb.read(slot, self.random.randrange(config.expert_beats))
+
+    def _start_tiles(self):
+        for slot, entry in self.filling.items():
+            if entry[2] is None:
+                beats = None if self.random.random() < 0.05 else self.random.randint(1, self.beats)
+                entry[2] = self.tb.write_tile(slot, entry[0], beats=beats)
+
+    def _allocated(self, answer):
+        if answer.code == ALLOCATED:
+            assert answer.slot not in self.filling, "a filling slot was taken"
+            assert not self.holders.get(answer.slot), "a pinned slot was taken"
+            self.filling[answer.slot] = [0, False, None]
+
+    async def _demand(self, ctx, layer):
+        model = self.tb.config.model
+        key = ctx, layer
+        if key not in self.routes:
+            experts = self.random.sample(range(model.experts), model.top_k)
+            self.routes[key] = list(enumerate(experts)), []
+        todo, held = self.routes[key]
+        # Mostly the whole route at once, as the scheduler does; sometimes others come between.
+        while todo:
+            index, expert = todo[0]
+            answer = await self.tb.operate(DEMAND, ctx=ctx, layer=layer, expert=expert, index=index)
+            self._allocated(answer)
+            if answer.code != NO_SLOT:
+                held.append(answer.slot)
+                self.holders[answer.slot] = self.holders.get(answer.slot, 0) + 1
+                del todo[0]
+            elif self.filling and self.random.random() < 0.7:
+                return  # tried again later
+            else:
+                del todo[0]
+            if self.random.random() < 0.2:
+                return
+
+    async def _fill(self):
+        tb = self.tb
+        there = [
+            slot
+            for slot, (_, _, count) in self.filling.items()
+            if count is not None and tb.writes.sent_count >= count
+        ]
+        if not there:
+            await cycles(tb.dut)
+            return
+        slot = self.random.choice(there)
+        entry = self.filling[slot]
+        tile, failed_before, _ = entry
+        failed = self.random.random() < 0.06
+        last = (
+            tile == tb.config.tiles - 1 or (failed or failed_before) and self.random.random() < 0.5
+        )
+        entry[:] = [tile + 1, failed or failed_before, None]
+        if last:
+            failed = entry[1]
+            del self.filling[slot]
+        clear = self.random.random() < self.clear
+        await tb.operate(FILL, slot=slot, tile=tile, last=last, failed=failed, clear=clear)
+        if clear:
+            self.forget()
+
+    async def _release(self):
+        if not self.routes:
+            await cycles(self.tb.dut)
+            return
+        ctx, layer = self.random.choice(list(self.routes))
+        _, held = self.routes.pop((ctx, layer))
+        for slot in held:
+            self.holders[slot] -= 1
+        clear = self.random.random() < self.clear
+        await self.tb.operate(RELEASE, ctx=ctx, layer=layer, clear=clear)
+        if clear:
+            self.forget()
+
+    async def _reset(self):
+        """Reset with a request, writes and reads under way."""
+        tb = self.tb
+        layer = self.random.randrange(tb.config.model.layers)
+        op = self.random.choice([DEMAND, PREFETCH, RELEASE])
+        record = dict.fromkeys((field.name for field in RECORDS["BufferRequest"].fields), 0)
+        tb.requests.send({**record, "op": op, "layer": layer})
+        for _ in range(4):
+            self._read()
+        await cycles(tb.dut, self.random.randrange(9))
+        await tb.reset()
+        self.forget()
+
+    async def release_all(self):
+        """Finish all fills and release all routes."""
+        while self.filling:
+            self._start_tiles()
+            await self._fill()
+        while self.routes:
+            await self._release()
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=list(STALLS))
+async def keeps_in_step(dut, stall):
+    tb = TB(dut, stall=STALLS[stall])
+    await tb.start()
+    scheduler = Scheduler(tb)
+    await scheduler.run(3000)
+    await scheduler.release_all()
+    await tb.compare_all()
+    expected = {(op.name, code.name) for op in (DEMAND, PREFETCH) for code in BufferCode}
+    if tb.config.slots > 100:
+        expected -= {("DEMAND", "NO_SLOT"), ("PREFETCH", "NO_SLOT")}
+    assert tb.seen.keys() >= expected | {("FILL", "RESIDENT"), ("RELEASE", "RESIDENT")}
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=list(STALLS))
+async def clears_and_resets_at_any_time(dut, stall):
+    tb = TB(dut, stall=STALLS[stall])
+    await tb.start()
+    scheduler = Scheduler(tb, clear=0.01, reset=0.01)
+    # Clearing takes most of the time where tables are deep.
+    await scheduler.run(1500 if tb.buffer.clear_cycles < 1000 else 600)
+    scheduler.clear = scheduler.reset = 0.0
+    await scheduler.release_all()
+    await tb.compare_all()
+
+
+@cocotb.test()
+async def lasts(dut):
+    """Long run without stalls."""
+    tb = TB(dut)
+    await tb.start()
+    scheduler = Scheduler(tb, beats=1)
+    await scheduler.run(12000)
+    await scheduler.release_all()
+    await tb.compare_all()
+
+
+@cocotb.test()
+async def reads_a_beat_in_every_cycle(dut):
+    tb = TB(dut)
+    await tb.start()
+    answer = await tb.operate(DEMAND, ctx=0, layer=0, expert=1, index=0)
+    await tb.fetch(answer.slot)
+    tb.beats.clear()
+    beats = tb.config.expert_beats
+    # Writes go on in another slot meanwhile.
+    other = await tb.operate(PREFETCH, layer=0, expert=0)
+    if other.code == ALLOCATED:
+        for tile in range(tb.config.tiles):
+            tb.write_tile(other.slot, tile)
+    for beat in range(beats):
+        tb.read(answer.slot, beat)
+    while tb.reads.sent_count < 1:
+        await cycles(dut)
+    await tb.reads.sent()
+    last = tb.reads.cycle
+    while tb.pending:
+        await cycles(dut)
+    start = last - (beats - 1) + tb.buffer.read_latency
+    assert tb.beats.arrival == list(range(start, start + beats))
+    assert all(beat["ok"] for beat in tb.beats.received)
+    await tb.finish()
+
+
+@cocotb.test()
+async def holds_beats_under_backpressure(dut):
+    """Nothing is lost where ``beats`` stands still for long."""
+    tb = TB(dut)
+    await tb.start()
+    answer = await tb.operate(DEMAND, ctx=0, layer=0, expert=1, index=0)
+    await tb.fetch(answer.slot)
+    for wait in range(12):
+        tb.beats.paused = True
+        for beat in range(8):
+            tb.read(answer.slot, (beat * 5 + wait) % tb.config.expert_beats)
+        await cycles(dut, wait + 1)
+        tb.beats.paused = False
+        await cycles(dut, 1 + wait % 3)
+    await tb.finish()
+
+
+@cocotb.test()
+async def reads_out_of_range_are_not_ok(dut):
+    tb = TB(dut)
+    await tb.start()
+    config = tb.config
+    for expert in range(config.model.top_k):
+        answer = await tb.operate(DEMAND, ctx=0, layer=0, expert=expert, index=expert)
+        await tb.fetch(answer.slot)
+    places = [(slot, 0) for slot in range(config.slots, 1 << config.bits("slot"))]
+    places += [(0, beat) for beat in range(config.expert_beats, 1 << config.bits("beat"))]
+    got = len(tb.beats.received)
+    for slot, beat in places:
+        tb.pending.append((slot, beat, [(b"", False)]))
+        tb.reads.send({"slot": slot, "beat": beat})
+    await tb.finish()
+    assert len(tb.beats.received) == got + len(places)

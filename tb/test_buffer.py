@@ -1,0 +1,63 @@
+# amaranth: UnusedElaboratable=no
+"""Expert buffer (the half that pytest runs)."""
+
+from pathlib import Path
+
+import pytest
+
+from prestage_hw.buffer import (
+    Directory,
+    EntryLayout,
+    ExpertBuffer,
+    PinLayout,
+    RecencyList,
+    SlotLayout,
+    Storage,
+)
+from prestage_hw.contract import DeviceConfig, ModelConfig, preset
+from prestage_hw.contract.params import TINY_DEVICE
+from prestage_tb.bench import run_bench
+
+HERE = Path(__file__).parent
+
+CONFIGS = {
+    "tiny": TINY_DEVICE,
+    # No slot to spare: contexts x top_k.
+    "barely": DeviceConfig(
+        model=preset("tiny"), slots=8, contexts=4, expert_bytes=512, data_bytes=8
+    ),
+    # Nothing is a power of two, and the slots are a few more than pinned at a time.
+    "odd": DeviceConfig(
+        model=ModelConfig(name="odd", layers=5, experts=60, top_k=3),
+        slots=17,
+        contexts=2,
+        expert_bytes=1536,
+    ),
+    "one-slot": DeviceConfig(
+        model=ModelConfig(name="one", layers=1, experts=2, top_k=1),
+        slots=1,
+        expert_bytes=512,
+        data_bytes=64,
+    ),
+    "gpt-oss-20b": DeviceConfig(model=preset("gpt-oss-20b"), slots=192),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_buffer(name):
+    config = CONFIGS[name]
+    run_bench(
+        lambda: ExpertBuffer(config=config),
+        module=HERE / "cocotb_buffer.py",
+        name="buffer",
+        parameters={"config": config},
+    )
+
+
+@pytest.mark.parametrize(
+    "component",
+    [ExpertBuffer, Directory, RecencyList, Storage, EntryLayout, SlotLayout, PinLayout],
+)
+def test_refuses_a_configuration_of_another_kind(component):
+    with pytest.raises(TypeError, match="Configuration must be a DeviceConfig, not 'tiny'"):
+        component(config="tiny")
