@@ -12,7 +12,9 @@ SCRIPT = ROOT / "scripts" / "check-tools.sh"
 TOOLS = ("git", "make", "g++", "perl", "python3")
 
 # A Python whose venv module works, and one without, as Debian's is before python3-venv comes.
-PYTHON = '#!/bin/sh\ncase "$*" in *sysconfig*|-) echo "{library}";; *ensurepip*) exit {venv};; esac\n'
+PYTHON = (
+    '#!/bin/sh\ncase "$*" in *sysconfig*|-) echo "{library}";; *ensurepip*) exit {venv};; esac\n'
+)
 
 
 @pytest.fixture

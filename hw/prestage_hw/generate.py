@@ -33,6 +33,7 @@ __all__ = [
 # a carry chain; a TRELLIS_DPR16X4 takes the four LUTs that hold its bits and two that address them.
 _RESOURCES = {
     "LUT4": ("luts", 1),
+    "$lut": ("luts", 1),
     "CCU2C": ("luts", 2),
     "TRELLIS_DPR16X4": ("luts", 6),
     "TRELLIS_FF": ("flip_flops", 1),
@@ -120,6 +121,16 @@ def synthesize(path, *, name="prestage", flatten=True):
     path = Path(path)
     suffix = ".flat" if flatten else ".blocks"
     log, statistics = path.with_suffix(f"{suffix}.log"), path.with_suffix(f"{suffix}.json")
+    if flatten:
+        mapping = [f"synth_ecp5 -top {name}"]
+    else:
+        # The newer ABC that synth_ecp5 calls fails on kept hierarchy; the older one maps well
+        # enough to compare blocks.
+        mapping = [
+            f"synth_ecp5 -top {name} -noflatten -run begin:map_luts",
+            "abc -dress -lut 4",
+            "opt_clean",
+        ]
     # yosys from YoWASP sees only relative paths below its working directory.
     script = "; ".join(
         [
@@ -127,8 +138,7 @@ def synthesize(path, *, name="prestage", flatten=True):
             f"hierarchy -check -top {name}",
             "proc",
             "select -assert-none t:$dlatch t:$adlatch t:$dlatchsr",
-            # The older ABC flow takes half the time, and the newer one fails on kept hierarchy.
-            f"synth_ecp5 -noabc9 -top {name} {'' if flatten else '-noflatten'}",
+            *mapping,
             "check -assert",
             f"tee -q -o {statistics.name} stat -json",
         ]
@@ -146,8 +156,6 @@ def synthesize(path, *, name="prestage", flatten=True):
         raise SynthesisError(f"yosys failed on {path}:\n{output[-4000:]}")
     if warnings:
         raise SynthesisError("\n".join([f"yosys warned about {path}:", *warnings[:20]]))
-    if "Latch inferred" in text:
-        raise SynthesisError(f"yosys inferred a latch in {path}, see {log}")
     return json.loads(statistics.read_text())
 
 
@@ -189,7 +197,9 @@ def area_of_blocks(statistics, *, name="prestage"):
     for cell in _cells(modules[name]):
         cell = cell.lstrip("\\")
         if cell in modules:
-            blocks[cell.removeprefix(f"{name}.")] = count(cell)
+            # Amaranth appends a number where two modules would have the same name.
+            block = cell.removeprefix(f"{name}.").partition("$")[0]
+            blocks[block] = count(cell)
             own -= count(cell)
     blocks["(top)"] = own
     blocks["total"] = count(name)
