@@ -1,0 +1,1 @@
+"""Board builds of Prestage with open tools."""
