@@ -253,7 +253,7 @@ async def utilisation(dut, latency):
     tb = TB(dut, latency=latency)
     await reset(dut)
     config = tb.config
-    count = max(12, 2000 // config.tile_beats)
+    count = max(12, (2000 if config.outstanding_bursts > 1 else 400) // config.tile_beats)
     await tb.check([tb.fetch(n * config.tile_bytes) for n in range(count)])
     beats = tb.memory.beat_cycles
     share = len(beats) / (beats[-1] - beats[0] + 1)
@@ -261,7 +261,7 @@ async def utilisation(dut, latency):
     # A burst's credit comes back with its last beat; the next address is out three cycles later.
     bound = min(1.0, config.outstanding_bursts * burst / (latency + burst + 3))
     dut._log.info(
-        "utilisation: tile %d B, %d-byte beats, %d-beat bursts, latency %d: %.3f (credits allow %.3f)",
+        "utilisation: %d B tiles, %d B beats, %d-beat bursts, latency %d: %.3f of %.3f",
         config.tile_bytes,
         config.data_bytes,
         burst,

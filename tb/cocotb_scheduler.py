@@ -32,8 +32,8 @@ from prestage_tb.bench import (
     start_clock,
 )
 
-# Cycles in which what the bench has seen may not yet have reached the choice of the next tile: from a lookup's result or a
-# completion being taken to the table, and from the table to ``fetches``.
+# Cycles in which what the bench has seen may not yet have reached the choice of the next tile: from
+# a lookup's result or a completion being taken to the table, and from the table to ``fetches``.
 SLACK = 6
 
 
@@ -514,7 +514,7 @@ class TB:
 
 
 class Workload:
-    """Tokens of several contexts with experts that come back, good and bad candidates, early and late releases."""
+    """Layers of several contexts with experts that come back, and candidates good and bad."""
 
     def __init__(self, tb, *, hold=0):
         self.tb = tb
@@ -538,13 +538,16 @@ class Workload:
 
     def candidates(self, ctx, layer):
         model = self.config.model
-        count = self.random.choice((0, 1, 3, model.top_k, 2 * model.top_k))
-        experts = self.random.sample(range(model.experts), min(count, model.experts))
-        return [((layer + 1) % model.layers, expert) for expert in experts]
+        popular = min(model.experts, 2 * model.top_k)
+        count = self.random.choice((0, 1, 3, model.top_k, popular))
+        limit = popular if self.random.random() < 0.6 else model.experts
+        experts = self.random.sample(range(limit), count if count < limit else limit)
+        return [((layer + 1) % min(model.layers, self.hold + 4), expert) for expert in experts]
 
     def step(self, ctx):
         """Route one layer of a context, after releasing enough that it may be routed."""
-        layers = self.config.model.layers
+        # Few layers, so that experts come back soon.
+        layers = min(self.config.model.layers, self.hold + 4)
         layer = self.layer[ctx]
         self.layer[ctx] = (layer + 1) % layers
         pending = self.pending[ctx]
@@ -565,7 +568,18 @@ STALLS = {"none": 0.0, "some": 0.3, "long": Stall(0.5, burst=(1, 30))}
 
 
 @cocotb.test()
-@cocotb.parametrize(stall=list(STALLS), latency=[(1, 4), (20, 120)], failing=[0.0, 0.1])
+@cocotb.parametrize(
+    (
+        ("stall", "latency", "failing"),
+        [
+            ("none", (1, 4), 0.0),
+            ("none", (20, 120), 0.1),
+            ("some", (1, 4), 0.1),
+            ("some", (20, 120), 0.0),
+            ("long", (1, 4), 0.1),
+        ],
+    )
+)
 async def timed(dut, stall, latency, failing):
     """Routes come while earlier ones are under way; the scoreboard checks every cycle."""
     config = parameters()["config"]
@@ -601,13 +615,28 @@ async def timed(dut, stall, latency, failing):
             await cycles(dut, tb.random.randrange(1, 150))
     work.release_all()
     await tb.idle()
-    for name in ("hits", "misses", "prefetch_issued", "prefetch_redundant", "prefetch_stale"):
+    names = ["hits", "misses"]
+    if stall != "long":
+        # Otherwise commands wait nearly always, and candidates behind them.
+        names += ["prefetch_issued", "prefetch_redundant", "prefetch_stale"]
+    for name in names:
         assert tb.strobes[name], f"the workload has no {name}"
     dut._log.info("counters: %s", dict(tb.strobes))
 
 
 @cocotb.test()
-@cocotb.parametrize(stall=list(STALLS), failing=[False, True], full=[False, True])
+@cocotb.parametrize(
+    (
+        ("stall", "failing", "full"),
+        [
+            ("none", False, False),
+            ("none", True, True),
+            ("some", False, True),
+            ("some", True, False),
+            ("long", True, True),
+        ],
+    )
+)
 async def drained(dut, stall, failing, full):
     """At drained pace all counters and the order of the answers are the golden model's."""
     config = parameters()["config"]
@@ -665,7 +694,7 @@ async def drained(dut, stall, failing, full):
     for op, count in Counter(op for op, _, _ in tb.lookups).items():
         dut._log.info("%s: %d", op.name, count)
     dut._log.info("counters: %s", dict(tb.strobes))
-    if full and hold <= model.layers:
+    if full and hold <= model.layers - 1:
         assert tb.strobes["refused"]
     if failing:
         assert tb.strobes["fill_errors"]
@@ -756,9 +785,9 @@ async def demand_waits_for_one_tile(dut):
     assert len(tb.memory_queue) == 1
     tb.demand(0, 0, list(range(tb.config.model.top_k)))
     await cycles(dut, 120)
-    assert [f["demand"] for f, *_ in tb.memory_queue] == [0] + [1] * (
-        tb.config.tiles * tb.config.model.top_k
-    )
+    # Prefetches may hold so many entries that some demands wait for one.
+    demands = min(tb.config.model.top_k, tb.config.inflight - tb.config.prefetch_inflight)
+    assert [f["demand"] for f, *_ in tb.memory_queue] == [0] + [1] * (tb.config.tiles * demands)
     tb.hold_memory = False
     await tb.idle()
 
@@ -766,7 +795,7 @@ async def demand_waits_for_one_tile(dut):
 @cocotb.test()
 @cocotb.parametrize(fails=[False, True])
 async def contexts_share_a_fetch(dut, fails):
-    """All contexts that wait for an expert are answered, in ascending order, whether it arrives or fails."""
+    """All contexts that wait for an expert are answered, ascending, if it arrives or fails."""
     tb = TB(dut, latency=(3, 9))
     config = tb.config
     await tb.reset()
@@ -794,7 +823,7 @@ async def contexts_share_a_fetch(dut, fails):
 
 @cocotb.test()
 async def routed_again_while_in_flight(dut):
-    """A layer that is released before its expert came and routed again gets an answer for each demand."""
+    """A layer released before its expert came and routed again gets an answer for each demand."""
     tb = TB(dut, latency=(3, 9))
     await tb.reset()
     tb.hold_memory = True
@@ -818,7 +847,7 @@ def places(config):
 
 @cocotb.test()
 async def demand_waits_for_a_slot(dut):
-    """With every slot pinned or filling a demand waits, and takes the slot of a prefetch that has arrived."""
+    """With every slot pinned or filling a demand waits, then takes the slot of a prefetch."""
     tb = TB(dut, latency=(3, 9))
     config = tb.config
     await tb.reset()
@@ -850,7 +879,7 @@ async def demand_waits_for_a_slot(dut):
 
 @cocotb.test()
 async def every_slot_pinned(dut):
-    """With nothing in flight a demand without a slot is refused, and the others of its route go on."""
+    """With nothing in flight a demand without a slot is refused; its route's others go on."""
     tb = TB(dut, latency=(3, 9))
     config = tb.config
     await tb.reset()

@@ -1,7 +1,7 @@
 """AXI4 read memory for benches: set latency and bandwidth, random stalls, errors, protocol checks.
 
-Time is that of :mod:`prestage_tb.bench`: signals change just after a rising edge of ``clk``, are looked at on the falling edge, and
-a beat seen there happens at the next rising edge.
+Time is that of :mod:`prestage_tb.bench`: signals change just after a rising edge of ``clk``, are
+looked at on the falling edge, and a beat seen there happens at the next rising edge.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class AXIMemory:
     burst_beats : :class:`int`
         Longest burst that the master may ask for; a longer one fails the test.
     fault : callable or None
-        ``fault(address, beat, beats)`` of a burst gives the beat's response and ``rlast``; None stands for
-        a memory without faults. See :attr:`failing` for the simple case.
+        ``fault(address, beat, beats)`` of a burst gives the beat's response and ``rlast``; None
+        stands for a memory without faults. See :attr:`failing` for the simple case.
 
     Members
     -------

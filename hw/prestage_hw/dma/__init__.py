@@ -1,7 +1,7 @@
 """DMA engine: tiles of experts from an AXI4 memory into the buffer's slots.
 
-``frontend`` takes requests, ``midend`` cuts tiles into bursts, ``backend`` speaks AXI4, ``dma`` joins the three, and ``rom``
-is a memory for boards without one.
+``frontend`` takes requests, ``midend`` cuts tiles into bursts, ``backend`` speaks AXI4, ``dma``
+joins the three, and ``rom`` is a memory for boards without one.
 """
 
 from .axi import AXI4ReadSignature

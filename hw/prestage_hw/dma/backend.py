@@ -17,9 +17,10 @@ __all__ = ["BackEnd"]
 class BackEnd(wiring.Component):
     """Read bursts, write their beats into slots and report each tile.
 
-    A burst takes exactly as many beats as were asked for, whatever ``rlast`` says. A tile has failed if a beat carries SLVERR or
-    DECERR, or if ``rlast`` is anywhere but on a burst's last beat; its completion names the first burst where that happened. The
-    beats of a failing tile are written like any others.
+    A burst takes exactly as many beats as were asked for, whatever ``rlast`` says. A tile has
+    failed if a beat carries SLVERR or DECERR, or if ``rlast`` is anywhere but on a burst's last
+    beat; its completion names the first burst where that happened. The beats of a failing tile are
+    written like any others.
 
     Parameters
     ----------
@@ -68,7 +69,8 @@ class BackEnd(wiring.Component):
         config = self.config
         bus = self.bus
 
-        # Small and shallow: these map to distributed RAM and show their head in the cycle after a write.
+        # Small and shallow: these map to distributed RAM and show their head in the cycle after a
+        # write.
         m.submodules.outstanding = outstanding = fifo.SyncFIFO(
             width=self.bursts.payload.shape().size, depth=config.outstanding_bursts
         )
@@ -128,7 +130,8 @@ class BackEnd(wiring.Component):
             outstanding.r_en.eq(take & burst_end),
             open_tiles.r_en.eq(take & tile_end),
             arriving.write.slot.eq(tile.slot),
-            # Whole tiles are powers of two, so a beat of the expert is the tile's number above the beat's.
+            # Whole tiles are powers of two, so a beat of the expert is the tile's number above the
+            # beat's.
             arriving.write.beat.eq(Cat(in_tile, tile.tile)),
             arriving.write.data.as_value().eq(bus.rdata),
             arriving.final.eq(tile_end),
@@ -147,7 +150,8 @@ class BackEnd(wiring.Component):
         with m.Elif(take):
             m.d.sync += [spare.eq(arriving), spare_valid.eq(1)]
 
-        # A tile is at least eight beats and the two registers hold at most two, so one tile at a time is about to complete.
+        # A tile is at least eight beats and the two registers hold at most two, so one tile at a
+        # time is about to complete.
         completion = Signal(self.completions.payload.shape())
         with m.If(take):
             m.d.sync += [in_burst.eq(in_burst + 1), in_tile.eq(in_tile + 1)]

@@ -18,9 +18,9 @@ __all__ = ["DMA"]
 class DMA(wiring.Component):
     """Move tiles from an AXI4 memory into slots.
 
-    From a fetch being accepted to ``arvalid`` it takes ``launch_latency`` cycles if nothing else waits. Data flows at one beat a
-    cycle, also from tile to tile, while requests, memory and buffer keep up. A reset forgets outstanding bursts, so the memory
-    must be reset along with the engine.
+    From a fetch being accepted to ``arvalid`` it takes ``launch_latency`` cycles if nothing else
+    waits. Data flows at one beat a cycle, also from tile to tile, while requests, memory and buffer
+    keep up. A reset forgets outstanding bursts, so the memory must be reset along with the engine.
 
     Parameters
     ----------
@@ -74,7 +74,8 @@ class DMA(wiring.Component):
         wiring.connect(m, wiring.flipped(self.bus), backend.bus)
         wiring.connect(m, wiring.flipped(self.writes), backend.writes)
         wiring.connect(m, wiring.flipped(self.completions), backend.completions)
-        # The back end has room for every tile that the front end admits, so only the mid end can hold one up.
+        # The back end has room for every tile that the front end admits, so only the mid end can
+        # hold one up.
         m.d.comb += [
             midend.jobs.payload.eq(frontend.jobs.payload),
             midend.jobs.valid.eq(frontend.jobs.valid),

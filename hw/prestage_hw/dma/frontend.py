@@ -38,7 +38,8 @@ class FrontEnd(wiring.Component):
     config : :class:`DeviceConfig`
         Parameters of the device.
     tiles : :class:`int`
-        Tiles that the engine may hold, from their request to their completion being taken. At least 1.
+        Tiles that the engine may hold, from their request to their completion being taken. At least
+        1.
 
     Members
     -------

@@ -34,8 +34,8 @@ class BurstLayout(data.StructLayout):
 class MidEnd(wiring.Component):
     """Cut a tile at 4 KiB edges and at the longest burst.
 
-    A burst is as long as the rest of the tile, ``burst_beats`` and the next 4 KiB edge allow. One burst leaves each cycle, also
-    from one tile to the next.
+    A burst is as long as the rest of the tile, ``burst_beats`` and the next 4 KiB edge allow. One
+    burst leaves each cycle, also from one tile to the next.
 
     Parameters
     ----------

@@ -14,8 +14,9 @@ __all__ = ["AXIBlockMemory"]
 class AXIBlockMemory(wiring.Component):
     """Answer AXI4 read bursts from block RAM.
 
-    One beat a cycle, also from burst to burst; ``latency`` cycles from an address being taken to the first beat. A beat beyond
-    the contents carries DECERR. Bursts must be incrementing and of full width.
+    One beat a cycle, also from burst to burst; ``latency`` cycles from an address being taken to
+    the first beat. A beat beyond the contents carries DECERR. Bursts must be incrementing and of
+    full width.
 
     Parameters
     ----------

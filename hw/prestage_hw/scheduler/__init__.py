@@ -1,7 +1,7 @@
 """Fetch scheduler: demands before prefetches, one transfer for each expert in flight.
 
-``scheduler`` decides, ``inflight`` holds what is being fetched and offers its tiles, ``queue`` keeps candidates until there is
-time for them.
+``scheduler`` decides, ``inflight`` holds what is being fetched and offers its tiles, ``queue``
+keeps candidates until there is time for them.
 """
 
 from .inflight import InflightTable

@@ -33,12 +33,12 @@ class EntryLayout(data.StructLayout):
 class InflightTable(wiring.Component):
     """Remember each expert in flight and offer its tiles, demands first.
 
-    Tiles of demands leave in the order in which the entries became demands, one entry's tiles in order. A tile of a prefetch is
-    offered only while no demand has tiles left and fewer than ``prefetch_tiles`` prefetch tiles are on their way. A failed entry
-    gets no further tiles.
+    Tiles of demands leave in the order in which the entries became demands, one entry's tiles in
+    order. A tile of a prefetch is offered only while no demand has tiles left and fewer than
+    ``prefetch_tiles`` prefetch tiles are on their way. A failed entry gets no further tiles.
 
-    At most one of ``allocate``, ``wait``, ``complete`` and ``free`` may be 1 in a cycle. All but ``allocate`` mean the entry
-    ``tag``; what they change is seen from the next cycle on.
+    At most one of ``allocate``, ``wait``, ``complete`` and ``free`` may be 1 in a cycle. All but
+    ``allocate`` mean the entry ``tag``; what they change is seen from the next cycle on.
 
     Parameters
     ----------
@@ -52,8 +52,8 @@ class InflightTable(wiring.Component):
     prefetch_tiles : ``In(3)``
         Most prefetch tiles on their way; 0 counts as 1, or a prefetch would never end.
     occupied, demand_room, prefetch_room : ``Out(1)``
-        Something is in flight; an entry is free for a demand; for a prefetch, which leaves one for a demand and keeps to
-        ``config.prefetch_inflight``.
+        Something is in flight; an entry is free for a demand; for a prefetch, which leaves one for
+        a demand and keeps to ``config.prefetch_inflight``.
     allocate : ``In(1)``
         Start the fetch of ``entry`` as entry ``free_tag``, a demand with ``waiters`` or a prefetch.
     entry, waiters, demand : ``In``
@@ -67,7 +67,8 @@ class InflightTable(wiring.Component):
     row_demand, row_waiters : ``Out``
         Class and waiting contexts of entry ``tag``.
     row_last, row_failed, row_address : ``Out``
-        Nothing of entry ``tag`` is on its way nor will be; a tile failed; address of its first failure.
+        Nothing of entry ``tag`` is on its way nor will be; a tile failed; address of its first
+        failure.
     wait : ``In(1)``
         Add ``waiters`` and make the entry a demand.
     complete : ``In(1)``
@@ -141,7 +142,8 @@ class InflightTable(wiring.Component):
         entry_write = entries.write_port()
         entry_read = entries.read_port(domain="comb")
         offer_read = entries.read_port(domain="comb")
-        # Tiles below this number were requested for a prefetch. Written when an entry starts or is promoted.
+        # Tiles below this number were requested for a prefetch. Written when an entry starts or is
+        # promoted.
         m.submodules.promotions = promotions = memory.Memory(
             shape=unsigned(len(issued[0])), depth=count, init=[]
         )
@@ -208,8 +210,8 @@ class InflightTable(wiring.Component):
             with m.If(best[i]):
                 m.d.comb += best_tag.eq(i)
 
-        # The choice is registered, with what is known of it, and must still be the choice one cycle later: the address is added
-        # up meanwhile.
+        # The choice is registered, with what is known of it, and must still be the choice one cycle
+        # later: the address is added up meanwhile.
         chosen = Signal(count)
         chosen_tag = Signal(config.bits("tag"))
         chosen_entry = Signal(self.entry_layout)

@@ -55,11 +55,12 @@ class _State(enum.Enum, shape=unsigned(4)):
 class Scheduler(wiring.Component):
     """Serve demands before prefetches, one fetch for each expert in flight.
 
-    One thing at a time: a completion before a command, a command before a candidate. Commands are served in order; one that must
-    wait holds up those behind it and every candidate. With a buffer that answers a request ``b`` cycles after taking it and
-    nothing else to do, from a command being taken it is ``hit_latency + b`` cycles to ``ready.valid`` for a resident expert,
-    ``miss_latency + b`` to ``fetches.valid`` for a missing one; from a completion being taken it is ``fill_latency + b`` to
-    ``ready.valid``.
+    One thing at a time: a completion before a command, a command before a candidate. Commands are
+    served in order; one that must wait holds up those behind it and every candidate. With a buffer
+    that answers a request ``b`` cycles after taking it and nothing else to do, from a command being
+    taken it is ``hit_latency + b`` cycles to ``ready.valid`` for a resident expert, ``miss_latency
+    + b`` to ``fetches.valid`` for a missing one; from a completion being taken it is ``fill_latency
+    + b`` to ``ready.valid``.
 
     Parameters
     ----------
@@ -91,8 +92,8 @@ class Scheduler(wiring.Component):
     enable : ``In(1)``
         0 drops the predictor's candidates on entry.
     strobes : ``Out(StructLayout)``
-        One bit for each counter of :data:`STROBES`. The bytes counters strobe with each good tile that comes before any failed tile of its
-        fetch, by the class with which it was requested.
+        One bit for each counter of :data:`STROBES`. The bytes counters strobe with each good tile
+        that comes before any failed tile of its fetch, by the class with which it was requested.
     idle : ``Out(1)``
         No command, candidate, transfer, answer or strobe is in the block.
     """
@@ -167,7 +168,8 @@ class Scheduler(wiring.Component):
         retry = Signal()  # That completion has come.
         filled = Signal()  # The buffer's answer is to a FILL.
 
-        # A demand of a context that waits for the same fetch already (its layer was released and routed again meanwhile).
+        # A demand of a context that waits for the same fetch already (its layer was released and
+        # routed again meanwhile).
         held = Signal()
         held_tag = Signal(config.bits("tag"))
         held_ctx = Signal(contexts)
@@ -179,7 +181,8 @@ class Scheduler(wiring.Component):
         result = Signal(self.buffer_results.payload.shape())
         routes = [Signal(8, name=f"routes_{c}") for c in range(contexts)]
 
-        # Address of the expert that is served, three cycles after it is known: sooner than any lookup ends.
+        # Address of the expert that is served, three cycles after it is known: sooner than any
+        # lookup ends.
         number = Signal(range(config.model.layers * config.model.experts))
         offset = Signal(range(config.model.layers * config.model.experts * config.expert_bytes))
         address = Signal(config.bits("address"))

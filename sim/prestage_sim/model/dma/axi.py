@@ -68,6 +68,8 @@ class Memory:
         BusError
             If one of the bytes cannot be read.
         """
+        if not self.failing and address + size <= len(self._bytes):
+            return self._bytes[address : address + size]
         bad = [
             max(first, address)
             for first, end in self.failing

@@ -8,5 +8,5 @@ __all__ = ["tile_address"]
 
 
 def tile_address(config: DeviceConfig, address: int) -> int:
-    """Address that is fetched when ``address`` is asked for: of a whole beat, within the memory's space."""
+    """Address that is fetched for ``address``: of a whole beat, within the memory's space."""
     return address % (1 << config.address_bits) // config.data_bytes * config.data_bytes

@@ -1,4 +1,4 @@
-"""Golden model of the scheduler at drained pace: each message is served to its end before the next comes."""
+"""Golden model of the scheduler at drained pace: each message is served before the next comes."""
 
 from __future__ import annotations
 
@@ -81,15 +81,18 @@ _ALLOCATED, _NO_SLOT = BufferCode.ALLOCATED, BufferCode.NO_SLOT
 class Scheduler:
     """Serve demands, then candidates, with every transfer done as soon as it may be.
 
-    The counters and the buffer's state are those of the RTL at drained pace, bus errors included. Two things are not modelled
-    because drained pace never shows them: demands that find a prefetch in flight, and candidates lost to a full queue (one
-    decision brings at most ``config.model.experts`` candidates, which fit).
+    The counters and the buffer's state are those of the RTL at drained pace, bus errors included.
+    Two things are not modelled because drained pace never shows them: demands that find a prefetch
+    in flight, and candidates lost to a full queue (one decision brings at most
+    ``config.model.experts`` candidates, which fit).
 
-    Order of answers: the RTL sends `Ready` and `Event` on separate streams, so that only the order within each kind counts. A
-    resident expert is answered when it is looked up, a missing one when it has arrived, so that a fast memory may
-    put a missing expert's answer before that of a resident expert which comes later in the decision. Allowed are
-    therefore all orders in which the resident experts of a decision keep their order, so do the missing ones, and an expert that
-    was looked up after a refused one comes after all missing ones before it. :meth:`demand` gives the order of a slow memory.
+    Order of answers: the RTL sends `Ready` and `Event` on separate streams, so that only the order
+    within each kind counts. A resident expert is answered when it is looked up, a missing one when
+    it has arrived, so that a fast memory may put a missing expert's answer before that of a
+    resident expert which comes later in the decision. Allowed are therefore all orders in which the
+    resident experts of a decision keep their order, so do the missing ones, and an expert that was
+    looked up after a refused one comes after all missing ones before it. :meth:`demand` gives the
+    order of a slow memory.
 
     Parameters
     ----------
@@ -135,6 +138,10 @@ class Scheduler:
         self.enable = True
         self._dma = DMA(config)
         self._routes = [0] * config.contexts
+        # Looked up once: a fill is the hottest path of a replay.
+        self._experts = config.model.experts
+        self._expert_bytes = config.expert_bytes
+        self._last_tile = config.tiles - 1
 
     def demand(self, ctx: int, layer: int, experts: Sequence[int]) -> list[Ready | Event]:
         """Serve one routing decision and give the answers, one for each expert.
@@ -171,7 +178,7 @@ class Scheduler:
                 answers.append(Event(ErrorCode.NO_SLOT, ctx, layer, expert, 0))
             else:
                 raise ValueError(
-                    f"Experts of a decision must be distinct, but {expert} occurs twice in {experts}"
+                    f"Experts of a decision must be distinct, but {expert} repeats in {experts}"
                 )
         for entry in inflight:
             answers += self._fill(entry)
@@ -208,22 +215,20 @@ class Scheduler:
 
     def _fill(self, entry: Entry) -> list[Ready | Event]:
         """Fetch an expert whole; the answers to who waits for it."""
-        config = self.config
         request = self.buffer.request
-        address = self.expert_base + (
-            (entry.layer * config.model.experts + entry.expert) * config.expert_bytes
-        )
+        size = self._expert_bytes
+        address = self.expert_base + (entry.layer * self._experts + entry.expert) * size
         try:
-            data = self.memory.read(address, config.expert_bytes)
+            data = self.memory.read(address, size)
         except BusError:
             return self._fill_failing(entry, address)
         slot = entry.slot
+        last = self._last_tile
         self.buffer.write_expert(slot, data)
-        last = config.tiles - 1
         for tile in range(last):
             request(_FILL, slot=slot, tile=tile)
         request(_FILL, slot=slot, tile=last, last=True)
-        self.counters["demand_bytes" if entry.demand else "prefetch_bytes"] += config.expert_bytes
+        self.counters["demand_bytes" if entry.demand else "prefetch_bytes"] += size
         self.counters["fills"] += 1
         return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
 

@@ -1,0 +1,107 @@
+"""Golden model of the DMA engine and of the memory behind it."""
+
+import random
+
+import numpy as np
+import pytest
+
+from prestage_hw.contract import DeviceConfig, preset
+from prestage_sim.model.dma import DMA, BusError, Completion, Memory
+
+CONFIG = DeviceConfig(model=preset("gpt-oss-20b"), slots=64)
+
+
+def test_whole_tile_in_one_burst():
+    assert DMA(CONFIG).bursts(0x1000) == [(0x1000, 32)]
+
+
+def test_bursts_end_at_edges():
+    assert DMA(CONFIG).bursts(0x0FF0) == [(0x0FF0, 1), (0x1000, 31)]
+    assert DMA(CONFIG).bursts(0x0E10) == [(0x0E10, 31), (0x1000, 1)]
+    assert DMA(CONFIG).bursts(0x0E00) == [(0x0E00, 32)]
+
+
+def test_bursts_are_short():
+    config = CONFIG.replace(burst_beats=16)
+    assert DMA(config).bursts(0x10) == [(0x10, 16), (0x110, 16)]
+    assert DMA(config).bursts(0xF90) == [(0xF90, 7), (0x1000, 16), (0x1100, 9)]
+
+
+def test_low_address_bits_are_ignored():
+    assert DMA(CONFIG).bursts(0x100F) == [(0x1000, 32)]
+    assert DMA(CONFIG).completion(0x100F) == Completion(False, 0x1000)
+
+
+def test_address_wraps():
+    config = CONFIG.replace(address_bits=30)
+    assert DMA(config).bursts((1 << 30) - 16) == [((1 << 30) - 16, 1), (0, 31)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bursts_keep_the_rules(seed):
+    generator = random.Random(seed)
+    for _ in range(200):
+        data_bytes = 1 << generator.randrange(2, 7)
+        config = CONFIG.replace(
+            data_bytes=data_bytes,
+            burst_beats=1 << generator.randrange(9),
+            tile_bytes=(tile := 512 << generator.randrange(6)),
+            expert_bytes=2 * tile,
+        )
+        address = generator.randrange(1 << 20) * data_bytes
+        at = address
+        for start, beats in DMA(config).bursts(address):
+            assert start == at
+            assert 1 <= beats <= config.burst_beats
+            assert start // 4096 == (start + beats * data_bytes - 1) // 4096
+            at += beats * data_bytes
+        assert at == address + config.tile_bytes
+
+
+def test_first_failing_burst_is_named():
+    config = CONFIG.replace(burst_beats=8)
+    dma = DMA(config)
+    assert dma.completion(0x1000) == Completion(False, 0x1000)
+    assert dma.completion(0x1000, {0x1110, 0x1190}) == Completion(True, 0x1100)
+
+
+def test_transfer():
+    data = np.arange(8192, dtype=np.uint32).astype(np.uint8)
+    memory = Memory(data, failing=[(0x1100, 0x1101)])
+    dma = DMA(CONFIG.replace(burst_beats=8))
+    completion, got = dma.transfer(0x200, memory)
+    assert completion == Completion(False, 0x200)
+    assert got == data[0x200:0x400].tobytes()
+    completion, got = dma.transfer(0x1000, memory)
+    assert completion == Completion(True, 0x1100)
+    assert got[:0x100] == data[0x1000:0x1100].tobytes()
+    memory.failing.clear()
+    assert dma.transfer(0x1000, memory)[0] == Completion(False, 0x1000)
+
+
+def test_memory_ends():
+    memory = Memory(bytes(range(100)))
+    assert memory.read(90, 10) == bytes(range(90, 100))
+    with pytest.raises(BusError, match="Memory answered an error at address 0x64") as caught:
+        memory.read(90, 11)
+    assert caught.value.address == 100
+    with pytest.raises(BusError) as caught:
+        memory.read(200, 4)
+    assert caught.value.address == 200
+
+
+def test_memory_fails_first_where_it_fails_first():
+    memory = Memory(bytes(100), failing=[(60, 70), (50, 52), (10, 10)])
+    assert memory.read(0, 50) == bytes(50)
+    with pytest.raises(BusError) as caught:
+        memory.read(51, 20)
+    assert caught.value.address == 51
+
+
+def test_bad_parameters():
+    with pytest.raises(TypeError, match="Configuration must be a DeviceConfig, not 3"):
+        DMA(3)
+    with pytest.raises(ValueError, match="Memory contents must be one-dimensional bytes"):
+        Memory(np.zeros((2, 2), np.uint8))
+    with pytest.raises(ValueError, match="not 1-dimensional uint16"):
+        Memory(np.zeros(2, np.uint16))
