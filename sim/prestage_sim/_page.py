@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Transfer", "expert_transfers", "page"]
 
 #: About so many layers fit in the timeline side by side.
-_TIMELINE_LAYERS = 72
+_TIMELINE_LAYERS = 48
 _WIDE, _HALF = 1080, 528
 
 
@@ -93,11 +93,12 @@ def _timeline(run: Run) -> tuple[Plot, str] | None:
     plot = Plot(
         title="Timeline of transfers against layers",
         width=_WIDE,
-        height=min(620, 90 + 16 * layers),
+        height=64 + (26 if layers <= 8 else 16) * min(layers, 36),
         x=(0, last - zero),
         y=(layers - 0.5, -0.5),
         x_label="clock cycles",
         y_label="layer",
+        top=24,
     )
     plot.x_ticks(ticks(0, last - zero, count=8))
     step = max(1, layers // 12)

@@ -51,11 +51,11 @@ class Plot:
         Bounds of the axes. ``y`` may be reversed to count downwards.
     x_label, y_label : :class:`str`
         Names of the axes with their units.
-    left : :class:`int`
-        Room for the texts of the y axis, in pixels.
+    left, top : :class:`int`
+        Room for the texts of the y axis, and above the plot, in pixels.
     """
 
-    RIGHT, TOP, BOTTOM = 14, 10, 40
+    RIGHT, BOTTOM = 26, 40
 
     def __init__(
         self,
@@ -68,6 +68,7 @@ class Plot:
         x_label: str,
         y_label: str,
         left: int = 56,
+        top: int = 10,
     ) -> None:
         self.title = title
         self.width = width
@@ -75,6 +76,7 @@ class Plot:
         self._x = x if x[1] != x[0] else (x[0], x[0] + 1)
         self._y = y if y[1] != y[0] else (y[0], y[0] + 1)
         self._left = left
+        self._top = top
         self._labels = (x_label, y_label)
         self._marks: list[str] = []
         self._axes: list[str] = []
@@ -88,7 +90,7 @@ class Plot:
         """Pixel of a value on the y axis."""
         low, high = self._y
         bottom = self.height - self.BOTTOM
-        return bottom - (y - low) / (high - low) * (bottom - self.TOP)
+        return bottom - (y - low) / (high - low) * (bottom - self._top)
 
     def x_ticks(self, values: Sequence[float], *, texts: Sequence[str] | None = None) -> None:
         """Mark values on the x axis."""
@@ -154,17 +156,17 @@ class Plot:
         at = _number(self.px(x))
         bottom = self.height - self.BOTTOM
         self._marks.append(
-            f'<line class="{kind}" x1="{at}" x2="{at}" y1="{self.TOP}" y2="{bottom}"/>'
+            f'<line class="{kind}" x1="{at}" x2="{at}" y1="{self._top}" y2="{bottom}"/>'
         )
         if text:
             self._marks.append(
-                f'<text class="note" x="{_number(self.px(x) + 4)}" y="{self.TOP + 10}">'
+                f'<text class="note" x="{_number(self.px(x) + 4)}" y="{self._top - 6}">'
                 f"{escape(text)}</text>"
             )
 
     def __str__(self) -> str:
         x_label, y_label = self._labels
-        middle = (self.TOP + self.height - self.BOTTOM) / 2
+        middle = (self._top + self.height - self.BOTTOM) / 2
         return (
             f'<svg viewBox="0 0 {self.width} {self.height}" role="img"'
             f' aria-label="{escape(self.title)}">{"".join(self._axes)}{"".join(self._marks)}'
