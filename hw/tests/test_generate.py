@@ -66,6 +66,15 @@ assign q = b;
 endmodule
 """
 
+OTHER_WIDTH = """
+module narrow(input [1:0] a, output q);
+assign q = ^a;
+endmodule
+module prestage(input a, output q);
+narrow inside(.a(a), .q(q));
+endmodule
+"""
+
 MISSING_MODULE = """
 module prestage(input a, output q);
 other instance_of_other(.a(a), .q(q));
@@ -77,10 +86,11 @@ endmodule
     "text, message",
     [
         (LATCH, "yosys failed"),
-        (TWO_DRIVERS, "yosys warned about .*multiple conflicting drivers"),
+        (TWO_DRIVERS, "yosys failed on .*multiple conflicting drivers"),
+        (OTHER_WIDTH, "yosys warned about .*Resizing cell port"),
         (MISSING_MODULE, "yosys failed on .*referenced in module"),
     ],
-    ids=["latch", "two drivers", "missing module"],
+    ids=["latch", "two drivers", "other width", "missing module"],
 )
 def test_faults_are_found(tmp_path, text, message):
     path = tmp_path / "fault.v"

@@ -363,6 +363,8 @@ def _run(
         "COCOTB_RANDOM_SEED": str(seed),
         "COCOTB_LOG_LEVEL": os.environ.get("COCOTB_LOG_LEVEL", "INFO"),
         "COCOTB_ANSI_OUTPUT": "0",
+        # Warnings are errors inside the simulation, too.
+        "PYTHONWARNINGS": "error",
     }
     saved = {key: os.environ.get(key) for key in changed}
     exit_text = ""
