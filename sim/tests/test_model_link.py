@@ -151,6 +151,15 @@ def test_accepts_in_order_once():
     assert link.errors == 0
 
 
+def test_numbers_behind_are_duplicates():
+    for sequence, code in ((1 - 128, LINK_ACK), (1 - 129, LINK_NAK)):
+        link = DeviceLink(TINY_DEVICE)
+        link.receive(sync(0))
+        link.transmit()
+        assert link.receive(sync(sequence)) == []
+        assert parts(link.transmit()) == [(code, 0, 1, b"")]
+
+
 def test_unknown_and_misfitting_messages():
     link = DeviceLink(TINY_DEVICE)
     assert link.receive(frame_bytes(0x33, 0, 0, b"\1")) == [(0x33, b"\1")]

@@ -330,9 +330,8 @@ class HostLink:
             code = raw[at]
             raw[at] = 0
             at += code
-            if code == 255:
-                return None
         end = size - 4
+        # A code of 255, which stands for no zero, cannot occur: its run alone is too long.
         if at != size or not FRAME_OVERHEAD < size <= MAX_FRAME_BYTES + 1:
             return None
         if zlib.crc32(raw[1:end]) != int.from_bytes(raw[end:], "little"):

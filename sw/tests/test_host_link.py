@@ -219,6 +219,35 @@ def test_asks_once_for_what_is_missing():
     assert parts(pipe.sent[1]) == [(LINK_NAK, 0, 0, b"")]
 
 
+def test_asks_again_after_the_next_in_order():
+    pipe, link = scripted()
+    for sequence, asks in ((1, 1), (2, 1), (0, 1), (2, 2), (1, 2), (1, 2), (3, 3)):
+        link.receive(from_device(SYNCED, sequence, 0, bytes(2)))
+        link.poll(frames=0)
+        assert sum(f[0] == LINK_NAK for f in parts(b"".join(pipe.sent))) == asks
+
+
+def test_numbers_behind_are_duplicates():
+    for sequence, code in ((-127, LINK_ACK), (-128, LINK_NAK)):
+        pipe, link = scripted()
+        link.receive(from_device(SYNCED, 0, 0, bytes(2)))
+        link.acknowledge()
+        link.receive(from_device(SYNCED, sequence % 256, 0, bytes(2)))
+        link.acknowledge()
+        assert [f[:3] for f in parts(pipe.sent[1])] == [(code, 0, 1)]
+
+
+def test_acknowledges_outside_the_window_are_ignored():
+    pipe, link = scripted()
+    link.post(SYNC, bytes(2))
+    link.post(SYNC, bytes(2))
+    for acknowledge in (0, 3, 128, 255):
+        link.receive(from_device(LINK_ACK, 0, acknowledge))
+        assert link.unacknowledged == 2
+    link.receive(from_device(LINK_ACK, 0, 1))
+    assert link.unacknowledged == 1
+
+
 def test_asks_after_a_silence():
     """The device's last message got lost, and nothing after it tells of the gap."""
     pipe, link = scripted(b"", b"", from_device(SYNCED, 0, 0, bytes(2)))

@@ -109,6 +109,7 @@ class Deframer(wiring.Component):
         remaining = Signal(8)  # bytes until the next COBS code
         count = Signal(8)  # bytes of the frame before stuffing, saturating
         crc = Signal(32, init=0xFFFFFFFF)
+        # A code of 255, which stands for no zero, needs no check: its run alone is too long.
         bad_stuffing = Signal()
         ended = Signal()
 
@@ -126,20 +127,15 @@ class Deframer(wiring.Component):
                     fresh.eq(1),
                     ended.eq(~fresh),
                     remaining.eq(0),
-                    bad_stuffing.eq(bad_stuffing | (remaining != 0)),
+                    bad_stuffing.eq(remaining != 0),
                 ]
             with m.Elif(remaining == 0):
                 m.d.sync += [fresh.eq(0), remaining.eq(byte - 1)]
                 with m.If(fresh):
-                    m.d.sync += [
-                        count.eq(0),
-                        crc.eq(0xFFFFFFFF),
-                        bad_stuffing.eq(byte == 255),
-                    ]
+                    m.d.sync += [count.eq(0), crc.eq(0xFFFFFFFF)]
                 with m.Else():
                     # A code ends the run before it with the zero that stuffing took out.
                     m.d.comb += raw_valid.eq(1)
-                    m.d.sync += bad_stuffing.eq(bad_stuffing | (byte == 255))
             with m.Else():
                 m.d.comb += [raw_valid.eq(1), raw.eq(byte)]
                 m.d.sync += remaining.eq(remaining - 1)

@@ -67,8 +67,7 @@ class Deframer:
             code = raw[at]
             raw[at] = 0
             at += code
-            if code == 255:
-                return _DAMAGED
+        # A code of 255, which stands for no zero, cannot occur: its run alone is too long.
         if at != size or not FRAME_OVERHEAD < size <= MAX_FRAME_BYTES + 1:
             return _DAMAGED
         end = size - 4
