@@ -19,6 +19,7 @@ _RANDOM = (
     "clears_in_mid_run",
     "restarts_in_mid_flight",
     "takes_token_starts_first",
+    "is_busy_while_an_output_waits",
     "is_as_fast_as_promised",
 )
 
