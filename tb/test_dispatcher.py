@@ -132,12 +132,15 @@ class _Recorder:
         self.seen = {name: [] for name in _OUTPUTS}
         self.tables = {}
         self.plan = []
+        self.order = []  # how token starts and decisions follow each other
 
     # Predictor
     def begin(self, ctx, token, phase):
+        self.order.append("begin")
         self.seen["begin"].append({"ctx": ctx, "token": token, "phase": phase})
 
     def decide(self, ctx, layer, experts, stamp):
+        self.order.append("decisions")
         self.seen["decisions"].append(
             {"ctx": ctx, "layer": layer, "experts": list(experts), "stamp": stamp}
         )
@@ -301,6 +304,12 @@ class _Bench:
                 # A read's value field means nothing.
                 got = [{**g, "value": g["value"] if g["write"] else None} for g in got]
             assert got == expected, f"{name}: {got[-3:]} instead of {expected[-3:]}"
+        arrivals = [
+            (cycle, name) for name in ("begin", "decisions") for cycle in self.sinks[name].arrival
+        ]
+        cycles_of = [cycle for cycle, _ in arrivals]
+        assert len(set(cycles_of)) == len(cycles_of), "a token start and a decision came together"
+        assert [name for _, name in sorted(arrivals)] == golden.recorder.order
         outside = [answer for answer in self.answers() if answer in injected]
         assert sorted(outside) == sorted(injected)
         assert [answer for answer in self.answers() if answer not in injected] == self.expected

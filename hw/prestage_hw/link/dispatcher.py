@@ -270,9 +270,15 @@ class Dispatcher(wiring.Component):
                 token = fields["BEGIN_TOKEN"]
                 with m.If(bad_ctx):
                     reject(ErrorCode.BAD_CONTEXT, at_layer=0)
-                with m.Elif(~self.begin.valid):
+                # Decisions and starts of tokens travel on two streams: each waits until the other has
+                # been taken, so that the predictor sees them in the host's order.
+                with m.Elif(~self.decisions.valid):
                     put(self.begin, token)
                     m.d.sync += [nexts[ctx_index].eq(0), self.strobes.tokens.eq(1)]
+                    m.next = "BEGUN"
+
+            with m.State("BEGUN"):
+                with m.If(self.begin.ready):
                     done()
 
             # Context and layer of a Route, Release or Hint; the memory of unreleased layers is read
