@@ -298,14 +298,15 @@ def _waits(run: Run) -> tuple[Plot, str] | None:
     )
     plot.x_ticks(_layer_marks(layers))
     plot.y_ticks(ticks(0, most))
+    half = 3 * layers / _WIDE  # 3 pixels
     for layer in range(layers):
         tip = (
             f"layer {layer}: median {middle[layer]:,.0f},"
             f" 5 % {low[layer]:,.0f}, 95 % {high[layer]:,.0f} cycles"
         )
-        plot.bar((layer - 0.08, layer + 0.08), (low[layer], high[layer]), "rest", tip=tip)
+        plot.bar((layer - half, layer + half), (low[layer], high[layer]), "unused", tip=tip)
         plot.dot(layer, middle[layer], "kept", tip=tip)
-    return plot, legend([("kept", "median"), ("rest", "5 % to 95 %")])
+    return plot, legend([("kept", "median"), ("unused", "5 % to 95 %")])
 
 
 def _usage(run: Run) -> tuple[Plot, str]:

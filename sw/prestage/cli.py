@@ -307,7 +307,7 @@ def _run_replay(args: argparse.Namespace) -> int:
     with open_device(args.device, config=config) as device, Interrupt() as interrupt:
         if tables:
             device.configure(tables=tables)
-        with _progress(errors, disable=args.quiet) as progress:
+        with _progress(errors, disable=args.quiet or not errors.is_terminal) as progress:
             task = progress.add_task("replay", total=trace.tokens)
             run = replay(
                 device,

@@ -305,6 +305,11 @@ class Device:
         return self._closed
 
     @property
+    def simulated(self) -> SimulatedPipe | None:
+        """The pipe, if it is that of a simulated device."""
+        return self._simulated
+
+    @property
     def clocked(self) -> bool:
         """True if the device is simulated and has a clock."""
         return self._simulated is not None and self._simulated.clocked

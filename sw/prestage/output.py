@@ -20,6 +20,8 @@ class OutputError(PrestageError):
 
 def _is_special(path: Path) -> bool:
     """True for a terminal, a pipe or a device such as /dev/stdout, which no rename may replace."""
+    if path.absolute().parts[1] in ("dev", "proc"):
+        return True  # /dev/stdout leads to a regular file where the output goes to one
     try:
         return not stat.S_ISREG(path.stat().st_mode)
     except OSError:
@@ -38,7 +40,7 @@ def check_writable(path: Path, *, what: str) -> None:
         raise OutputError(f"{what} {path} can't be written: it is a directory")
     if not path.parent.is_dir():
         raise OutputError(f"{what} {path} can't be written: there is no directory {path.parent}")
-    if not os.access(path if _is_special(path) else path.parent, os.W_OK):
+    if not os.access(path if _is_special(path) else path.resolve().parent, os.W_OK):
         raise OutputError(f"{what} {path} can't be written: permission denied")
 
 
@@ -66,6 +68,7 @@ def write_file(path: Path, write: bytes | Callable[[IO[bytes]], None], *, what: 
             with path.open("wb") as file:
                 emit(file)
             return
+        path = path.resolve()  # a link stays a link
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:

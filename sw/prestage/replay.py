@@ -18,9 +18,9 @@ from prestage_hw.contract import (
     TRANSFER_DTYPE,
     DeviceConfig,
     ModelConfig,
-    SimulatedPipe,
     register_hash,
 )
+from prestage_hw.contract.pattern import expert_pattern
 from prestage_hw.contract.records import Phase
 from prestage_hw.contract.registers import VERSION
 from prestage_sim.profile import CORRELATION_TABLE, correlation_profile
@@ -249,7 +249,6 @@ def replay(
         counters.pop("cycles")
         if done and int(recorder.samples[recorder.sampled - 1]["token"]) != done:
             recorder.sample(device, done)
-    pipe = device.pipe
     complete = done == trace.tokens and error is None
     k = model.top_k
     return Run(
@@ -270,7 +269,9 @@ def replay(
         samples=recorder.samples[: recorder.sampled],
         spans=recorder.spans[: done if device.clocked else 0],
         transfers=(
-            pipe.transfers() if isinstance(pipe, SimulatedPipe) else np.zeros(0, TRANSFER_DTYPE)
+            device.simulated.transfers()
+            if device.simulated is not None and not isinstance(error, LinkError)
+            else np.zeros(0, TRANSFER_DTYPE)
         ),
         tables=tables or {},
         versions=_versions(),
@@ -290,20 +291,25 @@ def _check(device: Device, trace: Trace, *, pace: str, layer_cycles: int) -> Non
     _check_shape(trace, device.config.model, what="Trace", kind=TraceError)
 
 
-def _verify(device: Device, layer: int, timeout: float | None = None) -> None:
-    """Wait for a layer and compare every byte of its experts."""
-    arrived = list(device.wait_ready(0, layer, timeout=timeout))
-    pipe = device.pipe
-    slots = [ready.slot for ready in arrived]
+def _verify(device: Device, layer: int) -> None:
+    """Compare every byte of a layer's experts, all of them ready."""
+    arrived = list(device.wait_ready(0, layer))
     experts = [ready.expert for ready in arrived]
-    if not isinstance(pipe, SimulatedPipe):
-        raise ArgumentError("Replay needs a device whose slots can be compared with its memory")
-    wrong = pipe.compare(slots, [layer] * len(slots), experts)
+    if device.simulated is not None:
+        slots = [ready.slot for ready in arrived]
+        wrong = device.simulated.compare(slots, [layer] * len(slots), experts)
+    else:
+        size = device.config.expert_bytes
+        wrong = [
+            at
+            for at, ready in enumerate(arrived)
+            if device.read(ready) != expert_pattern(layer, ready.expert, size=size).tobytes()
+        ]
     if wrong:
         ready = arrived[wrong[0]]
         raise DataError(
-            f"Slot {ready.slot} must hold expert {ready.expert} of layer {layer}, but its bytes"
-            f" differ"
+            f"Slot {ready.slot} must hold expert {ready.expert} of layer {layer},"
+            " but its bytes differ"
         )
 
 

@@ -196,15 +196,11 @@ def test_order_of_calls(device):
     device.route(0, 1, [0, 1])
     with pytest.raises(ArgumentError, match="must be released before it is routed again"):
         device.route(0, 1, [2, 3])
-    with pytest.raises(
-        ArgumentError, match=r"must not be released while experts \[0, 1\] are awai"
-    ):
+    with pytest.raises(ArgumentError, match=r"must not be released while experts \[0, 1\]"):
         device.release(0, 1)
     with pytest.raises(ArgumentError, match="must not be cleared while experts are awaited"):
         device.configure(clear_buffer=True)
-    with pytest.raises(
-        ArgumentError, match="Hint must be for a layer after 1, the last one routed"
-    ):
+    with pytest.raises(ArgumentError, match="Hint must be for a layer after 1, the last"):
         device.hint(0, 1, 5)
     ready = next(device.wait_ready(0, 1))
     device.sync()
@@ -352,9 +348,7 @@ def test_no_slot():
 def test_silent_device():
     with Device(Faulty(ROUTE=lambda b, a: a[:1], SYNC=lambda b, a: []), CONFIG) as device:
         device.route(0, 0, [0, 1])
-        with pytest.raises(
-            DeviceTimeoutError, match=r"layer 0 of context 0 still waits for experts"
-        ):
+        with pytest.raises(DeviceTimeoutError, match=r"layer 0 .* still waits for experts"):
             list(device.wait_ready(0, 0, timeout=10))
         with pytest.raises(DeviceTimeoutError, match="still waits"):
             device.collect(0, 0)
@@ -439,9 +433,7 @@ def test_every_shape_register_is_checked(name):
         return [message("REGISTER_VALUE", address, value + (address == registers.index(name)))]
 
     pipe = Faulty(REGISTER_READ=wrong)
-    with pytest.raises(
-        MismatchError, match=f"Register {name} must be .*, but the device"
-    ) as caught:
+    with pytest.raises(MismatchError, match=f"Register {name} must be .*, but the") as caught:
         Device(pipe, CONFIG)
     assert caught.value.actual == caught.value.expected + 1
 
