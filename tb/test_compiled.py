@@ -182,9 +182,9 @@ def test_exchange_limits(tb):
     assert isinstance(tb.pipe, SimulatedPipe) and tb.pipe.clocked
     start = tb.pipe.cycles
     assert tb.pipe.exchange(b"\0\0\0", frames=0) == b""
-    assert tb.pipe.cycles - start == 3
+    assert tb.pipe.cycles - start == 4
     assert tb.pipe.exchange(b"", frames=1, limit=1000) == b""
-    assert tb.pipe.cycles - start == 1003
+    assert tb.pipe.cycles - start == 1004
     # The rest of the command: three bytes were sent above.
     assert tb.pipe.exchange(b"\0\0\0\0\0").endswith(b"\0")
     assert tb.pipe.run(500) == b""

@@ -75,7 +75,8 @@ class ECPIX5Device(Elaboratable):
 
     def elaborate(self, platform):
         m = Module()
-        clock, locked = Signal(), Signal()
+        clock = Signal()
+        locked = Signal()
         m.domains.sync = ClockDomain()
         ratio = Fraction(self.clock_hz, OSCILLATOR_HZ)
         divide = VCO_HZ // self.clock_hz
@@ -134,7 +135,8 @@ class ECPIX5Device(Elaboratable):
         m.d.sync += pins.tx.o.eq(uart.tx_pin)
 
         lights = [platform.request("rgb_led", number) for number in range(4)]
-        active, damaged = Signal(22), Signal(22)
+        active = Signal(22)
+        damaged = Signal(22)
         m.d.sync += [
             active.eq(active - (active != 0)),
             damaged.eq(damaged - (damaged != 0)),

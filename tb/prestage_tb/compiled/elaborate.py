@@ -1,7 +1,6 @@
 """Write the Verilog or the CXXRTL source of a top.
 
 A process of its own, so that a simulation runs without Amaranth in memory:
-
 ``python -m prestage_tb.compiled.elaborate MODULE:CLASS CONFIG.json verilator|cxxrtl OUTPUT``
 """
 
@@ -12,9 +11,52 @@ import re
 import sys
 from pathlib import Path
 
+from amaranth.hdl import ClockDomain, Module, ResetInserter, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In
+
 from prestage_hw.contract import DeviceConfig, ModelConfig
 
-__all__ = ["main"]
+__all__ = ["Registered", "main"]
+
+
+class Registered(wiring.Component):
+    """A design whose inputs, the reset too, go through registers.
+
+    Nothing in the design then depends on an input of the same cycle, so that a simulator evaluates
+    it once a cycle instead of once for the inputs and once for the clock.
+
+    Parameters
+    ----------
+    design : :class:`amaranth.lib.wiring.Component`
+        Design in the domain ``sync``.
+
+    Members
+    -------
+    clk : ``In(1)``, ``rst : In(1)``
+        Clock and synchronous reset of the design.
+    ...
+        The design's members.
+    """
+
+    def __init__(self, design):
+        self.design = design
+        super().__init__({**design.signature.members, "clk": In(1), "rst": In(1)})
+
+    def elaborate(self, platform):
+        m = Module()
+        m.domains.sync = sync = ClockDomain(reset_less=True)
+        held = Signal(init=1)
+        m.submodules.design = ResetInserter({"sync": held})(self.design)
+        m.d.comb += sync.clk.eq(self.clk)
+        m.d.sync += held.eq(self.rst)
+        outer = {path: value for path, _, value in self.design.signature.flatten(self)}
+        for path, member, inner in self.design.signature.flatten(self.design):
+            if member.flow == In:
+                m.d.sync += inner.eq(outer[path])
+            else:
+                m.d.comb += outer[path].eq(inner)
+        return m
 
 
 def main(arguments):
@@ -26,7 +68,7 @@ def main(arguments):
     fields = json.loads(Path(config_path).read_text())
     config = DeviceConfig(**{**fields, "model": ModelConfig(**fields["model"])})
     module, name = top.split(":")
-    design = getattr(importlib.import_module(module), name)(config=config)
+    design = Registered(getattr(importlib.import_module(module), name)(config=config))
     # Without source locations the text, and so the cache's key, changes only if the hardware does.
     if engine == "cxxrtl":
         text = cxxrtl.convert(design, name="top", emit_src=False)

@@ -25,7 +25,6 @@ class Design {
         top_.p_rx____valid.set(valid);
         top_.p_rx____payload.set(payload);
     }
-    void arready(bool ready) { top_.p_bus____arready.set(ready); }
     void r_idle() { top_.p_bus____rvalid.set(false); }
     void r_beat(const uint8_t *data, uint8_t resp, bool last) {
         top_.p_bus____rvalid.set(true);

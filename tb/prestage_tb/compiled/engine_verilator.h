@@ -1,4 +1,5 @@
-// The design as Verilator compiles it. Outputs are those of the present cycle; inputs count for the edge that tick() makes.
+// The design as Verilator compiles it. Outputs are those of the present cycle, inputs those of the
+// next one, which tick() begins.
 
 #ifndef PRESTAGE_ENGINE_VERILATOR_H
 #define PRESTAGE_ENGINE_VERILATOR_H
@@ -32,7 +33,6 @@ class Design {
         top_->rx___05Fvalid = valid;
         top_->rx___05Fpayload = payload;
     }
-    void arready(bool ready) { top_->bus___05Farready = ready; }
     void r_idle() { top_->bus___05Frvalid = 0; }
     void r_beat(const uint8_t *data, uint8_t resp, bool last) {
         top_->bus___05Frvalid = 1;

@@ -23,7 +23,7 @@ constexpr unsigned kSlotBits = PRESTAGE_SLOT_BITS;
 constexpr uint8_t kOkay = 0, kSlaveError = 2, kDecodeError = 3;
 constexpr uint8_t kFixed = 0;
 
-// Read addresses that the memory holds. A device has at most 16 bursts outstanding, so it never sees arready low.
+// Read addresses that the memory holds. A device has at most 16 bursts outstanding, so arready may always be high.
 constexpr uint64_t kBursts = 64;
 
 struct Burst {
@@ -88,11 +88,11 @@ struct prestage {
         design.rx(false, 0);
         design.r_idle();
         design.reads(false, 0);
-        design.arready(true);
         design.rst(true);
         design.tick();
         design.tick();
         design.rst(false);
+        design.tick();
         cycle = 0;
         logged = 0;
     }
@@ -163,8 +163,8 @@ struct prestage {
         design.reads(reads_valid, reads_valid ? slots[asked] | asked_beat << kSlotBits : 0);
     }
 
-    // One clock cycle: the outputs and inputs before the edge tell what was handed over, then the edge, then the next inputs. Nothing that
-    // is offered depends on an output of the same cycle, so that one evaluation of the design a cycle is enough.
+    // One clock cycle: its outputs and inputs tell what is handed over at the edge to come and so what is offered in the next cycle.
+    // The design takes what is offered into registers at that same edge, see elaborate.py.
     void step() {
         const bool took_rx = rx_valid && design.rx_ready();
         const bool took_r = r_valid && design.rready();
@@ -175,8 +175,7 @@ struct prestage {
             frames += byte == 0;
         }
         if (design.beats_valid()) take_consumer_beat();
-        const bool room = burst_tail - burst_head < kBursts;
-        if (design.arvalid() && room)
+        if (design.arvalid() && burst_tail - burst_head < kBursts)
             bursts[burst_tail++ % kBursts] = {
                 cycle,
                 design.araddr(),
@@ -185,8 +184,6 @@ struct prestage {
                 1u << design.arsize(),
                 design.arburst() == kFixed,
                 false};
-
-        design.tick();
 
         if (took_rx) ++unsent_at;
         if (took_rx || !rx_valid) {
@@ -198,14 +195,13 @@ struct prestage {
         // An idle memory saves no more than one beat's worth.
         credit = credit < credit_beat ? credit + credit_step : credit_beat;
         if (!r_valid) offer();
-        if (took_read) {
-            if (++requests > batch_start && ++asked_beat == kExpertBeats) {
-                asked_beat = 0;
-                ++asked;
-            }
-            offer_read();
+        if (took_read && ++requests > batch_start && ++asked_beat == kExpertBeats) {
+            asked_beat = 0;
+            ++asked;
         }
-        design.arready(burst_tail - burst_head < kBursts);
+        if (took_read || (!reads_valid && asked < slots.size())) offer_read();
+
+        design.tick();
     }
 };
 
@@ -237,10 +233,6 @@ void prestage_push(prestage *device, const uint8_t *data, uint64_t count) {
     device->unsent.erase(device->unsent.begin(), device->unsent.begin() + static_cast<int64_t>(device->unsent_at));
     device->unsent_at = 0;
     device->unsent.insert(device->unsent.end(), data, data + count);
-    if (!device->rx_valid && !device->unsent.empty()) {
-        device->rx_valid = true;
-        device->design.rx(true, device->unsent[0]);
-    }
 }
 
 uint64_t prestage_unsent(const prestage *device) { return device->unsent.size() - device->unsent_at; }
@@ -276,7 +268,6 @@ void prestage_consume(prestage *device, uint64_t count, const uint32_t *slots, c
     device->addresses.assign(addresses, addresses + count);
     device->verdicts.assign(count, 0);
     device->asked = device->asked_beat = device->answered = device->answered_beat = 0;
-    if (!device->reads_valid) device->offer_read();
 }
 
 int prestage_consumed(const prestage *device) { return device->consumed(); }
