@@ -293,6 +293,17 @@ async def clears_in_mid_run(dut):
     dut.clear.value = 0
     await bench.compare_tables()
     assert not any(bench.values.received[-bench.golden.table_words(0) :])
+    # A decision that was taken just before is forgotten, however far it has come.
+    for delay in range(5):
+        bench.send_decision(0, 0, range(bench.config.model.top_k), delay)
+        await bench.sent()
+        await cycles(dut, delay)
+        dut.clear.value = 1
+        await RisingEdge(dut.clk)
+        dut.clear.value = 0
+        await bench.until_idle()
+        bench.send_read(1, 0)
+    await bench.until_idle()
     # The previous layer is forgotten too: a history from outside does not make up for it.
     layers, top_k = bench.config.model.layers, bench.config.model.top_k
     bench.send_decision(0, 0, range(top_k), 1)
