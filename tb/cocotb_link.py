@@ -757,6 +757,25 @@ async def link_goes_back(dut):
 
 
 @cocotb.test()
+async def link_skips_what_is_acknowledged_late(dut):
+    """An acknowledge beyond the place where sending again has come to."""
+    bench = await start(dut)
+    sent = await fill_window(bench)
+    bench.frames()
+    bench.tx.paused = True
+    bench.send(LINK_NAK, acknowledge=0)
+    await bench.settle()
+    bench.send(LINK_ACK, acknowledge=len(sent))
+    await bench.settle()
+    bench.tx.paused = False
+    bench.reply(0x95, b"\7\7")
+    await bench.settle()
+    # Two frames in the framer and one on its way there; the rest is not repeated.
+    assert bench.frames() == [*sent[:3], (0x95, len(sent), 0, b"\7\7")]
+    assert bench.replays == 1
+
+
+@cocotb.test()
 async def link_replays_in_time(dut):
     bench = await start(dut)
     wait = bench.options["replay_cycles"]
