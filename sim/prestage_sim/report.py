@@ -81,6 +81,8 @@ class Run:
         Where it was opened.
     pace, layer_cycles
         Pace of the replay, and cycles of a layer's compute at timed pace.
+    prefetch_tiles : :class:`int`
+        Prefetch tiles that could be under way at once.
     trace : :class:`Trace`
         What was to be replayed.
     complete : :class:`bool`
@@ -122,6 +124,7 @@ class Run:
     experts_checked: int = 0
     bytes_checked: int = 0
     layer_cycles: int = 0
+    prefetch_tiles: int = 1
     error: str = ""
     samples: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, SAMPLE_DTYPE))
     spans: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0, 2), np.uint64))

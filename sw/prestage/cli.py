@@ -198,6 +198,12 @@ def _add_replay(commands: Any) -> None:
         help="unit of transfer (default: %(default)s)",
     )
     device.add_argument(
+        "--prefetch-tiles",
+        type=int,
+        metavar="N",
+        help="prefetch tiles under way at once, 1 to 4 (default: 4 at drained pace, 1 at timed)",
+    )
+    device.add_argument(
         "--profile",
         action="append",
         default=[],
@@ -314,6 +320,7 @@ def _run_replay(args: argparse.Namespace) -> int:
                 trace,
                 pace=args.pace,
                 layer_cycles=args.layer_cycles or 0,
+                prefetch_tiles=args.prefetch_tiles,
                 interrupt=interrupt,
                 progress=lambda done: progress.update(task, completed=done),
                 tables=tables,

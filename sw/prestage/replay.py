@@ -167,6 +167,7 @@ def replay(
     *,
     pace: str = "drained",
     layer_cycles: int = 0,
+    prefetch_tiles: int | None = None,
     interrupt: Interrupt | None = None,
     progress: Callable[[int], None] | None = None,
     tables: dict[int, NDArray[np.uint32]] | None = None,
@@ -185,6 +186,9 @@ def replay(
         experts have arrived, whatever the device does meanwhile; needs a clock.
     layer_cycles : :class:`int`
         Cycles from a layer's last ready to the next layer's route, at timed pace. At least 1.
+    prefetch_tiles : :class:`int` or None
+        Prefetch tiles that may be under way at once, 1 to 4. None stands for 4 at drained pace,
+        where no demand ever waits behind them and only time is saved, and 1 at timed pace.
     interrupt : :class:`Interrupt` or None
         Flag that ends the run between two layers.
     progress : callable or None
@@ -204,6 +208,9 @@ def replay(
         If the pace is unknown, the device has no clock for it, or trace and device differ in shape.
     """
     _check(device, trace, pace=pace, layer_cycles=layer_cycles)
+    if prefetch_tiles is None:
+        prefetch_tiles = 4 if pace == "drained" else 1
+    device.configure(prefetch_tiles=prefetch_tiles)
     recorder = _Recorder(trace, clocked=device.clocked)
     model = device.config.model
     interrupt = interrupt or Interrupt()
@@ -256,6 +263,7 @@ def replay(
         url=device.url,
         pace=pace,
         layer_cycles=layer_cycles,
+        prefetch_tiles=prefetch_tiles,
         trace=trace,
         complete=complete,
         error="" if error is None else str(error),
@@ -376,6 +384,7 @@ def run_object(run: Run, *, trace_path: str) -> dict[str, Any]:
             "device": run.url,
             "pace": run.pace,
             "layer_cycles": run.layer_cycles if run.pace == "timed" else None,
+            "prefetch_tiles": run.prefetch_tiles,
             "profiled": bool(run.tables),
         },
         "counters": run.counters,

@@ -144,6 +144,7 @@ def test_table_of_a_clocked_device(capsys):
         (["--pace", "timed", "--layer-cycles", "9"], "needs a device with a clock, such as sim://"),
         (["--expert-bytes", "1000"], "Expert size must be a whole number of 512-byte tiles"),
         (["--tile-bytes", "700"], "Tile size in bytes must be a power of two, not 700"),
+        (["--prefetch-tiles", "5"], "Prefetch tiles must be between 1 and 4, not 5"),
         (["--first", "0"], "argument --first: must be a positive integer, not 0"),
         (["--first", "x"], "argument --first: must be a positive integer, not 'x'"),
         (["--top-k", "4"], "has top-k 2, but 4 was asked for"),

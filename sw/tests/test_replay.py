@@ -230,6 +230,15 @@ def test_drained_pace_with_a_clock():
     assert (run.spans[..., 1] > run.spans[..., 0]).all()
 
 
+@pytest.mark.parametrize(("pace", "tiles"), [("drained", 4), ("timed", 1)])
+def test_prefetch_tiles(pace, tiles):
+    config = device_config(walk(), slots=12)
+    for wanted in (None, 2):
+        with Device(Ticking(config), config) as device:
+            run = replay(device, walk(3), pace=pace, layer_cycles=9, prefetch_tiles=wanted)
+            assert device.read_register("prefetch_tiles") == run.prefetch_tiles == (wanted or tiles)
+
+
 def test_bad_replays(device):
     with pytest.raises(ArgumentError, match="Pace must be one of drained, timed, not 'fast'"):
         replay(device, walk(), pace="fast")
