@@ -1,6 +1,7 @@
 # amaranth: UnusedElaboratable=no
 """Expert buffer (the half that pytest runs)."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ from prestage_hw.contract.params import TINY_DEVICE
 from prestage_tb.bench import run_bench
 
 HERE = Path(__file__).parent
+
+#: Operations of one random run; 3000 take about ten minutes in all.
+STEPS = int(os.environ.get("PRESTAGE_BUFFER_STEPS", "600"))
 
 CONFIGS = {
     "tiny": TINY_DEVICE,
@@ -50,7 +54,7 @@ def test_buffer(name):
         lambda: ExpertBuffer(config=config),
         module=HERE / "cocotb_buffer.py",
         name="buffer",
-        parameters={"config": config},
+        parameters={"config": config, "steps": STEPS},
     )
 
 
