@@ -194,7 +194,7 @@ def main() -> int:
     parser.add_argument("--corpus", type=Path, help="folder filled by corpus.py")
     parser.add_argument("--model", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--out", type=Path, help="folder for the two traces")
-    parser.add_argument("--requests", type=int, default=40, help="a domain (%(default)s)")
+    parser.add_argument("--requests", type=int, default=32, help="a domain (%(default)s)")
     parser.add_argument("--stats", type=Path, nargs="+", default=[], help="traces to measure")
     options = parser.parse_args()
     paths = list(options.stats)

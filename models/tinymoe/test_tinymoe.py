@@ -214,7 +214,7 @@ class TestModel:
 
     @pytest.mark.parametrize(
         ("name", "bits", "other"),
-        [("excerpt_code.txt", 1.50, 2.5), ("excerpt_prose.txt", 1.90, 2.5)],
+        [("excerpt_code.txt", 0.95, 2.5), ("excerpt_prose.txt", 2.08, 4.0)],
     )
     def test_perplexity(self, model: Any, name: str, bits: float, other: float) -> None:
         """Neither excerpt was trained on; a byte costs at most this many bits."""
@@ -348,7 +348,7 @@ class TestTraces:
         for layer in range(model.layers):
             use = np.bincount(experts[:, layer].ravel(), minlength=model.experts)
             share = use / use.sum()
-            # A uniform choice of 20,000 and more would stay within a twentieth of 1/32.
-            assert share.max() > 1.5 / model.experts
+            # Of 32,768 uniform choices the busiest expert would get less than 1.15 / 32.
+            assert share.max() > 1.4 / model.experts
             both = (experts[1:, layer, :, None] == experts[:-1, layer, None, :]).any(2)
             assert both[same].mean() > 1.1 * model.top_k / model.experts
