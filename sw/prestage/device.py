@@ -384,8 +384,7 @@ class Device:
         route = _Route(chosen)
         if len(route.waiting) != self._top_k:
             raise ArgumentError(f"Experts of a route must be distinct, not {chosen}")
-        self._check_open()
-        self._link.post(self._route_code, self._route_pack(ctx, layer, *chosen))
+        self._send(self._route_code, self._route_pack(ctx, layer, *chosen))
         self._routes[key] = route
         self._current[ctx] = layer
 
@@ -814,9 +813,18 @@ class Device:
             raise ArgumentError(f"Layer must be between 0 and {self._layers - 1}, not {layer}")
 
     def _post(self, name: str, *values: int) -> None:
-        self._check_open()
         code, pack = self._pack[name]
-        self._link.post(code, pack(*values))
+        self._send(code, pack(*values))
+
+    def _send(self, code: int, body: bytes) -> None:
+        self._check_open()
+        try:
+            self._link.post(code, body)
+        except OSError as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: OSError) -> LinkError:
+        return LinkError(f"{self.url or 'Device'} can't be reached: {error}")
 
     def _read_registers(self, names: Sequence[str]) -> list[int]:
         return self._read_addresses([_register(name).address for name in names])
@@ -852,7 +860,7 @@ class Device:
         try:
             arrived = self._link.poll(frames=messages, limit=timeout)
         except OSError as error:
-            raise LinkError(f"{self.url or 'Device'} can't be reached: {error}") from error
+            raise self._unreachable(error) from error
         for code, body in arrived:
             if code == self._ready_code and len(body) == self._sizes[code]:
                 self._on_ready(*self._ready_unpack(body))

@@ -28,7 +28,14 @@ from prestage_sim.report import SAMPLE_DTYPE, Run
 from prestage_sim.traces import Trace, TraceError, model_config
 
 from .device import Device
-from .errors import ArgumentError, DataError, DeviceError, LinkError, PrestageError
+from .errors import (
+    ArgumentError,
+    DataError,
+    DeviceError,
+    DeviceTimeoutError,
+    LinkError,
+    PrestageError,
+)
 
 __all__ = [
     "PACES",
@@ -244,18 +251,18 @@ def replay(
             if progress is not None:
                 progress(done)
         device.drain()
-    except (DataError, DeviceError, LinkError, TimeoutError) as failure:
-        if not isinstance(failure, PrestageError):
-            raise
+    except (DataError, DeviceError, DeviceTimeoutError, LinkError) as failure:
         error = failure
     seconds = time.perf_counter() - started
     cycles = device.cycles - first_cycle
     counters: dict[str, int] = {}
-    if not isinstance(error, LinkError | TimeoutError):
+    try:
         counters = device.stats()
         counters.pop("cycles")
-        if done and int(recorder.samples[recorder.sampled - 1]["token"]) != done:
+        if int(recorder.samples[recorder.sampled - 1]["token"]) != done:
             recorder.sample(device, done)
+    except PrestageError as failure:
+        error = error or failure
     complete = done == trace.tokens and error is None
     k = model.top_k
     return Run(

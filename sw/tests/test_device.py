@@ -489,8 +489,9 @@ def test_closed():
 def test_pipe_that_breaks(device):
     device.route(0, 0, [0, 1])
     device.pipe.close()
-    with pytest.raises(LinkError, match="model:// can't be reached: the device was closed"):
-        device.drain()
+    for call in (device.drain, device.stats):
+        with pytest.raises(LinkError, match="model:// can't be reached: the device was closed"):
+            call()
 
 
 def test_flush(device):
