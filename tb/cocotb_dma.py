@@ -289,11 +289,12 @@ async def completions_wait(dut):
     tb = TB(dut)
     await reset(dut)
     tb.completions.paused = True
-    count = DMA(config=tb.config).tiles + 6
+    tiles = tb.config.outstanding_bursts + 4
+    count = tiles + 6
     fetches = [tb.fetch(tb.address()) for _ in range(count)]
     task = cocotb.start_soon(tb.check(fetches))
     await cycles(dut, count * (tb.config.tile_beats + 20) * 2)
-    assert len(tb.accepted) == DMA(config=tb.config).tiles
+    assert len(tb.accepted) == tiles
     tb.completions.paused = False
     await task
 

@@ -774,6 +774,28 @@ async def demand_promotes_a_prefetch(dut):
 
 
 @cocotb.test()
+async def promoted_prefetch_goes_behind_earlier_demands(dut):
+    """An entry's place in the order counts from when it became a demand."""
+    tb = TB(dut)
+    await tb.reset()
+    config = tb.config
+    tb.hold_memory = True
+    tb.candidate(0, 0, 5, deadline=1)
+    await cycles(dut, 60)
+    tb.fetches.paused = True
+    tb.demand(0, 0, [3, 5])
+    await cycles(dut, 60)
+    tb.fetches.paused = False
+    await cycles(dut, 20 + 4 * config.tiles)
+    slots = {e.expert: e.slot for e in tb.inflight.values()}
+    assert [f["slot"] for f, *_ in tb.memory_queue] == (
+        [slots[5]] + [slots[3]] * config.tiles + [slots[5]] * (config.tiles - 1)
+    )
+    tb.hold_memory = False
+    await tb.idle()
+
+
+@cocotb.test()
 async def demand_waits_for_one_tile(dut):
     """Behind a prefetch with one tile out, a demand's first tile is the next that goes out."""
     tb = TB(dut)
