@@ -13,7 +13,7 @@ import random
 
 import cocotb
 from cocotb.task import bridge, resume
-from cocotb.triggers import FallingEdge, RisingEdge
+from cocotb.triggers import FallingEdge, RisingEdge, with_timeout
 
 from prestage.link import HostLink
 from prestage_hw.contract import MESSAGES
@@ -363,7 +363,7 @@ class Bench:
 
     async def settle(self, count=None):
         """Wait until the wire to the device is empty and everything due has come back."""
-        await self.rx.sent()
+        await with_timeout(self.rx.sent(), 1, "ms")  # 100,000 cycles
         await cycles(self.dut, count or self.options["acknowledge_idle"] + 150)
 
 
@@ -482,7 +482,7 @@ class Wire:
         bench = self.bench
         assert data == b"" or data.endswith(b"\0")
         bench.rx.send(*self._treat(data))
-        await bench.rx.sent()
+        await with_timeout(bench.rx.sent(), 1, "ms")
         answer = b""
         end = bench.tx.cycle + int(limit or 700)
         while True:
