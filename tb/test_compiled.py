@@ -28,6 +28,7 @@ from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.contract.pattern import expert_memory
 from prestage_tb.compiled import BuildError, CompiledPipe, build_library, open_pipe
 from prestage_tb.compiled.probe import REPLY_WORDS
+from prestage_tb.compiled.traffic import Traffic
 
 CONFIG = TINY_DEVICE
 PROBE = "prestage_tb.compiled.probe:Probe"
@@ -262,6 +263,51 @@ def test_bad_memory():
         CompiledPipe(CONFIG, memory=np.zeros(65536, np.uint8)[::2], top=PROBE)
     with pytest.raises(ValueError, match="latency of at least 1 cycle"):
         CompiledPipe(CONFIG, memory=expert_memory(CONFIG), latency=0, top=PROBE)
+
+
+# --- the device -----------------------------------------------------------------------------------
+
+
+def _traffic(engine):
+    """What comes back in each cycle while a few tokens are routed, and the bursts."""
+    with open_pipe(
+        CONFIG,
+        memory=expert_memory(CONFIG),
+        options={"engine": engine, "latency": "17", "bytes_per_cycle": "2.5", "error": "9000:8"},
+    ) as pipe:
+        traffic = Traffic(CONFIG, seed=3)
+        seen = []
+        for token in range(3):
+            frames = [traffic.frame("BEGIN_TOKEN", token & 1, 1, token)]
+            for layer in range(CONFIG.model.layers):
+                frames += [
+                    traffic.frame("ROUTE", token & 1, layer, traffic.route(layer)),
+                    traffic.frame("RELEASE", token & 1, layer),
+                ]
+            for frame in (*frames, traffic.frame("SYNC", token)):
+                pipe.exchange(frame, frames=0)
+                seen += [pipe.run(1) for _ in range(600)]
+        return seen, pipe.transfers().tolist(), pipe.cycles
+
+
+def test_engines_agree_in_every_cycle():
+    verilator = _traffic("verilator")
+    cxxrtl = _traffic("cxxrtl")
+    assert sum(map(len, verilator[0])) > 300
+    assert len(verilator[1]) > 50
+    assert verilator == cxxrtl
+
+
+def test_device_serves_tokens():
+    with open_pipe(CONFIG, memory=expert_memory(CONFIG), options={"latency": "9"}) as pipe:
+        traffic = Traffic(CONFIG)
+        for _ in range(10):
+            traffic.token(pipe)
+        assert traffic.replies["READY"] == 10 * CONFIG.model.layers * CONFIG.model.top_k
+        log = pipe.transfers()
+        assert log["failed"].sum() == 0
+        # An address and its beats take at least the latency and a cycle a beat.
+        assert (log["end"] - log["start"] >= 9 + log["bytes"] // CONFIG.data_bytes - 1).all()
 
 
 # --- cache ----------------------------------------------------------------------------------------
