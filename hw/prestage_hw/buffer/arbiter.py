@@ -3,6 +3,7 @@
 from amaranth import Module, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
+
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.layouts import RecordLayout
 
