@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ __all__ = [
     "SAMPLE_DTYPE",
     "LayerAccuracy",
     "Run",
+    "baseline_misses",
     "layer_accuracy",
     "metrics",
     "render",
@@ -42,7 +44,7 @@ METRICS = {
     "recall": "Chosen experts that the predictor had proposed, of all at predictable layers.",
     "over_fetch": "Experts that the predictor proposed for each one that was chosen.",
     "precision": "Proposed experts that the layer then chose.",
-    "coverage": "Demand misses that prefetching removed: useful / (useful + misses).",
+    "coverage": "Demand misses that prefetching removed, of those without prefetching.",
     "accuracy": "Prefetched experts that were demanded: useful / (useful + useless).",
     "hit_rate": "Demands that found their expert resident.",
     "bytes_moved": "Bytes fetched, for demands and for prefetches.",
@@ -53,8 +55,43 @@ def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def metrics(counters: Mapping[str, int]) -> dict[str, float | int | None]:
-    """Metrics of :data:`METRICS` from a device's counters; None where nothing was counted."""
+def baseline_misses(trace: Trace, *, layers: int, slots: int) -> int:
+    """Demand misses without prefetching: plain LRU, since what is pinned was just used.
+
+    Parameters
+    ----------
+    trace : :class:`Trace`
+        What the router chose.
+    layers : :class:`int`
+        Routing decisions that count, from the first token's first layer on.
+    slots : :class:`int`
+        Slots of the buffer, at least the trace's k.
+    """
+    rows = trace.experts.reshape(-1, trace.top_k)[:layers].astype(np.int64)
+    rows += (np.arange(len(rows)) % trace.layers * trace.experts_per_layer)[:, None]
+    kept: OrderedDict[int, None] = OrderedDict()
+    misses = 0
+    for expert in rows.ravel().tolist():
+        if expert in kept:
+            kept.move_to_end(expert)
+            continue
+        misses += 1
+        if len(kept) == slots:
+            kept.popitem(last=False)
+        kept[expert] = None
+    return misses
+
+
+def metrics(counters: Mapping[str, int], *, baseline: int) -> dict[str, float | int | None]:
+    """Metrics of :data:`METRICS`; None where nothing was counted.
+
+    Parameters
+    ----------
+    counters : mapping
+        Counters of a device by name.
+    baseline : :class:`int`
+        Demand misses without prefetching, see :func:`baseline_misses`.
+    """
     c = counters
     if not c:
         return dict.fromkeys(METRICS)
@@ -62,7 +99,7 @@ def metrics(counters: Mapping[str, int]) -> dict[str, float | int | None]:
         "recall": _ratio(c["candidates_correct"], c["demands_predicted"]),
         "over_fetch": _ratio(c["candidates"], c["demands_predicted"]),
         "precision": _ratio(c["candidates_correct"], c["candidates"]),
-        "coverage": _ratio(c["useful"], c["useful"] + c["misses"]),
+        "coverage": _ratio(baseline - c["misses"], baseline),
         "accuracy": _ratio(c["useful"], c["useful"] + c["useless"]),
         "hit_rate": _ratio(c["hits"], c["demands"]),
         "bytes_moved": c["demand_bytes"] + c["prefetch_bytes"],
@@ -93,6 +130,8 @@ class Run:
         Whole tokens and single layers that were replayed.
     experts_checked, bytes_checked : :class:`int`
         What was compared with memory, all of it equal.
+    baseline_misses : :class:`int`
+        Demand misses that there would be without prefetching.
     counters : mapping
         Counters by name; empty if the device couldn't be asked any more.
     cycles : :class:`int`
@@ -123,6 +162,7 @@ class Run:
     seconds: float
     experts_checked: int = 0
     bytes_checked: int = 0
+    baseline_misses: int = 0
     layer_cycles: int = 0
     prefetch_tiles: int = 1
     error: str = ""
@@ -134,7 +174,7 @@ class Run:
 
     def metrics(self) -> dict[str, float | int | None]:
         """See :func:`metrics`."""
-        return metrics(self.counters)
+        return metrics(self.counters, baseline=self.baseline_misses)
 
     def stalls(self) -> NDArray[np.int64]:
         """Cycles from route to last ready of every layer, ``[tokens, layers]``."""

@@ -14,6 +14,7 @@ from prestage_sim.report import (
     METRICS,
     SAMPLE_DTYPE,
     Run,
+    baseline_misses,
     layer_accuracy,
     metrics,
     render,
@@ -90,7 +91,7 @@ def test_metrics():
         "demand_bytes": 1000,
         "prefetch_bytes": 5000,
     }
-    assert metrics(counters) == {
+    assert metrics(counters, baseline=40) == {
         "recall": 0.75,
         "over_fetch": 2.5,
         "precision": 0.3,
@@ -99,8 +100,20 @@ def test_metrics():
         "hit_rate": 0.7,
         "bytes_moved": 6000,
     }
-    assert metrics({}) == dict.fromkeys(METRICS)
-    assert metrics(dict.fromkeys(counters, 0))["recall"] is None
+    assert metrics({}, baseline=0) == dict.fromkeys(METRICS)
+    assert metrics(dict.fromkeys(counters, 0), baseline=0)["recall"] is None
+
+
+@pytest.mark.parametrize("slots", [2, 5, 12, 64])
+def test_baseline_misses_are_those_of_no_predictor(slots):
+    trace = walk(40)
+    plain = run_of(trace, CONFIG.replace(slots=slots, predictor="none"))
+    assert plain.baseline_misses == plain.counters["misses"]
+    assert plain.metrics()["coverage"] == 0
+    # A device that prefetches has the same baseline, whatever it misses itself.
+    ahead = run_of(trace, CONFIG.replace(slots=slots))
+    assert ahead.baseline_misses == plain.baseline_misses
+    assert baseline_misses(trace, layers=1, slots=slots) == 2
 
 
 @pytest.mark.parametrize("profiled", [False, True])

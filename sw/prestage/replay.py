@@ -24,7 +24,7 @@ from prestage_hw.contract.pattern import expert_pattern
 from prestage_hw.contract.records import Phase
 from prestage_hw.contract.registers import VERSION
 from prestage_sim.profile import CORRELATION_TABLE, correlation_profile
-from prestage_sim.report import SAMPLE_DTYPE, Run
+from prestage_sim.report import SAMPLE_DTYPE, Run, baseline_misses
 from prestage_sim.traces import Trace, TraceError, model_config
 
 from .device import Device
@@ -277,6 +277,7 @@ def replay(
         tokens=done,
         layers=layers_done,
         experts_checked=layers_done * k,
+        baseline_misses=baseline_misses(trace, layers=layers_done, slots=device.config.slots),
         bytes_checked=layers_done * k * device.config.expert_bytes,
         counters=counters,
         cycles=cycles,
@@ -395,7 +396,7 @@ def run_object(run: Run, *, trace_path: str) -> dict[str, Any]:
             "profiled": bool(run.tables),
         },
         "counters": run.counters,
-        "metrics": run.metrics(),
+        "metrics": {**run.metrics(), "baseline_misses": run.baseline_misses},
         "checked": {"experts": run.experts_checked, "bytes": run.bytes_checked},
         "timing": timing,
         "versions": run.versions,
