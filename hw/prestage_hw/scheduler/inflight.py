@@ -1,6 +1,6 @@
 """Table of the experts that are being fetched, and the choice of the next tile."""
 
-from amaranth import Array, Module, Mux, Signal, unsigned
+from amaranth import Array, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -166,9 +166,12 @@ class InflightTable(wiring.Component):
                 (vacant & (vacant - 1)).any() & (prefetches < config.prefetch_inflight)
             ),
         ]
+        # The lowest. An expression, not statements: Icarus runs a process only once something
+        # that it reads changes, and before the first allocation nothing has.
+        free_tag = Const(0, len(self.free_tag))
         for i in reversed(range(count)):
-            with m.If(vacant[i]):
-                m.d.comb += self.free_tag.eq(i)
+            free_tag = Mux(vacant[i], i, free_tag)
+        m.d.comb += self.free_tag.eq(free_tag)
 
         # --- row ---
         row_more = Signal()
