@@ -20,17 +20,13 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
-from amaranth import ClockDomain, ClockSignal, Elaboratable, Instance, Module, Signal
-from amaranth.lib import wiring
+from amaranth import ClockDomain, Elaboratable, Instance, Module, Signal
 from amaranth.lib.cdc import ResetSynchronizer
 from amaranth_boards.ecpix5 import ECPIX585Platform
 
 from prestage_hw.contract.params import TINY_DEVICE
-from prestage_hw.contract.pattern import expert_memory
-from prestage_hw.dma.rom import AXIBlockMemory
-from prestage_hw.top import Top
 
-from .uart import UART
+from .device import SerialDevice
 
 __all__ = ["BuildError", "ECPIX5Device", "build", "main"]
 
@@ -77,7 +73,7 @@ class ECPIX5Device(Elaboratable):
         m = Module()
         clock = Signal()
         locked = Signal()
-        m.domains.sync = ClockDomain()
+        m.domains.sync = sync = ClockDomain()
         ratio = Fraction(self.clock_hz, OSCILLATOR_HZ)
         divide = VCO_HZ // self.clock_hz
         m.submodules.pll = Instance(
@@ -114,25 +110,17 @@ class ECPIX5Device(Elaboratable):
             o_CLKOP=clock,
             o_LOCK=locked,
         )
-        m.d.comb += ClockSignal("sync").eq(clock)
-        platform.add_clock_constraint(clock, self.clock_hz)
+        m.d.comb += sync.clk.eq(clock)
+        platform.add_clock_constraint(sync.clk, self.clock_hz)
         # Released a few cycles after the clock runs; the button resets too.
         m.submodules.reset = ResetSynchronizer(~locked | platform.request("rst").i, stages=4)
 
-        m.submodules.top = top = Top(config=self.config)
-        m.submodules.memory = memory = AXIBlockMemory(
-            config=self.config, init=expert_memory(self.config).tobytes()
+        m.submodules.device = device = SerialDevice(
+            config=self.config, clock_hz=self.clock_hz, baud=self.baud
         )
-        m.submodules.uart = uart = UART(clock_hz=self.clock_hz, baud=self.baud)
-        wiring.connect(m, top.bus, memory.bus)
-        wiring.connect(m, uart.received, top.rx)
-        wiring.connect(m, top.tx, uart.sent)
-        # Nothing on the board consumes experts; the host reads them over the link.
-        m.d.comb += top.beats.ready.eq(1)
-
         pins = platform.request("uart")
-        m.d.comb += uart.rx_pin.eq(pins.rx.i)
-        m.d.sync += pins.tx.o.eq(uart.tx_pin)
+        m.d.comb += device.rx_pin.eq(pins.rx.i)
+        m.d.sync += pins.tx.o.eq(device.tx_pin)
 
         lights = [platform.request("rgb_led", number) for number in range(4)]
         active = Signal(22)
@@ -140,15 +128,15 @@ class ECPIX5Device(Elaboratable):
         m.d.sync += [
             active.eq(active - (active != 0)),
             damaged.eq(damaged - (damaged != 0)),
-            lights[0].g.o.eq(top.idle),
+            lights[0].g.o.eq(device.idle),
             lights[1].b.o.eq(active != 0),
             lights[2].r.o.eq(damaged != 0),
             lights[3].g.o.eq(1),
         ]
         # 84 ms at 50 MHz: long enough to see.
-        with m.If(uart.received.valid & uart.received.ready):
+        with m.If(device.byte):
             m.d.sync += active.eq(~0)
-        with m.If(uart.framing | uart.overflow):
+        with m.If(device.damaged):
             m.d.sync += damaged.eq(~0)
         return m
 
