@@ -176,24 +176,51 @@ def build(*, folder, baud=1_000_000, clock_hz=50_000_000, seed=1):
         ecppack_opts="--compress",
     )
     plan.extract(folder)
+    for name in ("prestage.json", "prestage.config", "prestage.bit"):
+        (folder / name).unlink(missing_ok=True)
     with (folder / "build.log").open("wb") as log:
-        result = subprocess.run(
+        process = subprocess.Popen(
             ["sh", f"{plan.script}.sh"],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    if result.returncode:
+        try:
+            _show_phases(process, folder)
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode:
         lines = (folder / "build.log").read_text(errors="replace").splitlines()
         last = next((line for line in reversed(lines) if "ERROR" in line), "no message")
         raise BuildError(
-            f"Build failed with exit status {result.returncode}: {last}"
+            f"Build failed with exit status {process.returncode}: {last}"
             f"\nThe log is {folder / 'build.log'}"
         )
     report = _report(folder, device=device, seed=seed, seconds=time.monotonic() - begun)
+    for name, clock in report["clocks"].items():
+        # nextpnr takes a constraint that it can't place for none, and then meets it easily.
+        if clock["constraint_mhz"] < clock_hz / 1e6 or clock["fmax_mhz"] < clock_hz / 1e6:
+            raise BuildError(f"Clock {name} must reach {clock_hz / 1e6} MHz, but is {clock}")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _show_phases(process, folder):
+    """Say on stderr what the script is at until it ends."""
+    phases = [
+        ("place and route", folder / "prestage.json"),
+        ("pack", folder / "prestage.config"),
+    ]
+    print(f"synthesis (log: {folder}/prestage.rpt)", file=sys.stderr, flush=True)
+    while process.poll() is None:
+        if phases and phases[0][1].exists():
+            print(phases.pop(0)[0], file=sys.stderr, flush=True)
+        try:
+            process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def _report(folder, *, device, seed, seconds):
