@@ -3,6 +3,9 @@
 import tomllib
 from pathlib import Path
 
+from pygments.lexers.special import TextLexer
+from sphinx.application import Sphinx
+
 _project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
 project = "Prestage"
@@ -22,3 +25,8 @@ html_theme_options = {
 html_static_path: list[str] = []
 exclude_patterns: list[str] = []
 nitpicky = True
+
+
+def setup(app: Sphinx) -> None:
+    """Show CSV as it is: Pygments has no lexer for it."""
+    app.add_lexer("csv", TextLexer)

@@ -15,16 +15,6 @@ from amaranth import Module
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.triggers import RisingEdge
-from prestage_tb.bench import (
-    Stall,
-    StreamSink,
-    StreamSource,
-    cycles,
-    parameters,
-    reset,
-    run_bench,
-    start_clock,
-)
 
 from prestage_hw.contract import MESSAGES, RECORDS, REGISTERS, DeviceConfig, ModelConfig
 from prestage_hw.contract.params import TINY_DEVICE
@@ -37,6 +27,16 @@ from prestage_hw.stats import Accuracy, Counters, RegisterBank
 from prestage_sim.model.link.dispatcher import Dispatcher as GoldenDispatcher
 from prestage_sim.model.stats.counters import Counters as GoldenCounters
 from prestage_sim.model.stats.registers import RegisterBank as GoldenRegisterBank
+from prestage_tb.bench import (
+    Stall,
+    StreamSink,
+    StreamSource,
+    cycles,
+    parameters,
+    reset,
+    run_bench,
+    start_clock,
+)
 
 _TABLE_WORDS = 40
 _OUTPUTS = ("begin", "decisions", "commands", "hints", "reads", "table_requests")

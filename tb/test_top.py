@@ -13,7 +13,6 @@ from pathlib import Path
 
 import cocotb
 import pytest
-from prestage_tb.axi import DECERR, SLVERR, AXIMemory
 
 from prestage_hw.contract import (
     MESSAGES,
@@ -32,6 +31,7 @@ from prestage_hw.layouts import RecordLayout
 from prestage_hw.top import Top
 from prestage_sim.model.top import Top as GoldenTop
 from prestage_sim.traces import load_trace
+from prestage_tb.axi import DECERR, SLVERR, AXIMemory
 from prestage_tb.bench import (
     Stall,
     StreamSink,

@@ -4,6 +4,7 @@ from amaranth import Array, Cat, Const, Module, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
+
 from prestage_hw.contract import MESSAGES, DeviceConfig
 from prestage_hw.contract.records import ErrorCode, Source
 from prestage_hw.contract.registers import register_by_name
@@ -115,7 +116,7 @@ class Dispatcher(wiring.Component):
                 "engine_idle": In(1),
                 "clear": In(1),
                 "busy": Out(1),
-                "strobes": Out(data.StructLayout({name: 1 for name in counters})),
+                "strobes": Out(data.StructLayout(dict.fromkeys(counters, 1))),
             }
         )
 
@@ -270,8 +271,8 @@ class Dispatcher(wiring.Component):
                 token = fields["BEGIN_TOKEN"]
                 with m.If(bad_ctx):
                     reject(ErrorCode.BAD_CONTEXT, at_layer=0)
-                # Decisions and starts of tokens travel on two streams: each waits until the other has
-                # been taken, so that the predictor sees them in the host's order.
+                # Decisions and starts of tokens travel on two streams: each waits until the other
+                # has been taken, so that the predictor sees them in the host's order.
                 with m.Elif(~self.decisions.valid):
                     put(self.begin, token)
                     m.d.sync += [nexts[ctx_index].eq(0), self.strobes.tokens.eq(1)]

@@ -51,7 +51,7 @@ class Accuracy(wiring.Component):
                 "command": In(RecordLayout("Command", config=config)),
                 "decision_valid": In(1),
                 "decision": In(RecordLayout("RoutingDecision", config=config)),
-                "strobes": Out(data.StructLayout({name: 1 for name in counters})),
+                "strobes": Out(data.StructLayout(dict.fromkeys(counters, 1))),
             }
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from prestage_hw.contract.params import DeviceConfig
 
 from .buffer.buffer import ExpertBuffer
