@@ -196,7 +196,7 @@ class CompiledPipe:
         library = _load(build_library(config, engine=engine, top=top))
         self._library = library
         self._memory = memory
-        self._handle = library.prestage_create(
+        self._handle: int | None = library.prestage_create(
             memory.ctypes.data, size, latency, self.bandwidth.numerator, self.bandwidth.denominator
         )
         if not self._handle:

@@ -28,12 +28,14 @@ class Traffic:
     -------
     replies : :class:`collections.Counter`
         Messages from the device by name.
+    ready : :class:`dict`
+        Slots of the experts that came ready for the layer in hand.
     """
 
     def __init__(self, config: DeviceConfig, *, seed: int = 1) -> None:
         self.config = config
         self.replies: Counter[str] = Counter()
-        self.ready: list[dict[str, int | tuple[int, ...]]] = []
+        self.ready: dict[int, int] = {}
         self._random = random.Random(seed)
         self._sequence = 0
         self._expected = 0
@@ -75,11 +77,13 @@ class Traffic:
             self._expected = sequence + 1 & 0xFF
             if message.name == "READY":
                 assert message.record is not None
-                self.ready.append(message.record.unpack(self.config, body))
+                ready = message.record.unpack(self.config, body)
+                assert isinstance(ready["expert"], int) and isinstance(ready["slot"], int)
+                self.ready[ready["expert"]] = ready["slot"]
             elif message.name == "EVENT":
                 assert message.record is not None
                 event = message.record.unpack(self.config, body)
-                raise RuntimeError(f"Device answered {ErrorCode(event['code']).name}: {event}")
+                raise RuntimeError(f"Device answered {ErrorCode(body[0]).name}: {event}")
             synced += message.name == "SYNCED"
         return synced
 
@@ -99,7 +103,7 @@ class Traffic:
             experts = self.route(layer)
             self.ready.clear()
             self.synchronize(pipe, frames + self.frame("ROUTE", 0, layer, experts))
-            arrived = {ready["expert"]: ready["slot"] for ready in self.ready}
+            arrived = self.ready
             if sorted(arrived) != sorted(experts):
                 raise RuntimeError(f"Layer {layer} needs {experts}, but {arrived} came")
             if check:
