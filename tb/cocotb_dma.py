@@ -176,8 +176,10 @@ async def lockstep(dut, stall, latency):
     count = max(4, 1200 // tb.config.tile_beats)
     fetches = [tb.fetch(tb.address()) for _ in range(count)]
     for fetch in fetches:
-        if tb.random.random() < 0.3:
-            tb.break_a_beat(fetch["address"])
+        if tb.random.random() < 0.4:
+            # Several, so that the first failing burst is not always the only one.
+            for _ in range(tb.random.choice((1, 4))):
+                tb.break_a_beat(fetch["address"])
     await tb.check(fetches)
 
 
