@@ -282,7 +282,10 @@ async def bandwidth_of_the_memory(dut):
     await reset(dut)
     await tb.check([tb.fetch(n * config.tile_bytes) for n in range(4)])
     beats = tb.memory.beat_cycles
-    assert (len(beats) - 1) * 4 <= beats[-1] - beats[0] <= (len(beats) - 1) * 4.2 + 4
+    assert beats[-1] - beats[0] >= (len(beats) - 1) * 4
+    if config.outstanding_bursts > 1:
+        # With one credit the memory's latency shows after each burst.
+        assert beats[-1] - beats[0] <= (len(beats) - 1) * 4.2 + 4
 
 
 @cocotb.test()

@@ -60,7 +60,7 @@ class Master:
                 assert held is None, "rvalid must not fall before rready"
             await RisingEdge(dut.clk)
             self.cycle += 1
-            if taken:
+            if taken and self.queue:  # A reset may have emptied it just now.
                 self.queue.pop(0)
                 self.asked.append(self.cycle)
                 waits = False
