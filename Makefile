@@ -15,8 +15,8 @@ help: ## List the targets.
 setup: ## Install everything for development into .venv.
 	@scripts/setup.sh test,lint,docs,fpga
 
-demo: ## Replay a trace of the shipped model on the simulated RTL and write build/demo.html.
-	@scripts/setup.sh sim && mkdir -p build && .venv/bin/prestage replay models/tinymoe/traces/tinymoe__code.npz --device sim:// --report build/demo.html
+demo: ## Replay 2048 tokens of the shipped model on the simulated RTL and write build/demo.html.
+	@scripts/setup.sh sim && mkdir -p build && .venv/bin/prestage replay models/tinymoe/traces/tinymoe__code.npz --device sim:// --first 2048 --report build/demo.html
 
 test: ## Run all tests and benches (under 15 minutes on two cores).
 	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2
