@@ -88,8 +88,10 @@ def verilog_text(config, *, name="prestage"):
     from amaranth.back import verilog
 
     from prestage_hw.top import Top
+    from prestage_hw.verilog import without_zero_memories
 
-    return verilog.convert(Top(config=config), name=name, emit_src=False)
+    with without_zero_memories():
+        return verilog.convert(Top(config=config), name=name, emit_src=False)
 
 
 def _yosys():

@@ -7,7 +7,6 @@ A process of its own, so that a simulation runs without Amaranth in memory:
 import importlib
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In
 
 from prestage_hw.contract import DeviceConfig, ModelConfig
+from prestage_hw.verilog import without_zero_memories
 
 __all__ = ["Registered", "main"]
 
@@ -70,18 +70,11 @@ def main(arguments):
     module, name = top.split(":")
     design = Registered(getattr(importlib.import_module(module), name)(config=config))
     # Without source locations the text, and so the cache's key, changes only if the hardware does.
-    if engine == "cxxrtl":
-        text = cxxrtl.convert(design, name="top", emit_src=False)
-    else:
-        text = verilog.convert(design, name="top", emit_src=False, strip_internal_attrs=True)
-        # A statement for each word of a memory makes the build several times longer. Variables
-        # start at 0 anyway (--x-initial 0), so those that say 0 can go.
-        text = re.sub(
-            r"^  initial begin\n(?:    \S+ ?\[\d+\] = \d+'h[0-9a-f]+;\n)*  end\n",
-            lambda block: re.sub(r"^.* = \d+'h0+;\n", "", block.group(), flags=re.MULTILINE),
-            text,
-            flags=re.MULTILINE,
-        )
+    with without_zero_memories():
+        if engine == "cxxrtl":
+            text = cxxrtl.convert(design, name="top", emit_src=False)
+        else:
+            text = verilog.convert(design, name="top", emit_src=False, strip_internal_attrs=True)
     Path(output).write_text(text)
 
 
