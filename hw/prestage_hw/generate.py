@@ -81,8 +81,18 @@ def preset_device(name, *, slots=None, contexts=1, **options):
     return DeviceConfig(model=preset(name), slots=slots, contexts=contexts, **options)
 
 
+# The block in which Amaranth's Verilog sets a memory to zero, word by word.
+_ZEROED = re.compile(
+    r"^  initial begin\n(?:    \S+ ?\[\d+\] = \d+'[bdh]0+;\n)+  end\n", re.MULTILINE
+)
+
+
 def verilog_text(config, *, name="prestage"):
-    """Verilog of the top for a device, ``name`` being the module's."""
+    """Verilog of the top for a device, ``name`` being the module's.
+
+    Memories come without an initial value: every block clears or writes what it reads, and a line
+    for each word of the expert buffer takes yosys longer than all the rest.
+    """
     # The yosys that Amaranth brings along has no cache to fill on its first run.
     os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
     from amaranth.back import verilog
@@ -91,7 +101,7 @@ def verilog_text(config, *, name="prestage"):
     from prestage_hw.verilog import without_zero_memories
 
     with without_zero_memories():
-        return verilog.convert(Top(config=config), name=name, emit_src=False)
+        return _ZEROED.sub("", verilog.convert(Top(config=config), name=name, emit_src=False))
 
 
 def _yosys():
