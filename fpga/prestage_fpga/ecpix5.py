@@ -111,7 +111,7 @@ class ECPIX5Device(Elaboratable):
             o_LOCK=locked,
         )
         m.d.comb += sync.clk.eq(clock)
-        platform.add_clock_constraint(sync.clk, self.clock_hz)
+        # nextpnr derives the clock's constraint from the oscillator's; build() checks it.
         # Released a few cycles after the clock runs; the button resets too.
         m.submodules.reset = ResetSynchronizer(~locked | platform.request("rst").i, stages=4)
 
