@@ -7,6 +7,7 @@ A process of its own, so that a simulation runs without Amaranth in memory:
 import importlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -73,6 +74,9 @@ def main(arguments):
     with without_zero_memories():
         if engine == "cxxrtl":
             text = cxxrtl.convert(design, name="top", emit_src=False)
+        else:
+            text = verilog.convert(design, name="top", emit_src=False, strip_internal_attrs=True)
+    if engine == "cxxrtl":
         # Nobody asks for the values of inner signals here, and what would give them takes a third
         # of the compile time.
         text = re.sub(
@@ -81,8 +85,6 @@ def main(arguments):
             text,
             flags=re.MULTILINE | re.DOTALL,
         )
-        else:
-            text = verilog.convert(design, name="top", emit_src=False, strip_internal_attrs=True)
     Path(output).write_text(text)
 
 
