@@ -81,12 +81,6 @@ def preset_device(name, *, slots=None, contexts=1, **options):
     return DeviceConfig(model=preset(name), slots=slots, contexts=contexts, **options)
 
 
-# The block in which Amaranth's Verilog sets a memory to zero, word by word.
-_ZEROED = re.compile(
-    r"^  initial begin\n(?:    \S+ ?\[\d+\] = \d+'[bdh]0+;\n)+  end\n", re.MULTILINE
-)
-
-
 def verilog_text(config, *, name="prestage"):
     """Verilog of the top for a device, ``name`` being the module's.
 
@@ -101,7 +95,7 @@ def verilog_text(config, *, name="prestage"):
     from prestage_hw.verilog import without_zero_memories
 
     with without_zero_memories():
-        return _ZEROED.sub("", verilog.convert(Top(config=config), name=name, emit_src=False))
+        return verilog.convert(Top(config=config), name=name, emit_src=False)
 
 
 def _yosys():
