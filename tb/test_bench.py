@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """The bench helpers themselves, on a buffered queue and on components that break the rules."""
 
 import random

@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """The compiled simulation: memory model, consumer port, cache and options.
 
 ::

@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """Dispatcher, register bank, counters and accuracy against their golden models.
 
 ::

@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """Link framing and go-back-N: RTL against the golden model, the driver and published vectors."""
 
 import re

@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """The whole device against the golden model, over real link bytes.
 
 ::

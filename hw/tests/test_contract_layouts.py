@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """RTL layouts: field names, order and widths are those of the records."""
 
 import re

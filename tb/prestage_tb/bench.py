@@ -201,11 +201,22 @@ def _to_verilog(
     with contextlib.nullcontext() if sim == "icarus" else without_zero_memories():
         text = rtlil.convert(component, name=name, ports=ports, emit_src=False)
     version = importlib.metadata.version("amaranth")
-    path = _ROOT / "build" / "tb" / "verilog" / f"{name}-{_digest(text, version)}.v"
+    path = _ROOT / "build" / "tb" / "verilog" / f"{name}-{_digest(text, version, sim)}.v"
     with _locked(path):
         if not path.exists():
-            # The time scale is for Icarus, which would count whole seconds without one.
-            _replace_text(path, f"`timescale 1ns/1ps\n{verilog._convert_rtlil_text(text)}")
+            result = verilog._convert_rtlil_text(text)
+            if sim == "icarus":
+                # Icarus counts whole seconds without a time scale. And it evaluates a process only
+                # when an input changes, so that what depends on constants would stay X: yosys puts
+                # a register into each process for that, which has to change once.
+                result = re.sub(
+                    r"^  reg (\\\$auto\$verilog_backend\S+ ) = 0;$",
+                    r"\g<0>\n  initial #1 \g<1>= 1;",
+                    result,
+                    flags=re.MULTILINE,
+                )
+                result = f"`timescale 1ns/1ps\n{result}"
+            _replace_text(path, result)
     return path
 
 
