@@ -4,7 +4,7 @@ from amaranth import Module
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.pattern import expert_memory
 from prestage_hw.dma.rom import AXIBlockMemory
 from prestage_hw.top import Top
@@ -44,8 +44,7 @@ class SerialDevice(wiring.Component):
     """
 
     def __init__(self, *, config, clock_hz, baud):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         self.uart = UART(clock_hz=clock_hz, baud=baud)
         super().__init__(

@@ -3,7 +3,8 @@
 from amaranth import Cat, Const, Value, unsigned
 from amaranth.lib import data
 
-from prestage_hw.contract import RECORDS, DeviceConfig
+from prestage_hw.contract import RECORDS
+from prestage_hw.contract.params import require_config
 
 __all__ = ["RecordLayout", "body_bytes", "body_fields"]
 
@@ -27,8 +28,7 @@ class RecordLayout(data.StructLayout):
     def __init__(self, name, *, config):
         if name not in RECORDS:
             raise ValueError(f"Record must be one of {', '.join(RECORDS)}, not {name!r}")
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         fields = {}
         for field in RECORDS[name].fields:
             shape = unsigned(field.bits(config))

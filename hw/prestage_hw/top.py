@@ -12,7 +12,7 @@ from amaranth.lib.wiring import In, Out
 
 from prestage_hw.buffer import ExpertBuffer
 from prestage_hw.buffer.arbiter import ReadArbiter
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.registers import COUNTERS
 from prestage_hw.dma import DMA
 from prestage_hw.dma.axi import AXI4ReadSignature
@@ -50,8 +50,7 @@ class Top(wiring.Component):
     """
 
     def __init__(self, *, config, link_options=None):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         self.link_options = dict(link_options or {})
         super().__init__(

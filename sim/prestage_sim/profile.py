@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 
 __all__ = ["CORRELATION_TABLE", "correlation_profile"]
 
@@ -42,8 +43,7 @@ def correlation_profile(experts: ArrayLike, *, config: DeviceConfig) -> NDArray[
     ValueError
         If the shape or an expert does not fit the configuration.
     """
-    if not isinstance(config, DeviceConfig):
-        raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+    require_config(config)
     choices = np.asarray(experts)
     if not np.issubdtype(choices.dtype, np.integer):
         raise TypeError(f"Experts must be integers, not {choices.dtype}")

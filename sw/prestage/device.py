@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prestage_hw.contract import MESSAGES, DeviceConfig, Pipe, SimulatedPipe, register_by_name
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.pattern import expert_memory
 from prestage_hw.contract.records import ErrorCode, Phase, Record
 from prestage_hw.contract.registers import COUNTERS, REGISTERS, shape_registers
@@ -164,8 +165,7 @@ def open_device(
     LinkError
         If the device can't be reached or its simulation can't be built.
     """
-    if not isinstance(config, DeviceConfig):
-        raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+    require_config(config)
     scheme, options = _options(url)
     opener = _opener(scheme, url)
     if memory is None:
@@ -216,8 +216,7 @@ class Device:
     """
 
     def __init__(self, pipe: Pipe, config: DeviceConfig, *, url: str = "") -> None:
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         self.pipe = pipe
         self.url = url

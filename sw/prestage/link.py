@@ -8,19 +8,14 @@ from collections import deque
 from collections.abc import Callable
 
 from prestage_hw.contract import MESSAGES, DeviceConfig, Pipe
+from prestage_hw.contract.checks import require_integer
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import LINK_ACK, LINK_NAK, LINK_RESET, LINK_RESET_DONE
 from prestage_hw.contract.wire import FRAME_OVERHEAD, MAX_FRAME_BYTES, encode_frame
 
 from .errors import LinkError
 
 __all__ = ["HostLink", "LinkError"]
-
-
-def _require_integer(what: str, value: object, *, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{what} must be an integer, not {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{what} must be between {low} and {high}, not {value}")
 
 
 class HostLink:
@@ -71,11 +66,10 @@ class HostLink:
         attempts: int = 8,
         patience: float = 16_384,
     ) -> None:
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
-        _require_integer("Window", window, low=1, high=64)
-        _require_integer("Acknowledge interval", acknowledge_every, low=1, high=64)
-        _require_integer("Attempt count", attempts, low=1, high=1 << 16)
+        require_config(config)
+        require_integer("Window", window, low=1, high=64)
+        require_integer("Acknowledge interval", acknowledge_every, low=1, high=64)
+        require_integer("Attempt count", attempts, low=1, high=1 << 16)
         if not patience > 0:
             raise ValueError(f"Patience must be positive, not {patience!r}")
         self.pipe = pipe

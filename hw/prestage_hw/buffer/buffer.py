@@ -4,7 +4,7 @@ from amaranth import Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import BufferCode, BufferOp
 from prestage_hw.layouts import RecordLayout
 
@@ -78,8 +78,7 @@ class ExpertBuffer(wiring.Component):
     """
 
     def __init__(self, *, config):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         self._directory = Directory(config=config)
         self._recency = RecencyList(config=config)

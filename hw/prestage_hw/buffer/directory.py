@@ -5,14 +5,9 @@ from amaranth.lib import data, enum, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 
 __all__ = ["Directory", "EntryLayout", "EntryState", "PinLayout", "SlotLayout"]
-
-
-def _require_config(config):
-    if not isinstance(config, DeviceConfig):
-        raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
 
 
 class EntryState(enum.Enum, shape=2):
@@ -33,7 +28,7 @@ class EntryLayout(data.StructLayout):
     """
 
     def __init__(self, *, config):
-        _require_config(config)
+        require_config(config)
         super().__init__(
             {
                 "state": EntryState,
@@ -56,7 +51,7 @@ class SlotLayout(data.StructLayout):
     """
 
     def __init__(self, *, config):
-        _require_config(config)
+        require_config(config)
         super().__init__(
             {
                 "valid": unsigned(1),
@@ -80,7 +75,7 @@ class PinLayout(data.StructLayout):
     """
 
     def __init__(self, *, config):
-        _require_config(config)
+        require_config(config)
         super().__init__({"valid": unsigned(1), "slot": unsigned(config.bits("slot"))})
 
 
@@ -144,7 +139,7 @@ class Directory(wiring.Component):
     """
 
     def __init__(self, *, config):
-        _require_config(config)
+        require_config(config)
         self.config = config
         key = data.StructLayout(
             {"expert": unsigned(config.bits("expert")), "layer": unsigned(config.bits("layer"))}

@@ -5,7 +5,7 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.layouts import RecordLayout
 
 __all__ = ["Storage"]
@@ -55,8 +55,7 @@ class Storage(wiring.Component):
     """
 
     def __init__(self, *, config):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         self._aligned = config.expert_beats & (config.expert_beats - 1) == 0
         self.read_latency = 2 if self._aligned else 3

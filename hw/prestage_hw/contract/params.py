@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["PRESETS", "DeviceConfig", "ModelConfig", "preset"]
+from .checks import require_integer, require_power_of_two
 
-
-def _require_integer(what: str, value: object, *, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{what} must be an integer, not {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{what} must be between {low} and {high}, not {value}")
-
-
-def _require_power_of_two(what: str, value: object, *, low: int, high: int) -> None:
-    _require_integer(what, value, low=low, high=high)
-    assert isinstance(value, int)
-    if value & (value - 1):
-        raise ValueError(f"{what} must be a power of two, not {value}")
+__all__ = ["PRESETS", "TINY_DEVICE", "DeviceConfig", "ModelConfig", "preset", "require_config"]
 
 
 def _bits_for_count(count: int) -> int:
@@ -61,14 +49,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise TypeError(f"Model name must be a non-empty string, not {self.name!r}")
-        _require_integer("Layer count", self.layers, low=1, high=255)
-        _require_integer("Expert count", self.experts, low=2, high=1024)
-        _require_integer("Top-k", self.top_k, low=1, high=16)
+        require_integer("Layer count", self.layers, low=1, high=255)
+        require_integer("Expert count", self.experts, low=2, high=1024)
+        require_integer("Top-k", self.top_k, low=1, high=16)
         if self.top_k > self.experts:
             raise ValueError(
                 f"Top-k must not exceed the expert count {self.experts}, but is {self.top_k}"
             )
-        _require_integer("Expert size in bytes", self.expert_bytes, low=0, high=1 << 40)
+        require_integer("Expert size in bytes", self.expert_bytes, low=0, high=1 << 40)
 
 
 def _swiglu_bytes(*, hidden: int, intermediate: int, weight_bits: float) -> int:
@@ -205,15 +193,15 @@ class DeviceConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
             raise TypeError(f"Model must be a ModelConfig, not {self.model!r}")
-        _require_integer("Context count", self.contexts, low=1, high=8)
+        require_integer("Context count", self.contexts, low=1, high=8)
         least = self.contexts * self.model.top_k
-        _require_integer("Slot count", self.slots, low=1, high=65535)
+        require_integer("Slot count", self.slots, low=1, high=65535)
         if self.slots < least:
             raise ValueError(
                 f"Slot count must be at least contexts x top-k = {least}, not {self.slots}"
             )
-        _require_power_of_two("Tile size in bytes", self.tile_bytes, low=512, high=16384)
-        _require_integer("Expert size in bytes", self.expert_bytes, low=512, high=1 << 24)
+        require_power_of_two("Tile size in bytes", self.tile_bytes, low=512, high=16384)
+        require_integer("Expert size in bytes", self.expert_bytes, low=512, high=1 << 24)
         if self.expert_bytes % self.tile_bytes:
             raise ValueError(
                 f"Expert size must be a whole number of {self.tile_bytes}-byte tiles,"
@@ -223,7 +211,7 @@ class DeviceConfig:
             raise ValueError(
                 f"Predictor must be one of {', '.join(self.PREDICTORS)}, not {self.predictor!r}"
             )
-        _require_integer("Successor count", self.successors, low=0, high=32)
+        require_integer("Successor count", self.successors, low=0, high=32)
         if self.successors == 0:
             object.__setattr__(self, "successors", min(8, self.model.experts))
         if self.successors > self.model.experts:
@@ -231,20 +219,20 @@ class DeviceConfig:
                 f"Successor count must not exceed the expert count {self.model.experts},"
                 f" but is {self.successors}"
             )
-        _require_power_of_two("Memory port width in bytes", self.data_bytes, low=4, high=64)
-        _require_integer("Address width in bits", self.address_bits, low=16, high=64)
+        require_power_of_two("Memory port width in bytes", self.data_bytes, low=4, high=64)
+        require_integer("Address width in bits", self.address_bits, low=16, high=64)
         total = self.model.layers * self.model.experts * self.expert_bytes
         if total > 1 << self.address_bits:
             raise ValueError(
                 f"Address width must span all experts ({total} bytes),"
                 f" but is {self.address_bits} bits"
             )
-        _require_integer("In-flight table size", self.inflight, low=4, high=32)
-        _require_integer(
+        require_integer("In-flight table size", self.inflight, low=4, high=32)
+        require_integer(
             "In-flight prefetch limit", self.prefetch_inflight, low=1, high=self.inflight - 2
         )
-        _require_integer("Outstanding burst limit", self.outstanding_bursts, low=1, high=16)
-        _require_power_of_two("Burst length in beats", self.burst_beats, low=1, high=256)
+        require_integer("Outstanding burst limit", self.outstanding_bursts, low=1, high=16)
+        require_power_of_two("Burst length in beats", self.burst_beats, low=1, high=256)
 
     @property
     def tiles(self) -> int:
@@ -313,6 +301,18 @@ class DeviceConfig:
     def replace(self, **changes: object) -> DeviceConfig:
         """The same configuration with some parameters changed, validated again."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def require_config(config: object) -> None:
+    """Refuse what is not a :class:`DeviceConfig`.
+
+    Raises
+    ------
+    TypeError
+        If ``config`` is anything else.
+    """
+    if not isinstance(config, DeviceConfig):
+        raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
 
 
 TINY_DEVICE = DeviceConfig(

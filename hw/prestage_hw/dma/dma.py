@@ -4,7 +4,7 @@ from amaranth import Module
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.layouts import RecordLayout
 
 from .axi import AXI4ReadSignature
@@ -45,8 +45,7 @@ class DMA(wiring.Component):
     launch_latency = 3
 
     def __init__(self, *, config):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         #: Tiles that fit inside: one for each outstanding burst, and four on their way in or out.
         self.tiles = config.outstanding_bursts + 4

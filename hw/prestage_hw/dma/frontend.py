@@ -4,7 +4,7 @@ from amaranth import Module, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.layouts import RecordLayout
 
 __all__ = ["FrontEnd", "TileLayout"]
@@ -59,8 +59,7 @@ class FrontEnd(wiring.Component):
     """
 
     def __init__(self, *, config, tiles):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         if tiles < 1:
             raise ValueError(f"Tile limit must be a positive integer, not {tiles}")
         self.config = config

@@ -4,7 +4,7 @@ from amaranth import Module, Mux, Signal
 from amaranth.lib import memory, wiring
 from amaranth.lib.wiring import In
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 
 from .axi import AXI4ReadSignature
 
@@ -45,8 +45,7 @@ class AXIBlockMemory(wiring.Component):
     RESPONSE_DECERR = 3
 
     def __init__(self, *, config, init):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         init = bytes(init)
         if not init or len(init) % config.data_bytes:
             raise ValueError(

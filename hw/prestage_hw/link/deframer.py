@@ -4,7 +4,7 @@ from amaranth import Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import LINK_ACK, LINK_NAK, LINK_RESET
 from prestage_hw.contract.wire import FRAME_OVERHEAD, MAX_FRAME_BYTES
 
@@ -92,8 +92,7 @@ class Deframer(wiring.Component):
     latency = 2
 
     def __init__(self, *, config):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         self.layout = FrameLayout(config=config)
         super().__init__(

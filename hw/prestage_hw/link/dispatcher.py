@@ -5,7 +5,8 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import MESSAGES, DeviceConfig
+from prestage_hw.contract import MESSAGES
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import ErrorCode, Source
 from prestage_hw.contract.registers import register_by_name
 from prestage_hw.layouts import RecordLayout, body_bytes, body_fields
@@ -89,8 +90,7 @@ class Dispatcher(wiring.Component):
     """
 
     def __init__(self, *, config):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         counters = ("tokens", "routes", "releases", "hints", "rejected")
 

@@ -3,7 +3,8 @@
 from amaranth import unsigned
 from amaranth.lib import data
 
-from prestage_hw.contract import MESSAGES, DeviceConfig
+from prestage_hw.contract import MESSAGES
+from prestage_hw.contract.params import require_config
 
 __all__ = ["MessageLayout", "body_lengths"]
 
@@ -44,8 +45,7 @@ class MessageLayout(data.StructLayout):
     """
 
     def __init__(self, *, config, to_device):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         if not isinstance(to_device, bool):
             raise TypeError(f"Direction must be a boolean, not {to_device!r}")
         longest = max(body_lengths(config, to_device=to_device).values())

@@ -5,7 +5,8 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.checks import require_integer
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import LINK_ACK, LINK_NAK, LINK_RESET, LINK_RESET_DONE
 from prestage_hw.contract.wire import FRAME_OVERHEAD
 
@@ -14,13 +15,6 @@ from .framer import Framer
 from .layouts import MessageLayout, body_lengths
 
 __all__ = ["Link"]
-
-
-def _require_integer(what, value, *, low, high):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{what} must be an integer, not {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{what} must be between {low} and {high}, not {value}")
 
 
 class Link(wiring.Component):
@@ -95,16 +89,15 @@ class Link(wiring.Component):
         acknowledge_idle=64,
         replay_cycles=65536,
     ):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
-        _require_integer("Replay memory size in frames", replay_frames, low=2, high=64)
+        require_config(config)
+        require_integer("Replay memory size in frames", replay_frames, low=2, high=64)
         if replay_frames & (replay_frames - 1):
             raise ValueError(
                 f"Replay memory size in frames must be a power of two, not {replay_frames}"
             )
-        _require_integer("Acknowledge interval", acknowledge_every, low=1, high=64)
-        _require_integer("Acknowledge delay in cycles", acknowledge_idle, low=1, high=65535)
-        _require_integer("Replay delay in cycles", replay_cycles, low=1, high=(1 << 24) - 1)
+        require_integer("Acknowledge interval", acknowledge_every, low=1, high=64)
+        require_integer("Acknowledge delay in cycles", acknowledge_idle, low=1, high=65535)
+        require_integer("Replay delay in cycles", replay_cycles, low=1, high=(1 << 24) - 1)
         self.config = config
         self.replay_frames = replay_frames
         self.acknowledge_every = acknowledge_every

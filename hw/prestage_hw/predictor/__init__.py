@@ -5,7 +5,7 @@ both classes under the same name (also in :attr:`DeviceConfig.PREDICTORS`); the 
 ``tb/test_predictor.py`` runs every registered name.
 """
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 
 from .base import Predictor, PredictorSignature
 from .none import NonePredictor
@@ -40,6 +40,5 @@ def create_predictor(config):
     TypeError
         If ``config`` is not a :class:`DeviceConfig`.
     """
-    if not isinstance(config, DeviceConfig):
-        raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+    require_config(config)
     return PREDICTORS[config.predictor](config)

@@ -4,7 +4,7 @@ from amaranth import unsigned
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.layouts import RecordLayout
 
 __all__ = ["Predictor", "PredictorSignature"]
@@ -75,7 +75,6 @@ class Predictor(wiring.Component):
     """
 
     def __init__(self, config):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         super().__init__(PredictorSignature(config=config))

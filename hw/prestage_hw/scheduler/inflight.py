@@ -4,7 +4,7 @@ from amaranth import Array, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.layouts import RecordLayout
 
 __all__ = ["EntryLayout", "InflightTable"]
@@ -82,8 +82,7 @@ class InflightTable(wiring.Component):
     """
 
     def __init__(self, *, config):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         self.entry_layout = EntryLayout(config=config)
         tag_bits = config.bits("tag")

@@ -4,7 +4,7 @@ from amaranth import Module, Signal
 from amaranth.lib import fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import Source
 from prestage_hw.layouts import RecordLayout
 
@@ -34,8 +34,7 @@ class CandidateQueue(wiring.Component):
     """
 
     def __init__(self, *, config):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         self.layout = RecordLayout("Candidate", config=config)
         super().__init__(

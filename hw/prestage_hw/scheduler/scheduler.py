@@ -4,7 +4,7 @@ from amaranth import Array, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, enum, fifo, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode
 from prestage_hw.layouts import RecordLayout
 
@@ -104,8 +104,7 @@ class Scheduler(wiring.Component):
     fill_latency = 6
 
     def __init__(self, *, config):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         #: Commands that may wait: two routing decisions at least.
         self.command_depth = max(16, 2 * config.model.top_k)

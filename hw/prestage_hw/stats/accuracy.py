@@ -4,7 +4,7 @@ from amaranth import Array, Module, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.layouts import RecordLayout
 
 __all__ = ["Accuracy"]
@@ -37,8 +37,7 @@ class Accuracy(wiring.Component):
     """
 
     def __init__(self, *, config):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         counters = ("candidates", "candidates_correct", "demands_predicted")
         super().__init__(

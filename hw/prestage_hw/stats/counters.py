@@ -4,7 +4,7 @@ from amaranth import Module, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.registers import COUNTERS
 
 __all__ = ["Counters"]
@@ -32,8 +32,7 @@ class Counters(wiring.Component):
     """
 
     def __init__(self, *, config):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         super().__init__(
             {

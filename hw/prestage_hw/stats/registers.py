@@ -4,7 +4,8 @@ from amaranth import Cat, Const, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract import REGISTERS, DeviceConfig
+from prestage_hw.contract import REGISTERS
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.registers import COUNTERS, register_by_name, shape_registers
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import RegisterRequestLayout, RegisterResponseLayout
@@ -52,8 +53,7 @@ class RegisterBank(wiring.Component):
     """
 
     def __init__(self, *, config):
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         super().__init__(
             {

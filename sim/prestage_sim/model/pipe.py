@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prestage_hw.contract import TRANSFER_DTYPE, DeviceConfig
+from prestage_hw.contract.params import require_config
 
 from .link import DeviceLink
 from .top import Top
@@ -45,8 +46,7 @@ class ModelPipe:
         memory: NDArray[np.uint8],
         failing: Sequence[tuple[int, int]] = (),
     ) -> None:
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         if not isinstance(memory, np.ndarray) or memory.dtype != np.uint8 or memory.ndim != 1:
             raise TypeError("Memory must be a one-dimensional array of uint8")
         self.config = config

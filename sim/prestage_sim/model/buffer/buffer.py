@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import BufferCode, BufferOp
 
 from .directory import EMPTY, FILLING, READY, Directory
@@ -63,8 +64,7 @@ class ExpertBuffer:
     """
 
     def __init__(self, config: DeviceConfig) -> None:
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         self.directory = Directory(config)
         self.recency = Recency(slots=config.slots)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 
 from .axi import BusError, Memory
 from .backend import Completion, complete
@@ -29,8 +30,7 @@ class DMA:
     """
 
     def __init__(self, config: DeviceConfig) -> None:
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
 
     def bursts(self, address: int) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ import zlib
 from typing import NamedTuple
 
 from prestage_hw.contract import MESSAGES, DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import LINK_ACK, LINK_NAK, LINK_RESET
 from prestage_hw.contract.wire import FRAME_OVERHEAD, MAX_FRAME_BYTES
 
@@ -42,8 +43,7 @@ class Deframer:
     """
 
     def __init__(self, config: DeviceConfig) -> None:
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         self._lengths = {
             message.code: message.body_bytes(config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 
 from .base import Candidate, Predictor
 from .none import NonePredictor
@@ -38,6 +39,5 @@ def create_predictor(config: DeviceConfig) -> Predictor:
     TypeError
         If ``config`` is not a :class:`DeviceConfig`.
     """
-    if not isinstance(config, DeviceConfig):
-        raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+    require_config(config)
     return PREDICTORS[config.predictor](config)

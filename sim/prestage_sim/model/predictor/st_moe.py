@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 
 from .base import Candidate
 
@@ -46,8 +47,7 @@ class StMoePredictor:
     """
 
     def __init__(self, config: DeviceConfig) -> None:
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         model = config.model
         self._layers = model.layers

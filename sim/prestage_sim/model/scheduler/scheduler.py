@@ -6,6 +6,7 @@ from collections.abc import MutableMapping, Sequence
 from typing import NamedTuple, Protocol
 
 from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode
 
 from ..dma.axi import BusError, Memory
@@ -128,8 +129,7 @@ class Scheduler:
         memory: Memory,
         counters: MutableMapping[str, int],
     ) -> None:
-        if not isinstance(config, DeviceConfig):
-            raise TypeError(f"Configuration must be a DeviceConfig, not {config!r}")
+        require_config(config)
         self.config = config
         self.buffer = buffer
         self.memory = memory
