@@ -8,16 +8,15 @@ import pytest
 import prestage
 from prestage.replay import replay
 from prestage_hw.contract import TRANSFER_DTYPE, DeviceConfig, ModelConfig
-from prestage_sim._page import expert_transfers
 from prestage_sim._svg import ticks
-from prestage_sim.report import (
+from prestage_sim.report import expert_transfers, render
+from prestage_sim.runs import (
     METRICS,
     SAMPLE_DTYPE,
     Run,
     baseline_misses,
     layer_accuracy,
     metrics,
-    render,
 )
 from prestage_sim.traces import Trace
 

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from prestage_hw.contract import PRESETS, DeviceConfig
-from prestage_sim.report import METRICS, Run, render
+from prestage_sim.runs import METRICS, Run
 from prestage_sim.traces import (
     FORMATS,
     Trace,
@@ -362,6 +362,9 @@ def _write_results(args: argparse.Namespace, run: Run) -> None:
         text = json.dumps(run_object(run, trace_path=args.trace), indent=2) + "\n"
         failures += _try_write(args.json, lambda: text, what="JSON file")
     if args.report is not None:
+        # Only the page needs the template engine.
+        from prestage_sim.report import render
+
         failures += _try_write(
             args.report, lambda: render(run, trace_path=args.trace), what="Report"
         )

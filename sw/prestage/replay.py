@@ -24,7 +24,7 @@ from prestage_hw.contract.pattern import expert_pattern
 from prestage_hw.contract.records import Phase
 from prestage_hw.contract.registers import VERSION
 from prestage_sim.profile import CORRELATION_TABLE, correlation_profile
-from prestage_sim.report import SAMPLE_DTYPE, Run, baseline_misses
+from prestage_sim.runs import SAMPLE_DTYPE, Run, baseline_misses
 from prestage_sim.traces import Trace, TraceError, model_config
 
 from .device import Device

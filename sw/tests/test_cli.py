@@ -108,7 +108,7 @@ def test_table_of_a_clocked_device(capsys):
     """The rows that only a clock fills."""
     from prestage.cli import _print_run
     from prestage.replay import device_config
-    from prestage_sim.report import Run
+    from prestage_sim.runs import Run
 
     run = Run(
         config=device_config(make()),

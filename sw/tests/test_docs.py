@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prestage.cli import main
-from prestage_sim.report import METRICS
+from prestage_sim.runs import METRICS
 from prestage_sim.traces import Trace, save_trace
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
