@@ -219,8 +219,7 @@ def test_interrupt(tb):
     with pytest.raises(KeyboardInterrupt):
         timer.start()
         tb.pipe.run(1 << 50)
-    # It came back from the endless run; how soon is not a matter for a busy machine.
-    assert time.monotonic() - sent[0] < 30
+    assert time.monotonic() - sent[0] < 0.5
     timer.join()
     tb.fetch_expert(1, 2, slot=3)
     assert tb.pipe.compare([3], [1], [2]) == []
@@ -368,7 +367,9 @@ def test_cache(compiler):
     assert built > 3
 
     # A third takes what is there, at once.
+    begun = time.monotonic()
     library = build_library(CONFIG, top=PROBE)
+    assert time.monotonic() - begun < 1
     assert _compiled(compiler) == built
 
     # Nothing but whole entries is left behind.
