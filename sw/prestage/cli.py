@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -36,6 +37,7 @@ from prestage_sim.traces import (
 from . import __version__
 from .device import open_device
 from .errors import ArgumentError, PrestageError
+from .evaluate_cli import add_evaluate
 from .output import OutputError, check_writable, write_file
 from .replay import (
     PACES,
@@ -119,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  prestage replay trace.npz\n"
         "  prestage replay trace.npz --device sim:// --report report.html\n"
+        "  prestage evaluate trace.npz --predictor st_moe --report quality.html\n"
         "  prestage trace info trace.npz\n"
         "  prestage info",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -126,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"prestage {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_replay(commands)
+    add_evaluate(
+        add=functools.partial(_command, commands),
+        add_reading=_add_reading,
+        positive=_positive,
+        load=_load,
+    )
     _add_trace(commands)
     _command(
         commands,

@@ -17,6 +17,7 @@ __all__ = [
     "BINS",
     "LruCache",
     "Tally",
+    "block_edges",
     "cut_offs",
     "expected_calibration_error",
     "reliability_table",
@@ -25,8 +26,8 @@ __all__ = [
 #: Bins of equal width of the reliability table.
 BINS = 16
 
-#: Least and greatest number of tokens of the first block of the cold-start curve, and blocks.
-_FIRST_BLOCK, _BLOCKS = 8, 32
+#: Least tokens of a block of the cold-start curve, and most blocks.
+_LEAST_BLOCK, _BLOCKS = 8, 32
 
 
 def cut_offs(*, top_k: int, experts: int) -> tuple[int, int, int, int]:
@@ -41,10 +42,11 @@ def cut_offs(*, top_k: int, experts: int) -> tuple[int, int, int, int]:
 
 def block_edges(tokens: int) -> NDArray[np.int64]:
     """Edges of the blocks of the cold-start curve, from 0 to ``tokens``, ever wider."""
-    if tokens <= _FIRST_BLOCK:
-        return np.array([0, tokens], dtype=np.int64)
-    ends = np.geomspace(_FIRST_BLOCK, tokens, _BLOCKS).round().astype(np.int64)
-    return np.unique(np.concatenate([[0], ends]))
+    edges = [0]
+    for end in np.geomspace(min(_LEAST_BLOCK, tokens), tokens, _BLOCKS).round().astype(int):
+        if end - edges[-1] >= _LEAST_BLOCK and tokens - end >= _LEAST_BLOCK:
+            edges.append(int(end))
+    return np.array([*edges, tokens], dtype=np.int64)
 
 
 @compiled

@@ -1,0 +1,468 @@
+"""The command ``prestage evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from prestage_sim.evaluate.rankers import FARTHEST_HORIZON, RANKERS
+from prestage_sim.traces import Trace, TraceError
+
+from . import __version__
+from .errors import ArgumentError
+from .output import OutputError, check_writable, write_file
+
+if TYPE_CHECKING:
+    from prestage_sim.evaluate.run import Evaluation
+
+__all__ = ["add_evaluate"]
+
+#: Columns of the cold-start table, and of a page that is no terminal.
+_COLD_COLUMNS, _PAGE = 8, 120
+
+
+def _horizons(text: str) -> tuple[int, ...]:
+    found: set[int] = set()
+    for part in text.split(","):
+        low, dots, high = part.replace("-", "..").partition("..")
+        try:
+            first = int(low)
+            last = int(high) if dots else first
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"must be numbers and ranges such as 1,3 or 1..4, not {text!r}"
+            ) from None
+        if last < first:
+            raise argparse.ArgumentTypeError(f"must be an ascending range, not {part!r}")
+        for end in (first, last):
+            if not 1 <= end <= FARTHEST_HORIZON:
+                raise argparse.ArgumentTypeError(
+                    f"must be between 1 and {FARTHEST_HORIZON}, not {end}"
+                )
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def _residencies(text: str) -> tuple[float, ...]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be shares such as 0.10,0.25,0.40, not {text!r}"
+        ) from None
+    for value in values:
+        if not 0 <= value <= 1:
+            raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {value:g}")
+    return tuple(dict.fromkeys(values))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def add_evaluate(
+    *,
+    add: Callable[..., argparse.ArgumentParser],
+    add_reading: Callable[[argparse.ArgumentParser], None],
+    positive: Callable[[str], int],
+    load: Callable[[argparse.Namespace, str], Trace],
+) -> None:
+    """Add the command to the others.
+
+    Parameters
+    ----------
+    add : callable
+        Makes a command's parser from its name, what runs it, ``text`` and ``examples``.
+    add_reading : callable
+        Adds the options of reading a trace.
+    positive : callable
+        Converts the text of a positive integer.
+    load : callable
+        Reads the trace of a path by those options.
+    """
+    parser = add(
+        "evaluate",
+        lambda args: _run(args, load),
+        text="Measure predictors on routing traces: recall, precision, calibration. Each predictor"
+        " ranks the experts of\nevery layer by what was known some layers before, and learns as it"
+        " goes.",
+        examples="  prestage evaluate trace.npz\n"
+        "  prestage evaluate trace.npz --predictor popularity st_moe --first 500\n"
+        "  prestage evaluate test.npz --warm train1.npz train2.npz --json quality.json\n"
+        "  prestage evaluate traces/*.npz --warm-others --predictor st_moe --report quality.html\n"
+        "  prestage evaluate trace.npz --predictor st_moe:successors=4 st_moe:successors=16\n"
+        "  prestage evaluate trace.npz --predictor previous-token --horizon 1..3",
+    )
+    parser.add_argument(
+        "traces", metavar="TRACE", nargs="+", help="routing traces to score: .npz, .jsonl or .csv"
+    )
+    parser.add_argument(
+        "--predictor",
+        type=_names,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help=f"predictors, NAME or NAME:OPTION=VALUE: {', '.join(RANKERS)} (default: all but the"
+        " oracle)",
+    )
+    parser.add_argument(
+        "--horizon",
+        type=_horizons,
+        default=(1,),
+        metavar="H",
+        help="layers ahead, as 1,3 or 1..4: layer m is ranked by what was known when layer m - H"
+        " was routed, or at the token's start (default: 1)",
+    )
+    parser.add_argument(
+        "--warm",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TRACE",
+        help="traces to learn before, in this order; they aren't scored",
+    )
+    parser.add_argument(
+        "--warm-others",
+        action="store_true",
+        help="let each TRACE be preceded by all others of the command",
+    )
+    parser.add_argument(
+        "--first",
+        type=positive,
+        metavar="N",
+        help="score only the first N tokens of each trace; those to learn before stay whole",
+    )
+    parser.add_argument(
+        "--residency",
+        type=_residencies,
+        default=(0.10, 0.25, 0.40),
+        metavar="SHARES",
+        help="shares of all experts that the LRU caches hold whose misses are looked at (default:"
+        " 0.10,0.25,0.40)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write a list of JSON objects")
+    output.add_argument("--report", type=Path, metavar="FILE.html", help="write a page with plots")
+    output.add_argument("--quiet", action="store_true", help="print no tables and no progress")
+    add_reading(parser)
+
+
+def _choose_horizons(
+    predictors: Sequence[str], horizons: Sequence[int]
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Horizons of each predictor, and notes about those that it isn't defined for."""
+    from prestage_sim.evaluate.run import defined_horizons
+
+    chosen: dict[str, tuple[int, ...]] = {}
+    notes = []
+    for name in predictors:
+        try:
+            kept = defined_horizons(name, horizons)
+        except ValueError as error:
+            raise ArgumentError(str(error)) from error
+        left_out = [str(horizon) for horizon in horizons if horizon not in kept]
+        if left_out:
+            notes.append(
+                f"Predictor {name} isn't defined for horizon {' and '.join(left_out)}: left out"
+            )
+        if kept:
+            chosen[name] = kept
+    if not chosen:
+        raise ArgumentError(f"No predictor is left to evaluate. {'. '.join(notes)}")
+    return chosen, notes
+
+
+def _default_predictors() -> list[str]:
+    from prestage_sim.evaluate.rankers import ranker_class
+
+    return [name for name in RANKERS if not ranker_class(name).knows_truth]
+
+
+def _warm_paths(args: argparse.Namespace, path: str, paths: Sequence[str]) -> list[str]:
+    others = [other for other in paths if other != path] if args.warm_others else []
+    return [*args.warm, *others]
+
+
+def _check(
+    args: argparse.Namespace,
+    paths: Sequence[str],
+    traces: Mapping[str, Trace],
+    chosen: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Refuse what can't be done before anything is."""
+    from prestage_sim.evaluate.rankers import create_ranker
+    from prestage_sim.evaluate.run import check_horizons, check_warm
+    from prestage_sim.traces import model_config
+
+    for path in paths:
+        trace = traces[path]
+        for other in _warm_paths(args, path, paths):
+            try:
+                check_warm(trace, traces[other])
+            except TraceError as error:
+                raise TraceError(f"{other}: {error} as in {path}") from error
+        try:
+            model = model_config(trace)
+            check_horizons(trace, args.horizon)
+            for name, horizons in chosen.items():
+                create_ranker(name, model=model, horizons=horizons)
+        except TraceError as error:
+            raise TraceError(f"{path}: {error}") from error
+        except ValueError as error:
+            raise ArgumentError(f"{path}: {error}") from error
+
+
+def _run(args: argparse.Namespace, load: Callable[[argparse.Namespace, str], Trace]) -> int:
+    for path, what in ((args.json, "JSON file"), (args.report, "Report")):
+        if path is not None:
+            check_writable(path, what=what)
+    names = list(dict.fromkeys(name for part in args.predictor for name in part))
+    chosen, notes = _choose_horizons(names or _default_predictors(), args.horizon)
+    paths = list(dict.fromkeys(args.traces))
+    if args.warm_others and len(paths) < 2:
+        raise ArgumentError("--warm-others needs more than one trace")
+    traces = {path: load(args, path) for path in dict.fromkeys([*paths, *args.warm])}
+    _check(args, paths, traces, chosen)
+    for path in paths:
+        if path in args.warm:
+            notes.append(
+                f"{path} is learned before it's scored: its recall says nothing about new text"
+            )
+    for note in notes:
+        print(f"prestage: note: {note}", file=sys.stderr)
+    results = _evaluate_all(args, paths, traces, chosen)
+    if not args.quiet:
+        _print_results(results)
+    _write_results(args, results, notes)
+    return 0
+
+
+def _evaluate_all(
+    args: argparse.Namespace,
+    paths: Sequence[str],
+    traces: Mapping[str, Trace],
+    chosen: Mapping[str, tuple[int, ...]],
+) -> list[Evaluation]:
+    from prestage_sim.evaluate.run import evaluate
+
+    errors = Console(stderr=True)
+    results: list[Evaluation] = []
+    with _progress(errors, disable=args.quiet or not errors.is_terminal) as progress:
+        for path in paths:
+            trace = traces[path] if args.first is None else traces[path].first(args.first)
+            warm = _warm_paths(args, path, paths)
+            total = trace.tokens + sum(traces[other].tokens for other in warm)
+            for name, horizons in chosen.items():
+                task = progress.add_task(f"{Path(path).stem}: {name}", total=total)
+
+                def show(done: int, task: Any = task) -> None:
+                    progress.update(task, completed=done)
+
+                results += evaluate(
+                    trace,
+                    predictor=name,
+                    horizons=horizons,
+                    warm=[traces[other] for other in warm],
+                    residencies=args.residency,
+                    name=path,
+                    warm_names=warm,
+                    progress=show,
+                )
+                progress.remove_task(task)
+    return results
+
+
+def _progress(console: Console, *, disable: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=40),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=disable,
+    )
+
+
+def _write_results(
+    args: argparse.Namespace, results: Sequence[Evaluation], notes: Sequence[str]
+) -> None:
+    """Write all files that were asked for; an error in one doesn't lose the other."""
+    failures: list[OutputError] = []
+    if args.json is not None:
+        text = json.dumps([result.as_object() for result in results], indent=2) + "\n"
+        failures += _try_write(args.json, text, what="JSON file")
+    if args.report is not None:
+        # Only the page needs the template engine.
+        from prestage_sim.evaluate.report import render
+
+        page = render(results, notes=notes, settings=_settings(args))
+        failures += _try_write(args.report, page, what="Report")
+        if not failures and not args.quiet:
+            print(f"Report: {args.report}")
+    if failures:
+        raise failures[0]
+
+
+def _try_write(path: Path, text: str, *, what: str) -> list[OutputError]:
+    try:
+        write_file(path, text.encode(), what=what)
+    except OutputError as error:
+        return [error]
+    return []
+
+
+def _settings(args: argparse.Namespace) -> dict[str, str]:
+    return {
+        "first tokens only": "–" if args.first is None else f"{args.first:,}",
+        "residency of the LRU caches": ", ".join(f"{r:g}" for r in args.residency),
+        "version of prestage": __version__,
+        "version of python": platform.python_version(),
+        "version of numpy": metadata.version("numpy"),
+        "version of numba": metadata.version("numba"),
+    }
+
+
+def _percent(value: float | None) -> str:
+    """Number of percent; the tables' titles say so."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _plain_table(title: str, columns: Sequence[str]) -> Table:
+    """A table without lines between its columns, since there are many."""
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE, collapse_padding=True, pad_edge=False
+    )
+    for at, column in enumerate(columns):
+        table.add_column(column, justify="right" if at else "left", no_wrap=True, overflow="fold")
+    return table
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    return _plain_table(title, ["predictor", "h", *columns])
+
+
+def _print_results(results: Sequence[Evaluation]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(_PAGE, console.width))
+    by_trace: dict[str, list[Evaluation]] = {}
+    for result in results:
+        by_trace.setdefault(result.trace, []).append(result)
+    for path, group in by_trace.items():
+        first = group[0]
+        console.print(
+            f"[bold]{Path(path).name}[/bold]: {first.model}, {first.layers} layers x"
+            f" {first.experts} experts, k = {first.top_k}, {first.tokens:,} tokens"
+            + (f"; {first.warm_tokens:,} tokens learned before" if first.warm else "")
+        )
+        for table in (
+            _quality(group),
+            _misses(group),
+            _cold_start(group),
+            _reliability(group),
+            _layers(group),
+        ):
+            if table is not None:
+                console.print(table)
+
+
+def _quality(group: Sequence[Evaluation]) -> Table:
+    table = _table(
+        "Quality, recall and precision in %",
+        (
+            *("recall@k", "@1.5k", "@2k", "@3k"),
+            *("own recall", "precision", "over-fetch", "ECE", "rows/s"),
+        ),
+    )
+    for r in group:
+        table.add_row(
+            r.predictor,
+            str(r.horizon),
+            *(_percent(v) for v in (r.recall_at_k, r.recall_at_1_5k)),
+            *(_percent(v) for v in (r.recall_at_2k, r.recall_at_3k)),
+            *(_percent(v) for v in (r.own_recall, r.own_precision)),
+            f"{r.over_fetch:.2f} x",
+            "–" if r.ece is None else f"{r.ece:.4f}",
+            f"{r.token_layers_per_second:,.0f}",
+        )
+    return table
+
+
+def _misses(group: Sequence[Evaluation]) -> Table:
+    columns = [
+        f"{100 * cache['residency']:g}: {cut}"
+        for cache in group[0].miss_recall
+        for cut in ("miss", "@k", "@2k")
+    ]
+    table = _table(
+        "Misses behind an LRU cache of so many %: share of demands and recall, in %", columns
+    )
+    for r in group:
+        cells = []
+        for cache in r.miss_recall:
+            cells += [cache["miss_rate"], cache["recall_at_k"], cache["recall_at_2k"]]
+        table.add_row(r.predictor, str(r.horizon), *map(_percent, cells))
+    return table
+
+
+def _cold_start(group: Sequence[Evaluation]) -> Table:
+    blocks = group[0].cold_start
+    count = min(_COLD_COLUMNS, len(blocks))
+    picked = [round(n * (len(blocks) - 1) / max(1, count - 1)) for n in range(count)]
+    columns = [
+        f"{blocks[at]['first']}–{blocks[at]['first'] + blocks[at]['tokens'] - 1}" for at in picked
+    ]
+    table = _table("Cold start: recall@k of tokens, in %", columns)
+    for r in group:
+        cells = [_percent(r.cold_start[at]["recall_at_k"]) for at in picked]
+        table.add_row(r.predictor, str(r.horizon), *cells)
+    return table
+
+
+def _reliability(group: Sequence[Evaluation]) -> Table | None:
+    calibrated = [r for r in group if r.reliability is not None]
+    if not calibrated:
+        return None
+    table = _plain_table(
+        "Calibration: observed share in % (predictions)",
+        ["predicted", *(f"{r.predictor} {r.horizon}" for r in calibrated)],
+    )
+    for at, row in enumerate(calibrated[0].reliability or ()):
+        cells = []
+        for r in calibrated:
+            one = (r.reliability or [])[at]
+            cells.append(f"{_percent(one['observed'])} ({one['count']:,})" if one["count"] else "–")
+        table.add_row(f"{row['low']:.3f} to {row['high']:.3f}", *cells)
+    return table
+
+
+def _layers(group: Sequence[Evaluation]) -> Table:
+    table = _plain_table(
+        "Recall@k by layer, in %", ["layer", *(f"{r.predictor} {r.horizon}" for r in group)]
+    )
+    for layer in range(group[0].layers):
+        table.add_row(str(layer), *(_percent(r.by_layer[layer]["recall_at_k"]) for r in group))
+    return table
