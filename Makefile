@@ -7,7 +7,7 @@ PREDICTOR ?= st_moe
 
 export SIM
 
-.PHONY: help setup demo test sim lint docs verilog bitstream bench coverage clean
+.PHONY: help setup demo test sim lint docs verilog bitstream area bench coverage clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r t s; do printf '%-10s %s\n' "$$t" "$$s"; done
@@ -35,6 +35,9 @@ verilog: ## Write the Verilog of a preset to build/verilog: PRESET=gpt-oss-20b P
 
 bitstream: ## Build the tiny preset for the ECPIX-5 85F, with a report of area and clock.
 	@scripts/setup.sh hw,fpga && $(PYTHON_ENV) -m prestage_fpga
+
+area: ## Measure area and clock of every block in docs/area.md that has changed: ONLY=predictor.
+	@scripts/setup.sh hw,fpga && $(PYTHON_ENV) -m prestage_fpga.measure --table $(if $(ONLY),--only $(ONLY))
 
 bench: ## Measure the speed of the compiled simulation.
 	@scripts/setup.sh sim && $(PYTHON_ENV) -m prestage_tb.compiled.bench
