@@ -394,7 +394,7 @@ def _quality(group: Sequence[Evaluation]) -> Table:
         "Quality, recall and precision in %",
         (
             *("recall@k", "@1.5k", "@2k", "@3k"),
-            *("own recall", "precision", "over-fetch", "ECE", "rows/s"),
+            *("own recall", "precision", "over-fetch", "ECE", "token-layers/s"),
         ),
     )
     for r in group:
