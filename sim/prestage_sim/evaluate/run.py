@@ -133,8 +133,7 @@ def check_horizons(trace: Trace, horizons: Iterable[int]) -> None:
             raise ValueError(f"Horizon must be between 1 and {FARTHEST_HORIZON}, not {horizon}")
         if horizon >= trace.layers:
             raise ValueError(
-                f"Horizon {horizon} is beyond the last layer: the trace has {trace.layers} layers,"
-                f" so that at most {trace.layers - 1} can be predicted ahead"
+                f"Horizon {horizon} is beyond the last layer of the trace, layer {trace.layers - 1}"
             )
 
 
