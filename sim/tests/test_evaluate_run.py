@@ -194,9 +194,7 @@ def test_refusals():
         check_horizons(trace, (1, 0))
     with pytest.raises(ValueError, match="^Horizon must be between 1 and 4, not 5"):
         check_horizons(trace, (5,))
-    with pytest.raises(
-        ValueError, match="^Horizon 4 is beyond the last layer of the trace, la"
-    ):
+    with pytest.raises(ValueError, match="^Horizon 4 is beyond the last layer of the trace, la"):
         check_horizons(trace, (4,))
     with pytest.raises(ValueError, match="^Horizon 4 is beyond the last layer"):
         evaluate(trace, predictor="popularity", horizons=(4,))
