@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_evaluate"]
 
-#: Columns of the cold-start table, and of a page that is no terminal.
-_COLD_COLUMNS, _PAGE = 8, 120
+#: Columns of the cold-start table.
+_COLD_COLUMNS = 7
 
 
 def _horizons(text: str) -> tuple[int, ...]:
@@ -350,52 +351,49 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _plain_table(title: str, columns: Sequence[str]) -> Table:
+def _table(title: str, columns: Sequence[str]) -> Table:
     """A table without lines between its columns, since there are many."""
     table = Table(
-        title=title, title_justify="left", box=SIMPLE, collapse_padding=True, pad_edge=False
+        title=title,
+        title_justify="left",
+        box=SIMPLE,
+        collapse_padding=True,
+        pad_edge=False,
     )
     for at, column in enumerate(columns):
-        table.add_column(column, justify="right" if at else "left", no_wrap=True, overflow="fold")
+        # Long names are folded; a number that is cut off would be another number.
+        table.add_column(column, justify="right" if at else "left", no_wrap=at > 0, overflow="fold")
     return table
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    return _plain_table(title, ["predictor", "h", *columns])
-
-
 def _print_results(results: Sequence[Evaluation]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(_PAGE, console.width))
+    console = Console(highlight=False)
     by_trace: dict[str, list[Evaluation]] = {}
     for result in results:
         by_trace.setdefault(result.trace, []).append(result)
     for path, group in by_trace.items():
         first = group[0]
+        console.print(f"[bold]{escape(Path(path).name)}[/bold]")
         console.print(
-            f"[bold]{Path(path).name}[/bold]: {first.model}, {first.layers} layers x"
-            f" {first.experts} experts, k = {first.top_k}, {first.tokens:,} tokens"
-            + (f"; {first.warm_tokens:,} tokens learned before" if first.warm else "")
+            f"{escape(first.model)}: {first.layers} layers x {first.experts} experts,"
+            f" k = {first.top_k}; {first.tokens:,} tokens"
+            + (f", {first.warm_tokens:,} learned before" if first.warm else "")
         )
         for table in (
             _quality(group),
-            _misses(group),
+            _own_rule(group),
+            *_misses(group),
             _cold_start(group),
-            _reliability(group),
-            _layers(group),
+            *_reliability(group, width=console.width),
+            *_layers(group, width=console.width),
         ):
-            if table is not None:
-                console.print(table)
+            console.print(table)
 
 
 def _quality(group: Sequence[Evaluation]) -> Table:
     table = _table(
-        "Quality, recall and precision in %",
-        (
-            *("recall@k", "@1.5k", "@2k", "@3k"),
-            *("own recall", "precision", "over-fetch", "ECE", "token-layers/s"),
-        ),
+        "Recall of the best ranked, in %; expected calibration error",
+        ["predictor", "h", "@k", "@1.5k", "@2k", "@3k", "ECE", "token-layers/s"],
     )
     for r in group:
         table.add_row(
@@ -403,66 +401,122 @@ def _quality(group: Sequence[Evaluation]) -> Table:
             str(r.horizon),
             *(_percent(v) for v in (r.recall_at_k, r.recall_at_1_5k)),
             *(_percent(v) for v in (r.recall_at_2k, r.recall_at_3k)),
-            *(_percent(v) for v in (r.own_recall, r.own_precision)),
-            f"{r.over_fetch:.2f} x",
-            "–" if r.ece is None else f"{r.ece:.4f}",
+            _error(r.ece),
             f"{r.token_layers_per_second:,.0f}",
         )
     return table
 
 
-def _misses(group: Sequence[Evaluation]) -> Table:
-    columns = [
-        f"{100 * cache['residency']:g}: {cut}"
-        for cache in group[0].miss_recall
-        for cut in ("miss", "@k", "@2k")
-    ]
+def _own_rule(group: Sequence[Evaluation]) -> Table:
     table = _table(
-        "Misses behind an LRU cache of so many %: share of demands and recall, in %", columns
+        "At the predictor's own stopping rule, in %; calibration error of what it proposes",
+        ["predictor", "h", "recall", "precision", "over-fetch", "ECE"],
+    )
+    for r in group:
+        table.add_row(
+            r.predictor,
+            str(r.horizon),
+            _percent(r.own_recall),
+            _percent(r.own_precision),
+            f"{r.over_fetch:.2f} x",
+            _error(r.ece_proposed),
+        )
+    return table
+
+
+def _misses(group: Sequence[Evaluation]) -> list[Table]:
+    caches = group[0].miss_recall
+    if not caches:
+        return []
+    table = _table(
+        "Misses behind an LRU cache of a share of all experts: of all demands, and recall, in %",
+        [
+            *("predictor", "h"),
+            *(
+                f"{100 * cache['residency']:g} %\n{what}"
+                for cache in caches
+                for what in ("miss", "@k", "@2k")
+            ),
+        ],
     )
     for r in group:
         cells = []
         for cache in r.miss_recall:
             cells += [cache["miss_rate"], cache["recall_at_k"], cache["recall_at_2k"]]
         table.add_row(r.predictor, str(r.horizon), *map(_percent, cells))
-    return table
+    return [table]
 
 
 def _cold_start(group: Sequence[Evaluation]) -> Table:
     blocks = group[0].cold_start
     count = min(_COLD_COLUMNS, len(blocks))
     picked = [round(n * (len(blocks) - 1) / max(1, count - 1)) for n in range(count)]
-    columns = [
-        f"{blocks[at]['first']}–{blocks[at]['first'] + blocks[at]['tokens'] - 1}" for at in picked
+    heads = [
+        f"{blocks[at]['first']}\n–{blocks[at]['first'] + blocks[at]['tokens'] - 1}" for at in picked
     ]
-    table = _table("Cold start: recall@k of tokens, in %", columns)
+    table = _table("Cold start: recall@k of tokens, in %", ["predictor", "h", *heads])
     for r in group:
         cells = [_percent(r.cold_start[at]["recall_at_k"]) for at in picked]
         table.add_row(r.predictor, str(r.horizon), *cells)
     return table
 
 
-def _reliability(group: Sequence[Evaluation]) -> Table | None:
-    calibrated = [r for r in group if r.reliability is not None]
+def _side_by_side(
+    title: str, first: str, rows: Sequence[str], columns: Mapping[str, Sequence[str]], *, width: int
+) -> list[Table]:
+    """Tables of as many columns as fit beside the first."""
+    heads = list(columns)
+    room = width - 2 - max(map(len, (first, *rows)))
+    tables = []
+    while heads:
+        taken = 0
+        used = 0
+        for head in heads:
+            used += 1 + max(len(text) for text in (*head.split("\n"), *columns[head]))
+            if taken and used > room:
+                break
+            taken += 1
+        table = _table(title, [first, *heads[:taken]])
+        for at, row in enumerate(rows):
+            table.add_row(row, *(columns[head][at] for head in heads[:taken]))
+        tables.append(table)
+        heads = heads[taken:]
+    return tables
+
+
+def _reliability(group: Sequence[Evaluation], *, width: int) -> list[Table]:
+    calibrated = {_head(r): r.reliability for r in group if r.reliability is not None}
     if not calibrated:
-        return None
-    table = _plain_table(
-        "Calibration: observed share in % (predictions)",
-        ["predicted", *(f"{r.predictor} {r.horizon}" for r in calibrated)],
+        return []
+    bins = next(iter(calibrated.values()))
+    return _side_by_side(
+        "Calibration: share that came true in %, and number of predictions",
+        "predicted",
+        [f"{row['low']:.3f} to {row['high']:.3f}" for row in bins],
+        {
+            head: [
+                f"{_percent(row['observed'])} of {row['count']:,}" if row["count"] else "–"
+                for row in table
+            ]
+            for head, table in calibrated.items()
+        },
+        width=width,
     )
-    for at, row in enumerate(calibrated[0].reliability or ()):
-        cells = []
-        for r in calibrated:
-            one = (r.reliability or [])[at]
-            cells.append(f"{_percent(one['observed'])} ({one['count']:,})" if one["count"] else "–")
-        table.add_row(f"{row['low']:.3f} to {row['high']:.3f}", *cells)
-    return table
 
 
-def _layers(group: Sequence[Evaluation]) -> Table:
-    table = _plain_table(
-        "Recall@k by layer, in %", ["layer", *(f"{r.predictor} {r.horizon}" for r in group)]
+def _layers(group: Sequence[Evaluation], *, width: int) -> list[Table]:
+    return _side_by_side(
+        "Recall@k by layer, in %",
+        "layer",
+        [str(layer) for layer in range(group[0].layers)],
+        {_head(r): [_percent(row["recall_at_k"]) for row in r.by_layer] for r in group},
+        width=width,
     )
-    for layer in range(group[0].layers):
-        table.add_row(str(layer), *(_percent(r.by_layer[layer]["recall_at_k"]) for r in group))
-    return table
+
+
+def _head(result: Evaluation) -> str:
+    return f"{result.predictor}\nh = {result.horizon}"
+
+
+def _error(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -81,13 +81,12 @@ def test_tables_and_files(tmp_path):
         "prestage: note: Predictor st_moe isn't defined for horizon 3: left out\n"
     )
     for phrase in (
-        "tinymoe__code.npz: tinymoe, 8 layers x 32 experts, k = 4, 300 tokens",
-        *("recall@k", "@1.5k", "@2k", "@3k", "own recall", "precision", "over-fetch", "ECE"),
+        "tinymoe__code.npz\ntinymoe: 8 layers x 32 experts, k = 4; 300 tokens\n",
+        *("@k", "@1.5k", "@2k", "@3k", "recall", "precision", "over-fetch", "ECE"),
         *("Misses behind an LRU cache", "Cold start", "Calibration", "Recall@k by layer"),
         f"Report: {page}",
     ):
         assert phrase in done.stdout, phrase
-    assert max(map(len, done.stdout.splitlines())) <= 120
     values = json.loads(data.read_text())
     assert [(v["predictor"], v["horizon"]) for v in values] == [
         ("popularity", 1),
@@ -109,6 +108,41 @@ def test_tables_and_files(tmp_path):
     assert text.startswith("<!doctype html>")
     assert "st_moe isn&#39;t defined for horizon 3" in text
     assert sorted(os.listdir(tmp_path)) == ["quality.html", "quality.json"]
+
+
+def test_tables_fit_a_narrow_terminal(tmp_path, monkeypatch, capsys):
+    """No number is cut off at 80 columns, and wide tables go on below."""
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ["previous-token", "st_moe", "st_moe-counts:history=0.125", "oracle"]
+    data = tmp_path / "quality.json"
+    assert (
+        main(
+            [
+                "evaluate",
+                CODE,
+                "--first",
+                "600",
+                "--horizon",
+                "1..4",
+                "--json",
+                str(data),
+                "--predictor",
+                *names,
+            ]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.count("Recall@k by layer") > 1
+    for value in json.loads(data.read_text()):
+        for name in ("recall_at_k", "recall_at_3k", "own_precision"):
+            assert f" {100 * value[name]:.1f} " in out
+        for row in value["by_layer"]:
+            assert f" {100 * row['recall_at_k']:.1f} " in out
+        assert f" {value['token_layers_per_second']:,.0f}" in out
+        for row in value["reliability"] or ():
+            assert not row["count"] or f" of {row['count']:,} " in out
 
 
 def test_quiet(tmp_path):
@@ -278,3 +312,9 @@ def test_real_traces(tmp_path, name):
     for value in values:
         assert 0.1 < value["recall_at_k"] <= value["recall_at_1_5k"] <= value["recall_at_2k"] < 1
         assert value["token_layers_per_second"] > 0
+
+
+def test_other_commands_load_no_compiler():
+    program = "import sys, prestage.cli; print({'numba', 'jinja2'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")

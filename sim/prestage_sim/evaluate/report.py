@@ -84,7 +84,7 @@ def _cuts(series: Sequence[_Series]) -> _Figure:
                 tip = f"{one.name}: recall@{m} {_percent(r.recall_at[m - 1])}"
                 plot.dot(m / r.top_k, 100 * r.recall_at[m - 1], one.kind, tip=tip)
         if 0 < r.over_fetch <= right:
-            size = right / 70
+            size = right / 100
             plot.bar(
                 (r.over_fetch - size, r.over_fetch + size),
                 (100 * r.own_recall - 1.4, 100 * r.own_recall + 1.4),
@@ -158,17 +158,19 @@ def _by_layer(series: Sequence[_Series]) -> _Figure:
 
 
 def _cold_start(series: Sequence[_Series]) -> _Figure:
+    blocks = series[0].result.cold_start
     last = series[0].result.tokens
+    low, high = math.log10(max(1.0, blocks[0]["tokens"] / 2)), math.log10(max(2, last))
     plot = Plot(
         title="Recall@k over tokens",
         width=_WIDE,
         height=260,
-        x=(0, math.log10(max(last, 2))),
+        x=(low, high),
         y=(0, 100),
         x_label="tokens learned of this trace",
         y_label="recall@k, %",
     )
-    powers = range(int(math.log10(last)) + 1)
+    powers = range(math.ceil(low), int(high) + 1)
     plot.x_ticks(list(powers), texts=[f"{10**power:,}" for power in powers])
     _percent_axis(plot)
     for one in series:
