@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .checks import require_integer, require_power_of_two
+from .perceptron import PerceptronConfig, perceptron_form
 
 __all__ = ["PRESETS", "TINY_DEVICE", "DeviceConfig", "ModelConfig", "preset", "require_config"]
 
@@ -149,7 +150,11 @@ class DeviceConfig:
     contexts : :class:`int`
         Sequences decoded side by side (C), 1 to 8.
     predictor : :class:`str`
-        Name of the predictor: ``"none"`` or ``"st_moe"``.
+        Name of the predictor: ``"none"``, ``"st_moe"`` or ``"perceptron"``.
+    form : :class:`str`
+        Named form of the ``perceptron`` predictor (:data:`prestage_hw.contract.perceptron.FORMS`).
+    perceptron : :class:`PerceptronConfig` or None
+        Its parameters; None takes those of ``form``. Not used by other predictors.
     successors : :class:`int`
         Entries in a row of the correlation table (K), 1 to 32 and at most ``model.experts``; 0
         stands for the smaller of 8 and ``model.experts``.
@@ -180,6 +185,8 @@ class DeviceConfig:
     tile_bytes: int = 512
     contexts: int = 1
     predictor: str = "st_moe"
+    form: str = "lite"
+    perceptron: PerceptronConfig | None = None
     successors: int = 0
     data_bytes: int = 16
     address_bits: int = 40
@@ -188,7 +195,7 @@ class DeviceConfig:
     outstanding_bursts: int = 4
     burst_beats: int = 64
 
-    PREDICTORS = ("none", "st_moe")
+    PREDICTORS = ("none", "st_moe", "perceptron")
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
@@ -211,6 +218,14 @@ class DeviceConfig:
             raise ValueError(
                 f"Predictor must be one of {', '.join(self.PREDICTORS)}, not {self.predictor!r}"
             )
+        if self.perceptron is None:
+            form = perceptron_form(self.form)
+            if self.predictor == "perceptron":
+                object.__setattr__(self, "perceptron", form)
+        elif not isinstance(self.perceptron, PerceptronConfig):
+            raise TypeError(f"Perceptron must be a PerceptronConfig, not {self.perceptron!r}")
+        if self.predictor == "perceptron":
+            self._check_perceptron()
         require_integer("Successor count", self.successors, low=0, high=32)
         if self.successors == 0:
             object.__setattr__(self, "successors", min(8, self.model.experts))
@@ -233,6 +248,35 @@ class DeviceConfig:
         )
         require_integer("Outstanding burst limit", self.outstanding_bursts, low=1, high=16)
         require_power_of_two("Burst length in beats", self.burst_beats, low=1, high=256)
+
+    def _check_perceptron(self) -> None:
+        """Refuse parameters of the perceptron that do not fit the model."""
+        perceptron = self.perceptron
+        assert perceptron is not None
+        entries, experts = perceptron.list_entries, self.model.experts
+        if entries and not self.predictor_lanes <= entries < experts:
+            raise ValueError(
+                f"List length must be from {self.predictor_lanes} lanes to below {experts} experts,"
+                f" not {entries}"
+            )
+        far = max(perceptron.horizons)
+        if far >= self.model.layers:
+            raise ValueError(
+                f"Horizon must be below the layer count {self.model.layers}, not {far}"
+            )
+
+    @property
+    def predictor_lanes(self) -> int:
+        """Lanes of the perceptron predictor; all experts side by side for the others."""
+        lanes = 1 << _bits_for_count(self.model.experts)
+        if self.perceptron is not None:
+            lanes = min(lanes, self.perceptron.lanes)
+        return lanes
+
+    @property
+    def lane_beats(self) -> int:
+        """Beats in which a value for each expert passes through the predictor's lanes."""
+        return -(-self.model.experts // self.predictor_lanes)
 
     @property
     def tiles(self) -> int:
@@ -258,8 +302,8 @@ class DeviceConfig:
         """Width of a field of the named kind, in bits.
 
         Kinds: ``ctx``, ``layer``, ``expert``, ``slot``, ``tile``, ``beat`` (beat within an expert),
-        ``tag`` (in-flight entry), ``index`` (position in a routing decision), ``address``,
-        ``data``.
+        ``tag`` (in-flight entry), ``index`` (position in a routing decision), ``lane_beat`` (beat of
+        a value for each expert), ``address``, ``data``.
 
         Raises
         ------
@@ -275,6 +319,7 @@ class DeviceConfig:
             "beat": self.expert_beats,
             "tag": self.inflight,
             "index": self.model.top_k,
+            "lane_beat": self.lane_beats,
         }
         if kind in counts:
             return _bits_for_count(counts[kind])
@@ -287,12 +332,14 @@ class DeviceConfig:
         )
 
     def count(self, kind: str) -> int:
-        """Length of an array field of the named kind: ``top_k`` or ``data_bytes``."""
+        """Length of an array field of the named kind: ``top_k``, ``data_bytes`` or ``lanes``."""
         if kind == "top_k":
             return self.model.top_k
         if kind == "data_bytes":
             return self.data_bytes
-        raise ValueError(f"Array kind must be top_k or data_bytes, not {kind!r}")
+        if kind == "lanes":
+            return self.predictor_lanes
+        raise ValueError(f"Array kind must be top_k, data_bytes or lanes, not {kind!r}")
 
     def expert_address(self, layer: int, expert: int, *, base: int = 0) -> int:
         """Address of an expert's first byte: experts lie layer by layer without gaps."""
