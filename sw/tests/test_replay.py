@@ -120,7 +120,7 @@ def test_json_object(device):
     assert value["config"]["layer_cycles"] is None
     assert value["timing"]["cycles"] == 0
     assert value["metrics"]["bytes_moved"] == run.metrics()["bytes_moved"]
-    assert value["versions"]["contract"] == "0.1"
+    assert value["versions"]["contract"] == "0.2"
 
 
 def test_wrong_bytes(device):
@@ -301,7 +301,9 @@ def test_device_config():
     assert (config.model.name, config.model.top_k, config.slots) == ("gpt-oss-20b", 3, 50)
     with pytest.raises(ArgumentError, match="Slot count must be at least contexts x top-k = 2"):
         device_config(walk(), slots=1)
-    with pytest.raises(ArgumentError, match="Predictor must be one of none, st_moe, not 'magic'"):
+    with pytest.raises(
+        ArgumentError, match="Predictor must be one of none, st_moe, perceptron, not 'magic'"
+    ):
         device_config(walk(), predictor="magic")
 
 

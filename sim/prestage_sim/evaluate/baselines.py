@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from prestage_hw.contract import DeviceConfig, ModelConfig
 
-from ._jit import compiled
+from .._jit import compiled
 from .rankers import Ranker, Ranking
 
 __all__ = [

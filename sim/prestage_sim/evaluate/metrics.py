@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from prestage_hw.contract import ModelConfig
 
-from ._jit import compiled
+from .._jit import compiled
 from .rankers import Ranking
 
 __all__ = [

@@ -123,6 +123,7 @@ RANKERS: dict[str, str | type[Ranker]] = {
     "previous-token": "prestage_sim.evaluate.baselines:PreviousTokenRanker",
     "st_moe": "prestage_sim.evaluate.baselines:StMoeRanker",
     "st_moe-counts": "prestage_sim.evaluate.baselines:StMoeCountsRanker",
+    "perceptron": "prestage_sim.evaluate.perceptron:PerceptronRanker",
     "oracle": "prestage_sim.evaluate.baselines:OracleRanker",
 }
 

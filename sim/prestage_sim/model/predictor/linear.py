@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.perceptron import CROSSES, FEATURES, HeadConfig
+
+from ..._jit import compiled
 
 __all__ = [
     "LFSR_SEED",
@@ -140,7 +141,7 @@ def clear_head(head: Head, *, number: int) -> None:
     head.lfsr[0] = LFSR_SEED + number
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def lfsr_next(state: int) -> int:
     """State of the random numbers eight steps on (Galois, 32 bits, polynomial 0xA3000000)."""
     word = np.uint32(state)
@@ -152,7 +153,7 @@ def lfsr_next(state: int) -> int:
     return word
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _gather(code, reuse, now, layer, horizon, this, prev, before, memo):  # type: ignore[no-untyped-def]
     """The set of a feature, shape ``[k]``; its first id is -1 where it is unknown."""
     layers = this.shape[0]
@@ -183,13 +184,13 @@ def _gather(code, reuse, now, layer, horizon, this, prev, before, memo):  # type
     return memo[code - _T, layer]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _hash(first, second, bits):  # type: ignore[no-untyped-def]
     """Row of a conjunction of two experts."""
     return (first * 157 + second * 1265) & ((1 << bits) - 1)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _rows(head, base, layer, now, this, prev, before, memo, found):  # type: ignore[no-untyped-def]
     """Write the numbers of the active rows to ``found`` and return how many there are."""
     shape = head.shape
@@ -230,7 +231,7 @@ def _rows(head, base, layer, now, this, prev, before, memo, found):  # type: ign
     return count
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def head_predict(head, base, layer, now, this, prev, before, memo, values):  # type: ignore[no-untyped-def]
     """Value of each expert of a layer.
 
@@ -281,7 +282,7 @@ def head_predict(head, base, layer, now, this, prev, before, memo, values):  # t
         values[e] = min(max(values[e], 0), most)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def head_learn(head, base, layer, this, prev, before, memo, values, targets, used):  # type: ignore[no-untyped-def]
     """Move the weights that gave ``values`` towards ``targets``.
 

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import Phase, Source
 
+from ..._jit import compiled
 from .base import Candidate
 from .linear import LFSR_SEED, NOW, OLD, Head, clear_head, create_head, head_learn, head_predict
 from .tokens import UNKNOWN, clear_tokens, create_tokens, token_fetch, token_store
@@ -26,14 +25,14 @@ __all__ = ["PerceptronPredictor", "TraceRunner"]
 _DISCOUNT = 13
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _reuse_targets(values, used, targets):  # type: ignore[no-untyped-def]
     """Temporal difference: 1 for what was used, else the discounted value of the next visit."""
     for e in range(values.shape[0]):
         targets[e] = 1024 if used[e] else (_DISCOUNT * values[e]) >> 4
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _run_head(head, routed, memos, values, out):  # type: ignore[no-untyped-def]
     """Predict and learn every layer of every token, in the device's order for one context.
 
@@ -59,7 +58,7 @@ def _run_head(head, routed, memos, values, out):  # type: ignore[no-untyped-def]
             head_learn(head, 0, m, this, prev, before, memos[t], values, targets, used)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _run_tokens(tables, tokens, routed, previous, memo, memos):  # type: ignore[no-untyped-def]
     """Token tables over consecutive tokens; ``previous`` holds the two ids before the first."""
     for t in range(tokens.shape[0]):

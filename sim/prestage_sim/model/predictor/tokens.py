@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from prestage_hw.contract import DeviceConfig
+
+from ..._jit import compiled
 
 __all__ = ["UNKNOWN", "TokenTables", "clear_tokens", "create_tokens", "token_fetch", "token_store"]
 
@@ -60,7 +61,7 @@ def clear_tokens(tables: TokenTables) -> None:
         table[:] = -1
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _place(token, other, rows):  # type: ignore[no-untyped-def]
     """Entry and tag of a token (``other`` < 0) or of a pair, the second being the token before."""
     bits = 0
@@ -74,7 +75,7 @@ def _place(token, other, rows):  # type: ignore[no-untyped-def]
     )
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _fetch(tags, table, token, other, choices):  # type: ignore[no-untyped-def]
     """Copy an entry's choices, or mark them unknown."""
     choices[:] = -1
@@ -84,7 +85,7 @@ def _fetch(tags, table, token, other, choices):  # type: ignore[no-untyped-def]
             choices[:] = table[at]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def token_fetch(tables, token, previous, memo):  # type: ignore[no-untyped-def]
     """Look up a token that starts.
 
@@ -107,7 +108,7 @@ def token_fetch(tables, token, previous, memo):  # type: ignore[no-untyped-def]
             _fetch(tables.tags[1], tables.pair, token, previous, memo[2:3])
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def token_store(tables, token, previous, this):  # type: ignore[no-untyped-def]
     """Remember the choices of a token that has ended.
 
