@@ -24,6 +24,7 @@ __all__ = [
     "Head",
     "clear_head",
     "create_head",
+    "gather",
     "head_learn",
     "head_predict",
     "lfsr_next",
@@ -154,7 +155,7 @@ def lfsr_next(state: int) -> int:
 
 
 @compiled
-def _gather(code, reuse, now, layer, horizon, this, prev, before, memo):  # type: ignore[no-untyped-def]
+def gather(code, reuse, now, layer, horizon, this, prev, before, memo):  # type: ignore[no-untyped-def]
     """The set of a feature, shape ``[k]``; its first id is -1 where it is unknown."""
     layers = this.shape[0]
     if reuse:
@@ -199,7 +200,7 @@ def _rows(head, base, layer, now, this, prev, before, memo, found):  # type: ign
     k = this.shape[1]
     count = 0
     for f in range(head.rows.shape[0]):
-        chosen = _gather(head.rows[f], reuse, now, layer, horizon, this, prev, before, memo)
+        chosen = gather(head.rows[f], reuse, now, layer, horizon, this, prev, before, memo)
         if chosen[0] < 0:
             continue
         for i in range(k):
@@ -209,12 +210,12 @@ def _rows(head, base, layer, now, this, prev, before, memo, found):  # type: ign
     for x in range(head.crosses.shape[0]):
         cross = head.crosses[x]
         row = first + ((x * layers + base + layer) << cross_bits)
-        a = _gather(_A, reuse, now, layer, horizon, this, prev, before, memo)
+        a = gather(_A, reuse, now, layer, horizon, this, prev, before, memo)
         b = a
         if cross == _AC:
-            b = _gather(_C, reuse, now, layer, horizon, this, prev, before, memo)
+            b = gather(_C, reuse, now, layer, horizon, this, prev, before, memo)
         elif cross == _AB:
-            b = _gather(_B, reuse, now, layer, horizon, this, prev, before, memo)
+            b = gather(_B, reuse, now, layer, horizon, this, prev, before, memo)
         if a[0] < 0 or b[0] < 0:
             continue
         if cross == _AA:
@@ -272,7 +273,7 @@ def head_predict(head, base, layer, now, this, prev, before, memo, values):  # t
                 for j in range(min(lanes, experts - beat * lanes)):
                     values[beat * lanes + j] += head.weights[word, j]
     for f in range(head.diagonals.shape[0]):
-        chosen = _gather(
+        chosen = gather(
             head.diagonals[f], shape[_REUSE], now, layer, shape[_HORIZON], this, prev, before, memo
         )
         if chosen[0] >= 0:
@@ -343,7 +344,7 @@ def head_learn(head, base, layer, this, prev, before, memo, values, targets, use
     masks = np.zeros((head.diagonals.shape[0] + 1, experts), np.bool_)
     masks[0] = True
     for f in range(head.diagonals.shape[0]):
-        chosen = _gather(
+        chosen = gather(
             head.diagonals[f], shape[_REUSE], OLD, layer, shape[_HORIZON], this, prev, before, memo
         )
         if chosen[0] >= 0:

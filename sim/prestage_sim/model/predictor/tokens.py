@@ -11,7 +11,15 @@ from prestage_hw.contract import DeviceConfig
 
 from ..._jit import compiled
 
-__all__ = ["UNKNOWN", "TokenTables", "clear_tokens", "create_tokens", "token_fetch", "token_store"]
+__all__ = [
+    "UNKNOWN",
+    "TokenTables",
+    "clear_tokens",
+    "create_tokens",
+    "token_fetch",
+    "token_place",
+    "token_store",
+]
 
 #: Id of a token that the host does not know.
 UNKNOWN = 0xFFFFFFFF
@@ -62,7 +70,7 @@ def clear_tokens(tables: TokenTables) -> None:
 
 
 @compiled
-def _place(token, other, rows):  # type: ignore[no-untyped-def]
+def token_place(token, other, rows):  # type: ignore[no-untyped-def]
     """Entry and tag of a token (``other`` < 0) or of a pair, the second being the token before."""
     bits = 0
     while 1 << bits < rows:
@@ -80,7 +88,7 @@ def _fetch(tags, table, token, other, choices):  # type: ignore[no-untyped-def]
     """Copy an entry's choices, or mark them unknown."""
     choices[:] = -1
     if table.shape[0] > 1:
-        at, tag = _place(token, other, table.shape[0])
+        at, tag = token_place(token, other, table.shape[0])
         if tags[at] == tag:
             choices[:] = table[at]
 
@@ -122,7 +130,7 @@ def token_store(tables, token, previous, this):  # type: ignore[no-untyped-def]
         Its choices, -1 where a layer was not routed.
     """
     if tables.token.shape[0] > 1 and token != UNKNOWN:
-        at, tag = _place(token, -1, tables.token.shape[0])
+        at, tag = token_place(token, -1, tables.token.shape[0])
         if tables.tags[0, at] == tag:
             tables.token[at, 1] = tables.token[at, 0]
         else:
@@ -132,10 +140,10 @@ def token_store(tables, token, previous, this):  # type: ignore[no-untyped-def]
     if previous == UNKNOWN:
         return
     if tables.pair.shape[0] > 1 and token != UNKNOWN:
-        at, tag = _place(token, previous, tables.pair.shape[0])
+        at, tag = token_place(token, previous, tables.pair.shape[0])
         tables.pair[at, 0] = this
         tables.tags[1, at] = tag
     if tables.successor.shape[0] > 1:
-        at, tag = _place(previous, -1, tables.successor.shape[0])
+        at, tag = token_place(previous, -1, tables.successor.shape[0])
         tables.successor[at, 0] = this
         tables.tags[2, at] = tag
