@@ -2,12 +2,12 @@
 
 ::
 
-    begin, decisions, table_requests ─▶ predictor ─▶ candidates, table_values
-           │                               ▲ clear        │
-           └─ in the order seen ─▶ golden ─┴── compare ◀──┘
+    begin, decisions, hints, table_requests ─▶ predictor ─▶ candidates, table_values, reuse
+           │                                      ▲ clear        │
+           └──── in the order seen ─────▶ golden ─┴── compare ◀──┘
 
 The golden model is fed with what the predictor took, in the order in which it took it: within one
-cycle a table request comes first, then a token start, a decision, and a clear.
+cycle a table request comes first, then a token start, a decision, a hint, and a clear.
 """
 
 import random
@@ -16,9 +16,10 @@ import cocotb
 import numpy as np
 from cocotb.triggers import FallingEdge, RisingEdge
 
+from prestage_hw.contract.records import Source
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.predictor import PREDICTORS
-from prestage_sim.model.predictor import create_predictor
+from prestage_sim.model.predictor import Settings, create_predictor
 from prestage_tb.bench import (
     Stall,
     StreamSink,
@@ -31,7 +32,16 @@ from prestage_tb.bench import (
 )
 
 _TABLES = (0, 1)
+_REUSE_FIELDS = ("ctx", "layer", "beat", "values")
 _CANDIDATE_FIELDS = ("ctx", "layer", "expert", "score", "source", "deadline")
+
+
+#: What the golden model is told of a transfer.
+_CALLS = {
+    "begin": ("begin", ("ctx", "token", "phase")),
+    "decisions": ("decide", ("ctx", "layer", "experts", "stamp")),
+    "hints": ("hint", ("ctx", "layer", "expert", "score", "deadline")),
+}
 
 
 class PredictorBench:
@@ -49,11 +59,16 @@ class PredictorBench:
         self.begin = StreamSource(dut, "begin", layout("BeginToken"), stall=stall)
         self.decisions = StreamSource(dut, "decisions", layout("RoutingDecision"), stall=stall)
         self.requests = StreamSource(dut, "table_requests", layout("TableRequest"), stall=stall)
+        self.hints = StreamSource(dut, "hints", layout("Candidate"), stall=stall)
         self.candidates = StreamSink(dut, "candidates", layout("Candidate"), stall=stall)
+        self.reuse = StreamSink(dut, "reuse", layout("ReuseBeat"), stall=stall)
         self.values = StreamSink(dut, "table_values", 32, stall=stall)
-        self.sources = (self.requests, self.begin, self.decisions)
-        self.drivers = (*self.sources, self.candidates, self.values)
+        self.sources = (self.requests, self.begin, self.decisions, self.hints)
+        self.drivers = (*self.sources, self.candidates, self.values, self.reuse)
         dut.clear.value = 0
+        dut.threshold.value = Settings.threshold
+        dut.far_threshold.value = Settings.far_threshold
+        dut.ahead.value = Settings.ahead
         dut.table_select.value = 0
         self.forget()
         cocotb.start_soon(self._follow())
@@ -65,6 +80,7 @@ class PredictorBench:
         self.seen = dict.fromkeys(self.offered, 0)
         self.expected = []
         self.expected_values = []
+        self.expected_reuse = []
         self.cleared = False
 
     async def start(self):
@@ -83,6 +99,12 @@ class PredictorBench:
     def send_decision(self, ctx, layer, experts, stamp):
         payload = {"ctx": ctx, "layer": layer, "experts": list(experts), "stamp": stamp & 0xFF}
         self.send(self.decisions, payload)
+
+    def send_hint(self, ctx, layer, expert, deadline):
+        names = (*_CANDIDATE_FIELDS[:4], "deadline", "source")
+        score = self.random.randrange(256)
+        values = (ctx, layer, expert, score, deadline & 0xFF, int(Source.HINT))
+        self.send(self.hints, dict(zip(names, values, strict=True)))
 
     def send_read(self, table, word):
         payload = {"write": 0, "table": table, "word": word, "value": self.random.getrandbits(32)}
@@ -127,6 +149,7 @@ class PredictorBench:
         """Compare everything so far; nothing may be missing or left over."""
         assert self.candidates.received == self.expected
         assert self.values.received == self.expected_values
+        assert self.reuse.received == self.expected_reuse
 
     def _apply(self, name, payload):
         if name == "table_requests":
@@ -135,13 +158,13 @@ class PredictorBench:
             else:
                 value = self.golden.read_table(payload["table"], payload["word"])
                 self.expected_values.append(value)
-        elif name == "begin":
-            self.golden.begin(payload["ctx"], payload["token"], payload["phase"])
         else:
-            ranked = self.golden.decide(
-                payload["ctx"], payload["layer"], payload["experts"], payload["stamp"]
-            )
+            call, names = _CALLS[name]
+            ranked = getattr(self.golden, call)(*(payload[name] for name in names))
             self.expected += [dict(zip(_CANDIDATE_FIELDS, c, strict=True)) for c in ranked]
+            for beat in self.golden.reuse():
+                values = dict(zip(_REUSE_FIELDS, beat, strict=True))
+                self.expected_reuse.append({**values, "values": list(values["values"])})
 
     async def _follow(self):
         falling = FallingEdge(self.dut.clk)
@@ -171,6 +194,7 @@ class PredictorBench:
             if idle == "1":
                 assert len(received) == len(self.expected), "idle with candidates to come"
                 assert self.values.received == self.expected_values, "idle with values to come"
+                assert self.reuse.received == self.expected_reuse, "idle with reuse values to come"
 
 
 class RandomRouting:
@@ -208,6 +232,9 @@ class RandomRouting:
         self.next_layer[ctx] = (layer + 1) % self.layers
         choice = self.random.sample(pool, self.top_k)
         self.bench.send_decision(ctx, layer, choice, self.stamps[ctx])
+        for _ in range(self.random.choice((0, 0, 0, 1, 4))):
+            expert, layer = self.random.randrange(self.experts), self.random.randrange(self.layers)
+            self.bench.send_hint(ctx, layer, expert, self.stamps[ctx] + self.random.randrange(9))
 
 
 async def _route(bench, routing, count):
@@ -236,8 +263,9 @@ async def follows_golden(dut):
     for driver in bench.drivers:
         driver.stall = 0.0
     await bench.until_idle()
-    if bench.config.predictor != "none" and bench.config.model.layers > 1:
-        assert bench.expected
+    own = [c for c in bench.expected if c["source"] == Source.PREDICTOR]
+    assert bool(own) == (bench.config.predictor != "none" and bench.config.model.layers > 1)
+    assert len(own) < len(bench.expected)
     await bench.compare_tables()
     assert_no_x(dut.idle, dut.table_words)
 
@@ -365,6 +393,14 @@ async def is_busy_while_an_output_waits(dut):
     await cycles(dut, 500)
     bench.candidates.paused = False
     await bench.until_idle()
+    bench.candidates.paused = True
+    bench.send_hint(0, 0, 0, 1)
+    await bench.sent()
+    await cycles(dut, 100)
+    assert str(dut.idle.value) == "0"
+    bench.candidates.paused = False
+    await bench.until_idle()
+    assert bench.candidates.received[-1]["source"] == Source.HINT
     bench.send_read(1, 0)
     await bench.sent()
     await cycles(dut, 100)

@@ -133,16 +133,13 @@ class TB:
 
     # --- stimulus ---
 
-    def demand(self, ctx, layer, experts):
-        self.commands.send(
-            *(
-                {"release": 0, "ctx": ctx, "layer": layer, "expert": e, "index": i}
-                for i, e in enumerate(experts)
-            )
-        )
+    def demand(self, ctx, layer, experts, *, repeat=0):
+        command = {"release": 0, "ctx": ctx, "layer": layer, "repeat": repeat}
+        self.commands.send(*({**command, "expert": e, "index": i} for i, e in enumerate(experts)))
 
     def release(self, ctx, layer):
-        self.commands.send({"release": 1, "ctx": ctx, "layer": layer, "expert": 0, "index": 0})
+        command = {"release": 1, "ctx": ctx, "layer": layer, "repeat": 0}
+        self.commands.send({**command, "expert": 0, "index": 0})
 
     def candidate(self, ctx, layer, expert, *, deadline=None, source=Source.PREDICTOR):
         if deadline is None:
@@ -163,7 +160,7 @@ class TB:
         waiting = sum(
             1
             for c in [*(c for c, _ in self.open_demands), *self._unsent()]
-            if not c["release"] and c["index"] == 0 and c["ctx"] == ctx
+            if not c["release"] and c["index"] == 0 and not c["repeat"] and c["ctx"] == ctx
         )
         return self.routes[ctx] + waiting
 
@@ -405,7 +402,7 @@ class TB:
                 if op == BufferOp.DEMAND:
                     assert key[2] == command["expert"]
                     assert request["index"] == command["index"]
-                    if request["index"] == 0:
+                    if request["index"] == 0 and not command["repeat"]:
                         self.routes[request["ctx"]] = (self.routes[request["ctx"]] + 1) % 256
             if op == BufferOp.DEMAND:
                 assert len(self.inflight) < self.config.inflight
@@ -554,7 +551,9 @@ class Workload:
         while pending and (layer in pending or len(pending) > self.hold):
             self.tb.release(ctx, pending.popleft())
         experts = self.experts()
-        self.tb.demand(ctx, layer, experts)
+        # Candidates of a layer that is routed again do not age.
+        self.repeat = int(self.random.random() < 0.2)
+        self.tb.demand(ctx, layer, experts, repeat=self.repeat)
         pending.append(layer)
         return layer, experts
 
@@ -669,7 +668,7 @@ async def drained(dut, stall, failing, full):
         layer, experts = work.step(ctx)
         for old in before[: len(before) + 1 - len(work.pending[ctx])]:
             golden.release(ctx, old)
-        expected = golden.demand(ctx, layer, experts)
+        expected = golden.demand(ctx, layer, experts, repeat=bool(work.repeat))
         await tb.commands.sent()
         candidates = [
             (

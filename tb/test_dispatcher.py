@@ -13,13 +13,13 @@ import random
 import cocotb
 import pytest
 from amaranth import Module
-from amaranth.lib import stream, wiring
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.triggers import RisingEdge
 
 from prestage_hw.contract import MESSAGES, RECORDS, REGISTERS, DeviceConfig, ModelConfig
 from prestage_hw.contract.params import TINY_DEVICE
-from prestage_hw.contract.records import ErrorCode, message_by_code
+from prestage_hw.contract.records import ErrorCode, Phase, Source, message_by_code
 from prestage_hw.contract.registers import register_by_name
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import Dispatcher
@@ -40,6 +40,7 @@ from prestage_tb.bench import (
 )
 
 _TABLE_WORDS = 40
+_PREDICT = ("predict_threshold", "predict_far_threshold", "predict_ahead")
 _OUTPUTS = ("begin", "decisions", "commands", "hints", "reads", "table_requests")
 _RECORDS = {
     "begin": "BeginToken",
@@ -72,6 +73,7 @@ class FrontEnd(wiring.Component):
                 "candidates": In(stream.Signature(RecordLayout("Candidate", config=config))),
                 "table_values": In(stream.Signature(32)),
                 "engine_idle": In(1),
+                "predict": Out(data.StructLayout(dict.fromkeys(_PREDICT, 8))),
             }
         )
 
@@ -102,6 +104,7 @@ class FrontEnd(wiring.Component):
             registers.counters.eq(counters.values),
             counters.clear.eq(registers.clear.counters),
             self.candidates.ready.eq(1),
+            *(self.predict[name].eq(registers.control[name]) for name in _PREDICT),
             accuracy.candidate_valid.eq(self.candidates.valid),
             accuracy.candidate.eq(self.candidates.p),
             accuracy.begin.eq(dispatcher.begin.valid & dispatcher.begin.ready),
@@ -132,20 +135,31 @@ class _Recorder:
         self.expert_base = 0
         self.seen = {name: [] for name in _OUTPUTS}
         self.tables = {}
-        self.plan = []
+        self.plan = []  # (layer, expert, source) of the next candidates
         self.order = []  # how token starts and decisions follow each other
 
     # Predictor
     def begin(self, ctx, token, phase):
         self.order.append("begin")
         self.seen["begin"].append({"ctx": ctx, "token": token, "phase": phase})
+        return self._planned(ctx)
+
+    def _planned(self, ctx):
+        return [(ctx, layer, expert, 1, source, 0) for layer, expert, source in self.plan]
 
     def decide(self, ctx, layer, experts, stamp):
         self.order.append("decisions")
         self.seen["decisions"].append(
             {"ctx": ctx, "layer": layer, "experts": list(experts), "stamp": stamp}
         )
-        return [(ctx, layer + 1, expert, 1, 0, 0) for expert in self.plan]
+        return self._planned(ctx)
+
+    def hint(self, ctx, layer, expert, score, deadline):
+        self.order.append("hints")
+        values = (ctx, layer, expert, score, int(Source.HINT), deadline)
+        names = ("ctx", "layer", "expert", "score", "source", "deadline")
+        self.seen["hints"].append(dict(zip(names, values, strict=True)))
+        return [values]
 
     def table_words(self, table):
         return _TABLE_WORDS
@@ -167,23 +181,21 @@ class _Recorder:
         pass
 
     # Scheduler
-    def demand(self, ctx, layer, experts):
+    def demand(self, ctx, layer, experts, *, repeat):
         for index, expert in enumerate(experts):
-            self.seen["commands"].append(
-                {"release": 0, "ctx": ctx, "layer": layer, "expert": expert, "index": index}
-            )
+            self._command(0, ctx, layer, expert, index, repeat)
         return []
 
+    def _command(self, release, ctx, layer, expert, index, repeat):
+        names = ("release", "ctx", "layer", "expert", "index", "repeat")
+        values = (release, ctx, layer, expert, index, int(repeat))
+        self.seen["commands"].append(dict(zip(names, values, strict=True)))
+
     def release(self, ctx, layer):
-        self.seen["commands"].append(
-            {"release": 1, "ctx": ctx, "layer": layer, "expert": 0, "index": 0}
-        )
+        self._command(1, ctx, layer, 0, 0, 0)
 
     def offer(self, candidates):
-        for candidate in candidates:
-            if candidate[4]:
-                names = ("ctx", "layer", "expert", "score", "source", "deadline")
-                self.seen["hints"].append(dict(zip(names, candidate, strict=True)))
+        pass
 
     # Buffer
     def read_beat(self, slot, beat):
@@ -305,12 +317,17 @@ class _Bench:
                 # A read's value field means nothing.
                 got = [{**g, "value": g["value"] if g["write"] else None} for g in got]
             assert got == expected, f"{name}: {got[-3:]} instead of {expected[-3:]}"
+        # Sinks stall on their own, so that only streams that wait for each other keep this order.
         arrivals = [
-            (cycle, name) for name in ("begin", "decisions") for cycle in self.sinks[name].arrival
+            (cycle, name)
+            for name in ("begin", "decisions", "hints")
+            for cycle in self.sinks[name].arrival
         ]
         cycles_of = [cycle for cycle, _ in arrivals]
-        assert len(set(cycles_of)) == len(cycles_of), "a token start and a decision came together"
+        assert len(set(cycles_of)) == len(cycles_of), "two of three streams moved together"
         assert [name for _, name in sorted(arrivals)] == golden.recorder.order
+        predict = self.dut.predict.value.to_unsigned().to_bytes(len(_PREDICT), "little")
+        assert list(predict) == [golden.registers[name] for name in _PREDICT]
         outside = [answer for answer in self.answers() if answer in injected]
         assert sorted(outside) == sorted(injected)
         assert [answer for answer in self.answers() if answer not in injected] == self.expected
@@ -436,32 +453,77 @@ async def accuracy(dut):
     model = config.model
     for token in range(6):
         for ctx in range(config.contexts):
-            steps = [_message(config, "BEGIN_TOKEN", ctx, 1, token)]
+            steps = [(0, _message(config, "BEGIN_TOKEN", ctx, 1, token))]
             for layer in range(model.layers):
-                # Sometimes a layer is left out: the one after it then has no prediction.
-                if rng.random() < 0.85:
+                # Sometimes a layer is left out: the one after it then has no prediction. Sometimes
+                # it is routed several times, as in a chunk of tokens.
+                for _ in range(rng.choice((0, 1, 1, 1, 1, 3))):
                     experts = rng.sample(range(model.experts), model.top_k)
-                    steps.append(_message(config, "ROUTE", ctx, layer, experts))
-                    steps.append(_message(config, "RELEASE", ctx, layer))
-            for code, body in steps:
-                is_route = code == MESSAGES["ROUTE"].code
-                golden.recorder.plan = (
-                    rng.sample(range(model.experts), rng.randrange(model.experts))
-                    if is_route and body[1] + 1 < model.layers
-                    else []
-                )
+                    steps.append((layer + 1, _message(config, "ROUTE", ctx, layer, experts)))
+                    steps.append((None, _message(config, "RELEASE", ctx, layer)))
+            for following, (code, body) in steps:
+                golden.recorder.plan = []
+                if following is not None and following < model.layers:
+                    some = rng.sample(range(model.experts), rng.randrange(model.experts))
+                    for expert in some if following or token % 2 else ():
+                        # Hints, layers farther away, and an expert twice do not count.
+                        layer = following if rng.random() < 0.8 else model.layers - 1
+                        source = rng.choice((Source.PREDICTOR, Source.PREDICTOR, Source.HINT))
+                        golden.recorder.plan += rng.choice((1, 1, 2)) * [(layer, expert, source)]
                 golden.dispatcher.handle(code, body)
                 bench.send(code, body)
                 await bench.settle()
-                for expert in golden.recorder.plan:
+                for layer, expert, source in golden.recorder.plan:
                     bench.candidates.send({
-                        "ctx": ctx, "layer": body[1] + 1, "expert": expert,
-                        "score": 1, "source": 0, "deadline": 0,
+                        "ctx": ctx, "layer": layer, "expert": expert,
+                        "score": 1, "source": int(source), "deadline": 0,
                     })  # fmt: skip
                 await bench.candidates.sent()
-    assert golden.counters["candidates_correct"] > 10
+    assert golden.counters["candidates"] > golden.counters["candidates_correct"] > 10
     assert golden.counters["demands_predicted"] > golden.counters["candidates_correct"]
     await _read_counters(bench, golden)
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=[0.0, 0.4])
+async def chunks(dut, stall):
+    """Several tokens a layer: the stamp goes on with the layer, hints for it are late at once."""
+    bench = _Bench(dut, stall=Stall(stall, burst=(1, 8)))
+    config, rng, model = bench.config, bench.random, bench.config.model
+    golden = _Golden(config)
+    await reset(dut, drivers=bench.drivers)
+    bench.expected = []
+
+    def send(name, *values):
+        message = _message(config, name, *values)
+        bench.send(*message)
+        bench.expected += golden.dispatcher.handle(*message)
+
+    send("REGISTER_WRITE", register_by_name("control").address, 3)
+    send("REGISTER_WRITE", register_by_name("hint_threshold").address, 0)
+    tokens, starts = 3, 4
+    for start in range(starts):
+        send("BEGIN_TOKEN", 0, rng.choice((Phase.PREFILL, Phase.VERIFY)), start)
+        for layer in range(model.layers):
+            for _ in range(tokens):
+                for wanted in (layer, model.layers - 1):
+                    send("HINT", 0, wanted, rng.randrange(model.experts), 200)
+                send("ROUTE", 0, layer, rng.sample(range(model.experts), model.top_k))
+                send("RELEASE", 0, layer)
+    await bench.settle()
+    bench.check(golden)
+    stamps = [decision["stamp"] for decision in bench.sinks["decisions"].received]
+    layers = starts * model.layers
+    assert stamps == [step + 1 for step in range(layers) for _ in range(tokens)]
+    repeats = [c["repeat"] for c in bench.sinks["commands"].received if not c["release"]]
+    once = [0] * model.top_k + [1] * (tokens - 1) * model.top_k
+    assert repeats == once * layers
+    # The last layer's hints are due when it is routed, however often the others were before.
+    due = {h["deadline"] for h in bench.sinks["hints"].received if h["layer"] == model.layers - 1}
+    assert due == {model.layers * (start + 1) for start in range(starts)}
+    passed = [body for _, body in bench.expected if body[0] == ErrorCode.HINT_PASSED]
+    # For the layer itself after its first route, and for the last layer once more.
+    assert len(passed) == starts * (model.layers + 1) * (tokens - 1)
 
 
 @cocotb.test()

@@ -97,31 +97,31 @@ class Top(wiring.Component):
         # 2 predictor
         wiring.connect(m, dispatcher.begin, predictor.begin)
         wiring.connect(m, dispatcher.decisions, predictor.decisions)
+        wiring.connect(m, dispatcher.hints, predictor.hints)
         wiring.connect(m, registers.table_requests, predictor.table_requests)
         wiring.connect(m, predictor.table_values, registers.table_values)
         m.d.comb += [
             predictor.table_select.eq(registers.table_select),
             registers.table_words.eq(predictor.table_words),
             predictor.clear.eq(registers.clear.tables),
+            predictor.threshold.eq(registers.control.predict_threshold),
+            predictor.far_threshold.eq(registers.control.predict_far_threshold),
+            predictor.ahead.eq(registers.control.predict_ahead),
+            # Eviction goes by recency alone: nobody asks for reuse values.
+            predictor.reuse.ready.eq(1),
         ]
 
-        # 3 scheduler: the predictor's candidates go before hints; the scheduler says which it
-        # drops.
+        # 3 scheduler: candidates are the predictor's and those of hints, which the predictor hands
+        # on in its own order; the scheduler says which it drops.
+        wiring.connect(m, predictor.candidates, scheduler.candidates)
         wiring.connect(m, dispatcher.commands, scheduler.commands)
         wiring.connect(m, scheduler.ready, dispatcher.ready)
         wiring.connect(m, scheduler.events, dispatcher.events)
         m.d.comb += [
-            scheduler.candidates.valid.eq(predictor.candidates.valid | dispatcher.hints.valid),
-            predictor.candidates.ready.eq(scheduler.candidates.ready),
-            dispatcher.hints.ready.eq(scheduler.candidates.ready & ~predictor.candidates.valid),
             scheduler.expert_base.eq(registers.control.expert_base),
             scheduler.prefetch_tiles.eq(registers.control.prefetch_tiles),
             scheduler.enable.eq(registers.control.prefetch_enable),
         ]
-        with m.If(predictor.candidates.valid):
-            m.d.comb += scheduler.candidates.p.eq(predictor.candidates.p)
-        with m.Else():
-            m.d.comb += scheduler.candidates.p.eq(dispatcher.hints.p)
 
         # 4 dma
         wiring.connect(m, scheduler.fetches, dma.fetches)
@@ -157,6 +157,7 @@ class Top(wiring.Component):
             registers.counters.eq(counters.values),
             counters.strobes.link_errors.eq(link.errors),
             counters.strobes.link_replays.eq(link.replays),
+            counters.strobes.parity_errors.eq(predictor.parity_errors),
         ]
         sources = (dispatcher.strobes, accuracy.strobes, scheduler.strobes)
         for counter in COUNTERS:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prestage_hw.contract import TRANSFER_DTYPE, DeviceConfig
+from prestage_hw.contract.records import NO_TOKEN, Phase
 
 from .model.predictor import create_predictor
 from .traces import Trace
@@ -220,19 +221,22 @@ def layer_accuracy(run: Run) -> LayerAccuracy:
     )
     stamp = 0
     left = run.layers
-    for rows in run.trace.experts.tolist():
-        predictor.begin(0, 0, 1)
-        proposed: set[int] = set()
+    tokens = np.where(run.trace.token < 0, NO_TOKEN, run.trace.token).tolist()
+    phases = np.where(run.trace.is_decode, Phase.DECODE, Phase.PREFILL).tolist()
+    for token, phase, rows in zip(tokens, phases, run.trace.experts.tolist(), strict=True):
+        if not left:
+            return result
+        candidates = predictor.begin(0, token, phase)
         for layer, experts in enumerate(rows):
+            proposed = {candidate[2] for candidate in candidates if candidate[1] == layer}
+            result.candidates[layer] += len(proposed)
             if not left:
                 return result
             left -= 1
-            if layer:
+            # A token's first layer has none before it: it counts only if something was proposed.
+            if layer or proposed:
                 result.demands[layer] += len(experts)
                 result.correct[layer] += len(proposed.intersection(experts))
             stamp = (stamp + 1) % 256
             candidates = predictor.decide(0, layer, experts, stamp)
-            proposed = {candidate[2] for candidate in candidates}
-            if candidates:
-                result.candidates[layer + 1] += len(candidates)
     return result

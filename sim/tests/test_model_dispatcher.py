@@ -5,7 +5,7 @@ import pytest
 
 from prestage_hw.contract import MESSAGES, RECORDS, REGISTERS, DeviceConfig, ModelConfig
 from prestage_hw.contract.pattern import expert_memory
-from prestage_hw.contract.records import ErrorCode
+from prestage_hw.contract.records import ErrorCode, Phase
 from prestage_hw.contract.registers import VERSION, register_by_name, register_hash
 from prestage_sim.model.stats.accuracy import Accuracy
 from prestage_sim.model.stats.counters import Counters
@@ -125,6 +125,78 @@ def test_hints(device):
     assert device("HINT", 0, 0, 3, 255) == []  # A new token begins before layer 0.
 
 
+def test_chunk_of_tokens(device):
+    """Three tokens a layer: what waits for the next layer does not grow stale meanwhile."""
+    device.write("control", 3)
+    device("BEGIN_TOKEN", 0, Phase.PREFILL, 0xFFFFFFFF)
+    device("ROUTE", 0, 0, (0, 1))
+    assert device("ROUTE", 0, 0, (2, 3)) == _event(ErrorCode.UNRELEASED)
+    for experts in ((2, 3), (4, 5)):
+        device("RELEASE", 0, 0)
+        assert len(device("ROUTE", 0, 0, experts)) == 2
+    assert device("HINT", 0, 0, 1, 255) == _event(ErrorCode.HINT_PASSED, expert=1)
+    device("RELEASE", 0, 0)
+    device("HINT", 0, 2, 1, 255)
+    assert device.read("prefetch_issued") == 1
+    for experts in ((1, 2), (3, 4), (5, 1)):
+        device("ROUTE", 0, 1, experts)
+        # Layer 1 has had its first route, layer 2 not yet.
+        assert device("HINT", 0, 1, 0, 255) == _event(ErrorCode.HINT_PASSED, layer=1)
+        assert device("HINT", 0, 2, experts[0], 255) == []
+        device("RELEASE", 0, 1)
+    assert device.read("routes") == 6
+    assert device.read("prefetch_stale") == 0
+    assert device.read("hints") == 4
+
+
+def test_counters_of_a_chunk():
+    """A layer is compared at its first decision, with all that was proposed before it."""
+    counters = Counters()
+    accuracy = Accuracy(CONFIG, counters)
+    accuracy.begin(0)
+    accuracy.truth(0, 0, (0, 1))
+    accuracy.proposed(0, [(1, 2), (2, 5)])  # Layer 2 is farther away.
+    accuracy.truth(0, 0, (2, 3))
+    accuracy.proposed(0, [(1, 2), (1, 4)])  # Expert 2 was proposed before.
+    accuracy.truth(0, 1, (4, 2))
+    accuracy.truth(0, 1, (4, 2))
+    accuracy.truth(0, 2, (5, 0))
+    assert counters["candidates"] == counters["candidates_correct"] == 2
+    assert counters["demands_predicted"] == 4
+
+
+def test_layer_0_counts_if_something_was_proposed_for_it():
+    counters = Counters()
+    accuracy = Accuracy(CONFIG, counters)
+    accuracy.begin(1)
+    accuracy.proposed(1, [(0, 4), (1, 3)])
+    accuracy.truth(1, 0, (4, 5))
+    accuracy.begin(1)
+    accuracy.truth(1, 0, (4, 5))
+    assert counters["candidates"] == counters["candidates_correct"] == 1
+    assert counters["demands_predicted"] == 2
+
+
+def test_token_starts_reach_the_predictor(device, monkeypatch):
+    """With its number and phase, the registers' settings, and what it proposes is prefetched."""
+    seen = []
+
+    def begin(ctx, token, phase):
+        predictor = device.top.predictor
+        seen.append((ctx, token, phase, predictor.threshold, predictor.far_threshold))
+        seen.append(predictor.ahead)
+        return [(ctx, 0, 3, 200, 0, 1)]
+
+    monkeypatch.setattr(device.top.predictor, "begin", begin)
+    device("BEGIN_TOKEN", 1, Phase.VERIFY, 0xFFFFFFFF)
+    device.write("predict_threshold", 0x105)
+    device.write("predict_far_threshold", 6)
+    device.write("predict_ahead", 2)
+    device("BEGIN_TOKEN", 0, Phase.DECODE, 77)
+    assert seen == [(1, 0xFFFFFFFF, 2, 64, 160), 3, (0, 77, 1, 5, 6), 2]
+    assert device.read("candidates") == 2 and device.read("prefetch_issued") == 1
+
+
 def test_read_gives_the_experts_bytes(device):
     slot = next(f["slot"] for _, f in device("ROUTE", 0, 2, (5, 0)) if f["expert"] == 5)
     answers = device("READ", slot, 30, 2)
@@ -143,6 +215,9 @@ def test_registers(device):
         ("control", 0xFFFFFFFF, 3),
         ("hint_threshold", 0x1FF, 0xFF),
         ("expert_base_low", 0x12345, 0x12340),
+        ("predict_threshold", 0x1FF, 0xFF),
+        ("predict_far_threshold", 0x101, 1),
+        ("predict_ahead", 0x100, 0),
         ("prefetch_tiles", 9, 4),
         ("prefetch_tiles", 0, 1),
     ):
@@ -196,7 +271,7 @@ def test_accuracy_compares_with_the_layer_that_follows():
     counters = Counters()
     accuracy = Accuracy(CONFIG, counters)
     accuracy.begin(0)
-    accuracy.truth(0, 0, (0, 1))  # Nothing could predict a token's first layer.
+    accuracy.truth(0, 0, (0, 1))  # Nothing was proposed for the token's first layer.
     accuracy.proposed(0, [(1, 2), (1, 3), (1, 4)])
     accuracy.truth(1, 1, (2, 3))  # Another context.
     accuracy.truth(0, 1, (3, 5))  # One of two.

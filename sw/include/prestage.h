@@ -12,8 +12,8 @@
 
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
-#define PRESTAGE_VERSION 0x00000001u
-#define PRESTAGE_REGISTER_HASH 0x97452b20u
+#define PRESTAGE_VERSION 0x00000002u
+#define PRESTAGE_REGISTER_HASH 0x94e3ed05u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -91,9 +91,12 @@ enum prestage_register {
     PRESTAGE_REG_EXPERT_BASE_LOW = 0x13, /* rw: Address of expert 0 of layer 0, bits 31..0. */
     PRESTAGE_REG_EXPERT_BASE_HIGH = 0x14, /* rw: Address of expert 0 of layer 0, bits 63..32. */
     PRESTAGE_REG_PREFETCH_TILES = 0x15, /* rw: Prefetch tiles that the DMA may hold at once, 1 to 4. */
-    PRESTAGE_REG_TABLE_ADDRESS = 0x18, /* rw: Table word for table_data: table in bits 31..24, word in bits 23..0. */
-    PRESTAGE_REG_TABLE_DATA = 0x19, /* rw: The addressed table word; each access moves table_address one word on. */
-    PRESTAGE_REG_TABLE_WORDS = 0x1a, /* ro: Words in the table that table_address selects. */
+    PRESTAGE_REG_PREDICT_THRESHOLD = 0x16, /* rw: Least confidence of a candidate for the next layer, in 1/256 (bits 7..0). */
+    PRESTAGE_REG_PREDICT_FAR_THRESHOLD = 0x17, /* rw: Least confidence of a candidate for a layer after the next, in 1/256 (bits 7..0). */
+    PRESTAGE_REG_PREDICT_AHEAD = 0x18, /* rw: Layers, from layer 0 on, that are proposed when a token starts (bits 7..0). */
+    PRESTAGE_REG_TABLE_ADDRESS = 0x19, /* rw: Table word for table_data: table in bits 31..24, word in bits 23..0. */
+    PRESTAGE_REG_TABLE_DATA = 0x1a, /* rw: The addressed table word; each access moves table_address one word on. */
+    PRESTAGE_REG_TABLE_WORDS = 0x1b, /* ro: Words in the table that table_address selects. */
     PRESTAGE_REG_CYCLES_LOW = 0x20, /* ro: Clock cycles since reset, bits 31..0; latches the rest. */
     PRESTAGE_REG_CYCLES_HIGH = 0x21, /* ro: Clock cycles since reset, bits 63..32, as latched. */
     PRESTAGE_REG_TOKENS = 0x40, /* ro: Tokens begun. Stage 1. */
@@ -101,32 +104,33 @@ enum prestage_register {
     PRESTAGE_REG_RELEASES = 0x42, /* ro: Layers released. Stage 1. */
     PRESTAGE_REG_HINTS = 0x43, /* ro: Hints accepted. Stage 1. */
     PRESTAGE_REG_REJECTED = 0x44, /* ro: Messages refused with an Event. Stage 1. */
-    PRESTAGE_REG_CANDIDATES = 0x45, /* ro: Experts that the predictor proposed. Stage 2. */
+    PRESTAGE_REG_CANDIDATES = 0x45, /* ro: Experts that the predictor proposed for the layer that comes next. Stage 2. */
     PRESTAGE_REG_CANDIDATES_CORRECT = 0x46, /* ro: Proposed experts that the layer then chose. Stage 2. */
     PRESTAGE_REG_DEMANDS_PREDICTED = 0x47, /* ro: Demands at layers for which the predictor could propose experts. Stage 2. */
-    PRESTAGE_REG_DEMANDS = 0x48, /* ro: Experts demanded. Stage 3. */
-    PRESTAGE_REG_HITS = 0x49, /* ro: Demands that found their expert resident. Stage 3. */
-    PRESTAGE_REG_MISSES = 0x4a, /* ro: Demands that had to start a fetch. Stage 3. */
-    PRESTAGE_REG_LATE = 0x4b, /* ro: Demands that found their expert in flight as a prefetch. Stage 3. */
-    PRESTAGE_REG_MERGED = 0x4c, /* ro: Demands that found their expert in flight as a demand. Stage 3. */
-    PRESTAGE_REG_REFUSED = 0x4d, /* ro: Demands that found every slot pinned. Stage 3. */
-    PRESTAGE_REG_PREFETCH_ISSUED = 0x4e, /* ro: Prefetches started. Stage 3. */
-    PRESTAGE_REG_PREFETCH_REDUNDANT = 0x4f, /* ro: Candidates found resident or in flight. Stage 3. */
-    PRESTAGE_REG_PREFETCH_STALE = 0x50, /* ro: Candidates whose layer had been routed. Stage 3. */
-    PRESTAGE_REG_PREFETCH_NO_SLOT = 0x51, /* ro: Candidates that found no slot to take. Stage 3. */
-    PRESTAGE_REG_PREFETCH_OVERFLOW = 0x52, /* ro: Candidates lost to a full queue. Stage 3. */
-    PRESTAGE_REG_USEFUL = 0x53, /* ro: Prefetched experts demanded before eviction. Stage 5. */
-    PRESTAGE_REG_USELESS = 0x54, /* ro: Prefetched experts evicted without a demand. Stage 5. */
-    PRESTAGE_REG_EVICTIONS = 0x55, /* ro: Experts evicted. Stage 5. */
-    PRESTAGE_REG_POLLUTION = 0x56, /* ro: Demand misses on an expert that a prefetch evicted. Stage 5. */
-    PRESTAGE_REG_FILLS = 0x57, /* ro: Experts that arrived whole. Stage 5. */
-    PRESTAGE_REG_FILL_ERRORS = 0x58, /* ro: Fetches that ended in an error. Stage 5. */
-    PRESTAGE_REG_DEMAND_BYTES_LOW = 0x59, /* ro: Bytes fetched for demands. Stage 4. Bits 31..0; latches the rest. */
-    PRESTAGE_REG_DEMAND_BYTES_HIGH = 0x5a, /* ro: Bytes fetched for demands. Stage 4. Bits 63..32, as latched. */
-    PRESTAGE_REG_PREFETCH_BYTES_LOW = 0x5b, /* ro: Bytes fetched for prefetches. Stage 4. Bits 31..0; latches the rest. */
-    PRESTAGE_REG_PREFETCH_BYTES_HIGH = 0x5c, /* ro: Bytes fetched for prefetches. Stage 4. Bits 63..32, as latched. */
-    PRESTAGE_REG_LINK_ERRORS = 0x5d, /* ro: Damaged frames received. Stage 1. */
-    PRESTAGE_REG_LINK_REPLAYS = 0x5e, /* ro: Times the link went back to resend. Stage 1. */
+    PRESTAGE_REG_PARITY_ERRORS = 0x48, /* ro: Words of predictor tables that were read with wrong parity. Stage 2. */
+    PRESTAGE_REG_DEMANDS = 0x49, /* ro: Experts demanded. Stage 3. */
+    PRESTAGE_REG_HITS = 0x4a, /* ro: Demands that found their expert resident. Stage 3. */
+    PRESTAGE_REG_MISSES = 0x4b, /* ro: Demands that had to start a fetch. Stage 3. */
+    PRESTAGE_REG_LATE = 0x4c, /* ro: Demands that found their expert in flight as a prefetch. Stage 3. */
+    PRESTAGE_REG_MERGED = 0x4d, /* ro: Demands that found their expert in flight as a demand. Stage 3. */
+    PRESTAGE_REG_REFUSED = 0x4e, /* ro: Demands that found every slot pinned. Stage 3. */
+    PRESTAGE_REG_PREFETCH_ISSUED = 0x4f, /* ro: Prefetches started. Stage 3. */
+    PRESTAGE_REG_PREFETCH_REDUNDANT = 0x50, /* ro: Candidates found resident or in flight. Stage 3. */
+    PRESTAGE_REG_PREFETCH_STALE = 0x51, /* ro: Candidates whose layer had been routed. Stage 3. */
+    PRESTAGE_REG_PREFETCH_NO_SLOT = 0x52, /* ro: Candidates that found no slot to take. Stage 3. */
+    PRESTAGE_REG_PREFETCH_OVERFLOW = 0x53, /* ro: Candidates lost to a full queue. Stage 3. */
+    PRESTAGE_REG_USEFUL = 0x54, /* ro: Prefetched experts demanded before eviction. Stage 5. */
+    PRESTAGE_REG_USELESS = 0x55, /* ro: Prefetched experts evicted without a demand. Stage 5. */
+    PRESTAGE_REG_EVICTIONS = 0x56, /* ro: Experts evicted. Stage 5. */
+    PRESTAGE_REG_POLLUTION = 0x57, /* ro: Demand misses on an expert that a prefetch evicted. Stage 5. */
+    PRESTAGE_REG_FILLS = 0x58, /* ro: Experts that arrived whole. Stage 5. */
+    PRESTAGE_REG_FILL_ERRORS = 0x59, /* ro: Fetches that ended in an error. Stage 5. */
+    PRESTAGE_REG_DEMAND_BYTES_LOW = 0x5a, /* ro: Bytes fetched for demands. Stage 4. Bits 31..0; latches the rest. */
+    PRESTAGE_REG_DEMAND_BYTES_HIGH = 0x5b, /* ro: Bytes fetched for demands. Stage 4. Bits 63..32, as latched. */
+    PRESTAGE_REG_PREFETCH_BYTES_LOW = 0x5c, /* ro: Bytes fetched for prefetches. Stage 4. Bits 31..0; latches the rest. */
+    PRESTAGE_REG_PREFETCH_BYTES_HIGH = 0x5d, /* ro: Bytes fetched for prefetches. Stage 4. Bits 63..32, as latched. */
+    PRESTAGE_REG_LINK_ERRORS = 0x5e, /* ro: Damaged frames received. Stage 1. */
+    PRESTAGE_REG_LINK_REPLAYS = 0x5f, /* ro: Times the link went back to resend. Stage 1. */
 };
 
 /* Bodies of the messages. */

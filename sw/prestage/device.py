@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from prestage_hw.contract import MESSAGES, DeviceConfig, Pipe, SimulatedPipe, register_by_name
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.pattern import expert_memory
-from prestage_hw.contract.records import ErrorCode, Phase, Record
+from prestage_hw.contract.records import NO_TOKEN, ErrorCode, Phase, Record
 from prestage_hw.contract.registers import COUNTERS, REGISTERS, shape_registers
 
 from .errors import (
@@ -38,9 +38,6 @@ __all__ = ["LINKS", "Device", "Ready", "known_links", "open_device"]
 
 #: Group of the entry points that open pipes, by URL scheme.
 LINKS = "prestage.links"
-
-#: Token id on the wire where it isn't known.
-_NO_TOKEN = 0xFFFFFFFF
 
 _CONTROL_PREFETCH, _CONTROL_HINTS = 1, 2
 _CLEAR_PREDICTOR, _CLEAR_BUFFER, _CLEAR_COUNTERS = 1, 2, 4
@@ -340,9 +337,9 @@ class Device:
             What the token is for.
         """
         self._check_context(ctx)
-        number = _NO_TOKEN if token is None else operator.index(token)
-        if not 0 <= number <= _NO_TOKEN or (token is not None and number == _NO_TOKEN):
-            raise ArgumentError(f"Token id must be between 0 and {_NO_TOKEN - 1}, not {token}")
+        number = NO_TOKEN if token is None else operator.index(token)
+        if not 0 <= number <= NO_TOKEN or (token is not None and number == NO_TOKEN):
+            raise ArgumentError(f"Token id must be between 0 and {NO_TOKEN - 1}, not {token}")
         try:
             phase = Phase(phase)
         except ValueError:

@@ -22,6 +22,7 @@ __all__ = [
     "LINK_RESET",
     "LINK_RESET_DONE",
     "MESSAGES",
+    "NO_TOKEN",
     "RECORDS",
     "BufferCode",
     "BufferOp",
@@ -36,8 +37,14 @@ __all__ = [
 ]
 
 
+#: Token id on the wire where it isn't known.
+NO_TOKEN = 0xFFFFFFFF
+
+
 class Phase(IntEnum):
-    """What a token is for."""
+    """What a token is for. PREFILL and VERIFY stand for a chunk of tokens: a layer may be routed
+    several times, once for each token, before the next layer is.
+    """
 
     PREFILL = 0
     DECODE = 1
@@ -229,7 +236,8 @@ _STAMP = Field(
     name="stamp",
     kind=8,
     wire_bits=8,
-    description="Routing decisions of the context so far, modulo 256, this one included.",
+    description="Layers that the context has routed so far, modulo 256, this one included; a layer"
+    " that is routed again right away counts once.",
 )
 _ADDRESS = Field(
     name="address", kind="address", wire_bits=64, description="Memory address, in bytes."
@@ -260,7 +268,7 @@ RECORDS: dict[str, Record] = {
                     name="token",
                     kind=32,
                     wire_bits=32,
-                    description="Id of the input token, 0xFFFFFFFF where unknown.",
+                    description=f"Id of the input token, 0x{NO_TOKEN:X} where unknown.",
                 ),
             ),
         ),
@@ -309,6 +317,13 @@ RECORDS: dict[str, Record] = {
                     wire_bits=8,
                     description="Position in the routing decision; 0 starts a new one.",
                 ),
+                Field(
+                    name="repeat",
+                    kind=1,
+                    wire_bits=8,
+                    description="Demand: 1 if the context's last decision in this token was of this"
+                    " layer too, so that the stamp stays.",
+                ),
             ),
         ),
         Record(
@@ -342,6 +357,27 @@ RECORDS: dict[str, Record] = {
                     kind=8,
                     wire_bits=8,
                     description="Stamp of the routing decision that will need it, modulo 256.",
+                ),
+            ),
+        ),
+        Record(
+            name="ReuseBeat",
+            description="How likely experts of a layer are to be used again soon, some at a time.",
+            fields=(
+                _CTX,
+                _LAYER,
+                Field(
+                    name="beat",
+                    kind="lane_beat",
+                    wire_bits=16,
+                    description="Part of the layer: element 0 is expert beat x lanes.",
+                ),
+                Field(
+                    name="values",
+                    kind=8,
+                    wire_bits=8,
+                    count="lanes",
+                    description="Reuse value of each expert, greater is sooner; 0 past the last.",
                 ),
             ),
         ),

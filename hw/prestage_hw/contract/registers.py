@@ -22,7 +22,7 @@ __all__ = [
 DEVICE_ID = 0x50525354
 
 #: Version of the contract: major in bits 31..16, minor in bits 15..0.
-VERSION = 0x0000_0001
+VERSION = 0x0000_0002
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,11 @@ COUNTERS: tuple[Counter, ...] = (
     Counter(name="releases", stage=1, description="Layers released."),
     Counter(name="hints", stage=1, description="Hints accepted."),
     Counter(name="rejected", stage=1, description="Messages refused with an Event."),
-    Counter(name="candidates", stage=2, description="Experts that the predictor proposed."),
+    Counter(
+        name="candidates",
+        stage=2,
+        description="Experts that the predictor proposed for the layer that comes next.",
+    ),
     Counter(
         name="candidates_correct",
         stage=2,
@@ -63,6 +67,11 @@ COUNTERS: tuple[Counter, ...] = (
         name="demands_predicted",
         stage=2,
         description="Demands at layers for which the predictor could propose experts.",
+    ),
+    Counter(
+        name="parity_errors",
+        stage=2,
+        description="Words of predictor tables that were read with wrong parity.",
     ),
     Counter(name="demands", stage=3, description="Experts demanded."),
     Counter(name="hits", stage=3, description="Demands that found their expert resident."),
@@ -162,20 +171,41 @@ def _layout() -> tuple[Register, ...]:
     add(0x14, "expert_base_high", "rw", 0, "Address of expert 0 of layer 0, bits 63..32.")
     add(0x15, "prefetch_tiles", "rw", 1, "Prefetch tiles that the DMA may hold at once, 1 to 4.")
     add(
+        0x16,
+        "predict_threshold",
+        "rw",
+        64,
+        "Least confidence of a candidate for the next layer, in 1/256 (bits 7..0).",
+    )
+    add(
+        0x17,
+        "predict_far_threshold",
+        "rw",
+        160,
+        "Least confidence of a candidate for a layer after the next, in 1/256 (bits 7..0).",
+    )
+    add(
         0x18,
+        "predict_ahead",
+        "rw",
+        3,
+        "Layers, from layer 0 on, that are proposed when a token starts (bits 7..0).",
+    )
+    add(
+        0x19,
         "table_address",
         "rw",
         0,
         "Table word for table_data: table in bits 31..24, word in bits 23..0.",
     )
     add(
-        0x19,
+        0x1A,
         "table_data",
         "rw",
         None,
         "The addressed table word; each access moves table_address one word on.",
     )
-    add(0x1A, "table_words", "ro", None, "Words in the table that table_address selects.")
+    add(0x1B, "table_words", "ro", None, "Words in the table that table_address selects.")
     add(0x20, "cycles_low", "ro", None, "Clock cycles since reset, bits 31..0; latches the rest.")
     add(0x21, "cycles_high", "ro", None, "Clock cycles since reset, bits 63..32, as latched.")
     at = 0x40

@@ -62,7 +62,8 @@ class Dispatcher(wiring.Component):
     commands : ``Out(stream.Signature(RecordLayout("Command", config=config)))``
         Demands and releases, to the scheduler.
     hints : ``Out(stream.Signature(RecordLayout("Candidate", config=config)))``
-        Candidates from hints, to the scheduler.
+        Candidates from hints, to the predictor. Only one of ``begin``, ``decisions`` and ``hints``
+        is valid at a time, so that the predictor sees them in the host's order.
     ready : ``In(stream.Signature(RecordLayout("Ready", config=config)))``
         Answers of the scheduler.
     events : ``In(stream.Signature(RecordLayout("Event", config=config)))``
@@ -167,6 +168,7 @@ class Dispatcher(wiring.Component):
         sweep = Signal(ctx_bits + layer_bits + 1)
         idle_for = Signal(range(_IDLE_CYCLES + 1))
         clear_pending = Signal()
+        repeat = Signal()
         beat = Signal(32)
         beats_left = Signal(16)
 
@@ -271,9 +273,9 @@ class Dispatcher(wiring.Component):
                 token = fields["BEGIN_TOKEN"]
                 with m.If(bad_ctx):
                     reject(ErrorCode.BAD_CONTEXT, at_layer=0)
-                # Decisions and starts of tokens travel on two streams: each waits until the other
-                # has been taken, so that the predictor sees them in the host's order.
-                with m.Elif(~self.decisions.valid):
+                # Decisions, starts of tokens and hints travel on three streams: each waits until
+                # the others have been taken, so that the predictor sees them in the host's order.
+                with m.Elif(~self.decisions.valid & ~self.hints.valid):
                     put(self.begin, token)
                     m.d.sync += [nexts[ctx_index].eq(0), self.strobes.tokens.eq(1)]
                     m.next = "BEGUN"
@@ -321,8 +323,13 @@ class Dispatcher(wiring.Component):
                         open_write.addr.eq(open_address),
                         open_write.data.eq(1),
                     ]
+                    # In a chunk of tokens a layer is routed several times before the next one: for
+                    # whom waits for that one, the time between them is one step all the same.
+                    again = nexts[ctx_index] == layer + 1
+                    with m.If(~again):
+                        m.d.sync += stamps[ctx_index].eq(stamps[ctx_index] + 1)
                     m.d.sync += [
-                        stamps[ctx_index].eq(stamps[ctx_index] + 1),
+                        repeat.eq(again),
                         nexts[ctx_index].eq(layer + 1),
                         self.strobes.routes.eq(1),
                     ]
@@ -341,12 +348,13 @@ class Dispatcher(wiring.Component):
                                 "layer": layer,
                                 "expert": expert,
                                 "index": index,
+                                "repeat": repeat,
                             },
                         )
                         m.d.sync += index.eq(index + 1)
 
             with m.State("DECIDE"):
-                with m.If(~self.decisions.valid):
+                with m.If(~self.decisions.valid & ~self.hints.valid):
                     put(self.decisions, {"ctx": ctx, "layer": layer, "stamp": stamps[ctx_index]})
                     for i, value in enumerate(fields["ROUTE"]["experts"]):
                         m.d.sync += self.decisions.p.experts[i].eq(value)
@@ -363,7 +371,14 @@ class Dispatcher(wiring.Component):
                     ]
                     put(
                         self.commands,
-                        {"release": 1, "ctx": ctx, "layer": layer, "expert": 0, "index": 0},
+                        {
+                            "release": 1,
+                            "ctx": ctx,
+                            "layer": layer,
+                            "expert": 0,
+                            "index": 0,
+                            "repeat": 0,
+                        },
                     )
                     m.d.sync += self.strobes.releases.eq(1)
                     done()
@@ -376,7 +391,7 @@ class Dispatcher(wiring.Component):
                     reject(ErrorCode.HINT_PASSED, at_expert=hint["expert"])
                 with m.Elif(~self.hint_enable | (hint["score"] < self.hint_threshold)):
                     done()
-                with m.Elif(~self.hints.valid):
+                with m.Elif(~self.hints.valid & ~self.decisions.valid):
                     put(
                         self.hints,
                         {

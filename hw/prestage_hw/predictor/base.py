@@ -24,8 +24,17 @@ class PredictorSignature(wiring.Signature):
         A token starts. Taken before a decision that is transferred in the same cycle.
     decisions : ``In(stream.Signature(RecordLayout("RoutingDecision")))``
         Truth for its layer, trigger for the next. Experts are distinct and exist.
+    hints : ``In(stream.Signature(RecordLayout("Candidate")))``
+        Opinions from outside, which join the candidates. Taken after a token start and a decision
+        that are transferred in the same cycle.
     candidates : ``Out(stream.Signature(RecordLayout("Candidate")))``
-        Predicted experts, best first.
+        Experts worth prefetching, best first: predicted ones and those of hints.
+    reuse : ``Out(stream.Signature(RecordLayout("ReuseBeat")))``
+        Reuse values of a layer's experts after it was routed, part by part.
+    threshold, far_threshold : ``In(8)``
+        Least confidence, in 1/256, of a candidate for the next layer and for layers farther away.
+    ahead : ``In(8)``
+        Layers that are proposed when a token starts.
     table_requests : ``In(stream.Signature(RecordLayout("TableRequest")))``
         Reads and writes of table words.
     table_values : ``Out(stream.Signature(32))``
@@ -34,6 +43,8 @@ class PredictorSignature(wiring.Signature):
         Table that ``table_words`` is about.
     table_words : ``Out(24)``
         Words in the selected table, one cycle after ``table_select``; 0 if there is no such table.
+    parity_errors : ``Out(1)``
+        Strobe: a table word was read with wrong parity.
     clear : ``In(1)``
         A pulse clears all tables, after everything that was accepted up to that cycle.
     idle : ``Out(1)``
@@ -45,11 +56,17 @@ class PredictorSignature(wiring.Signature):
             {
                 "begin": In(stream.Signature(RecordLayout("BeginToken", config=config))),
                 "decisions": In(stream.Signature(RecordLayout("RoutingDecision", config=config))),
+                "hints": In(stream.Signature(RecordLayout("Candidate", config=config))),
                 "candidates": Out(stream.Signature(RecordLayout("Candidate", config=config))),
+                "reuse": Out(stream.Signature(RecordLayout("ReuseBeat", config=config))),
+                "threshold": In(8),
+                "far_threshold": In(8),
+                "ahead": In(8),
                 "table_requests": In(stream.Signature(RecordLayout("TableRequest", config=config))),
                 "table_values": Out(stream.Signature(unsigned(32))),
                 "table_select": In(8),
                 "table_words": Out(24),
+                "parity_errors": Out(1),
                 "clear": In(1),
                 "idle": Out(1),
             }

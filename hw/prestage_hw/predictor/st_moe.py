@@ -19,7 +19,7 @@ _THRESHOLD = 2
 _VALUE_CONFIDENCE = 16
 _VALUE_VALID = 18
 
-#: Decisions and token starts that wait while the predictor works.
+#: Decisions, token starts and hints that wait while the predictor works.
 _QUEUE_DEPTH = 4
 
 
@@ -44,7 +44,8 @@ class StMoePredictor(Predictor):
     predictor free for the next decision    at most ``decision_cycles``
     ======================================= =======================================
 
-    A queue takes up to 4 decisions and token starts while one is in work. Clearing takes one cycle
+    A queue takes up to 4 decisions, token starts and hints while one is in work; a hint is passed
+    on as it is when its turn comes, within 4 cycles on an idle predictor. Clearing takes one cycle
     for each row of the larger table, plus 2.
 
     Table words of value 0 stand for all invalid correlation entries. A written word whose expert
@@ -133,43 +134,64 @@ class StMoePredictor(Predictor):
         m.submodules.links = links = Memory(shape=expert_bits, depth=experts, init=[])
         link_read, link_write = links.read_port(), links.write_port()
 
-        # One queue for decisions and token starts keeps their order. Both streams are ready only
-        # while nothing waits at its entry, so that what arrives later stays behind.
+        # One queue for decisions, token starts and hints keeps their order. The streams are ready
+        # only while nothing waits at its entry, so that what arrives later stays behind. A hint
+        # travels as a decision of one expert whose stamp is the deadline.
         decision_layout = RecordLayout("RoutingDecision", config=self.config)
-        item_layout = data.StructLayout({"decision": decision_layout, "begin": 1})
+        item_layout = data.StructLayout(
+            {"decision": decision_layout, "begin": 1, "hint": 1, "score": 8}
+        )
         m.submodules.queue = queue = fifo.SyncFIFOBuffered(
             width=item_layout.size, depth=_QUEUE_DEPTH
         )
         begin_waits, begin_ctx = Signal(), Signal.like(self.begin.payload.ctx)
         decision_waits, decision = Signal(), Signal(decision_layout)
+        hint_waits, hint = Signal(), Signal(self.hints.payload.shape())
         clear_waits = Signal()
         clearing = Signal()
 
         entry = Signal(item_layout)
         m.d.comb += [
-            self.begin.ready.eq(~begin_waits & ~decision_waits & ~clear_waits & ~clearing),
+            self.begin.ready.eq(
+                ~begin_waits & ~decision_waits & ~hint_waits & ~clear_waits & ~clearing
+            ),
             self.decisions.ready.eq(self.begin.ready),
+            self.hints.ready.eq(self.begin.ready),
             entry.begin.eq(begin_waits),
             entry.decision.eq(decision),
+            entry.score.eq(hint.score),
             queue.w_data.eq(entry),
-            queue.w_en.eq(begin_waits | decision_waits),
+            queue.w_en.eq(begin_waits | decision_waits | hint_waits),
         ]
         with m.If(begin_waits):
             m.d.comb += entry.decision.ctx.eq(begin_ctx)
+        with m.Elif(~decision_waits):
+            m.d.comb += [
+                entry.hint.eq(1),
+                entry.decision.ctx.eq(hint.ctx),
+                entry.decision.layer.eq(hint.layer),
+                entry.decision.experts[0].eq(hint.expert),
+                entry.decision.stamp.eq(hint.deadline),
+            ]
         with m.If(queue.w_rdy):
             with m.If(begin_waits):
                 m.d.sync += begin_waits.eq(0)
-            with m.Else():
+            with m.Elif(decision_waits):
                 m.d.sync += decision_waits.eq(0)
+            with m.Else():
+                m.d.sync += hint_waits.eq(0)
         with m.If(self.begin.valid & self.begin.ready):
             m.d.sync += [begin_waits.eq(1), begin_ctx.eq(self.begin.payload.ctx)]
         with m.If(self.decisions.valid & self.decisions.ready):
             m.d.sync += [decision_waits.eq(1), decision.eq(self.decisions.payload)]
+        with m.If(self.hints.valid & self.hints.ready):
+            m.d.sync += [hint_waits.eq(1), hint.eq(self.hints.payload)]
 
         # Work registers.
         ctx = Signal.like(begin_ctx)
         layer = Signal.like(decision.layer)
         deadline = Signal(8)
+        hint_score = Signal(8)
         chosen = Signal(choice_layout)
         picks = Signal(choice_layout)  # experts to visit, the present one in front
         row = Signal(row_layout)  # the present row, rotated
@@ -287,7 +309,7 @@ class StMoePredictor(Predictor):
         next_opened = Cat(opened[1:], opens)
 
         # Table port: one word at a time, while nothing else is to do.
-        quiet = ~begin_waits & ~decision_waits & (queue.level == 0)
+        quiet = ~begin_waits & ~decision_waits & ~hint_waits & (queue.level == 0)
         request = self.table_requests.payload
         of_row = request.word[:successor_bits]
         of_source = request.word[successor_bits:][:expert_bits]
@@ -336,7 +358,8 @@ class StMoePredictor(Predictor):
                     m.d.sync += [
                         ctx.eq(item.decision.ctx),
                         layer.eq(item.decision.layer),
-                        deadline.eq(item.decision.stamp + 1),
+                        deadline.eq(Mux(item.hint, item.decision.stamp, item.decision.stamp + 1)),
+                        hint_score.eq(item.score),
                         row_layer.eq(item.decision.layer),
                         past_layer.eq(item.decision.layer + 1),
                     ]
@@ -349,6 +372,8 @@ class StMoePredictor(Predictor):
                         for n in range(contexts):
                             with m.If(item.decision.ctx == n):
                                 m.d.sync += previous_valid[n].eq(0)
+                    with m.Elif(item.hint):
+                        m.next = "Pass on"
                     with m.Elif(item.decision.layer == layers - 1):
                         m.next = "Recall"
                     with m.Else():
@@ -384,6 +409,19 @@ class StMoePredictor(Predictor):
                             picks[0].eq(of_source),
                             row_layer.eq(of_pair),
                         ]
+
+            with m.State("Pass on"):
+                with m.If(~self.candidates.valid | self.candidates.ready):
+                    m.d.sync += [
+                        self.candidates.valid.eq(1),
+                        self.candidates.payload.ctx.eq(ctx),
+                        self.candidates.payload.layer.eq(layer),
+                        self.candidates.payload.expert.eq(picks[0]),
+                        self.candidates.payload.score.eq(hint_score),
+                        self.candidates.payload.source.eq(Source.HINT),
+                        self.candidates.payload.deadline.eq(deadline),
+                    ]
+                    m.next = "Idle"
 
             # Predict.
             with m.State("Fetch"):

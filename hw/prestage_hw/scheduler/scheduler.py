@@ -250,7 +250,9 @@ class Scheduler(wiring.Component):
                             layer.eq(command.layer),
                             expert.eq(command.expert),
                             index.eq(command.index),
-                            route_starts.eq(~command.release & (command.index == 0)),
+                            route_starts.eq(
+                                ~command.release & (command.index == 0) & ~command.repeat
+                            ),
                             state.eq(_State.LOOKUP),
                         ]
                 with m.Elif(queue.o.valid & table.prefetch_room):

@@ -5,6 +5,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
+from prestage_hw.contract.records import Source
 from prestage_hw.layouts import RecordLayout
 
 __all__ = ["Accuracy"]
@@ -13,8 +14,11 @@ __all__ = ["Accuracy"]
 class Accuracy(wiring.Component):
     """Watch candidates and demands go by and compare them.
 
-    For each context one bit an expert remembers what was proposed for the layer that comes next.
-    Every port only listens.
+    For each context one bit an expert remembers what was proposed for the layer that comes next:
+    the one after the layer routed last, layer 0 at the start of a token. Only the predictor's own
+    candidates for that layer count, each expert once; hints and candidates for layers farther away
+    don't. A layer that is routed again right away (a chunk of tokens) is compared only the first
+    time, and what was proposed in between is kept. Every port only listens.
 
     Parameters
     ----------
@@ -26,7 +30,7 @@ class Accuracy(wiring.Component):
     begin, begin_ctx : ``In(1)``, ``In(ctx)``
         A token of that context starts.
     candidate_valid, candidate : ``In(1)``, ``In(RecordLayout("Candidate", config=config))``
-        The predictor proposes an expert.
+        The predictor hands on a candidate.
     command_valid, command : ``In(1)``, ``In(RecordLayout("Command", config=config))``
         The scheduler takes a command.
     decision_valid, decision : ``In(1)``, ``In(RecordLayout("RoutingDecision", config=config))``
@@ -59,21 +63,30 @@ class Accuracy(wiring.Component):
         config = self.config
         contexts = range(config.contexts)
         proposed = Array(Signal(config.model.experts, name=f"proposed_{c}") for c in contexts)
-        # 0 stands for "no layer": a token's first layer has no layer before it that could propose.
+        # Layer that comes next.
         expected = Array(
             Signal(range(config.model.layers + 1), name=f"expected_{c}") for c in contexts
         )
 
-        m.d.sync += self.strobes.candidates.eq(self.candidate_valid)
-        with m.If(self.candidate_valid & (expected[self.candidate.ctx] == self.candidate.layer)):
-            m.d.sync += proposed[self.candidate.ctx].bit_select(self.candidate.expert, 1).eq(1)
+        fresh = Signal()
+        place = proposed[self.candidate.ctx].bit_select(self.candidate.expert, 1)
+        m.d.comb += fresh.eq(
+            self.candidate_valid
+            & (self.candidate.source == Source.PREDICTOR)
+            & (expected[self.candidate.ctx] == self.candidate.layer)
+            & ~place
+        )
+        m.d.sync += self.strobes.candidates.eq(fresh)
+        with m.If(fresh):
+            m.d.sync += place.eq(1)
 
         demanded = self.command_valid & ~self.command.release
         predicted = Signal()
         m.d.comb += predicted.eq(
             demanded
-            & (self.command.layer != 0)
             & (expected[self.command.ctx] == self.command.layer)
+            # A token's first layer has none before it: it counts only if something was proposed.
+            & ((self.command.layer != 0) | proposed[self.command.ctx].any())
         )
         m.d.sync += [
             self.strobes.demands_predicted.eq(predicted),
@@ -83,10 +96,9 @@ class Accuracy(wiring.Component):
         ]
 
         with m.If(self.decision_valid):
-            m.d.sync += [
-                proposed[self.decision.ctx].eq(0),
-                expected[self.decision.ctx].eq(self.decision.layer + 1),
-            ]
+            m.d.sync += expected[self.decision.ctx].eq(self.decision.layer + 1)
+            with m.If(expected[self.decision.ctx] != self.decision.layer + 1):
+                m.d.sync += proposed[self.decision.ctx].eq(0)
         with m.If(self.begin):
             m.d.sync += [proposed[self.begin_ctx].eq(0), expected[self.begin_ctx].eq(0)]
         return m

@@ -16,6 +16,9 @@ __all__ = ["RegisterBank"]
 #: more passes in registers.
 _CLEAR_CYCLES = 4
 
+#: Registers of 8 bits that only the predictor reads.
+_PREDICT = ("predict_threshold", "predict_far_threshold", "predict_ahead")
+
 
 class RegisterBank(wiring.Component):
     """Registers of the contract.
@@ -47,7 +50,7 @@ class RegisterBank(wiring.Component):
         Nothing is under way.
     control : ``Out(StructLayout)``
         Fields ``prefetch_enable``, ``hint_enable``, ``hint_threshold``, ``expert_base``,
-        ``prefetch_tiles``.
+        ``prefetch_tiles``, ``predict_threshold``, ``predict_far_threshold``, ``predict_ahead``.
     clear : ``Out(StructLayout)``
         Pulses ``tables``, ``buffer``, ``counters``.
     """
@@ -75,6 +78,7 @@ class RegisterBank(wiring.Component):
                             "hint_threshold": 8,
                             "expert_base": config.address_bits,
                             "prefetch_tiles": 3,
+                            **dict.fromkeys(_PREDICT, 8),
                         }
                     )
                 ),
@@ -88,6 +92,7 @@ class RegisterBank(wiring.Component):
 
         control = Signal(2, init=register_by_name("control").reset)
         hint_threshold = Signal(8, init=register_by_name("hint_threshold").reset)
+        predict = {name: Signal(8, init=register_by_name(name).reset) for name in _PREDICT}
         base_low = Signal(32)
         base_high = Signal(32)
         prefetch_tiles = Signal(3, init=register_by_name("prefetch_tiles").reset)
@@ -104,6 +109,7 @@ class RegisterBank(wiring.Component):
             self.control.hint_threshold.eq(hint_threshold),
             self.control.expert_base.eq(Cat(base_low, base_high)),
             self.control.prefetch_tiles.eq(prefetch_tiles),
+            *(self.control[name].eq(value) for name, value in predict.items()),
             self.table_select.eq(table_address[24:]),
         ]
 
@@ -113,6 +119,7 @@ class RegisterBank(wiring.Component):
             "expert_base_low": base_low,
             "expert_base_high": base_high,
             "prefetch_tiles": prefetch_tiles,
+            **predict,
             "table_address": table_address,
             "table_words": self.table_words,
             "cycles_low": cycles[:32],
@@ -163,6 +170,7 @@ class RegisterBank(wiring.Component):
                             ("hint_threshold", hint_threshold),
                             ("expert_base_high", base_high),
                             ("table_address", table_address),
+                            *predict.items(),
                         ):
                             with m.Case(register_by_name(name).address):
                                 m.d.sync += target.eq(access.value)

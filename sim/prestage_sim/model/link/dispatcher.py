@@ -27,13 +27,22 @@ CandidateTuple = tuple[int, int, int, int, int, int]
 class Predictor(Tables, Protocol):
     """What the dispatcher needs of a predictor."""
 
-    def begin(self, ctx: int, token: int, phase: int) -> None:
-        """A token starts."""
+    threshold: int
+    far_threshold: int
+    ahead: int
+
+    def begin(self, ctx: int, token: int, phase: int) -> Sequence[CandidateTuple]:
+        """A token starts; propose experts, best first."""
 
     def decide(
         self, ctx: int, layer: int, experts: Sequence[int], stamp: int
     ) -> Sequence[CandidateTuple]:
         """Learn a decision and propose experts, best first."""
+
+    def hint(
+        self, ctx: int, layer: int, expert: int, score: int, deadline: int
+    ) -> Sequence[CandidateTuple]:
+        """Take an opinion from outside and propose experts, best first."""
 
     def clear(self) -> None:
         """Forget everything."""
@@ -45,7 +54,9 @@ class Scheduler(Protocol):
     enable: bool
     expert_base: int
 
-    def demand(self, ctx: int, layer: int, experts: Sequence[int]) -> Sequence[object]:
+    def demand(
+        self, ctx: int, layer: int, experts: Sequence[int], *, repeat: bool
+    ) -> Sequence[object]:
         """Serve the demands of one decision."""
 
     def offer(self, candidates: Sequence[CandidateTuple]) -> None:
@@ -138,8 +149,23 @@ class Dispatcher:
         self._counters["tokens"] += 1
         self._current[ctx] = -1
         self._accuracy.begin(ctx)
-        self._predictor.begin(ctx, token, phase)
+        self._configure()
+        self._propose(ctx, self._predictor.begin(ctx, token, phase))
         return []
+
+    def _configure(self) -> None:
+        """Show the registers to the stages behind."""
+        registers = self._registers
+        self._scheduler.expert_base = registers.expert_base
+        self._scheduler.enable = bool(registers["control"] & 1)
+        self._predictor.threshold = registers["predict_threshold"]
+        self._predictor.far_threshold = registers["predict_far_threshold"]
+        self._predictor.ahead = registers["predict_ahead"]
+
+    def _propose(self, ctx: int, candidates: Sequence[CandidateTuple]) -> None:
+        """Hand the predictor's candidates on; only its own count, not the hints among them."""
+        self._accuracy.proposed(ctx, [(c[1], c[2]) for c in candidates if c[4] != Source.HINT])
+        self._scheduler.offer(candidates)
 
     def _route(self, body: bytes) -> list[Answer]:
         fields = RECORDS["Route"].unpack(self._config, body)
@@ -158,17 +184,19 @@ class Dispatcher:
             return self._reject(ErrorCode.UNRELEASED, ctx=ctx, layer=layer)
         self._unreleased.add((ctx, layer))
         self._counters["routes"] += 1
-        self._stamp[ctx] = (self._stamp[ctx] + 1) % 256
+        # In a chunk of tokens a layer is routed several times before the next one; the stamp counts
+        # it once.
+        repeat = self._current[ctx] == layer
+        if not repeat:
+            self._stamp[ctx] = (self._stamp[ctx] + 1) % 256
         self._current[ctx] = layer
-        self._scheduler.expert_base = self._registers.expert_base
-        self._scheduler.enable = bool(self._registers["control"] & 1)
+        self._configure()
         answers = [
-            self._scheduled(answer) for answer in self._scheduler.demand(ctx, layer, experts)
+            self._scheduled(answer)
+            for answer in self._scheduler.demand(ctx, layer, experts, repeat=repeat)
         ]
         self._accuracy.truth(ctx, layer, experts)
-        candidates = self._predictor.decide(ctx, layer, experts, self._stamp[ctx])
-        self._accuracy.proposed(ctx, [(c[1], c[2]) for c in candidates])
-        self._scheduler.offer(candidates)
+        self._propose(ctx, self._predictor.decide(ctx, layer, experts, self._stamp[ctx]))
         return answers
 
     def _scheduled(self, answer: object) -> Answer:
@@ -200,8 +228,8 @@ class Dispatcher:
         if self._registers["control"] & 2 and score >= self._registers["hint_threshold"]:
             self._counters["hints"] += 1
             deadline = (self._stamp[ctx] + layer - self._current[ctx]) % 256
-            self._scheduler.expert_base = self._registers.expert_base
-            self._scheduler.offer([(ctx, layer, expert, score, int(Source.HINT), deadline)])
+            self._configure()
+            self._propose(ctx, self._predictor.hint(ctx, layer, expert, score, deadline))
         return []
 
     def _read(self, body: bytes) -> list[Answer]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
 
-from .base import Candidate, Predictor
+from .base import Candidate, Predictor, ReuseBeat, Settings
 from .none import NonePredictor
 from .st_moe import StMoePredictor
 
@@ -20,6 +20,8 @@ __all__ = [
     "Candidate",
     "NonePredictor",
     "Predictor",
+    "ReuseBeat",
+    "Settings",
     "StMoePredictor",
     "create_predictor",
 ]

@@ -5,18 +5,51 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-__all__ = ["Candidate", "Predictor"]
+from prestage_hw.contract.registers import register_by_name
+
+__all__ = ["Candidate", "Predictor", "ReuseBeat", "Settings"]
 
 #: ``(ctx, layer, expert, score, source, deadline)``, the fields of the contract's record in its
 #: order.
 Candidate = tuple[int, int, int, int, int, int]
 
+#: ``(ctx, layer, beat, values)``, the fields of the contract's record in its order.
+ReuseBeat = tuple[int, int, int, tuple[int, ...]]
+
+
+class Settings:
+    """What the registers tell a predictor, as it is after reset.
+
+    Attributes
+    ----------
+    threshold, far_threshold : :class:`int`
+        Least confidence, in 1/256, of a candidate for the next layer and for layers farther away.
+    ahead : :class:`int`
+        Layers that are proposed when a token starts.
+    """
+
+    threshold: int = register_by_name("predict_threshold").reset or 0
+    far_threshold: int = register_by_name("predict_far_threshold").reset or 0
+    ahead: int = register_by_name("predict_ahead").reset or 0
+
 
 class Predictor(Protocol):
-    """A predictor, one call for each transfer on the ports of its RTL twin."""
+    """A predictor, one call for each transfer on the ports of its RTL twin.
 
-    def begin(self, ctx: int, token: int, phase: int) -> None:
+    Attributes
+    ----------
+    threshold, far_threshold, ahead : :class:`int`
+        As in :class:`Settings`.
+    """
+
+    threshold: int
+    far_threshold: int
+    ahead: int
+
+    def begin(self, ctx: int, token: int, phase: int) -> list[Candidate]:
         """Start a token: the context's previous layer becomes "none".
+
+        Returns what the predictor proposes already, best first.
 
         Parameters
         ----------
@@ -42,6 +75,22 @@ class Predictor(Protocol):
         stamp : :class:`int`
             Routing decisions of the context so far, modulo 256, this one included.
         """
+
+    def hint(self, ctx: int, layer: int, expert: int, score: int, deadline: int) -> list[Candidate]:
+        """Take an opinion from outside and return the candidates that it gives.
+
+        Parameters
+        ----------
+        ctx, layer, expert : :class:`int`
+            Context, a layer to come, expert.
+        score : :class:`int`
+            Confidence, 255 is certain.
+        deadline : :class:`int`
+            Stamp of the routing decision that will need it, modulo 256.
+        """
+
+    def reuse(self) -> list[ReuseBeat]:
+        """Reuse values that were given out since the last call."""
 
     def table_words(self, table: int) -> int:
         """Words in a table, 0 if there is none of that number."""

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
+from prestage_hw.contract.records import Source
 
-from .base import Candidate
+from .base import Candidate, ReuseBeat, Settings
 
 __all__ = ["NonePredictor"]
 
 
-class NonePredictor:
+class NonePredictor(Settings):
     """Predict nothing: takes every decision, has no table.
 
     Parameters
@@ -25,11 +26,20 @@ class NonePredictor:
         require_config(config)
         self.config = config
 
-    def begin(self, ctx: int, token: int, phase: int) -> None:
-        """Start a token."""
+    def begin(self, ctx: int, token: int, phase: int) -> list[Candidate]:
+        """Start a token; there are no candidates."""
+        return []
 
     def decide(self, ctx: int, layer: int, experts: Sequence[int], stamp: int) -> list[Candidate]:
         """Take the router's choice for a layer; there are no candidates."""
+        return []
+
+    def hint(self, ctx: int, layer: int, expert: int, score: int, deadline: int) -> list[Candidate]:
+        """Pass a hint on as it is."""
+        return [(ctx, layer, expert, score, int(Source.HINT), deadline)]
+
+    def reuse(self) -> list[ReuseBeat]:
+        """Reuse values: there are none."""
         return []
 
     def table_words(self, table: int) -> int:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
+from prestage_hw.contract.records import Source
 
-from .base import Candidate
+from .base import Candidate, ReuseBeat, Settings
 
 __all__ = ["StMoePredictor"]
 
@@ -29,7 +30,7 @@ def _index_bits(count: int) -> int:
     return (count - 1).bit_length()
 
 
-class StMoePredictor:
+class StMoePredictor(Settings):
     """Predict from the experts that followed in the past and from the previous token's choice.
 
     An entry of a row is a pair of parallel lists: ``experts`` (-1 where invalid) and
@@ -73,9 +74,10 @@ class StMoePredictor:
         self._history_valid = [[False] * self._layers for _ in contexts]
         self._previous = [-1 for _ in contexts]
 
-    def begin(self, ctx: int, token: int, phase: int) -> None:
-        """Start a token: the context's previous layer becomes "none"."""
+    def begin(self, ctx: int, token: int, phase: int) -> list[Candidate]:
+        """Start a token: the context's previous layer becomes "none"; there are no candidates."""
         self._previous[ctx] = -1
+        return []
 
     def decide(self, ctx: int, layer: int, experts: Sequence[int], stamp: int) -> list[Candidate]:
         """Predict layer + 1, learn from the pair layer - 1 and layer, remember the choice."""
@@ -133,6 +135,14 @@ class StMoePredictor:
         for position, expert in zip(open_entries, unused, strict=False):
             row_experts[position] = expert
             row_confidences[position] = _NEW_CONFIDENCE
+
+    def hint(self, ctx: int, layer: int, expert: int, score: int, deadline: int) -> list[Candidate]:
+        """Pass a hint on as it is."""
+        return [(ctx, layer, expert, score, int(Source.HINT), deadline)]
+
+    def reuse(self) -> list[ReuseBeat]:
+        """Reuse values: there are none."""
+        return []
 
     def table_words(self, table: int) -> int:
         """Words in a table, padding included: 0 is the correlation table, 1 the history."""

@@ -143,7 +143,9 @@ class Scheduler:
         self._expert_bytes = config.expert_bytes
         self._last_tile = config.tiles - 1
 
-    def demand(self, ctx: int, layer: int, experts: Sequence[int]) -> list[Ready | Event]:
+    def demand(
+        self, ctx: int, layer: int, experts: Sequence[int], *, repeat: bool = False
+    ) -> list[Ready | Event]:
         """Serve one routing decision and give the answers, one for each expert.
 
         Parameters
@@ -152,10 +154,14 @@ class Scheduler:
             Whose decision.
         experts : sequence of :class:`int`
             The experts in the router's order, without repetition.
+        repeat : :class:`bool`
+            True if the context's last decision in this token was of this layer too: candidates for
+            the layer after it have as much time as before.
         """
         request = self.buffer.request
         counters = self.counters
-        self._routes[ctx] = (self._routes[ctx] + 1) % 256
+        if not repeat:
+            self._routes[ctx] = (self._routes[ctx] + 1) % 256
         answers: list[Ready | Event] = []
         inflight: list[Entry] = []
         for index, expert in enumerate(experts):

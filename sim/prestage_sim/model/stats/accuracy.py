@@ -14,6 +14,10 @@ __all__ = ["Accuracy"]
 class Accuracy:
     """Compare what was proposed for a context's next layer with what the layer chose.
 
+    The next layer is the one after the layer routed last, layer 0 at the start of a token. Only the
+    predictor's own candidates for it count, each expert once. A layer that is routed again right
+    away is compared only the first time, and what was proposed in between is kept.
+
     Parameters
     ----------
     config : :class:`DeviceConfig`
@@ -24,25 +28,27 @@ class Accuracy:
 
     def __init__(self, config: DeviceConfig, counters: Counters) -> None:
         self._counters = counters
-        self._next: list[int | None] = [None] * config.contexts
+        self._next = [0] * config.contexts
         self._proposed: list[set[int]] = [set() for _ in range(config.contexts)]
 
     def begin(self, ctx: int) -> None:
-        """A token of the context starts: no layer is predicted before its first one."""
-        self._next[ctx] = None
+        """A token of the context starts."""
+        self._next[ctx] = 0
         self._proposed[ctx] = set()
 
     def truth(self, ctx: int, layer: int, experts: Sequence[int]) -> None:
         """The layer's choice is known."""
-        if self._next[ctx] == layer:
+        # A token's first layer has none before it: it counts only if something was proposed.
+        if self._next[ctx] == layer and (layer or self._proposed[ctx]):
             self._counters["demands_predicted"] += len(experts)
             self._counters["candidates_correct"] += len(self._proposed[ctx].intersection(experts))
+        if self._next[ctx] != layer + 1:
+            self._proposed[ctx] = set()
         self._next[ctx] = layer + 1
-        self._proposed[ctx] = set()
 
     def proposed(self, ctx: int, candidates: Iterable[tuple[int, int]]) -> None:
         """The predictor proposes ``(layer, expert)`` pairs."""
         for layer, expert in candidates:
-            self._counters["candidates"] += 1
-            if layer == self._next[ctx]:
+            if layer == self._next[ctx] and expert not in self._proposed[ctx]:
+                self._counters["candidates"] += 1
                 self._proposed[ctx].add(expert)

@@ -12,6 +12,10 @@ from .counters import Counters
 __all__ = ["RegisterBank", "Tables"]
 
 
+#: Registers of 8 bits that only the predictor reads.
+_PREDICT = ("predict_threshold", "predict_far_threshold", "predict_ahead")
+
+
 class Tables(Protocol):
     """What the bank needs of a predictor."""
 
@@ -115,7 +119,7 @@ class RegisterBank:
         """What is kept of a written value."""
         if name == "control":
             return value & 3
-        if name == "hint_threshold":
+        if name in ("hint_threshold", *_PREDICT):
             return value & 0xFF
         if name == "expert_base_low":
             return value - value % self._config.data_bytes
