@@ -88,9 +88,7 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         if self.name not in self.NAMES:
-            raise ValueError(
-                f"Head name must be one of {', '.join(self.NAMES)}, not {self.name!r}"
-            )
+            raise ValueError(f"Head name must be one of {', '.join(self.NAMES)}, not {self.name!r}")
         _require_names(f"Row features of {self.name}", self.rows, FEATURES)
         _require_names(f"Crosses of {self.name}", self.crosses, CROSSES)
         _require_names(f"Diagonal features of {self.name}", self.diagonals, FEATURES)
@@ -100,9 +98,7 @@ class HeadConfig:
             )
         for feature in (*self.rows, *self.diagonals):
             if self.horizon == 0 and feature in _OF_THIS_TOKEN:
-                raise ValueError(
-                    f"Feature {feature} of {self.name} is not known at token start"
-                )
+                raise ValueError(f"Feature {feature} of {self.name} is not known at token start")
             if self.is_reuse and feature not in _OF_REUSE:
                 raise ValueError(
                     f"Features of R must be among {', '.join(_OF_REUSE)}, not {feature!r}"

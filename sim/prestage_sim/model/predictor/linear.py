@@ -61,8 +61,9 @@ class Head(NamedTuple):
         In lists: which of its lane's experts an entry is about. Full rows: ``[1, 1]``.
     maturity : array of ``uint8``, shape ``[words]``
         Stage of learning, 0 to 2.
-    diagonal : array of ``int16``, shape ``[layers * banks, features + 1, experts]``
-        Weights of the diagonal features; number 0 is the bias.
+    diagonal : array of ``int16``, shape ``[layers * banks, features + 1, lanes * beats]``
+        Weights of the diagonal features; number 0 is the bias. Experts are rounded up to whole
+        beats.
     lfsr : array of ``uint32``, shape ``[1]``
         State of the random numbers.
     """
@@ -130,7 +131,7 @@ def create_head(config: DeviceConfig, head: HeadConfig, *, number: int) -> Head:
         weights=np.zeros((words, lanes), np.int16),
         index=np.zeros((words, lanes) if entries else (1, 1), np.int16),
         maturity=np.zeros(words, np.uint8),
-        diagonal=np.zeros((layers, len(head.diagonals) + 1, model.experts), np.int16),
+        diagonal=np.zeros((layers, len(head.diagonals) + 1, config.lane_beats * lanes), np.int16),
         lfsr=np.array([LFSR_SEED + number], np.uint32),
     )
 
