@@ -118,12 +118,11 @@ class PerceptronRanker(Ranker):
         self, experts: NDArray[np.integer], tokens: NDArray[np.int32], requests: NDArray[np.int32]
     ) -> Ranking:
         values = self._runner.run(experts, tokens)
-        scores = np.stack([values.get(h, values[0]) for h in self.horizons], axis=1)
-        scores = np.ascontiguousarray(scores, np.int32)
+        stacked = np.stack([values.get(h, values[0]) for h in self.horizons], axis=1)
+        scores: NDArray[np.int32] = np.ascontiguousarray(stacked, np.int32)
         least = np.array([self._thresholds[h] for h in self.horizons], np.int32)
         most = min(2 * self.model.top_k, self.model.experts)
         proposed = np.zeros(scores.shape, np.bool_)
         _propose(scores, least, most, proposed)
-        return Ranking(
-            scores=scores, proposed=proposed, probabilities=scores.astype(np.float32) / 256
-        )
+        probabilities = scores.astype(np.float32) / np.float32(256)
+        return Ranking(scores=scores, proposed=proposed, probabilities=probabilities)

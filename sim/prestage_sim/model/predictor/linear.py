@@ -7,7 +7,7 @@ the specification of both this and the RTL.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,7 +156,17 @@ def lfsr_next(state: int) -> int:
 
 
 @compiled
-def gather(code, reuse, now, layer, horizon, this, prev, before, memo):  # type: ignore[no-untyped-def]
+def gather(
+    code: Any,
+    reuse: Any,
+    now: Any,
+    layer: Any,
+    horizon: Any,
+    this: Any,
+    prev: Any,
+    before: Any,
+    memo: Any,
+) -> Any:
     """The set of a feature, shape ``[k]``; its first id is -1 where it is unknown."""
     layers = this.shape[0]
     if reuse:
@@ -187,13 +197,23 @@ def gather(code, reuse, now, layer, horizon, this, prev, before, memo):  # type:
 
 
 @compiled
-def _hash(first, second, bits):  # type: ignore[no-untyped-def]
+def _hash(first: Any, second: Any, bits: Any) -> Any:
     """Row of a conjunction of two experts."""
     return (first * 157 + second * 1265) & ((1 << bits) - 1)
 
 
 @compiled
-def _rows(head, base, layer, now, this, prev, before, memo, found):  # type: ignore[no-untyped-def]
+def _rows(
+    head: Any,
+    base: Any,
+    layer: Any,
+    now: Any,
+    this: Any,
+    prev: Any,
+    before: Any,
+    memo: Any,
+    found: Any,
+) -> Any:
     """Write the numbers of the active rows to ``found`` and return how many there are."""
     shape = head.shape
     horizon, reuse, layers = shape[_HORIZON], shape[_REUSE], shape[_LAYERS]
@@ -234,7 +254,17 @@ def _rows(head, base, layer, now, this, prev, before, memo, found):  # type: ign
 
 
 @compiled
-def head_predict(head, base, layer, now, this, prev, before, memo, values):  # type: ignore[no-untyped-def]
+def head_predict(
+    head: Any,
+    base: Any,
+    layer: Any,
+    now: Any,
+    this: Any,
+    prev: Any,
+    before: Any,
+    memo: Any,
+    values: Any,
+) -> None:
     """Value of each expert of a layer.
 
     Parameters
@@ -285,7 +315,18 @@ def head_predict(head, base, layer, now, this, prev, before, memo, values):  # t
 
 
 @compiled
-def head_learn(head, base, layer, this, prev, before, memo, values, targets, used):  # type: ignore[no-untyped-def]
+def head_learn(
+    head: Any,
+    base: Any,
+    layer: Any,
+    this: Any,
+    prev: Any,
+    before: Any,
+    memo: Any,
+    values: Any,
+    targets: Any,
+    used: Any,
+) -> None:
     """Move the weights that gave ``values`` towards ``targets``.
 
     Parameters
@@ -311,7 +352,7 @@ def head_learn(head, base, layer, this, prev, before, memo, values, targets, use
         for beat in range(beats):
             word = found[r] * beats + beat
             state = lfsr_next(state)
-            stage = min(np.int64(head.maturity[word]), 2)
+            stage: Any = min(np.int64(head.maturity[word]), 2)
             shift = 3 - stage + boost
             for j in range(lanes):
                 u = ((np.int64(state) + 97 * j) & 255) << (bits - 8)

@@ -31,14 +31,14 @@ _DISCOUNT = 13
 
 
 @compiled
-def reuse_targets(values, used, targets):  # type: ignore[no-untyped-def]
+def reuse_targets(values: Any, used: Any, targets: Any) -> None:
     """Temporal difference: 1 for what was used, else the discounted value of the next visit."""
     for e in range(values.shape[0]):
         targets[e] = 1024 if used[e] else (_DISCOUNT * values[e]) >> 4
 
 
 @compiled
-def _run_head(head, routed, memos, values, out):  # type: ignore[no-untyped-def]
+def _run_head(head: Any, routed: Any, memos: Any, values: Any, out: Any) -> None:
     """Predict and learn every layer of every token, in the device's order for one context.
 
     ``routed`` holds two tokens more than ``memos``: those before the first.
@@ -64,7 +64,9 @@ def _run_head(head, routed, memos, values, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _run_tokens(tables, tokens, routed, previous, memo, memos):  # type: ignore[no-untyped-def]
+def _run_tokens(
+    tables: Any, tokens: Any, routed: Any, previous: Any, memo: Any, memos: Any
+) -> None:
     """Token tables over consecutive tokens; ``previous`` holds the two ids before the first."""
     for t in range(tokens.shape[0]):
         if routed[t + 1, 0, 0] >= 0:
@@ -105,7 +107,7 @@ class _HeadTables:
     def read(self, table: int, word: int) -> int:
         """A table word."""
         at, chunk = divmod(word, self._chunks[table])
-        return self._stored(table, at) >> 32 * chunk & 0xFFFFFFFF
+        return int(self._stored(table, at) >> 32 * chunk & 0xFFFFFFFF)
 
     def write(self, table: int, word: int, value: int) -> None:
         """Write a table word."""
@@ -136,14 +138,14 @@ class _HeadTables:
             layer, beat = divmod(at, self._beats)
             part = slice(beat * self._lanes, (beat + 1) * self._lanes)
             fields = (self._head.diagonal[layer, :, part].reshape(-1) & mask).tolist()
-            return sum(field << n * self._bits for n, field in enumerate(fields))
+            return int(sum(field << n * self._bits for n, field in enumerate(fields)))
         width = self._bits + self._index_bits
         fields = (self._head.weights[at] & mask).tolist()
         word = sum(field << n * width for n, field in enumerate(fields))
         if self._index_bits:
             indices = self._head.index[at].tolist()
             word |= sum(i << n * width + self._bits for n, i in enumerate(indices))
-        return word | int(self._head.maturity[at]) << self._lanes * width
+        return int(word | int(self._head.maturity[at]) << self._lanes * width)
 
 
 class PerceptronPredictor(Settings):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +70,7 @@ def clear_tokens(tables: TokenTables) -> None:
 
 
 @compiled
-def token_place(token, other, rows):  # type: ignore[no-untyped-def]
+def token_place(token: Any, other: Any, rows: Any) -> None:
     """Entry and tag of a token (``other`` < 0) or of a pair, the second being the token before."""
     bits = 0
     while 1 << bits < rows:
@@ -84,7 +84,7 @@ def token_place(token, other, rows):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _fetch(tags, table, token, other, choices):  # type: ignore[no-untyped-def]
+def _fetch(tags: Any, table: Any, token: Any, other: Any, choices: Any) -> None:
     """Copy an entry's choices, or mark them unknown."""
     choices[:] = -1
     if table.shape[0] > 1:
@@ -94,7 +94,7 @@ def _fetch(tags, table, token, other, choices):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def token_fetch(tables, token, previous, memo):  # type: ignore[no-untyped-def]
+def token_fetch(tables: Any, token: Any, previous: Any, memo: Any) -> None:
     """Look up a token that starts.
 
     Parameters
@@ -117,7 +117,7 @@ def token_fetch(tables, token, previous, memo):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def token_store(tables, token, previous, this):  # type: ignore[no-untyped-def]
+def token_store(tables: Any, token: Any, previous: Any, this: Any) -> None:
     """Remember the choices of a token that has ended.
 
     Parameters
