@@ -73,7 +73,7 @@ class Head(NamedTuple):
     diagonals: NDArray[np.int64]
     shape: NDArray[np.int64]
     weights: NDArray[np.int16]
-    index: NDArray[np.int16]
+    index: NDArray[np.int16]  # type: ignore[assignment]
     maturity: NDArray[np.uint8]
     diagonal: NDArray[np.int16]
     lfsr: NDArray[np.uint32]
@@ -144,7 +144,7 @@ def clear_head(head: Head, *, number: int) -> None:
 
 
 @compiled
-def lfsr_next(state: int) -> int:
+def lfsr_next(state: Any) -> Any:
     """State of the random numbers eight steps on (Galois, 32 bits, polynomial 0xA3000000)."""
     word = np.uint32(state)
     for _ in range(8):

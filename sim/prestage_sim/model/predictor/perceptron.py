@@ -102,7 +102,7 @@ class _HeadTables:
         """Table words; 0 for the rows of a head that has none."""
         if table == 0:
             return len(self._head.weights) * self._chunks[0] if self._rows else 0
-        return len(self._head.diagonal) * self._beats * self._chunks[1]
+        return int(len(self._head.diagonal) * self._beats * self._chunks[1])
 
     def read(self, table: int, word: int) -> int:
         """A table word."""

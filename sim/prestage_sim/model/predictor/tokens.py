@@ -70,7 +70,7 @@ def clear_tokens(tables: TokenTables) -> None:
 
 
 @compiled
-def token_place(token: Any, other: Any, rows: Any) -> None:
+def token_place(token: Any, other: Any, rows: Any) -> Any:
     """Entry and tag of a token (``other`` < 0) or of a pair, the second being the token before."""
     bits = 0
     while 1 << bits < rows:
