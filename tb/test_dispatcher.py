@@ -19,7 +19,13 @@ from cocotb.triggers import RisingEdge
 
 from prestage_hw.contract import MESSAGES, RECORDS, REGISTERS, DeviceConfig, ModelConfig
 from prestage_hw.contract.params import TINY_DEVICE
-from prestage_hw.contract.records import ErrorCode, Phase, Source, message_by_code
+from prestage_hw.contract.records import (
+    TABLE_BURST,
+    ErrorCode,
+    Phase,
+    Source,
+    message_by_code,
+)
 from prestage_hw.contract.registers import register_by_name
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import Dispatcher
@@ -347,8 +353,8 @@ def _random_message(config, rng):
     layer = rng.randrange(min(model.layers + 3, 256) if wild else model.layers)
     kind = rng.choices(
         ["BEGIN_TOKEN", "ROUTE", "RELEASE", "HINT", "READ", "SYNC", "REGISTER_READ",
-         "REGISTER_WRITE", "UNKNOWN"],
-        [4, 30, 25, 10, 3, 3, 12, 10, 1],
+         "REGISTER_WRITE", "TABLE_READ", "TABLE_WRITE", "UNKNOWN"],
+        [4, 30, 25, 10, 3, 3, 12, 10, 4, 4, 1],
     )[0]  # fmt: skip
     if kind == "BEGIN_TOKEN":
         return _message(config, kind, ctx, rng.randrange(3), rng.randrange(1 << 32))
@@ -366,6 +372,14 @@ def _random_message(config, rng):
         slot = rng.randrange(config.slots + 1)
         beat = rng.choice([0, config.expert_beats - 3, rng.randrange(1 << 32)])
         return _message(config, kind, slot, beat, rng.randrange(5))
+    if kind.startswith("TABLE"):
+        # The bench's tables have 40 words.
+        count = rng.choice([0, 1, 2, 3, 4, 5, 6, 9] if kind == "TABLE_READ" else [0, 1, 2, 3, 4, 5])
+        last = _TABLE_WORDS - count
+        word = rng.choice([0, max(0, last), last + 1, rng.randrange(40), 1 << 24, (1 << 32) - 1])
+        words = [rng.randrange(1 << 32) for _ in range(TABLE_BURST)]
+        values = (rng.randrange(256), word, count)
+        return _message(config, kind, *values, *([words] if kind == "TABLE_WRITE" else []))
     if kind == "SYNC":
         return _message(config, kind, rng.randrange(65536))
     # The cycle count has no golden value; a clear of the counters would hide mistakes from the end.
@@ -440,6 +454,7 @@ async def random_messages(dut, stall):
         ErrorCode.BAD_REGISTER,
         ErrorCode.BAD_READ,
         ErrorCode.HINT_PASSED,
+        ErrorCode.BAD_TABLE,
     }
 
 
@@ -538,6 +553,8 @@ async def waits_for_idle(dut):
     for step in (
         _message(config, "SYNC", 7),
         _message(config, "REGISTER_READ", register_by_name("table_data").address),
+        _message(config, "TABLE_READ", 0, 3, 5),
+        _message(config, "TABLE_WRITE", 0, 3, 2, (1, 2, 3, 4)),
         _message(config, "REGISTER_WRITE", register_by_name("clear").address, 7),
     ):
         before = len(bench.replies.received)

@@ -26,7 +26,14 @@ from prestage_hw.contract import (
 )
 from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.contract.pattern import expert_memory
-from prestage_hw.contract.records import LINK_ACK, LINK_NAK, ErrorCode
+from prestage_hw.contract.records import (
+    LINK_ACK,
+    LINK_NAK,
+    NO_TOKEN,
+    TABLE_BURST,
+    ErrorCode,
+    Phase,
+)
 from prestage_hw.contract.registers import COUNTERS, register_by_name
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.top import Top
@@ -179,20 +186,16 @@ class _Bench:
             await self.drained(golden, "REGISTER_READ", register.address)
 
     async def compare_tables(self, golden):
-        """All words of both tables, read through registers, equal the golden model's."""
-        for table in (0, 1):
-            address = register_by_name("table_address").address
-            await self.drained(golden, "REGISTER_WRITE", address, table << 24)
-            data = register_by_name("table_data").address
-            words = golden.predictor.table_words(table)
+        """All words of all tables equal the golden model's."""
+        table = 0
+        while words := golden.predictor.table_words(table):
             # A few at a time: the device keeps at most a replay memory of unacknowledged answers.
-            for start in range(0, words, _ACKNOWLEDGE_EVERY):
-                expected = []
-                for _ in range(start, min(start + _ACKNOWLEDGE_EVERY, words)):
-                    expected += golden.handle(*self.host.post("REGISTER_READ", data))
-                self.host.post("SYNC", 2)
-                answers = await self.host.wait(self.dut, until=MESSAGES["SYNCED"].code)
-                assert answers[:-1] == expected
+            step = _ACKNOWLEDGE_EVERY * TABLE_BURST - 1
+            for start in range(0, words, step):
+                count = min(step, words - start)
+                await self.drained(golden, "TABLE_READ", table, start, count)
+            table += 1
+        assert await self.drained(golden, "TABLE_READ", table, 0, 1)
 
 
 def _decisions(bench, tokens):
@@ -232,6 +235,36 @@ async def drained_pace(dut, stall):
             await bench.drained(golden, "RELEASE", ctx, layer)
     assert golden.counters["fills"] > 0
     await bench.compare_registers(golden)
+
+
+@cocotb.test()
+async def chunks(dut):
+    """Several tokens a layer, as in prefill and verify, with hints for layers to come."""
+    bench = _Bench(dut, stall=0.1)
+    config, rng, model = bench.config, bench.random, bench.config.model
+    golden = GoldenTop(config, bench.image)
+    await bench.reset()
+    await bench.drained(golden, "REGISTER_WRITE", register_by_name("control").address, 3)
+    for token, layers in enumerate(_decisions(bench, 6)):
+        ctx = rng.randrange(config.contexts)
+        phase = rng.choice((Phase.PREFILL, Phase.VERIFY))
+        await bench.drained(golden, "BEGIN_TOKEN", ctx, phase, NO_TOKEN if token % 2 else token)
+        for layer, experts in enumerate(layers):
+            for _ in range(rng.randrange(1, 4)):
+                shift = rng.randrange(model.experts)
+                for wanted in range(layer + 1, model.layers):
+                    if rng.random() < 0.3:
+                        expert = rng.randrange(model.experts)
+                        await bench.drained(golden, "HINT", ctx, wanted, expert, 255)
+                mine = [(expert + shift) % model.experts for expert in experts]
+                answers = await bench.drained(golden, "ROUTE", ctx, layer, mine)
+                await bench.check_bytes(bench.readies(answers)[:1])
+                await bench.drained(golden, "RELEASE", ctx, layer)
+    assert golden.counters["hints"] > 5
+    assert golden.counters["prefetch_stale"] == 0
+    await bench.compare_registers(golden)
+    if model.layers * model.experts * config.successors <= 1024:
+        await bench.compare_tables(golden)
 
 
 @cocotb.test()
@@ -360,6 +393,13 @@ async def tables_and_reads(dut):
         for _ in range(min(64, golden.predictor.table_words(table))):
             word = rng.randrange(config.model.experts) | rng.randrange(8) << 16
             golden.handle(*bench.host.post("REGISTER_WRITE", data, word))
+        words = golden.predictor.table_words(table)
+        for word in range(0, min(64, words), TABLE_BURST):
+            count = min(rng.randrange(1, TABLE_BURST + 1), words - word)
+            values = [rng.randrange(config.model.experts + 1) | 7 << 16 for _ in range(TABLE_BURST)]
+            golden.handle(*bench.host.post("TABLE_WRITE", table, word, count, values))
+        await bench.drained(golden, "TABLE_READ", table, max(0, words - 5), min(5, words))
+        await bench.drained(golden, "TABLE_WRITE", table, words, 1, [0] * TABLE_BURST)
     for layer in range(min(3, config.model.layers)):
         experts = rng.sample(range(config.model.experts), config.model.top_k)
         answers = await bench.drained(golden, "ROUTE", 0, layer, experts)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from prestage_hw.contract import TRANSFER_DTYPE, DeviceConfig
 from prestage_hw.contract.records import NO_TOKEN, Phase
 
-from .model.predictor import create_predictor
 from .traces import Trace
 
 __all__ = [
@@ -208,6 +207,9 @@ def layer_accuracy(run: Run) -> LayerAccuracy:
     What a predictor proposes depends on the routing alone, so that this holds for every device and
     pace. Its sums are the device's counters.
     """
+    # Some predictors are compiled when they are first used, which a replay doesn't wait for.
+    from .model.predictor import create_predictor
+
     config = run.config
     predictor = create_predictor(config)
     for number, words in run.tables.items():

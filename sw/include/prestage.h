@@ -23,10 +23,18 @@
 #define PRESTAGE_FRAME_OVERHEAD 7u
 #define PRESTAGE_MAX_FRAME_BYTES 253u
 
+/* Words of a predictor table in one message. */
+#define PRESTAGE_TABLE_BURST 4u
+
+/* Token id where it isn't known. */
+#define PRESTAGE_NO_TOKEN 0xffffffffu
+
 /* Types of frames. */
 enum prestage_message {
     PRESTAGE_REGISTER_READ = 0x01, /* to the device */
     PRESTAGE_REGISTER_WRITE = 0x02, /* to the device */
+    PRESTAGE_TABLE_READ = 0x03, /* to the device */
+    PRESTAGE_TABLE_WRITE = 0x04, /* to the device */
     PRESTAGE_BEGIN_TOKEN = 0x10, /* to the device */
     PRESTAGE_ROUTE = 0x11, /* to the device */
     PRESTAGE_HINT = 0x12, /* to the device */
@@ -38,6 +46,7 @@ enum prestage_message {
     PRESTAGE_LINK_ACK = 0x7e, /* both ways */
     PRESTAGE_LINK_NAK = 0x7f, /* both ways */
     PRESTAGE_REGISTER_VALUE = 0x81, /* to the host */
+    PRESTAGE_TABLE_DATA = 0x83, /* to the host */
     PRESTAGE_READY = 0x90, /* to the host */
     PRESTAGE_EVENT = 0x91, /* to the host */
     PRESTAGE_DATA = 0x94, /* to the host */
@@ -68,6 +77,7 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_BAD_REGISTER = 10, /* No register has that address, or it is read-only. */
     PRESTAGE_ERROR_CODE_BAD_READ = 11, /* The slot or the beat of a read is out of range. */
     PRESTAGE_ERROR_CODE_HINT_PASSED = 12, /* The hint is for a layer that was routed already. */
+    PRESTAGE_ERROR_CODE_BAD_TABLE = 13, /* The table or the words of a table access are out of range. */
 };
 
 /* Register addresses, in 32-bit words. */
@@ -147,6 +157,21 @@ struct prestage_register_write {
     uint32_t value; /* Register value. */
 };
 
+/* Read words of a predictor table, one at a time while the engine is idle. */
+struct prestage_table_read {
+    uint8_t table; /* Table number. */
+    uint32_t word; /* Word within the table. */
+    uint16_t count; /* Words to read, 4 in an answer. */
+};
+
+/* Write words of a predictor table, one at a time while the engine is idle. */
+struct prestage_table_write {
+    uint8_t table; /* Table number. */
+    uint32_t word; /* Word within the table. */
+    uint8_t count; /* Words to write, 1 to 4. */
+    uint32_t values[4]; /* The words; those past count mean nothing. */
+};
+
 /* A token starts; its id is known before layer 0 runs. */
 struct prestage_begin_token {
     uint8_t ctx; /* Context (sequence) number. */
@@ -191,6 +216,13 @@ struct prestage_sync {
 struct prestage_register_value {
     uint16_t register_; /* Register address, in 32-bit words. */
     uint32_t value; /* Register value. */
+};
+
+/* Words of a predictor table. */
+struct prestage_table_data {
+    uint8_t table; /* Table number. */
+    uint32_t word; /* Word within the table. */
+    uint32_t values[4]; /* The words from there on; 0 past the last that was asked for. */
 };
 
 /* The slot holds exactly this expert's bytes until the layer is released. */

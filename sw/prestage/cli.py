@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -48,6 +50,8 @@ from .replay import (
     replay,
     run_object,
 )
+from .snapshot import Snapshot, read_snapshot
+from .tables_cli import add_tables
 
 __all__ = ["main"]
 
@@ -135,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         positive=_positive,
         load=_load,
     )
+    add_tables(commands, add=_command, positive=_positive)
     _add_trace(commands)
     _command(
         commands,
@@ -157,6 +162,8 @@ def _add_replay(commands: Any) -> None:
         "  prestage replay trace.npz --device 'sim://?latency=64&bytes_per_cycle=16' --first 200\n"
         "  prestage replay trace.npz --device sim:// --pace timed --layer-cycles 2000\n"
         "  prestage replay test.npz --profile train1.npz --profile train2.npz --json run.json\n"
+        "  prestage replay train.npz --save-tables learned.tables\n"
+        "  prestage replay test.npz --tables learned.tables\n"
         "  prestage replay trace.npz --predictor none --slots 64 --report report.html",
     )
     parser.add_argument("trace", metavar="TRACE", help="routing trace: .npz, .jsonl or .csv")
@@ -219,9 +226,21 @@ def _add_replay(commands: Any) -> None:
         metavar="TRACE",
         help="let the predictor learn this trace before; may be given several times",
     )
+    device.add_argument(
+        "--tables",
+        type=Path,
+        metavar="FILE",
+        help="start with the predictor's tables as this snapshot has them",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object")
     output.add_argument("--report", type=Path, metavar="FILE.html", help="write a page with plots")
+    output.add_argument(
+        "--save-tables",
+        type=Path,
+        metavar="FILE",
+        help="write a snapshot of the predictor's tables after the replay",
+    )
     output.add_argument("--quiet", action="store_true", help="print no table and no progress")
     _add_reading(parser)
 
@@ -300,11 +319,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_replay(args: argparse.Namespace) -> int:
-    for path, what in ((args.json, "JSON file"), (args.report, "Report")):
+    for path, what in (
+        (args.json, "JSON file"),
+        (args.report, "Report"),
+        (args.save_tables, "Snapshot"),
+    ):
         if path is not None:
             check_writable(path, what=what)
     if args.pace == "timed" and args.layer_cycles is None:
         raise ArgumentError("Pace timed needs --layer-cycles")
+    if args.tables and args.profile:
+        raise ArgumentError("Replay must start from --tables or --profile, not from both")
     trace = _load(args, args.trace)
     if args.first is not None:
         trace = trace.first(args.first)
@@ -315,12 +340,21 @@ def _run_replay(args: argparse.Namespace) -> int:
         expert_bytes=args.expert_bytes,
         tile_bytes=args.tile_bytes,
     )
-    tables = {}
-    if args.profile:
+    if args.save_tables is not None and config.predictor == "none":
+        raise ArgumentError("Predictor must have tables to save, but none has none")
+    tables: dict[int, NDArray[np.uint32]] = {}
+    start: Snapshot | None = None
+    if args.tables is not None:
+        start = read_snapshot(args.tables)
+        start.check(config)
+        tables = dict(start.tables)
+    elif args.profile:
         tables = profile_tables(config, (load_trace(path) for path in args.profile))
     errors = Console(stderr=True)
     with open_device(args.device, config=config) as device, Interrupt() as interrupt:
-        if tables:
+        if start is not None:
+            device.load_tables(start)
+        elif tables:
             device.configure(tables=tables)
         with _progress(errors, disable=args.quiet or not errors.is_terminal) as progress:
             task = progress.add_task("replay", total=trace.tokens)
@@ -334,12 +368,21 @@ def _run_replay(args: argparse.Namespace) -> int:
                 progress=lambda done: progress.update(task, completed=done),
                 tables=tables,
             )
+        failure: PrestageError | None = None
+        if args.save_tables is not None and not run.error:
+            # What the replay has found is shown even if this goes wrong.
+            try:
+                device.save_tables(args.save_tables)
+            except PrestageError as error:
+                failure = error
     if not args.quiet:
         _print_run(run, args.trace)
     _write_results(args, run)
     if run.error:
         print(f"prestage: error: {run.error}", file=sys.stderr)
         return _FAILED
+    if failure is not None:
+        raise failure
     if not run.complete:
         print(
             f"prestage: interrupted after {run.tokens} of {run.trace.tokens} tokens",
@@ -485,8 +528,6 @@ def _run_trace_info(args: argparse.Namespace) -> int:
 
 
 def _trace_info(trace: Trace) -> dict[str, Any]:
-    import numpy as np
-
     config = model_config(trace)
     counts = np.stack(
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from prestage_hw.contract import MESSAGES, DeviceConfig, Pipe, SimulatedPipe, register_by_name
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.pattern import expert_memory
-from prestage_hw.contract.records import NO_TOKEN, ErrorCode, Phase, Record
+from prestage_hw.contract.records import NO_TOKEN, TABLE_BURST, ErrorCode, Phase, Record
 from prestage_hw.contract.registers import COUNTERS, REGISTERS, shape_registers
 
 from .errors import (
@@ -33,11 +34,19 @@ from .errors import (
     device_error,
 )
 from .link import HostLink
+from .snapshot import Snapshot, read_snapshot, write_snapshot
 
 __all__ = ["LINKS", "Device", "Ready", "known_links", "open_device"]
 
 #: Group of the entry points that open pipes, by URL scheme.
 LINKS = "prestage.links"
+
+#: Answers to wait for at once where many come: half of what the device sends before it needs an
+#: acknowledge, so that it never stands still.
+_ANSWERS = 8
+
+#: Words of a table that one message asks for.
+_TABLE_PIECE = 1024
 
 _CONTROL_PREFETCH, _CONTROL_HINTS = 1, 2
 _CLEAR_PREDICTOR, _CLEAR_BUFFER, _CLEAR_COUNTERS = 1, 2, 4
@@ -225,6 +234,7 @@ class Device:
         self._unclaimed: list[DeviceError] = []
         self._values: deque[tuple[int, int]] = deque()
         self._data: deque[tuple[int, int, bytes, int]] = deque()
+        self._words: deque[tuple[int, ...]] = deque()
         self._synced: int | None = None
         self._sync_tag = 0
         self._control = register_by_name("control").reset or 0
@@ -247,6 +257,7 @@ class Device:
             MESSAGES["SYNCED"].code: (layouts["SYNCED"].unpack, self._on_synced),
             MESSAGES["REGISTER_VALUE"].code: (layouts["REGISTER_VALUE"].unpack, self._on_value),
             MESSAGES["DATA"].code: (layouts["DATA"].unpack, self._on_data),
+            MESSAGES["TABLE_DATA"].code: (layouts["TABLE_DATA"].unpack, self._on_words),
         }
         self._link.reset()
         self._check_shape()
@@ -496,7 +507,7 @@ class Device:
             self._post("READ", slot, beat, min(most, beats - beat))
         parts: list[bytes] = []
         while len(parts) < beats:
-            if not self._data and not self._pump(min(beats - len(parts), 64), None):
+            if not self._data and not self._pump(min(beats - len(parts), _ANSWERS), None):
                 raise DeviceTimeoutError(
                     f"Device didn't answer in time: slot {slot} gave {len(parts)} of {beats} beats"
                 )
@@ -617,6 +628,9 @@ class Device:
         hint_threshold: int | None = None,
         expert_base: int | None = None,
         prefetch_tiles: int | None = None,
+        threshold: int | None = None,
+        far_threshold: int | None = None,
+        ahead: int | None = None,
         clear_predictor: bool = False,
         clear_buffer: bool = False,
         clear_counters: bool = False,
@@ -636,6 +650,11 @@ class Device:
         prefetch_tiles : :class:`int` or None
             Prefetch tiles that may be under way at once, 1 to 4. A demand waits behind at most so
             many.
+        threshold, far_threshold : :class:`int` or None
+            Least confidence of the predictor's candidates for the next layer and for layers farther
+            away, in 1/256, 0 to 255.
+        ahead : :class:`int` or None
+            Layers that the predictor proposes when a token starts, 0 to 255.
         clear_predictor, clear_buffer, clear_counters : :class:`bool`
             Clear the predictor's tables, the buffer (every layer counts as released), the counters.
             Waits for the engine to be idle.
@@ -663,6 +682,15 @@ class Device:
             if not 1 <= operator.index(prefetch_tiles) <= 4:
                 raise ArgumentError(f"Prefetch tiles must be between 1 and 4, not {prefetch_tiles}")
             writes.append(("prefetch_tiles", prefetch_tiles))
+        for what, register, value in (
+            ("Threshold", "predict_threshold", threshold),
+            ("Far threshold", "predict_far_threshold", far_threshold),
+            ("Layers ahead", "predict_ahead", ahead),
+        ):
+            if value is not None:
+                if not 0 <= operator.index(value) <= 255:
+                    raise ArgumentError(f"{what} must be between 0 and 255, not {value}")
+                writes.append((register, value))
         clear = (
             clear_predictor * _CLEAR_PREDICTOR
             + clear_buffer * _CLEAR_BUFFER
@@ -744,7 +772,7 @@ class Device:
         return self.read_register("table_words")
 
     def save_table(self, table: int) -> NDArray[np.uint32]:
-        """Words of a predictor table.
+        """Words of a predictor table, read one at a time while the device is idle.
 
         Raises
         ------
@@ -754,12 +782,32 @@ class Device:
         count = self.table_words(table)
         if count == 0:
             raise ArgumentError(f"Predictor {self.config.predictor!r} must have a table {table}")
-        # In pieces, so that a large table doesn't pile up as bytes in the pipe.
-        address = _register("table_data").address
         values: list[int] = []
+        # In pieces, so that a large table doesn't pile up as bytes in the pipe, and demands of
+        # another thread of the host's don't wait for all of it.
         while len(values) < count:
-            values += self._read_addresses([address] * min(1024, count - len(values)))
+            self._read_words(table, values, min(_TABLE_PIECE, count - len(values)))
         return np.array(values, dtype=np.uint32)
+
+    def _read_words(self, table: int, values: list[int], count: int) -> None:
+        """Append the next ``count`` words of a table."""
+        self._post("TABLE_READ", table, len(values), count)
+        end = len(values) + count
+        while len(values) < end:
+            messages = -(-(end - len(values)) // TABLE_BURST)
+            if not self._words and not self._pump(min(messages, _ANSWERS), None):
+                raise DeviceTimeoutError(
+                    f"Device didn't answer in time: table {table} gave {len(values)} of {end} words"
+                )
+            self._raise_unclaimed(ErrorCode.BAD_TABLE)
+            while self._words:
+                got_table, word, *words = self._words.popleft()
+                if got_table != table or word != len(values):
+                    raise LinkError(
+                        f"Table data must be of table {table}, word {len(values)}, not table"
+                        f" {got_table}, word {word}"
+                    )
+                values += words[: end - word]
 
     def snapshot(self) -> dict[int, NDArray[np.uint32]]:
         """All tables of the predictor, for ``configure(tables=...)``. Empty if it has none."""
@@ -769,6 +817,43 @@ class Device:
                 return tables
             tables[number] = self.save_table(number)
         return tables
+
+    def save_tables(self, path: str | os.PathLike[str]) -> Snapshot:
+        """Save all tables of the predictor to a file: see :mod:`prestage.snapshot`.
+
+        Words are read one at a time while the device is idle, so that this changes no result and no
+        counter of what goes on before and after it.
+
+        Raises
+        ------
+        ArgumentError
+            If the predictor has no tables.
+        OutputError
+            If the file can't be written; it is then as it was before.
+        """
+        snapshot = Snapshot.of(self.config, self.snapshot())
+        write_snapshot(path, snapshot)
+        return snapshot
+
+    def load_tables(self, source: str | os.PathLike[str] | Snapshot) -> Snapshot:
+        """Load all tables of the predictor from a file, in place of all that it has learned.
+
+        Parameters
+        ----------
+        source : path or :class:`Snapshot`
+            What :meth:`save_tables` has written, on a device with the same predictor and the same
+            shape of the model.
+
+        Raises
+        ------
+        SnapshotError
+            If the file can't be read, is no snapshot, of another version, truncated, damaged or of
+            another device. Nothing was written to the device then.
+        """
+        snapshot = source if isinstance(source, Snapshot) else read_snapshot(source)
+        snapshot.check(self.config)
+        self.configure(clear_predictor=True, tables=snapshot.tables)
+        return snapshot
 
     def _check_table_number(self, table: int) -> None:
         if not 0 <= operator.index(table) <= 255:
@@ -787,10 +872,11 @@ class Device:
         return array
 
     def _load_table(self, table: int, values: NDArray[np.uint32]) -> None:
-        self.write_register("table_address", table << 24)
-        address = _register("table_data").address
-        for value in values.tolist():
-            self._post("REGISTER_WRITE", address, value)
+        words = values.tolist()
+        for word in range(0, len(words), TABLE_BURST):
+            some = words[word : word + TABLE_BURST]
+            padding = [0] * (TABLE_BURST - len(some))
+            self._post("TABLE_WRITE", table, word, len(some), *some, *padding)
         self.sync()
 
     # Messages.
@@ -907,6 +993,9 @@ class Device:
     def _on_data(self, slot: int, beat: int, *rest: int) -> None:
         *data, ok = rest
         self._data.append((slot, beat, bytes(data), ok))
+
+    def _on_words(self, *values: int) -> None:
+        self._words.append(values)
 
 
 _REGISTERS = {register.name: register for register in REGISTERS}

@@ -13,6 +13,7 @@ __all__ = [
     "BadMessageError",
     "BadReadError",
     "BadRegisterError",
+    "BadTableError",
     "BusError",
     "ClosedError",
     "DataError",
@@ -197,6 +198,15 @@ class BadReadError(DeviceError):
         return f"{self.code.name}: slot {self.expert}, beat {self.address}"
 
 
+class BadTableError(DeviceError):
+    """The table or the words of a table access are out of range."""
+
+    code = ErrorCode.BAD_TABLE
+
+    def _about(self) -> str:
+        return f"{self.code.name}: table {self.expert}, word {self.address}"
+
+
 class HintPassedError(_ExpertError):
     """The hint is for a layer that was routed already."""
 
@@ -219,6 +229,7 @@ DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
         BadRegisterError,
         BadReadError,
         HintPassedError,
+        BadTableError,
     )
 }
 

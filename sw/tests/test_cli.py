@@ -135,7 +135,10 @@ def test_table_of_a_clocked_device(capsys):
     [
         (["--slots", "1"], "Slot count must be at least contexts x top-k = 2, not 1"),
         (["--slots", "70000"], "Slot count must be between 1 and 65535"),
-        (["--predictor", "oracle"], "Predictor must be one of none, st_moe, not 'oracle'"),
+        (
+            ["--predictor", "oracle"],
+            "Predictor must be one of none, st_moe, perceptron, not 'oracle'",
+        ),
         (["--device", "pcie://"], "Device URL must start with one of model://, sim://, not 'pcie:"),
         (["--device", "model"], "Device URL must start with one of"),
         (["--device", "model://?x=1"], "Option of model:// must be error, not 'x'"),

@@ -47,9 +47,9 @@ def _on_wire() -> list[Record]:
 
 
 def _array_at(record: Record) -> int | None:
-    """Position of the first array field, whose length depends on the configuration."""
+    """Position of the first array field whose length depends on the configuration."""
     for at, field in enumerate(record.fields):
-        if field.count is not None:
+        if isinstance(field.count, str):
             return at
     return None
 
@@ -69,8 +69,9 @@ def _c_struct(record: Record) -> list[str]:
         fields = record.fields[:at]
     lines.append(f"struct prestage_{name} {{")
     for field in fields:
+        length = "" if field.count is None else f"[{field.count}]"
         lines.append(
-            f"    uint{field.wire_bits}_t {_c_name(field.name)}; /* {field.description} */"
+            f"    uint{field.wire_bits}_t {_c_name(field.name)}{length}; /* {field.description} */"
         )
     lines.append("};")
     return lines
@@ -103,6 +104,12 @@ def c_header() -> str:
         " */",
         f"#define PRESTAGE_FRAME_OVERHEAD {wire.FRAME_OVERHEAD}u",
         f"#define PRESTAGE_MAX_FRAME_BYTES {wire.MAX_FRAME_BYTES}u",
+        "",
+        "/* Words of a predictor table in one message. */",
+        f"#define PRESTAGE_TABLE_BURST {records.TABLE_BURST}u",
+        "",
+        "/* Token id where it isn't known. */",
+        f"#define PRESTAGE_NO_TOKEN 0x{records.NO_TOKEN:08x}u",
         "",
         "/* Types of frames. */",
         "enum prestage_message {",
@@ -196,7 +203,9 @@ def _field_rows(record: Record) -> list[list[str]]:
     offset: int | None = 0
     for field in record.fields:
         bits = f"{field.kind}" if isinstance(field.kind, int) else f"*{field.kind}*"
-        kind = f"u{field.wire_bits}" + (f" x *{field.count}*" if field.count else "")
+        kind = f"u{field.wire_bits}"
+        if field.count is not None:
+            kind += f" x *{field.count}*" if isinstance(field.count, str) else f" x {field.count}"
         rows.append(
             [
                 "" if offset is None else str(offset),
@@ -207,7 +216,8 @@ def _field_rows(record: Record) -> list[list[str]]:
             ]
         )
         if offset is not None:
-            offset = None if field.count else offset + field.wire_bits // 8
+            length = 1 if field.count is None else field.count
+            offset = None if isinstance(length, str) else offset + length * field.wire_bits // 8
     return rows
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "MESSAGES",
     "NO_TOKEN",
     "RECORDS",
+    "TABLE_BURST",
     "BufferCode",
     "BufferOp",
     "ErrorCode",
@@ -39,6 +40,10 @@ __all__ = [
 
 #: Token id on the wire where it isn't known.
 NO_TOKEN = 0xFFFFFFFF
+
+#: Words of a predictor table in one message. With them it is about as long as one with a beat of 16
+#: bytes, so that no buffer of the link grows much.
+TABLE_BURST = 4
 
 
 class Phase(IntEnum):
@@ -91,6 +96,7 @@ class ErrorCode(IntEnum):
     BAD_REGISTER = 10
     BAD_READ = 11
     HINT_PASSED = 12
+    BAD_TABLE = 13
 
 
 #: One sentence for each error code, for messages and documents.
@@ -107,6 +113,7 @@ ERROR_TEXT = {
     ErrorCode.BAD_REGISTER: "No register has that address, or it is read-only.",
     ErrorCode.BAD_READ: "The slot or the beat of a read is out of range.",
     ErrorCode.HINT_PASSED: "The hint is for a layer that was routed already.",
+    ErrorCode.BAD_TABLE: "The table or the words of a table access are out of range.",
 }
 
 
@@ -122,8 +129,8 @@ class Field:
         Kind for :meth:`DeviceConfig.bits`, or a fixed width in bits.
     wire_bits : :class:`int`
         Width on the wire: 8, 16, 32 or 64 bits.
-    count : :class:`str` or None
-        For an array, the kind of its length for :meth:`DeviceConfig.count`.
+    count : :class:`str`, :class:`int` or None
+        For an array, the kind of its length for :meth:`DeviceConfig.count`, or a fixed length.
     description : :class:`str`
         One sentence.
     """
@@ -132,7 +139,7 @@ class Field:
     kind: str | int
     wire_bits: int
     description: str
-    count: str | None = None
+    count: str | int | None = None
 
     def bits(self, config: DeviceConfig) -> int:
         """Width of one element in RTL, in bits."""
@@ -140,7 +147,9 @@ class Field:
 
     def length(self, config: DeviceConfig) -> int:
         """Elements: 1 for a scalar."""
-        return 1 if self.count is None else config.count(self.count)
+        if isinstance(self.count, str):
+            return config.count(self.count)
+        return 1 if self.count is None else self.count
 
     def wire_bytes(self, config: DeviceConfig) -> int:
         """Bytes on the wire, all elements together."""
@@ -253,6 +262,8 @@ _REGISTER = Field(
     name="register", kind=16, wire_bits=16, description="Register address, in 32-bit words."
 )
 _VALUE = Field(name="value", kind=32, wire_bits=32, description="Register value.")
+_TABLE = Field(name="table", kind=8, wire_bits=8, description="Table number.")
+_WORD = Field(name="word", kind=24, wire_bits=32, description="Word within the table.")
 _SYNC_TAG = Field(name="tag", kind=16, wire_bits=16, description="Echoed by the answer.")
 
 RECORDS: dict[str, Record] = {
@@ -479,8 +490,8 @@ RECORDS: dict[str, Record] = {
             description="Read or write one word of a predictor table.",
             fields=(
                 Field(name="write", kind=1, wire_bits=8, description="1: write, 0: read."),
-                Field(name="table", kind=8, wire_bits=8, description="Table number."),
-                Field(name="word", kind=24, wire_bits=32, description="Word within the table."),
+                _TABLE,
+                _WORD,
                 _VALUE,
             ),
         ),
@@ -524,6 +535,56 @@ RECORDS: dict[str, Record] = {
         Record(name="RegisterRead", description="Ask for a register.", fields=(_REGISTER,)),
         Record(name="RegisterWrite", description="Write a register.", fields=(_REGISTER, _VALUE)),
         Record(name="RegisterValue", description="A register's value.", fields=(_REGISTER, _VALUE)),
+        Record(
+            name="TableRead",
+            description="Read words of a predictor table, one at a time while the engine is idle.",
+            fields=(
+                _TABLE,
+                _WORD,
+                Field(
+                    name="count",
+                    kind=16,
+                    wire_bits=16,
+                    description=f"Words to read, {TABLE_BURST} in an answer.",
+                ),
+            ),
+        ),
+        Record(
+            name="TableWrite",
+            description="Write words of a predictor table, one at a time while the engine is idle.",
+            fields=(
+                _TABLE,
+                _WORD,
+                Field(
+                    name="count",
+                    kind=8,
+                    wire_bits=8,
+                    description=f"Words to write, 1 to {TABLE_BURST}.",
+                ),
+                Field(
+                    name="values",
+                    kind=32,
+                    wire_bits=32,
+                    count=TABLE_BURST,
+                    description="The words; those past count mean nothing.",
+                ),
+            ),
+        ),
+        Record(
+            name="TableData",
+            description="Words of a predictor table.",
+            fields=(
+                _TABLE,
+                _WORD,
+                Field(
+                    name="values",
+                    kind=32,
+                    wire_bits=32,
+                    count=TABLE_BURST,
+                    description="The words from there on; 0 past the last that was asked for.",
+                ),
+            ),
+        ),
         Record(
             name="Sync",
             description="Answer when everything before this is done and the engine is idle.",
@@ -569,6 +630,8 @@ MESSAGES: dict[str, Message] = {
     for message in (
         Message(code=0x01, name="REGISTER_READ", to_device=True, record=RECORDS["RegisterRead"]),
         Message(code=0x02, name="REGISTER_WRITE", to_device=True, record=RECORDS["RegisterWrite"]),
+        Message(code=0x03, name="TABLE_READ", to_device=True, record=RECORDS["TableRead"]),
+        Message(code=0x04, name="TABLE_WRITE", to_device=True, record=RECORDS["TableWrite"]),
         Message(code=0x10, name="BEGIN_TOKEN", to_device=True, record=RECORDS["BeginToken"]),
         Message(code=0x11, name="ROUTE", to_device=True, record=RECORDS["Route"]),
         Message(code=0x12, name="HINT", to_device=True, record=RECORDS["Hint"]),
@@ -580,6 +643,7 @@ MESSAGES: dict[str, Message] = {
         Message(code=LINK_ACK, name="LINK_ACK", to_device=True),
         Message(code=LINK_NAK, name="LINK_NAK", to_device=True),
         Message(code=0x81, name="REGISTER_VALUE", to_device=False, record=RECORDS["RegisterValue"]),
+        Message(code=0x83, name="TABLE_DATA", to_device=False, record=RECORDS["TableData"]),
         Message(code=0x90, name="READY", to_device=False, record=RECORDS["Ready"]),
         Message(code=0x91, name="EVENT", to_device=False, record=RECORDS["Event"]),
         Message(code=0x94, name="DATA", to_device=False, record=RECORDS["Data"]),

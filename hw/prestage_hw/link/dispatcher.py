@@ -1,13 +1,13 @@
 """Messages from the host into the data's way, and answers back."""
 
-from amaranth import Array, Cat, Const, Module, Signal, unsigned
+from amaranth import Array, Cat, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract import MESSAGES
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import ErrorCode, Source
+from prestage_hw.contract.records import TABLE_BURST, ErrorCode, Source
 from prestage_hw.contract.registers import register_by_name
 from prestage_hw.layouts import RecordLayout, body_bytes, body_fields
 
@@ -171,6 +171,8 @@ class Dispatcher(wiring.Component):
         repeat = Signal()
         beat = Signal(32)
         beats_left = Signal(16)
+        table_end = Signal(33)
+        at = Signal(range(TABLE_BURST))
 
         def put(stream_port, values):
             """Load a registered output stream; the state that called waits until it is taken."""
@@ -218,6 +220,22 @@ class Dispatcher(wiring.Component):
             m.d.sync += clear_pending.eq(1)
         m.d.comb += self.busy.eq(clear_pending | self.clear)
 
+        # Table words and clear act on a quiet engine, so that what they see is settled.
+        settled = Signal()
+        m.d.comb += settled.eq(idle_for == _IDLE_CYCLES)
+
+        def settle():
+            with m.If(
+                ~self.engine_idle
+                | self.begin.valid
+                | self.decisions.valid
+                | self.commands.valid
+                | self.hints.valid
+            ):
+                m.d.sync += idle_for.eq(0)
+            with m.Elif(~settled):
+                m.d.sync += idle_for.eq(idle_for + 1)
+
         bad_ctx = ctx >= config.contexts
         bad_layer = layer >= model.layers
         with m.FSM(init="CLEAR"):
@@ -248,6 +266,8 @@ class Dispatcher(wiring.Component):
                             MESSAGES["REGISTER_READ"].code, MESSAGES["REGISTER_WRITE"].code
                         ):
                             m.next = "REGISTER"
+                        with m.Case(MESSAGES["TABLE_READ"].code, MESSAGES["TABLE_WRITE"].code):
+                            m.next = "TABLE"
                         with m.Default():
                             for name in ("ctx", "layer", "expert"):
                                 m.d.sync += event[name].eq(0)
@@ -467,24 +487,12 @@ class Dispatcher(wiring.Component):
                     done()
 
             with m.State("REGISTER"):
-                # Table words and clear act on a quiet engine, so that what they see is settled.
                 access = fields["REGISTER_WRITE"]
-                settled = Signal()
                 slow = (access["register"] == register_by_name("table_data").address) | (
                     access["register"] == register_by_name("clear").address
                 )
-                with m.If(
-                    ~self.engine_idle
-                    | self.begin.valid
-                    | self.decisions.valid
-                    | self.commands.valid
-                    | self.hints.valid
-                ):
-                    m.d.sync += idle_for.eq(0)
-                with m.Elif(idle_for != _IDLE_CYCLES):
-                    m.d.sync += idle_for.eq(idle_for + 1)
-                m.d.comb += settled.eq(~slow | (idle_for == _IDLE_CYCLES))
-                with m.If(settled):
+                settle()
+                with m.If(~slow | settled):
                     put(
                         self.registers,
                         {
@@ -516,6 +524,102 @@ class Dispatcher(wiring.Component):
                                 },
                             )
                         done()
+
+            # Words of a table, one by one through the registers table_address and table_data. What
+            # comes after this message waits, so that the engine stays idle.
+            table = fields["TABLE_WRITE"]
+            writes_table = code == MESSAGES["TABLE_WRITE"].code
+            table_count = Mux(writes_table, table["count"], fields["TABLE_READ"]["count"])
+            with m.State("TABLE"):
+                settle()
+                m.d.sync += [beat.eq(table["word"]), beats_left.eq(table_count)]
+                with m.If(settled):
+                    put(
+                        self.registers,
+                        {
+                            "write": 1,
+                            "register": register_by_name("table_address").address,
+                            "value": Cat(table["word"][:24], table["table"]),
+                        },
+                    )
+                    m.next = "TABLE_SELECT"
+
+            with m.State("TABLE_SELECT"):
+                m.d.sync += table_end.eq(beat + beats_left)
+                with m.If(self.values.valid):
+                    m.d.comb += self.values.ready.eq(1)
+                    put(
+                        self.registers,
+                        {
+                            "write": 0,
+                            "register": register_by_name("table_words").address,
+                            "value": 0,
+                        },
+                    )
+                    m.next = "TABLE_SIZE"
+
+            with m.State("TABLE_SIZE"):
+                with m.If(self.values.valid):
+                    m.d.comb += self.values.ready.eq(1)
+                    with m.If(
+                        (table_end > self.values.p.value)
+                        | (beats_left == 0)
+                        | (writes_table & (beats_left > TABLE_BURST))
+                    ):
+                        m.d.sync += [
+                            event.code.eq(ErrorCode.BAD_TABLE),
+                            event.ctx.eq(0),
+                            event.layer.eq(0),
+                            event.expert.eq(table["table"]),
+                            event.address.eq(table["word"]),
+                        ]
+                        m.next = "REJECT"
+                    with m.Else():
+                        m.next = "TABLE_ROOM"
+
+            with m.State("TABLE_ROOM"):
+                m.d.sync += at.eq(0)
+                with m.If(~own_valid):
+                    m.d.sync += own.code.eq(MESSAGES["TABLE_DATA"].code)
+                    head = {"table": table["table"], "word": beat, "values": [0] * TABLE_BURST}
+                    for i, value in enumerate(body_bytes("TableData", config=config, **head)):
+                        m.d.sync += own.body[i].eq(value)
+                    m.next = "TABLE_WORD"
+
+            with m.State("TABLE_WORD"):
+                put(
+                    self.registers,
+                    {
+                        "write": writes_table,
+                        "register": register_by_name("table_data").address,
+                        "value": Array(table["values"])[at],
+                    },
+                )
+                m.next = "TABLE_VALUE"
+
+            with m.State("TABLE_VALUE"):
+                with m.If(self.values.valid):
+                    m.d.comb += self.values.ready.eq(1)
+                    # The words are the last fields of the answer.
+                    first = MESSAGES["TABLE_DATA"].body_bytes(config) - 4 * TABLE_BURST
+                    for i in range(TABLE_BURST):
+                        with m.If(at == i):
+                            for j in range(4):
+                                byte = self.values.p.value.word_select(j, 8)
+                                m.d.sync += own.body[first + 4 * i + j].eq(byte)
+                    m.d.sync += [
+                        beat.eq(beat + 1),
+                        beats_left.eq(beats_left - 1),
+                        at.eq(at + 1),
+                    ]
+                    with m.If(~writes_table & ((beats_left == 1) | (at == TABLE_BURST - 1))):
+                        m.d.sync += own_valid.eq(1)
+                    with m.If(beats_left == 1):
+                        done()
+                    with m.Elif(at == TABLE_BURST - 1):
+                        m.next = "TABLE_ROOM"
+                    with m.Else():
+                        m.next = "TABLE_WORD"
 
         # The stamps go on: the scheduler counts the same routes and isn't told of a clear.
         with m.If(self.clear):

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from prestage_hw.contract.params import DeviceConfig
-from prestage_hw.contract.records import MESSAGES, RECORDS, ErrorCode, Source
+from prestage_hw.contract.records import MESSAGES, RECORDS, TABLE_BURST, ErrorCode, Source
+from prestage_hw.contract.registers import register_by_name
 
 from ..stats.accuracy import Accuracy
 from ..stats.counters import Counters
@@ -22,6 +23,10 @@ Answer = tuple[int, bytes]
 
 #: Context, layer, expert, score, source and deadline of a candidate.
 CandidateTuple = tuple[int, int, int, int, int, int]
+
+
+def _address(register: str) -> int:
+    return register_by_name(register).address
 
 
 class Predictor(Tables, Protocol):
@@ -110,6 +115,8 @@ class Dispatcher:
                 ("SYNC", self._sync),
                 ("REGISTER_READ", self._register_read),
                 ("REGISTER_WRITE", self._register_write),
+                ("TABLE_READ", self._table_read),
+                ("TABLE_WRITE", self._table_write),
             )
         }
 
@@ -241,6 +248,33 @@ class Dispatcher:
             data, ok = self._buffer.read_beat(slot, at)
             answers.append(self._answer("DATA", slot, at, tuple(data), int(ok)))
         return answers
+
+    def _table(self, table: int, word: int, count: int) -> bool:
+        """Select words of a table; False if it doesn't have all of them."""
+        self._registers.write(_address("table_address"), table << 24 | word & 0xFFFFFF)
+        words = self._registers.read(_address("table_words"))
+        return 0 < count <= (words or 0) - word
+
+    def _table_read(self, body: bytes) -> list[Answer]:
+        table, word, count = self._values("TableRead", body)
+        if not self._table(table, word, count):
+            return self._reject(ErrorCode.BAD_TABLE, expert=table, address=word)
+        data = _address("table_data")
+        values = [self._registers.read(data) or 0 for _ in range(count)]
+        values += [0] * (-count % TABLE_BURST)
+        return [
+            self._answer("TABLE_DATA", table, word + at, values[at : at + TABLE_BURST])
+            for at in range(0, count, TABLE_BURST)
+        ]
+
+    def _table_write(self, body: bytes) -> list[Answer]:
+        table, word, count, values = self._values("TableWrite", body)
+        assert isinstance(values, tuple)
+        if not self._table(table, word, count) or count > TABLE_BURST:
+            return self._reject(ErrorCode.BAD_TABLE, expert=table, address=word)
+        for value in values[:count]:
+            self._registers.write(_address("table_data"), value)
+        return []
 
     def _sync(self, body: bytes) -> list[Answer]:
         return [self._answer("SYNCED", *self._values("Sync", body))]

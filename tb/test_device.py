@@ -1,0 +1,176 @@
+"""The driver on compiled RTL against the driver on the golden model.
+
+::
+
+    replay ─▶ Device ─▶ sim://    ─▶ counters, tables, files
+         └──▶ Device ─▶ model://  ─▶ the same
+"""
+
+import time
+
+import numpy as np
+import pytest
+
+import prestage
+from prestage.cli import main
+from prestage.errors import BadTableError
+from prestage.replay import device_config, replay
+from prestage_hw.contract.records import TABLE_BURST, Phase
+from prestage_hw.contract.registers import COUNTERS
+from prestage_sim.traces import Trace, save_trace
+
+DEVICES = ("model://", "sim://?latency=20")
+
+#: Link counters depend on timing: how often acknowledges cross replies.
+COMPARED = [c.name for c in COUNTERS if not c.name.startswith("link_")]
+
+
+def walk(tokens, *, seed):
+    """A trace in which experts follow each other."""
+    rng = np.random.default_rng(seed)
+    layers, experts, top_k = 4, 8, 2
+    start = rng.integers(experts, size=(tokens, 1, 1))
+    chosen = (start + np.arange(layers)[:, None] + np.arange(top_k) * 3) % experts
+    noise = rng.permuted(np.tile(np.arange(experts), (tokens, layers, 1)), axis=-1)[..., :top_k]
+    chosen = np.where(rng.random((tokens, layers, 1)) < 0.8, chosen, noise)
+    return Trace(experts=chosen, experts_per_layer=experts, meta={"model": "walk"})
+
+
+def config():
+    return device_config(walk(1, seed=0), slots=10, expert_bytes=1024)
+
+
+def same_tables(one, other):
+    assert one.keys() == other.keys()
+    for number, words in one.items():
+        np.testing.assert_array_equal(words, other[number])
+
+
+def replayed(url, trace, *, save_at=(), tables=None):
+    saved = []
+    with prestage.open(url, config=config()) as device:
+        if tables:
+            device.configure(tables=tables)
+
+        def progress(done):
+            if done in save_at:
+                saved.append(device.snapshot())
+
+        run = replay(device, trace, progress=progress)
+        assert run.complete
+        return {name: run.counters[name] for name in COMPARED}, device.snapshot(), saved
+
+
+def test_saving_in_the_middle_disturbs_nothing():
+    """Counters, candidates and tables are those of a replay without a save, on either device."""
+    trace = walk(40, seed=3)
+    plain, tables, _ = replayed(DEVICES[1], trace)
+    assert plain["candidates"] > 100 and plain["prefetch_issued"] > 5
+    for url in DEVICES:
+        counters, end, saved = replayed(url, trace, save_at=(1, 17, 18, 33))
+        assert counters == plain
+        same_tables(end, tables)
+        assert len(saved) == 4
+    first, middle, _ = replayed(DEVICES[0], trace.first(17))
+    assert first["candidates"] < plain["candidates"]
+    same_tables(middle, saved[1])
+
+
+def test_a_snapshot_warms_either_device():
+    trace = walk(25, seed=9)
+    _, learned, _ = replayed(DEVICES[0], walk(60, seed=4))
+    cold, _, _ = replayed(DEVICES[0], trace)
+    runs = [replayed(url, trace, tables=learned) for url in DEVICES]
+    assert runs[0][0] == runs[1][0]
+    same_tables(runs[0][1], runs[1][1])
+    assert runs[0][0]["candidates_correct"] > cold["candidates_correct"]
+
+
+def test_files_are_the_same_on_either_device(tmp_path):
+    """Through the command: learn on one, go on with the other."""
+    save_trace(tmp_path / "trace.npz", walk(12, seed=5))
+    files = {}
+    options = ["--slots", "10", "--expert-bytes", "1024", "--quiet"]
+    for url in DEVICES:
+        name = tmp_path / f"{url[:3]}.tables"
+        for start in ([], ["--tables", str(name)]):
+            command = ["replay", str(tmp_path / "trace.npz"), "--device", url, *options]
+            assert main([*command, *start, "--save-tables", str(name)]) == 0
+        assert main(["tables", "load", str(name), "--device", url, "--slots", "10"]
+                    + ["--expert-bytes", "1024"]) == 0  # fmt: skip
+        files[url] = name.read_bytes()
+    assert files[DEVICES[0]] == files[DEVICES[1]]
+
+
+@pytest.mark.parametrize("url", DEVICES)
+def test_words(url):
+    """Any number of words from anywhere, and every word that isn't there."""
+    rng = np.random.default_rng(2)
+    with prestage.open(url, config=config()) as device:
+        words = device.table_words(0)
+        values = (rng.integers(8, size=words) | 3 << 16 | 1 << 18).astype(np.uint32)
+        device.configure(tables={0: values})
+        for start in (0, 1, words - 5, words - 1):
+            for count in (1, TABLE_BURST, TABLE_BURST + 1, words - start):
+                if start + count > words:
+                    continue
+                got = [0] * start
+                device._read_words(0, got, count)
+                assert got[start:] == values[start : start + count].tolist()
+        for table, start, count in ((0, words, 1), (0, 1, words), (2, 0, 1), (255, 0, 1)):
+            with pytest.raises(BadTableError):
+                device._read_words(table, [0] * start, count)
+        with pytest.raises(BadTableError):
+            device._post("TABLE_WRITE", 0, words - 1, 2, *[0] * TABLE_BURST)
+            device.drain()
+        with pytest.raises(BadTableError):
+            device._post("TABLE_READ", 0, 0, 0)
+            device.drain()
+        np.testing.assert_array_equal(device.save_table(0), values)
+
+
+@pytest.mark.parametrize("url", DEVICES)
+def test_speed(url):
+    """A table of a million words takes less than a minute; about 20 cycles a word on the RTL."""
+    with prestage.open(url, config=config()) as device:
+        words, began, cycles = 0, time.perf_counter(), device.cycles
+        while words < 10_000:
+            words += len(device.save_table(0))
+        seconds = time.perf_counter() - began
+        if device.clocked:
+            # Most of it is the predictor's, which turns a row of 8 entries for each word.
+            assert (device.cycles - cycles) / words < 30
+        # Measured: 30,000 to 60,000 words a second. A machine may be ten times slower.
+        assert words / seconds > 2_000
+
+
+@pytest.mark.parametrize("phase", [Phase.PREFILL, Phase.VERIFY])
+def test_chunks(phase):
+    """Several tokens a layer: what the driver counts is the same on either device."""
+    found = []
+    for url in DEVICES:
+        rng = np.random.default_rng(6)
+        with prestage.open(url, config=config()) as device:
+            device.configure(hints=True, hint_threshold=0)
+            for chunk in range(6):
+                token = chunk if chunk % 2 else None
+                device.begin_token(0, token, phase)
+                for layer in range(4):
+                    for _ in range(3):
+                        for later in range(layer + 1, 4):
+                            device.hint(0, later, int(rng.integers(8)), 200)
+                            device.drain()
+                        device.route(0, layer, rng.permutation(8)[:2])
+                        device.drain()
+                        with pytest.raises(prestage.PrestageError, match="must be released"):
+                            device.route(0, layer, [0, 1])
+                        assert len(list(device.wait_ready(0, layer))) == 2
+                        device.release(0, layer)
+                    with pytest.raises(prestage.PrestageError, match="Hint must be for a layer"):
+                        device.hint(0, layer, 0)
+            device.drain()
+            stats = device.stats()
+            found.append({name: stats[name] for name in COMPARED})
+    assert found[0] == found[1]
+    assert found[0]["routes"] == 6 * 4 * 3 and found[0]["prefetch_stale"] == 0
+    assert found[0]["hints"] == 6 * 3 * (3 + 2 + 1) and found[0]["rejected"] == 0
