@@ -1,0 +1,631 @@
+"""Histories of the ``perceptron`` predictor: what each context routed lately, and before that."""
+
+from typing import NamedTuple
+
+from amaranth import Cat, Const, Module, Mux, Signal, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from prestage_hw.contract.params import require_config
+from prestage_hw.contract.records import NO_TOKEN, Phase
+from prestage_hw.layouts import RecordLayout
+
+from .sets import SETS, SetLayout
+from .tokens import StoredSetLayout, TableAccessLayout, TokenTable, place, words_of_table
+
+__all__ = ["TABLES", "Histories", "HistoryRequestLayout", "HistoryRouteLayout"]
+
+#: Token tables, in the numbering of the table port.
+TABLES = ("token", "pair", "successor")
+
+#: Sets of each table, as they lie in an entry.
+_KEPT = {"token": ("T", "T2"), "pair": ("Q",), "successor": ("S",)}
+
+#: Who asks: a head that predicts choices, or the reuse head after this or before the last visit.
+_PREDICT, _NOW, _OLD = "predict", "now", "old"
+
+#: Memory and place in it of each set: the layers m - h - place of this token; m, m + 1, m - 1 of
+#: the previous one; m, m + 1 of the one before.
+_SOURCES = {
+    "A": {_PREDICT: ("this", 0)},
+    "C": {_PREDICT: ("this", 1)},
+    "D": {_PREDICT: ("this", 2)},
+    "B": {_PREDICT: ("prev", 0), _NOW: ("this", 0), _OLD: ("prev", 0)},
+    "Bn": {_PREDICT: ("prev", 1), _NOW: ("prev", 1), _OLD: ("before", 1)},
+    "Bp": {_PREDICT: ("prev", 2), _NOW: ("this", 1), _OLD: ("prev", 2)},
+    "G": {_PREDICT: ("before", 0), _NOW: ("prev", 0), _OLD: ("before", 0)},
+    "T": {_PREDICT: ("token", 0)},
+    "T2": {_PREDICT: ("token", 0)},
+    "Q": {_PREDICT: ("pair", 0)},
+    "S": {_PREDICT: ("successor", 0), _NOW: ("next", 0), _OLD: ("successor", 0)},
+}
+
+#: Layer of a place, relative to the target layer; of this token also less the horizon.
+_STEPS = {"this": (0, -1, -2), "prev": (0, 1, -1), "before": (0, 1)}
+
+
+class HistoryRouteLayout(data.StructLayout):
+    """Layout of a choice: {ctx, layer, experts}.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device whose widths apply.
+    """
+
+    def __init__(self, config):
+        experts = data.ArrayLayout(unsigned(config.bits("expert")), config.model.top_k)
+        super().__init__(
+            {"ctx": config.bits("ctx"), "layer": config.bits("layer"), "experts": experts}
+        )
+
+
+class HistoryRequestLayout(data.StructLayout):
+    """Layout of a question for the sets of a target layer.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device whose widths apply.
+
+    Members
+    -------
+    ctx, layer : context and layer numbers
+        Context and target layer.
+    horizon : 2 bits
+        Horizon of the head that asks, 0 for the reuse head.
+    reuse : 1 bit
+        Whether that is the reuse head.
+    now : 1 bit
+        Reuse head: sets after this visit of the layer, not those of the visit before.
+    """
+
+    def __init__(self, config):
+        super().__init__(
+            {
+                "ctx": config.bits("ctx"),
+                "layer": config.bits("layer"),
+                "horizon": 2,
+                "reuse": 1,
+                "now": 1,
+            }
+        )
+
+
+class _Read(NamedTuple):
+    """One read of a memory: which of its copies, in which step, at which place."""
+
+    copy: int
+    step: int
+
+
+def _head_features(head):
+    """Features whose sets a head looks at."""
+    return {*head.rows, *head.diagonals, *(name for cross in head.crosses for name in cross)}
+
+
+class Histories(wiring.Component):
+    """Choices of the last three tokens of each context, and what the token tables know.
+
+    A word of memory for each context and layer holds a set and its parity: three memories for this
+    token, the previous one and the one before, and one for each token table, where ``begins`` puts
+    what it finds. They are read in at most two steps, from a second copy where a memory holds three
+    sets that are asked for at once. A token start copies this token's choices to the previous
+    token's place and so on, while they pass by on their way into the token tables, and then looks
+    the new token up.
+
+    Sets that no head of the device looks at are always unknown. A word with wrong parity is an
+    unknown set; one in the memory of token ids makes the ids unknown, and the ended token is not
+    stored.
+
+    What was transferred in an earlier cycle happened before; within a cycle it is a route, a
+    request, a table access, a token start.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device whose predictor is a ``perceptron``.
+
+    Members
+    -------
+    begins : ``In(stream.Signature(RecordLayout("BeginToken")))``
+        A token starts. Ready again after at most ``begin_cycles``, when the sets of the new token
+        can be asked for.
+    routes : ``In(stream.Signature(HistoryRouteLayout(config)))``
+        This token's choice for a layer.
+    requests : ``In(stream.Signature(HistoryRequestLayout(config)))``
+        Questions, one every 4 cycles.
+    sets : ``Out(stream.Signature(data.ArrayLayout(SetLayout(config), 11)))``
+        The answers, in the order of :data:`SETS`; valid ``latency`` cycles after the question.
+    table_requests : ``In(stream.Signature(TableAccessLayout(3)))``
+        Reads and writes of words of the token tables, see :class:`TokenTable`; tables as in
+        :data:`TABLES`.
+    table_values : ``Out(stream.Signature(32))``
+        One value for each read.
+    clear : ``In(1)``
+        A pulse forgets everything, after all that was accepted up to that cycle.
+    idle : ``Out(1)``
+        Nothing to do and nothing in an output register.
+    parity_errors : ``Out(1)``
+        Strobe: words were read with wrong parity.
+
+    Raises
+    ------
+    TypeError
+        If ``config`` is not a :class:`DeviceConfig`.
+    ValueError
+        If its predictor is not a ``perceptron``.
+    """
+
+    def __init__(self, config):
+        require_config(config)
+        if config.perceptron is None:
+            raise ValueError(f"Predictor must be 'perceptron', not {config.predictor!r}")
+        self.config = config
+        sets = data.ArrayLayout(SetLayout(config), len(SETS))
+        super().__init__(
+            {
+                "begins": In(stream.Signature(RecordLayout("BeginToken", config=config))),
+                "routes": In(stream.Signature(HistoryRouteLayout(config))),
+                "requests": In(stream.Signature(HistoryRequestLayout(config))),
+                "sets": Out(stream.Signature(sets)),
+                "table_requests": In(stream.Signature(TableAccessLayout(len(TABLES)))),
+                "table_values": Out(stream.Signature(unsigned(32))),
+                "clear": In(1),
+                "idle": Out(1),
+                "parity_errors": Out(1),
+            }
+        )
+        used = {_PREDICT: set(), _NOW: set(), _OLD: set()}
+        for head in config.perceptron.heads:
+            for kind in (_NOW, _OLD) if head.is_reuse else (_PREDICT,):
+                used[kind] |= _head_features(head)
+        # For each set and kind of question: memory and place in it.
+        self._sources = {
+            name: {kind: where for kind, where in _SOURCES[name].items() if name in used[kind]}
+            for name in SETS
+        }
+        places = {}
+        for sources in self._sources.values():
+            for memory, number in sources.values():
+                places.setdefault(memory, set()).add(number)
+        #: For each memory the reads of its places: copy and step.
+        self._reads = {
+            memory: {
+                number: _Read(copy=order // 2, step=order % 2)
+                for order, number in enumerate(sorted(numbers))
+            }
+            for memory, numbers in places.items()
+        }
+        features = config.perceptron.features()
+        pairs, singles = config.perceptron.pair_rows, config.perceptron.token_rows
+        #: Entries of each table that some head needs.
+        self._rows = {
+            name: pairs if name == "pair" else singles
+            for name in TABLES
+            if features & set(_KEPT[name])
+        }
+
+    @property
+    def latency(self):
+        """Cycles from a request's transfer until its sets are valid, if the last were taken."""
+        steps = max((r.step for reads in self._reads.values() for r in reads.values()), default=0)
+        return 3 + steps
+
+    @property
+    def begin_cycles(self):
+        """Cycles from the transfer of a token start until ``begins`` is ready again, at most."""
+        return 2 * self.config.model.layers + 24
+
+    def table_words(self, table):
+        """Words in a table of :data:`TABLES`, by number; 0 if no head uses it."""
+        name = TABLES[table] if table < len(TABLES) else None
+        if name not in self._rows:
+            return 0
+        return words_of_table(self.config, rows=self._rows[name], choices=len(_KEPT[name]))
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        layers, contexts = config.model.layers, config.contexts
+        layer_bits = config.bits("layer")
+
+        set_layout, stored_layout = SetLayout(config), StoredSetLayout(config)
+        word_bits = range(contexts << layer_bits)
+
+        def word_of(ctx, layer):
+            return Cat(layer[:layer_bits], ctx) if contexts > 1 else layer[:layer_bits]
+
+        tables = {
+            name: TokenTable(config, rows=rows, choices=len(_KEPT[name]))
+            for name, rows in self._rows.items()
+        }
+        for name, table in tables.items():
+            m.submodules[f"{name}_table"] = table
+
+        # A memory holds {set, parity}; that of the token table both of its sets.
+        names = ["this", "prev"] if "prev" in self._reads or "before" in self._reads else ["this"]
+        names += ["before"] if "before" in self._reads else []
+        names += [name for name in tables if name != "successor"]
+        names += ["successor", "next"] if "successor" in tables else []
+        depth = contexts << layer_bits
+        reads, writes, layouts = {}, {}, {}
+        for name in names:
+            count = len(_KEPT.get(name, (name,)))
+            layouts[name] = data.ArrayLayout(stored_layout, count)
+            copies = max((read.copy for read in self._reads.get(name, {}).values()), default=0) + 1
+            reads[name], writes[name] = [], []
+            for copy in range(copies):
+                memory = Memory(shape=layouts[name], depth=depth, init=[])
+                m.submodules[f"{name}{copy}"] = memory
+                write = memory.write_port()
+                # A route is seen by a request of the same cycle.
+                seen = (write,) if name == "this" else ()
+                writes[name].append(write)
+                reads[name].append(memory.read_port(transparent_for=seen))
+
+        context_layout = data.StructLayout(
+            {
+                "token": 32,
+                "before": 32,
+                "token_known": 1,
+                "before_known": 1,
+                "learns": 1,
+                "parity": 1,
+            }
+        )
+        m.submodules.tokens = tokens = Memory(shape=context_layout, depth=max(2, contexts), init=[])
+        context_read, context_write = tokens.read_port(), tokens.write_port()
+
+        # What waits for its turn.
+        begin, begin_waits = Signal(self.begins.payload.shape()), Signal()
+        access, access_waits = Signal(TableAccessLayout(len(TABLES))), Signal()
+        clear_waits, clearing = Signal(init=1), Signal()
+        free, phase = Signal(), Signal(2)
+        m.d.comb += [
+            free.eq(~begin_waits & ~clear_waits & ~clearing),
+            self.begins.ready.eq(free & ~access_waits),
+            self.table_requests.ready.eq(free & ~access_waits),
+            self.routes.ready.eq(free & (phase == 0)),
+            self.requests.ready.eq(free & (phase == 0)),
+        ]
+        with m.If(self.begins.valid & self.begins.ready):
+            m.d.sync += [begin.eq(self.begins.payload), begin_waits.eq(1)]
+        with m.If(self.table_requests.valid & self.table_requests.ready):
+            m.d.sync += [access.eq(self.table_requests.payload), access_waits.eq(1)]
+        with m.If(self.clear):
+            m.d.sync += clear_waits.eq(1)
+
+        # --- questions: at most two reads of each memory, checked a cycle after they arrive
+
+        asked = Signal(self.requests.payload.shape())
+        question = Signal.like(asked)
+        rotating, at = Signal(), Signal(range(layers + 1))
+        asks = Signal()
+        m.d.comb += [
+            asks.eq(self.requests.valid & self.requests.ready),
+            question.eq(Mux(phase == 0, self.requests.payload, asked)),
+        ]
+        with m.If(asks):
+            m.d.sync += asked.eq(self.requests.payload)
+        horizon = Signal(2)
+        m.d.comb += horizon.eq(Mux(question.reuse, 0, question.horizon))
+
+        advance = Signal()
+        begin_layer = Signal(range(layers + 1))
+        m.d.comb += begin_layer.eq(Mux(advance, at + 1, at))
+
+        exists = {}  # Whether the layer of a read exists, kept while the memory is read.
+        raws = {}  # What a memory gave, a cycle later.
+        latch = Signal()
+        for name in names:
+            where = self._reads.get(name, {0: _Read(copy=0, step=0)})
+            steps = _STEPS.get(name, (0,))
+            for copy, port in enumerate(reads[name]):
+                raws[name, copy] = raw = Signal(layouts[name], name=f"{name}{copy}_raw")
+                with m.If(latch):
+                    m.d.sync += raw.eq(port.data)
+                target = Signal(layer_bits, name=f"{name}{copy}_layer")
+                for number, read in where.items():
+                    if read.copy != copy:
+                        continue
+                    step = steps[number]
+                    back = (horizon if name == "this" else 0) - step
+                    exists[name, number] = Signal(name=f"{name}{number}_exists")
+                    with m.If(asks):
+                        there = Const(1, 1)
+                        if name == "this":
+                            there = (question.reuse | (horizon != 0)) & (question.layer >= back)
+                        elif step < 0:
+                            there = question.layer >= -step
+                        elif step > 0:
+                            there = question.layer < layers - step
+                        m.d.sync += exists[name, number].eq(there)
+                    with m.If((phase == 0) if read.step == 0 else (phase != 0)):
+                        m.d.comb += target.eq(question.layer - back)
+                with m.If(rotating):
+                    m.d.comb += port.addr.eq(word_of(begin.ctx, begin_layer))
+                with m.Else():
+                    m.d.comb += port.addr.eq(word_of(question.ctx, target))
+
+        sets = Signal(self.sets.payload.shape())
+        sets_valid = Signal()
+        bad = Signal()
+        last_step = self.latency - 3
+        m.d.comb += [self.sets.payload.eq(sets), self.sets.valid.eq(sets_valid)]
+        with m.If(self.sets.ready):
+            m.d.sync += sets_valid.eq(0)
+
+        def take_step(step):
+            """Move what was read in a step to the answer."""
+            kinds = {
+                _PREDICT: ~asked.reuse,
+                _NOW: asked.reuse & asked.now,
+                _OLD: asked.reuse & ~asked.now,
+            }
+            for number, set_name in enumerate(SETS):
+                target = sets[number]
+                if step == 0:
+                    m.d.sync += target.valid.eq(0)
+                for kind, (name, where) in self._sources[set_name].items():
+                    read = self._reads[name][where]
+                    if read.step != step:
+                        continue
+                    kept = _KEPT.get(name, (set_name,))
+                    stored = raws[name, read.copy][kept.index(set_name)]
+                    with m.If(kinds[kind]):
+                        m.d.sync += [
+                            target.experts.eq(stored.experts),
+                            target.valid.eq(stored_layout.known(stored) & exists[name, where]),
+                        ]
+            wrong = [
+                exists[name, where] & stored.as_value().xor()
+                for name, where_reads in self._reads.items()
+                for where, read in where_reads.items()
+                if read.step == step
+                for stored in raws[name, read.copy]
+            ]
+            m.d.comb += bad.eq(Cat(wrong).any())
+
+        with m.Switch(phase):
+            with m.Case(0):
+                m.d.sync += phase.eq(asks)
+            with m.Case(1):
+                m.d.comb += latch.eq(1)
+                m.d.sync += phase.eq(2)
+            with m.Case(2):
+                with m.If(~sets_valid):
+                    m.d.comb += latch.eq(1)
+                    take_step(0)
+                    m.d.sync += [
+                        phase.eq(3 if last_step else 0),
+                        sets_valid.eq(last_step == 0),
+                    ]
+            with m.Case(3):
+                if last_step:
+                    take_step(1)
+                    m.d.sync += [phase.eq(0), sets_valid.eq(1)]
+
+        # --- writes: routes, rotation, what the tables found, zeros
+
+        clear_word = Signal(word_bits)
+        rotated = word_of(begin.ctx, at)
+        for name in names:
+            for write in writes[name]:
+                with m.If(clearing):
+                    m.d.comb += [write.addr.eq(clear_word), write.en.eq(1)]
+                with m.Elif(advance):
+                    m.d.comb += [write.addr.eq(rotated), write.en.eq(1)]
+                    older = {"prev": "this", "before": "prev", "successor": "next"}.get(name)
+                    if older is not None:
+                        m.d.comb += write.data.eq(reads[older][0].data)
+                if name == "this":
+                    route = self.routes
+                    with m.Elif(route.valid & route.ready):
+                        known = Signal(set_layout, name="routed")
+                        m.d.comb += [
+                            known.experts.eq(route.payload.experts),
+                            known.valid.eq(1),
+                            write.addr.eq(word_of(route.payload.ctx, route.payload.layer)),
+                            write.data[0].eq(stored_layout.store(known)),
+                            write.en.eq(1),
+                        ]
+                table_name = "successor" if name == "next" else name
+                if table_name in tables and name != "successor":
+                    found = tables[table_name].found
+                    with m.Elif(found.valid):
+                        m.d.comb += [
+                            write.addr.eq(word_of(begin.ctx, found.payload.layer)),
+                            write.en.eq(1),
+                        ]
+                        for n in range(len(_KEPT[table_name])):
+                            m.d.comb += write.data[n].eq(stored_layout.store(found.payload.sets[n]))
+
+        # --- token starts
+
+        ids = Signal(context_layout)
+        # A token, and the one before it; first those of the ended token, then those of the new one.
+        newer, older = Signal(32), Signal(32)
+        newer_known, older_known, learns = Signal(), Signal(), Signal()
+        storing = Signal()
+        wanted = Signal(len(TABLES))
+        orders, storers, given = (
+            Signal(len(TABLES), name=n) for n in ("orders", "storers", "given")
+        )
+        busy, ready, offered = Signal(), Signal(len(TABLES)), Signal()
+        first_known = Signal()
+        ids_bad, first_bad, check_ids = Signal(), Signal(), Signal()
+        m.d.comb += [
+            context_read.addr.eq(begin.ctx),
+            ids_bad.eq(ids.as_value().xor()),
+            first_bad.eq(raws["this", 0].as_value().xor()),
+            first_known.eq(stored_layout.known(raws["this", 0][0])),
+            wanted.eq(
+                Cat(
+                    newer_known,
+                    newer_known & older_known,
+                    Mux(storing, older_known, newer_known),
+                )
+                & Const(sum((name in tables) << n for n, name in enumerate(TABLES)), len(TABLES))
+            ),
+        ]
+        for number, name in enumerate(TABLES):
+            if name not in tables:
+                m.d.comb += ready[number].eq(1)
+                continue
+            table = tables[name]
+            token = newer
+            if name == "successor":
+                token = Mux(storing, older, newer)
+            entry, tag = place(token, older if name == "pair" else None, rows=table.rows)
+            m.d.comb += [
+                table.commands.valid.eq(orders[number]),
+                table.commands.payload.store.eq(storing),
+                table.commands.payload.entry.eq(entry),
+                table.commands.payload.tag.eq(tag),
+                table.choices_in.valid.eq(offered & storers[number] & ~given[number]),
+                table.choices_in.payload.eq(reads["this"][0].data[0]),
+                table.found.ready.eq(1),
+                ready[number].eq(~storers[number] | given[number] | table.choices_in.ready),
+            ]
+            with m.If(table.commands.ready):
+                m.d.sync += orders[number].eq(0)
+            with m.If(offered):
+                m.d.sync += given[number].eq(ready[number] & ~advance)
+        m.d.comb += busy.eq(orders.any() | ~Cat(table.idle for table in tables.values()).all())
+
+        value, value_valid = Signal(32), Signal()
+        m.d.comb += [self.table_values.payload.eq(value), self.table_values.valid.eq(value_valid)]
+        with m.If(self.table_values.ready):
+            m.d.sync += value_valid.eq(0)
+        sent = Signal()
+
+        strobes = [table.parity_errors for table in tables.values()]
+        m.d.sync += self.parity_errors.eq(
+            bad | (check_ids & (ids_bad | first_bad)) | Cat(strobes).any()
+        )
+
+        with m.FSM():
+            with m.State("IDLE"):
+                m.d.comb += self.idle.eq(
+                    ~begin_waits
+                    & ~access_waits
+                    & ~clear_waits
+                    & (phase == 0)
+                    & ~sets_valid
+                    & ~value_valid
+                    & ~busy
+                )
+                m.d.sync += [at.eq(0), sent.eq(0), storers.eq(0), given.eq(0)]
+                with m.If(access_waits & ~value_valid):
+                    m.next = "ACCESS"
+                with m.Elif(begin_waits & (phase == 0)):
+                    m.next = "LOAD"
+                with m.Elif(clear_waits & (phase == 0) & ~access_waits):
+                    m.d.sync += clear_word.eq(0)
+                    m.d.comb += [table.clear.eq(1) for table in tables.values()]
+                    m.next = "CLEAR"
+            with m.State("LOAD"):
+                m.d.comb += rotating.eq(1)
+                m.d.sync += ids.eq(context_read.data)
+                m.next = "LATCH"
+            with m.State("LATCH"):
+                m.d.comb += [rotating.eq(1), latch.eq(1)]
+                m.d.sync += [
+                    newer.eq(ids.token),
+                    older.eq(ids.before),
+                    newer_known.eq(ids.token_known & ~ids_bad),
+                    older_known.eq(ids.before_known & ~ids_bad),
+                    learns.eq(ids.learns & ~ids_bad),
+                ]
+                m.next = "PLAN"
+            with m.State("PLAN"):
+                m.d.comb += [rotating.eq(1), storing.eq(1), check_ids.eq(1)]
+                with m.If(learns & first_known):
+                    m.d.sync += [orders.eq(wanted), storers.eq(wanted)]
+                m.next = "ROTATE"
+            with m.State("ROTATE"):
+                m.d.comb += [
+                    rotating.eq(1),
+                    storing.eq(1),
+                    offered.eq(1),
+                    advance.eq(ready.all()),
+                ]
+                with m.If(advance):
+                    m.d.sync += at.eq(at + 1)
+                    with m.If(at == layers - 1):
+                        m.next = "TURN"
+            with m.State("TURN"):
+                m.d.sync += [
+                    newer.eq(begin.token),
+                    newer_known.eq(begin.token != NO_TOKEN),
+                    older.eq(newer),
+                    older_known.eq(newer_known),
+                ]
+                m.next = "FIND"
+            with m.State("FIND"):
+                m.d.sync += orders.eq(wanted)
+                m.next = "WAIT"
+            with m.State("WAIT"):
+                m.d.comb += context_write.en.eq(1)
+                with m.If(~busy):
+                    m.d.sync += begin_waits.eq(0)
+                    m.next = "IDLE"
+            with m.State("ACCESS"):
+                m.d.sync += value.eq(0)
+                m.d.comb += []
+                with m.Switch(access.table):
+                    for number, name in enumerate(TABLES):
+                        if name not in tables:
+                            continue
+                        table = tables[name]
+                        with m.Case(number):
+                            m.d.comb += [
+                                table.table_requests.valid.eq(~sent),
+                                table.table_values.ready.eq(1),
+                            ]
+                            with m.If(~sent):
+                                m.d.sync += sent.eq(table.table_requests.ready)
+                            with m.Elif(table.table_values.valid | table.idle):
+                                m.d.sync += [
+                                    value.eq(table.table_values.payload),
+                                    value_valid.eq(~access.write),
+                                    access_waits.eq(0),
+                                ]
+                                m.next = "IDLE"
+                    with m.Default():
+                        m.d.sync += [value_valid.eq(~access.write), access_waits.eq(0)]
+                        m.next = "IDLE"
+            with m.State("CLEAR"):
+                m.d.comb += clearing.eq(1)
+                m.d.sync += clear_word.eq(clear_word + 1)
+                with m.If(clear_word == depth - 1):
+                    m.next = "CLEARED"
+            with m.State("CLEARED"):
+                with m.If(~busy):
+                    m.d.sync += clear_waits.eq(0)
+                    m.next = "IDLE"
+
+        for table in tables.values():
+            m.d.comb += [
+                table.table_requests.payload.word.eq(access.word),
+                table.table_requests.payload.write.eq(access.write),
+                table.table_requests.payload.value.eq(access.value),
+            ]
+
+        started = Signal(context_layout)
+        body = started.as_value()[: context_layout.size - 1]
+        with m.If(clearing):
+            m.d.comb += [context_write.addr.eq(clear_word), context_write.en.eq(1)]
+        with m.Else():
+            m.d.comb += [
+                context_write.addr.eq(begin.ctx),
+                started.token.eq(newer),
+                started.before.eq(older),
+                started.token_known.eq(newer_known),
+                started.before_known.eq(older_known),
+                started.learns.eq(begin.phase != Phase.PREFILL),
+                context_write.data.eq(Cat(body, body.xor())),
+            ]
+        return m

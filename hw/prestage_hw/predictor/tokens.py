@@ -1,0 +1,502 @@
+"""Token tables in block RAM: what was routed when a token was last seen."""
+
+from amaranth import Cat, Const, Module, Mux, Signal, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from prestage_hw.contract.checks import require_integer, require_power_of_two
+from prestage_hw.contract.params import require_config
+
+from .sets import SetLayout
+
+__all__ = [
+    "CommandLayout",
+    "FoundLayout",
+    "StoredSetLayout",
+    "TableAccessLayout",
+    "TokenTable",
+    "place",
+    "words_of_table",
+]
+
+#: Bits of a tag.
+TAG_BITS = 16
+
+
+class StoredSetLayout(data.StructLayout):
+    """Layout of a set in memory, with a bit that makes its parity even. An unknown set that is
+    stored is all zeros.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device whose widths apply.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        fields = {key: field.shape for key, field in SetLayout(config)}
+        super().__init__({**fields, "parity": 1})
+
+    def store(self, known):
+        """A set as it is stored.
+
+        Parameters
+        ----------
+        known : view of :class:`SetLayout`
+            The set. Its experts are 0 if it is not valid.
+        """
+        return Cat(known.as_value(), known.as_value().xor())
+
+    def known(self, stored):
+        """Whether a stored set is valid, has good parity, and names only experts that exist."""
+        return stored.valid & ~stored.as_value().xor() & _exist(stored.experts, config=self.config)
+
+
+def _exist(experts, *, config):
+    """Whether all of some experts exist."""
+    if config.model.experts == 1 << config.bits("expert"):
+        return Const(1, 1)
+    return Cat(expert < config.model.experts for expert in experts).all()
+
+
+class CommandLayout(data.StructLayout):
+    """Layout of a command to a token table.
+
+    Parameters
+    ----------
+    rows : :class:`int`
+        Entries of the table, a power of two.
+
+    Members
+    -------
+    store : 1 bit
+        1: store choices, 0: look the entry up.
+    entry : ``log2(rows)`` bits
+        Entry.
+    tag : 16 bits
+        Its tag.
+    """
+
+    def __init__(self, rows):
+        super().__init__(
+            {"store": 1, "entry": unsigned(rows.bit_length() - 1), "tag": unsigned(TAG_BITS)}
+        )
+
+
+class FoundLayout(data.StructLayout):
+    """Layout of what a table knows about one layer.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device whose widths apply.
+    choices : :class:`int`
+        Choices that an entry holds.
+
+    Members
+    -------
+    layer : layer number
+        Layer.
+    sets : array of :class:`SetLayout`
+        Latest choice first.
+    """
+
+    def __init__(self, config, *, choices):
+        super().__init__(
+            {
+                "layer": unsigned(config.bits("layer")),
+                "sets": data.ArrayLayout(SetLayout(config), choices),
+            }
+        )
+
+
+class TableAccessLayout(data.StructLayout):
+    """Layout of a read or a write of a table word.
+
+    Parameters
+    ----------
+    tables : :class:`int`
+        Tables to choose from.
+    """
+
+    def __init__(self, tables=1):
+        super().__init__(
+            {"table": range(tables), "word": unsigned(24), "write": 1, "value": unsigned(32)}
+        )
+
+
+def place(token, other, *, rows):
+    """Entry and tag of a token, or of a pair of tokens.
+
+    Parameters
+    ----------
+    token : value, 32 bits
+        Id of a token.
+    other : value, 32 bits, or None
+        Of a pair the id of the token before.
+    rows : :class:`int`
+        Entries of the table, a power of two.
+
+    Returns
+    -------
+    pair of :class:`amaranth.hdl.Value`
+        Entry and tag.
+    """
+    bits = rows.bit_length() - 1
+    entry, tag = token[:bits], token[bits : bits + TAG_BITS]
+    if other is not None:
+        entry = (token ^ (other << 5) ^ (other >> 9))[:bits]
+        tag = (token[bits:] ^ other)[:TAG_BITS]
+    return entry, tag
+
+
+def chunks_of_row(config, *, choices):
+    """Table words in a row word."""
+    return -(-choices * SetLayout(config).size // 32)
+
+
+def words_of_table(config, *, rows, choices):
+    """Words of a token table, for snapshots.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device whose predictor is a ``perceptron``.
+    rows, choices : :class:`int`
+        As in :class:`TokenTable`.
+    """
+    return rows * (1 + config.model.layers * chunks_of_row(config, choices=choices))
+
+
+class TokenTable(wiring.Component):
+    """One token table: choices of all layers under a tag, in block RAM.
+
+    An entry has a tag word {tag, valid, parity} and, for each layer, a row word of ``choices``
+    stored sets with a parity bit each. Storing moves the latest choice to the next place if the tag
+    matched, whatever its parity: it is looked at where a set is looked up. A tag word with wrong
+    parity matches nothing, a set with wrong parity is unknown; either is told on ``parity_errors``.
+
+    A command of storing takes ``store_cycles`` from its transfer until the table is free, if its
+    sets wait for nothing; looking up takes ``find_cycles``, or ``miss_cycles`` if the tag does not
+    match, in which case nothing is found. Clearing, after reset too, writes zeros everywhere, a row
+    word a cycle.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device whose predictor is a ``perceptron``.
+    rows : :class:`int`
+        Entries: a power of two from 4 to 2**20.
+    choices : :class:`int`
+        Choices that an entry holds, 1 or 2.
+
+    Members
+    -------
+    commands : ``In(stream.Signature(CommandLayout(rows)))``
+        Commands, done in order. One waits at most.
+    choices_in : ``In(stream.Signature(StoredSetLayout(config)))``
+        After a command of storing the choice of each layer, with the parity that it has in memory.
+    found : ``Out(stream.Signature(FoundLayout(config, choices=choices)))``
+        After a look-up that matches, what is known of each layer in order.
+    table_requests : ``In(stream.Signature(TableAccessLayout()))``
+        Reads and writes of table words: tag words (tag from bit 0, valid in bit 16), then row
+        words (entry, layer, 32 bits from the lowest), all without parity. Beyond the last word a
+        read gives 0 and a write does nothing. Done before a command of the same cycle.
+    table_values : ``Out(stream.Signature(32))``
+        One value for each read.
+    clear : ``In(1)``
+        A pulse empties the table, after everything that was accepted up to that cycle.
+    idle : ``Out(1)``
+        Nothing to do and nothing in an output register.
+    parity_errors : ``Out(1)``
+        Strobe: a word was read with wrong parity.
+
+    Raises
+    ------
+    TypeError
+        If a parameter is not of its type.
+    ValueError
+        If a parameter is out of its range.
+    """
+
+    def __init__(self, config, *, rows, choices):
+        require_config(config)
+        require_power_of_two("Row count", rows, low=4, high=1 << 20)
+        require_integer("Choice count", choices, low=1, high=2)
+        self.config = config
+        self.rows = rows
+        self.choices = choices
+        super().__init__(
+            {
+                "commands": In(stream.Signature(CommandLayout(rows))),
+                "choices_in": In(stream.Signature(StoredSetLayout(config))),
+                "found": Out(stream.Signature(FoundLayout(config, choices=choices))),
+                "table_requests": In(stream.Signature(TableAccessLayout())),
+                "table_values": Out(stream.Signature(unsigned(32))),
+                "clear": In(1),
+                "idle": Out(1),
+                "parity_errors": Out(1),
+            }
+        )
+
+    @property
+    def table_words(self):
+        """Words of the table, for snapshots."""
+        return words_of_table(self.config, rows=self.rows, choices=self.choices)
+
+    @property
+    def store_cycles(self):
+        """Cycles of a command of storing."""
+        return self.config.model.layers + 5
+
+    @property
+    def find_cycles(self):
+        """Cycles of a look-up that matches, at most, if nothing stalls."""
+        return self.config.model.layers + 7
+
+    @property
+    def miss_cycles(self):
+        """Cycles of a look-up that does not match."""
+        return 5
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        layers = config.model.layers
+        rows, choices = self.rows, self.choices
+        chunks = chunks_of_row(config, choices=choices)
+
+        stored_layout = StoredSetLayout(config)
+        row_layout = data.ArrayLayout(stored_layout, choices)
+        tag_layout = data.StructLayout({"tag": TAG_BITS, "valid": 1, "parity": 1})
+        m.submodules.tags = tags = Memory(shape=tag_layout, depth=rows, init=[])
+        m.submodules.row_words = row_words = Memory(shape=row_layout, depth=rows * layers, init=[])
+        tag_read, tag_write = tags.read_port(), tags.write_port()
+        row_read, row_write = row_words.read_port(), row_words.write_port()
+
+        # A command and a table access wait for their turn.
+        command, command_waits = Signal(CommandLayout(rows)), Signal()
+        access, access_waits = Signal(TableAccessLayout()), Signal()
+        clear_waits, clearing = Signal(init=1), Signal()
+        free = Signal()
+        m.d.comb += [
+            free.eq(~command_waits & ~access_waits & ~clear_waits & ~clearing),
+            self.commands.ready.eq(free),
+            self.table_requests.ready.eq(free),
+        ]
+        with m.If(self.commands.valid & free):
+            m.d.sync += [command.eq(self.commands.payload), command_waits.eq(1)]
+        with m.If(self.table_requests.valid & free):
+            m.d.sync += [access.eq(self.table_requests.payload), access_waits.eq(1)]
+        with m.If(self.clear):
+            m.d.sync += clear_waits.eq(1)
+
+        # Memory outputs are looked at a cycle later, in ``row`` and ``tag``.
+        row_bits = range(rows * layers)
+        address, at = Signal(row_bits), Signal(range(layers + 1))
+        advance, take = Signal(), Signal()
+        entry = Signal(command.entry.shape())
+        tag, row, row_valid = Signal(tag_layout), Signal(row_layout), Signal()
+        match, matched = Signal(), Signal()
+        out, out_valid = Signal(self.found.payload.shape()), Signal()
+        m.d.comb += [
+            tag_read.addr.eq(entry),
+            row_read.addr.eq(Mux(advance, address + 1, address)),
+            self.found.payload.eq(out),
+            self.found.valid.eq(out_valid),
+            match.eq(tag.valid & ~tag.as_value().xor() & (tag.tag == command.tag)),
+        ]
+        with m.If(advance):
+            m.d.sync += [address.eq(address + 1), at.eq(at + 1)]
+
+        # What a table access reads: sets whose parity is wrong are 0.
+        for_port = Signal()
+        checked = Signal(data.ArrayLayout(SetLayout(config), choices))
+        row_bad = Signal(choices)
+        for n in range(choices):
+            m.d.comb += row_bad[n].eq(row[n].as_value().xor())
+            with m.If(~row_bad[n]):
+                m.d.comb += [
+                    checked[n].experts.eq(row[n].experts),
+                    checked[n].valid.eq(
+                        row[n].valid & (_exist(row[n].experts, config=config) | for_port)
+                    ),
+                ]
+        tag_bad, check_row, check_tag = Signal(), Signal(), Signal()
+        m.d.comb += tag_bad.eq(tag.as_value().xor())
+        m.d.sync += self.parity_errors.eq((check_row & row_bad.any()) | (check_tag & tag_bad))
+
+        # Writes of rows: zeros, a choice in front of those before, or a word of the table port.
+        patched = Signal(32 * chunks)
+        clear_address = Signal(row_bits)
+        with m.If(clearing):
+            m.d.comb += [row_write.addr.eq(clear_address), tag_write.addr.eq(clear_address)]
+        with m.Else():
+            m.d.comb += [row_write.addr.eq(address), tag_write.addr.eq(entry)]
+
+        value, value_valid = Signal(32), Signal()
+        is_tag, index = Signal(), Signal(24)
+        chunk = Signal(range(chunks))
+        tag_bits = Signal(TAG_BITS + 1)
+        m.d.comb += [
+            self.table_values.payload.eq(value),
+            self.table_values.valid.eq(value_valid),
+            patched.eq(out.sets.as_value()),
+        ]
+        with m.If(self.table_values.ready):
+            m.d.sync += value_valid.eq(0)
+        words = [out.sets.as_value()[32 * n : 32 * n + 32] for n in range(chunks)]
+        with m.If(access.write):
+            for n in range(chunks):
+                with m.If(chunk == n):
+                    m.d.comb += patched[32 * n : 32 * n + 32].eq(access.value)
+        new_sets = data.View(out.sets.shape(), patched[: out.sets.shape().size])
+
+        divided, remainder = Signal(range(25)), Signal(range(2 * chunks))
+        shifted = Signal(range(2 * chunks))
+        m.d.comb += shifted.eq(Cat(index[-1], remainder))
+
+        go = Signal()
+        with m.FSM():
+            with m.State("IDLE"):
+                m.d.comb += self.idle.eq(
+                    ~access_waits & ~command_waits & ~clear_waits & ~value_valid & ~out_valid
+                )
+                m.d.sync += [at.eq(0), row_valid.eq(0), divided.eq(0), remainder.eq(0)]
+                with m.If(access_waits & ~value_valid):
+                    # Beyond the last word is nothing, and the word number would not fit below.
+                    m.d.sync += [
+                        is_tag.eq(access.word < rows),
+                        index.eq(access.word - rows),
+                        entry.eq(access.word),
+                    ]
+                    with m.If(access.word < self.table_words):
+                        m.next = "DIVIDE"
+                    with m.Else():
+                        m.d.sync += [
+                            access_waits.eq(0),
+                            value.eq(0),
+                            value_valid.eq(~access.write),
+                        ]
+                with m.Elif(command_waits):
+                    m.d.sync += [entry.eq(command.entry), address.eq(command.entry * layers)]
+                    m.next = "FIND"
+                with m.Elif(clear_waits & ~value_valid):
+                    m.d.sync += clear_address.eq(0)
+                    m.next = "CLEAR"
+            with m.State("FIND"):
+                m.next = "CHECK"
+            with m.State("CHECK"):
+                m.d.sync += tag.eq(tag_read.data)
+                m.next = "DECIDE"
+            with m.State("DECIDE"):
+                # The first row word is at the memory's output from here on.
+                m.d.comb += check_tag.eq(1)
+                m.d.sync += [
+                    matched.eq(match),
+                    out.layer.eq(0),
+                    command_waits.eq(command.store | match),
+                ]
+                with m.If(command.store):
+                    m.d.comb += tag_write.en.eq(1)
+                    m.next = "STORE"
+                with m.Elif(match):
+                    m.next = "GIVE"
+                with m.Else():
+                    m.next = "IDLE"
+            with m.State("STORE"):
+                m.d.comb += [
+                    self.choices_in.ready.eq(1),
+                    take.eq(self.choices_in.valid),
+                    advance.eq(take),
+                    row_write.en.eq(take),
+                ]
+                with m.If(take & (at == layers - 1)):
+                    m.d.sync += command_waits.eq(0)
+                    m.next = "IDLE"
+            with m.State("GIVE"):
+                # Memory, ``row``, ``out``: three stages that move together.
+                m.d.comb += [
+                    go.eq(~out_valid | self.found.ready),
+                    advance.eq(go & (at != layers)),
+                ]
+                with m.If(go):
+                    m.d.comb += check_row.eq(row_valid)
+                    m.d.sync += [
+                        row.eq(row_read.data),
+                        row_valid.eq(at != layers),
+                        out.sets.eq(checked),
+                        out_valid.eq(row_valid),
+                    ]
+                    with m.If(out_valid):
+                        m.d.sync += out.layer.eq(out.layer + 1)
+                        with m.If(out.layer == layers - 1):
+                            m.d.sync += command_waits.eq(0)
+                            m.next = "IDLE"
+            with m.State("DIVIDE"):
+                # Row word and chunk of ``index``.
+                shift = (chunks - 1).bit_length()
+                if chunks == 1 << shift:
+                    m.d.sync += [chunk.eq(index[:shift]), address.eq(index >> shift)]
+                    m.next = "READ"
+                else:
+                    m.d.sync += [
+                        divided.eq(divided + 1),
+                        index.eq(Cat(shifted >= chunks, index)),
+                        remainder.eq(Mux(shifted >= chunks, shifted - chunks, shifted)),
+                    ]
+                    with m.If(divided == 24):
+                        m.d.sync += [chunk.eq(remainder), address.eq(index)]
+                        m.next = "READ"
+            with m.State("READ"):
+                m.next = "LATCH"
+            with m.State("LATCH"):
+                m.d.sync += [tag.eq(tag_read.data), row.eq(row_read.data)]
+                m.next = "MASK"
+            with m.State("MASK"):
+                m.d.comb += [for_port.eq(1), check_row.eq(~is_tag), check_tag.eq(is_tag)]
+                m.d.sync += [
+                    out.sets.eq(checked),
+                    tag_bits.eq(Mux(tag_bad, 0, Cat(tag.tag, tag.valid))),
+                ]
+                m.next = "ANSWER"
+            with m.State("ANSWER"):
+                with m.If(access.write):
+                    m.d.comb += [tag_write.en.eq(is_tag), row_write.en.eq(~is_tag)]
+                with m.Else():
+                    m.d.sync += value_valid.eq(1)
+                with m.If(is_tag):
+                    m.d.sync += value.eq(tag_bits)
+                with m.Else():
+                    for n in range(chunks):
+                        with m.If(chunk == n):
+                            m.d.sync += value.eq(words[n])
+                m.d.sync += access_waits.eq(0)
+                m.next = "IDLE"
+            with m.State("CLEAR"):
+                m.d.comb += [clearing.eq(1), row_write.en.eq(1), tag_write.en.eq(1)]
+                m.d.sync += clear_address.eq(clear_address + 1)
+                with m.If(clear_address == rows * layers - 1):
+                    m.d.sync += clear_waits.eq(0)
+                    m.next = "IDLE"
+
+        with m.If(clearing):
+            pass
+        with m.Elif(access_waits):
+            new_tag = Cat(access.value[: TAG_BITS + 1])
+            m.d.comb += tag_write.data.eq(Cat(new_tag, new_tag.xor()))
+            for n in range(choices):
+                m.d.comb += row_write.data[n].eq(stored_layout.store(new_sets[n]))
+        with m.Else():
+            new_tag = Cat(command.tag, Const(1, 1))
+            m.d.comb += [
+                tag_write.data.eq(Cat(new_tag, new_tag.xor())),
+                row_write.data[0].eq(self.choices_in.payload),
+            ]
+            for n in range(1, choices):
+                before = row_read.data[n - 1]
+                with m.If(matched & before.valid & _exist(before.experts, config=config)):
+                    m.d.comb += row_write.data[n].eq(before)
+        return m
