@@ -360,6 +360,86 @@ async def is_as_fast_as_promised(dut):
     assert arrival[-1] <= component.latency + 4 * (count - 1)
 
 
+def _memories(dut):
+    """Memory words of each kind, by name: the copies of a memory, and its path in the design."""
+    found = {}
+    for name in ("this", "prev", "before", "token", "pair", "successor", "next"):
+        copies = [getattr(dut, f"{name}{n}") for n in range(2) if hasattr(dut, f"{name}{n}")]
+        if copies:
+            found[name] = copies
+    for name in TABLES:
+        if hasattr(dut, f"{name}_table"):
+            table = getattr(dut, f"{name}_table")
+            found[f"{name} tags"], found[f"{name} rows"] = [table.tags], [table.row_words]
+    return {**found, "ids": [dut.tokens]}
+
+
+def _flip(bench, name, copies):
+    """Flip a bit of a memory, and make the golden model forget what it was part of."""
+    config, reference, generator = bench.config, bench.golden, bench.random
+    layer_bits, set_bits = config.bits("layer"), SetLayout(config).size + 1
+    ctx, layer = generator.randrange(config.contexts), generator.randrange(config.model.layers)
+    word, part = ctx << layer_bits | layer, 0
+    kind, _, what = name.partition(" ")
+    if what:
+        table = TABLES.index(kind)
+        # An entry in use, if there is one.
+        used = np.flatnonzero(reference.tables.tags[table] >= 0).tolist()
+        entry = generator.choice(used or [0])
+        word = entry if what == "tags" else entry * config.model.layers + layer
+    elif name == "ids":
+        word = ctx
+    if name in ("token", "token rows"):
+        part = generator.randrange(2)
+    width = {"ids": 68, "tags": 18}.get(what or name, set_bits)
+    mask = 1 << generator.randrange(width) + part * set_bits
+    for copy in copies:
+        copy[word].value = int(copy[word].value) ^ mask
+    if what == "tags":
+        reference.tables.tags[table, entry] = -1
+    elif what == "rows":
+        reference.tables[1 + table][entry, part, layer] = -1
+    elif name == "ids":
+        reference.forget_ids(ctx)
+    elif name in ("this", "prev", "before"):
+        getattr(reference, name)[ctx, layer] = -1
+    else:
+        row = {"token": part, "pair": 2, "successor": 3, "next": 4}[name]
+        reference.memo[ctx, row, layer] = -1
+
+
+@cocotb.test()
+async def forgets_words_of_bad_parity(dut):
+    """A flipped bit in any memory is told, and what it was part of becomes unknown."""
+    bench = HistoriesBench(dut)
+    await bench.start()
+    tokens = RandomTokens(bench)
+    memories = _memories(dut)
+    for name, copies in memories.items():
+        await _run(bench, tokens, 8)
+        await bench.until_idle()
+        bench.check()
+        bench.faulty = True
+        for _ in range(6):
+            _flip(bench, name, copies)
+            await RisingEdge(dut.clk)
+            if name != "ids":
+                await bench.compare_all()
+            await _run(bench, tokens, 2)
+            await bench.until_idle()
+        told = bench.errors
+        dut._log.info(f"{name}: {told} parity errors")
+        # All is mended when no token is left that was there at the time.
+        dut.clear.value = 1
+        await RisingEdge(dut.clk)
+        dut.clear.value = 0
+        await bench.until_idle()
+        bench.errors, bench.faulty = 0, False
+        # Some devices look at a memory only to copy it to another one.
+        assert told or name.partition(" ")[0] not in (*Histories(bench.config).memories, "ids")
+    await bench.compare_all()
+
+
 @cocotb.test()
 async def follows_golden_on_trace(dut):
     """The first tokens of a real trace, with the requests of a predictor."""

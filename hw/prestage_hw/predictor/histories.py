@@ -208,6 +208,11 @@ class Histories(wiring.Component):
         }
 
     @property
+    def memories(self):
+        """Names of the memories that requests read."""
+        return tuple(self._reads)
+
+    @property
     def latency(self):
         """Cycles from a request's transfer until its sets are valid, if the last were taken."""
         steps = max((r.step for reads in self._reads.values() for r in reads.values()), default=0)
@@ -215,8 +220,10 @@ class Histories(wiring.Component):
 
     @property
     def begin_cycles(self):
-        """Cycles from the transfer of a token start until ``begins`` is ready again, at most."""
-        return 2 * self.config.model.layers + 24
+        """Cycles from the transfer of a token start until ``begins`` is ready again, at most, if
+        the sets before are taken.
+        """
+        return 2 * self.config.model.layers + 23
 
     def table_words(self, table):
         """Words in a table of :data:`TABLES`, by number; 0 if no head uses it."""

@@ -148,6 +148,11 @@ class Histories:
                 result[code] = found
         return result
 
+    def forget_ids(self, ctx: int) -> None:
+        """Lose the ids of a context's tokens: the present token will not be stored."""
+        self._tokens[ctx] = UNKNOWN
+        self._phases[ctx] = int(Phase.PREFILL)
+
     # --- snapshots
 
     def table_words(self, table: int) -> int:
