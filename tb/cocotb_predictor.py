@@ -31,7 +31,8 @@ from prestage_tb.bench import (
     start_clock,
 )
 
-_TABLES = (0, 1)
+#: Tables are looked for up to this number, where none has one.
+_NO_TABLE = 40
 _REUSE_FIELDS = ("ctx", "layer", "beat", "values")
 _CANDIDATE_FIELDS = ("ctx", "layer", "expert", "score", "source", "deadline")
 
@@ -93,7 +94,8 @@ class PredictorBench:
         source.send(payload)
 
     def send_begin(self, ctx):
-        token = self.random.getrandbits(32)
+        # Some tokens come again, some are unknown.
+        token = self.random.choice((0xFFFFFFFF, self.random.getrandbits(32), *range(1, 7)))
         self.send(self.begin, {"ctx": ctx, "phase": self.random.randrange(3), "token": token})
 
     def send_decision(self, ctx, layer, experts, stamp):
@@ -128,10 +130,14 @@ class PredictorBench:
             raise AssertionError(f"Predictor must become idle within {limit} cycles")
         await RisingEdge(self.dut.clk)
 
+    def tables(self):
+        """Numbers of the tables that have words."""
+        return [table for table in range(_NO_TABLE) if self.golden.table_words(table)]
+
     async def compare_tables(self):
         """Read all tables and one word beyond each; compare them with the golden model."""
         await self.until_idle()
-        for table in _TABLES:
+        for table in self.tables():
             self.dut.table_select.value = table
             await cycles(self.dut, 2)
             await FallingEdge(self.dut.clk)
@@ -140,7 +146,7 @@ class PredictorBench:
             await RisingEdge(self.dut.clk)
             for word in range(words + 1):
                 self.send_read(table, word)
-        self.dut.table_select.value = len(_TABLES)
+        self.dut.table_select.value = _NO_TABLE
         await self.until_idle(limit=2_000_000)
         assert int(self.dut.table_words.value) == 0
         self.check()
@@ -257,7 +263,7 @@ async def follows_golden(dut):
             driver.stall = stall
         for _ in range(6):
             await _route(bench, routing, parameters()["decisions"] // 18)
-            for table in (*_TABLES, 2, 255):
+            for table in (*bench.tables(), _NO_TABLE, 255):
                 word = bench.random.randrange(bench.golden.table_words(table) + 8)
                 bench.send_read(table, word)
     for driver in bench.drivers:
@@ -278,7 +284,7 @@ async def keeps_loaded_tables(dut):
     experts = bench.config.model.experts
     routing = RandomRouting(bench)
     for rounds in range(3):
-        for table in _TABLES:
+        for table in bench.tables():
             words = bench.golden.table_words(table)
             some = range(words) if words < 1500 else bench.random.sample(range(words), 1500)
             for word in (*some, words, words + 1, (1 << 24) - 1):
@@ -290,7 +296,7 @@ async def keeps_loaded_tables(dut):
                 noise = bench.random.getrandbits(13) << 19
                 value = expert | bench.random.choice((3, 3, 1)) << 16 | valid << 18 | noise
                 bench.send_write(table, word, value)
-        bench.send_write(2, 0, 0x40000)
+        bench.send_write(_NO_TABLE, 0, 0x40000)
         await bench.until_idle(limit=1_000_000)
         if rounds == 0:
             await bench.compare_tables()
@@ -417,8 +423,8 @@ async def is_as_fast_as_promised(dut):
     config, model = bench.config, bench.config.model
     predictor = PREDICTORS[config.predictor](config)
     successors, top_k, experts = config.successors, model.top_k, model.experts
-    if not hasattr(predictor, "decision_cycles"):
-        return
+    if config.predictor != "st_moe":
+        return  # the bench of the perceptron has its own bounds
     # Rows of layers 0 and 1 hold different experts at confidence 3 (candidates) and 0 (replaced
     # while learning).
     expert_bits, successor_bits = (experts - 1).bit_length(), (successors - 1).bit_length()

@@ -9,11 +9,13 @@ from prestage_hw.contract.params import require_config
 
 from .base import Predictor, PredictorSignature
 from .none import NonePredictor
+from .perceptron import PerceptronPredictor
 from .st_moe import StMoePredictor
 
 __all__ = [
     "PREDICTORS",
     "NonePredictor",
+    "PerceptronPredictor",
     "Predictor",
     "PredictorSignature",
     "StMoePredictor",
@@ -24,6 +26,7 @@ __all__ = [
 PREDICTORS = {
     "none": NonePredictor,
     "st_moe": StMoePredictor,
+    "perceptron": PerceptronPredictor,
 }
 
 

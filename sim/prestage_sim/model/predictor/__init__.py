@@ -13,12 +13,14 @@ from prestage_hw.contract.params import require_config
 
 from .base import Candidate, Predictor, ReuseBeat, Settings
 from .none import NonePredictor
+from .perceptron import PerceptronPredictor
 from .st_moe import StMoePredictor
 
 __all__ = [
     "PREDICTORS",
     "Candidate",
     "NonePredictor",
+    "PerceptronPredictor",
     "Predictor",
     "ReuseBeat",
     "Settings",
@@ -30,6 +32,7 @@ __all__ = [
 PREDICTORS: dict[str, Callable[[DeviceConfig], Predictor]] = {
     "none": NonePredictor,
     "st_moe": StMoePredictor,
+    "perceptron": PerceptronPredictor,
 }
 
 

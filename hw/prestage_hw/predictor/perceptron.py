@@ -1,0 +1,785 @@
+"""Online linear models over routing histories, in integers."""
+
+from amaranth import Array, Cat, Module, Mux, Signal, unsigned
+from amaranth.lib import data
+from amaranth.lib.fifo import SyncFIFOBuffered
+
+from prestage_hw.contract.records import Phase, Source
+from prestage_hw.layouts import RecordLayout
+
+from .base import Predictor
+from .histories import Histories
+from .linear import LinearHead
+from .ranking import Ranking
+from .sets import SETS, SetLayout
+from .trust import Trust
+
+__all__ = ["PerceptronPredictor"]
+
+#: Messages that wait behind the one in work.
+_QUEUE_DEPTH = 2
+
+#: Results that candidates are still to be made of, with the truths and hints between them.
+_ORDER_DEPTH = 8
+
+
+class _Kind:
+    """Kinds of messages, and of entries in the order of results."""
+
+    BEGIN = 0
+    DECISION = 1
+    HINT = 2
+    RESULT = 3
+
+
+class PerceptronPredictor(Predictor):
+    """Rank experts by online linear models over what was routed before.
+
+    ``docs/predictor-perceptron.md`` is the specification. Messages are taken in their order. A
+    decision first predicts, then hands learning to the heads, which do it when no prediction is
+    due. The head of token start works in the background once the first layers are proposed.
+
+    On an idle predictor, without stalls, from the transfer of a decision:
+
+    ==================================== ====================================
+    first candidate valid                at most ``first_candidate_cycles``
+    last candidate valid                 at most ``last_candidate_cycles``
+    decisions sustained                  one every ``decision_cycles``
+    ==================================== ====================================
+
+    Members
+    -------
+    As in :class:`PredictorSignature`.
+
+    Raises
+    ------
+    TypeError
+        If ``config`` is not a :class:`DeviceConfig`.
+    ValueError
+        If its predictor is another.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.predictor != "perceptron":
+            raise ValueError(f"Predictor must be perceptron, not {config.predictor!r}")
+        self._heads = [
+            LinearHead(config, head=head, number=number)
+            for number, head in enumerate(config.perceptron.heads)
+        ]
+        self._histories = Histories(config)
+        self._ranking = Ranking(config)
+        self._trust = Trust(config)
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        model = config.model
+        layers, top_k, contexts = model.layers, model.top_k, config.contexts
+        configs = config.perceptron.heads
+        heads = self._heads
+        near = [n for n, head in enumerate(configs) if head.horizon]
+        start = next(n for n, head in enumerate(configs) if head.name == "P0")
+        reuse = next((n for n, head in enumerate(configs) if head.is_reuse), None)
+
+        m.submodules.histories = histories = self._histories
+        m.submodules.ranking = ranking = self._ranking
+        m.submodules.trust = trust = self._trust
+        for head, head_config in zip(heads, configs, strict=True):
+            m.submodules[f"head_{head_config.name}"] = head
+
+        ctx_shape, layer_shape = unsigned(config.bits("ctx")), unsigned(config.bits("layer"))
+        experts_layout = data.ArrayLayout(unsigned(config.bits("expert")), top_k)
+        message_layout = data.StructLayout(
+            {
+                "kind": 2,
+                "ctx": ctx_shape,
+                "layer": layer_shape,
+                "experts": experts_layout,  # of a hint: the first
+                "stamp": 8,  # of a hint: its deadline
+                "phase": 2,
+                "word": 32,  # token, or score
+            }
+        )
+
+        # Each input has a register of its own; what came first, or stands first in this order,
+        # goes on to the queue.
+        waits = {kind: Signal(name=f"waits{kind}") for kind in range(3)}
+        arrived = [Signal(message_layout, name=f"arrived{kind}") for kind in range(3)]
+        queue = [Signal(message_layout, name=f"queue{n}") for n in range(_QUEUE_DEPTH)]
+        queued = Signal(range(_QUEUE_DEPTH + 1))
+        take = Signal()
+        closed = Signal()  # no message is taken: a clear waits or is under way
+        free = ~(waits[0] | waits[1] | waits[2]) & ~closed
+        m.d.comb += [
+            self.begin.ready.eq(free),
+            self.decisions.ready.eq(free),
+            self.hints.ready.eq(free),
+        ]
+        with m.If(self.begin.valid & self.begin.ready):
+            m.d.sync += [
+                waits[_Kind.BEGIN].eq(1),
+                arrived[_Kind.BEGIN].kind.eq(_Kind.BEGIN),
+                arrived[_Kind.BEGIN].ctx.eq(self.begin.payload.ctx),
+                arrived[_Kind.BEGIN].phase.eq(self.begin.payload.phase),
+                arrived[_Kind.BEGIN].word.eq(self.begin.payload.token),
+            ]
+        with m.If(self.decisions.valid & self.decisions.ready):
+            m.d.sync += [
+                waits[_Kind.DECISION].eq(1),
+                arrived[_Kind.DECISION].kind.eq(_Kind.DECISION),
+                arrived[_Kind.DECISION].ctx.eq(self.decisions.payload.ctx),
+                arrived[_Kind.DECISION].layer.eq(self.decisions.payload.layer),
+                arrived[_Kind.DECISION].experts.eq(self.decisions.payload.experts),
+                arrived[_Kind.DECISION].stamp.eq(self.decisions.payload.stamp),
+            ]
+        with m.If(self.hints.valid & self.hints.ready):
+            m.d.sync += [
+                waits[_Kind.HINT].eq(1),
+                arrived[_Kind.HINT].kind.eq(_Kind.HINT),
+                arrived[_Kind.HINT].ctx.eq(self.hints.payload.ctx),
+                arrived[_Kind.HINT].layer.eq(self.hints.payload.layer),
+                arrived[_Kind.HINT].experts[0].eq(self.hints.payload.expert),
+                arrived[_Kind.HINT].stamp.eq(self.hints.payload.deadline),
+                arrived[_Kind.HINT].word.eq(self.hints.payload.score),
+            ]
+        incoming, push = Signal(message_layout), Signal()
+        room = queued != _QUEUE_DEPTH
+        for kind in reversed(range(3)):
+            with m.If(waits[kind]):
+                m.d.comb += [incoming.eq(arrived[kind]), push.eq(room)]
+        for kind in range(3):
+            earlier = Cat(waits[other] for other in range(kind))
+            with m.If(room & (earlier == 0) & waits[kind]):
+                m.d.sync += waits[kind].eq(0)
+        m.d.sync += queued.eq(queued + push - take)
+        with m.If(take):
+            for n in range(_QUEUE_DEPTH - 1):
+                m.d.sync += queue[n].eq(queue[n + 1])
+        for n in range(_QUEUE_DEPTH):
+            with m.If(push & (queued - take == n)):
+                m.d.sync += queue[n].eq(incoming)
+        front = queue[0]
+        present = queued != 0
+
+        # What is known of each context's token.
+        phases = Array(Signal(2, name=f"phase{c}", init=Phase.DECODE) for c in range(contexts))
+        stamps = Array(Signal(8, name=f"stamp{c}") for c in range(contexts))
+        routed = Array(Signal(layers, name=f"routed{c}") for c in range(contexts))
+        known = [
+            Array(Signal(layers, name=f"known_{head.name}_{c}") for c in range(contexts))
+            for head in configs
+        ]
+
+        ctx, layer = front.ctx, front.layer
+        phase = phases[ctx]
+        first, extra, prefill = Signal(), Signal(), Signal()
+        m.d.comb += [
+            first.eq(~routed[ctx].bit_select(layer, 1)),
+            prefill.eq(phase == Phase.PREFILL),
+            extra.eq(~first & (phase == Phase.VERIFY)),
+        ]
+
+        # Order of results: what the heads were asked for, with the truths and hints in between.
+        order_layout = data.StructLayout(
+            {
+                "kind": 2,
+                "head": range(max(2, len(configs))),
+                "ctx": ctx_shape,
+                "layer": layer_shape,
+                "experts": experts_layout,
+                "deadline": 8,
+                "threshold": 8,
+                "score": 8,
+                "extra": 1,
+            }
+        )
+        m.submodules.order = order = SyncFIFOBuffered(width=order_layout.size, depth=_ORDER_DEPTH)
+        entry = Signal(order_layout)
+        m.d.comb += [
+            order.w_data.eq(entry),
+            entry.ctx.eq(ctx),
+            entry.layer.eq(layer),
+            entry.experts.eq(front.experts),
+            entry.score.eq(front.word),
+            entry.deadline.eq(front.stamp),
+            entry.threshold.eq(
+                Mux((front.stamp - stamps[ctx])[:8] == 1, self.threshold, self.far_threshold)
+            ),
+        ]
+
+        # The walker asks the head of token start for all layers, behind the back of decisions.
+        walking = Signal()
+        walk_ctx, walk_layer = Signal(ctx_shape), Signal(range(layers + 1))
+        walk_ahead = Signal(range(layers + 1))  # layers that are proposed
+        walk_layer_at = walk_layer[: len(layer)]
+        overtaken = Signal(layers)  # nearer heads have predicted these since
+        background = Signal(range(layers + 1))  # results of the walker that only V waits for
+        proposing = Signal()
+        m.d.comb += proposing.eq(walking & (walk_layer < walk_ahead))
+
+        # Sets are asked for by the main machine, or by the walker while it does not ask.
+        wants, busy, for_walker = Signal(), Signal(), Signal()
+        request = histories.requests.payload
+        asks = Signal()
+        m.d.comb += [
+            asks.eq(wants | walking),
+            histories.requests.valid.eq(asks & ~busy),
+        ]
+        granted = Signal()
+        with m.If(histories.requests.valid & histories.requests.ready):
+            m.d.sync += [busy.eq(1), for_walker.eq(~wants)]
+        with m.If(histories.sets.valid & histories.sets.ready):
+            m.d.sync += busy.eq(0)
+        m.d.comb += granted.eq(histories.requests.valid & histories.requests.ready & wants)
+        arrived_sets = Signal()
+        m.d.comb += arrived_sets.eq(histories.sets.valid & busy & ~for_walker)
+        used_sets, walker_used_sets = Signal(), Signal()
+        m.d.comb += histories.sets.ready.eq(used_sets | walker_used_sets)
+
+        sets = Signal(data.ArrayLayout(SetLayout(config), len(SETS)))
+        own = Signal()  # set A is the decision itself, which the histories may not have yet
+        m.d.comb += sets.eq(histories.sets.payload)
+        with m.If(own):
+            m.d.comb += [sets[0].experts.eq(front.experts), sets[0].valid.eq(1)]
+
+        for head, head_config in zip(heads, configs, strict=True):
+            m.d.comb += [
+                head.predicts.payload.ctx.eq(ctx),
+                head.predicts.payload.layer.eq(layer + head_config.horizon),
+                head.predicts.payload.sets.eq(sets),
+                head.predicts.payload.extra.eq(extra | prefill),
+                head.learns.payload.ctx.eq(ctx),
+                head.learns.payload.layer.eq(layer),
+                head.learns.payload.sets.eq(sets),
+                head.learns.payload.used.eq(front.experts),
+                head.learns.payload.skip.eq(0),
+            ]
+        walked = heads[start].predicts
+        m.d.comb += [
+            walked.payload.ctx.eq(walk_ctx),
+            walked.payload.layer.eq(walk_layer),
+            walked.payload.extra.eq(phases[walk_ctx] == Phase.PREFILL),
+        ]
+        push_walked = Signal()
+        with m.If(walking & busy & for_walker & histories.sets.valid):
+            with m.If(~proposing | order.w_rdy):
+                m.d.comb += [walked.valid.eq(1), walker_used_sets.eq(walked.ready)]
+        with m.If(walker_used_sets):
+            m.d.sync += walk_layer.eq(walk_layer + 1)
+            with m.If(walk_layer == layers - 1):
+                m.d.sync += walking.eq(0)
+            with m.If(phases[walk_ctx] != Phase.PREFILL):
+                m.d.sync += known[start][walk_ctx].bit_select(walk_layer_at, 1).eq(1)
+            with m.If(proposing):
+                m.d.comb += [
+                    push_walked.eq(1),
+                    entry.kind.eq(_Kind.RESULT),
+                    entry.head.eq(start),
+                    entry.ctx.eq(walk_ctx),
+                    entry.layer.eq(walk_layer),
+                    entry.deadline.eq(stamps[walk_ctx] + walk_layer + 1),
+                    entry.threshold.eq(Mux(walk_layer == 0, self.threshold, self.far_threshold)),
+                    entry.extra.eq(0),
+                ]
+        stored = Signal()
+        issued = Signal()
+        m.d.comb += issued.eq(walker_used_sets & ~proposing)
+        m.d.sync += background.eq(background + issued - stored)
+
+        m.d.comb += [
+            histories.begins.payload.ctx.eq(ctx),
+            histories.begins.payload.phase.eq(front.phase),
+            histories.begins.payload.token.eq(front.word),
+            histories.routes.payload.ctx.eq(ctx),
+            histories.routes.payload.layer.eq(layer),
+            histories.routes.payload.experts.eq(front.experts),
+            trust.begins.payload.ctx.eq(ctx),
+        ]
+        with m.If(wants):
+            m.d.comb += [request.ctx.eq(ctx), request.layer.eq(layer)]
+        with m.Else():
+            m.d.comb += [request.ctx.eq(walk_ctx), request.layer.eq(walk_layer)]
+
+        blocks = [*heads, histories, ranking, trust]
+        blocks_idle = Cat(block.idle for block in blocks).all()
+        collecting = Signal()
+        quiet = Signal()  # all that was begun is done
+        push_main = Signal()
+        clear_waits = Signal()
+        with m.If(self.clear):
+            m.d.sync += clear_waits.eq(1)
+        m.d.comb += [
+            order.w_en.eq(push_main | push_walked),
+            quiet.eq(~walking & ~collecting & (order.level == 0) & blocks_idle & (background == 0)),
+        ]
+        begin_told, trust_told = Signal(), Signal()
+
+        # Table port.
+        asked_table = Signal.like(self.table_requests.payload)
+        tables = [
+            (head, number)
+            for head in heads
+            for number, words in enumerate(head.table_words)
+            if words
+        ]
+        tables += [(histories, number) for number in range(3) if histories.table_words(number)]
+
+        def words_of(block, number):
+            """Words of a block's table."""
+            if block is histories:
+                return histories.table_words(number)
+            return block.table_words[number]
+
+        words = Signal(24)
+        with m.Switch(self.table_select):
+            for number, (block, inner) in enumerate(tables):
+                with m.Case(number):
+                    m.d.comb += words.eq(words_of(block, inner))
+        m.d.sync += self.table_words.eq(words)
+        in_range, table_sent, table_taken = Signal(), Signal(), Signal()
+        table_value, table_found = Signal(32), Signal()
+        tabling = Signal()
+        for block in (*heads, histories):
+            m.d.comb += [
+                block.table_requests.payload.word.eq(asked_table.word),
+                block.table_requests.payload.write.eq(asked_table.write),
+                block.table_requests.payload.value.eq(asked_table.value),
+                block.table_values.ready.eq(tabling & table_sent),
+            ]
+            with m.If(tabling & table_sent & block.table_values.valid):
+                m.d.comb += [table_found.eq(1), table_value.eq(block.table_values.payload)]
+        with m.Switch(asked_table.table):
+            for number, (block, inner) in enumerate(tables):
+                with m.Case(number):
+                    m.d.comb += [
+                        in_range.eq(asked_table.word < words_of(block, inner)),
+                        block.table_requests.payload.table.eq(inner),
+                        block.table_requests.valid.eq(tabling & ~table_sent & in_range),
+                        table_taken.eq(block.table_requests.ready),
+                    ]
+        with m.If(self.table_values.ready):
+            m.d.sync += self.table_values.valid.eq(0)
+
+        def learn_after(number):
+            """State that learning goes on with after a head's number."""
+            following = [n for n in (*near, start) if n > number]
+            return f"Learn {configs[following[0]].name}" if following else after_learning
+
+        after_learning = "Done" if reuse is None else "Reuse now"
+
+        with m.FSM(init="Clear wait") as fsm:
+            with m.State("Clear"):
+                m.d.comb += [block.clear.eq(1) for block in (*heads, histories, trust)]
+                m.d.sync += clear_waits.eq(0)
+                for c in range(contexts):
+                    m.d.sync += [phases[c].eq(Phase.DECODE), stamps[c].eq(0), routed[c].eq(0)]
+                    m.d.sync += [flags[c].eq(0) for flags in known]
+                m.next = "Clear start"
+            with m.State("Clear start"):
+                m.next = "Clear wait"
+            with m.State("Clear wait"):
+                with m.If(blocks_idle):
+                    m.next = "Idle"
+
+            with m.State("Idle"):
+                m.d.sync += [begin_told.eq(0), trust_told.eq(0), table_sent.eq(0)]
+                with m.If(present):
+                    with m.Switch(front.kind):
+                        with m.Case(_Kind.BEGIN):
+                            # The first layers' candidates come before those of any decision, and
+                            # all of an earlier token's before them.
+                            with m.If(~walking & ~collecting & (order.level == 0)):
+                                with m.If(background == 0):
+                                    m.next = "Begin"
+                        with m.Case(_Kind.DECISION):
+                            with m.If(~proposing):
+                                m.next = "Decide"
+                        with m.Case(_Kind.HINT):
+                            with m.If(~proposing & order.w_rdy):
+                                m.d.comb += [
+                                    push_main.eq(1),
+                                    entry.kind.eq(_Kind.HINT),
+                                    take.eq(1),
+                                ]
+                with m.Elif(waits[0] | waits[1] | waits[2]):
+                    pass
+                with m.Elif(clear_waits):
+                    with m.If(quiet & ~self.table_values.valid):
+                        m.next = "Clear"
+                with m.Elif(quiet & ~self.table_values.valid):
+                    # In the cycle of its transfer a request comes before messages.
+                    m.d.comb += self.table_requests.ready.eq(1)
+                    m.d.sync += asked_table.eq(self.table_requests.payload)
+                    with m.If(self.table_requests.valid):
+                        m.next = "Table"
+
+            with m.State("Begin"):
+                m.d.comb += [
+                    histories.begins.valid.eq(~begin_told),
+                    trust.begins.valid.eq(~trust_told),
+                ]
+                with m.If(histories.begins.valid & histories.begins.ready):
+                    m.d.sync += begin_told.eq(1)
+                with m.If(trust.begins.valid & trust.begins.ready):
+                    m.d.sync += trust_told.eq(1)
+                with m.If(begin_told & trust_told):
+                    m.d.comb += take.eq(1)
+                    m.d.sync += [
+                        phases[ctx].eq(front.phase),
+                        routed[ctx].eq(0),
+                        walking.eq(1),
+                        walk_ctx.eq(ctx),
+                        walk_layer.eq(0),
+                        walk_ahead.eq(Mux(self.ahead > layers, layers, self.ahead)),
+                        overtaken.eq(0),
+                    ]
+                    for number, flags in enumerate(known):
+                        if number != reuse:
+                            m.d.sync += flags[ctx].eq(0)
+                    m.next = "Idle"
+
+            with m.State("Decide"):
+                # The truth goes to the hints before any result of this decision.
+                m.d.comb += [
+                    entry.kind.eq(_Kind.DECISION),
+                    push_main.eq(first & order.w_rdy),
+                ]
+                with m.If(~first | order.w_rdy):
+                    m.d.sync += stamps[ctx].eq(front.stamp)
+                    m.next = f"Ask {configs[near[0]].name}"
+                    with m.If(~first & ~extra):
+                        m.next = "Route"
+            for at, number in enumerate(near):
+                head, horizon = heads[number], configs[number].horizon
+                following = f"Ask {configs[near[at + 1]].name}" if at + 1 < len(near) else "Route"
+                with m.State(f"Ask {configs[number].name}"):
+                    with m.If(layer + horizon < layers):
+                        m.d.comb += [
+                            wants.eq(1),
+                            request.layer.eq(layer + horizon),
+                            request.horizon.eq(horizon),
+                        ]
+                        with m.If(granted):
+                            m.next = f"Predict {configs[number].name}"
+                    with m.Else():
+                        m.next = following
+                with m.State(f"Predict {configs[number].name}"):
+                    m.d.comb += [
+                        own.eq(1),
+                        head.predicts.valid.eq(arrived_sets & order.w_rdy),
+                        used_sets.eq(head.predicts.valid & head.predicts.ready),
+                    ]
+                    with m.If(used_sets):
+                        m.d.comb += [
+                            push_main.eq(1),
+                            entry.kind.eq(_Kind.RESULT),
+                            entry.head.eq(number),
+                            entry.layer.eq(layer + horizon),
+                            entry.deadline.eq(front.stamp + horizon),
+                            entry.threshold.eq(
+                                self.threshold if horizon == 1 else self.far_threshold
+                            ),
+                            entry.extra.eq(extra),
+                        ]
+                        with m.If(~extra):
+                            with m.If(~prefill):
+                                m.d.sync += known[number][ctx].bit_select(layer + horizon, 1).eq(1)
+                            with m.If(ctx == walk_ctx):
+                                m.d.sync += overtaken.bit_select(layer + horizon, 1).eq(1)
+                        m.next = following
+            with m.State("Route"):
+                with m.If(extra):
+                    m.next = "Done"
+                with m.Else():
+                    m.d.comb += histories.routes.valid.eq(~busy)
+                    with m.If(histories.routes.valid & histories.routes.ready):
+                        m.next = "Done"
+                        with m.If(first & ~prefill):
+                            m.next = f"Learn {configs[(*near, start)[0]].name}"
+            for number in (*near, start):
+                head = heads[number]
+                name = configs[number].name
+                with m.State(f"Learn {name}"):
+                    # The head of token start learns a layer after it has predicted it.
+                    passed = 1
+                    if number == start:
+                        passed = ~walking | (walk_layer > layer)
+                    with m.If(~known[number][ctx].bit_select(layer, 1) & passed):
+                        m.next = learn_after(number)
+                    with m.Else():
+                        m.d.comb += [
+                            wants.eq(passed),
+                            request.horizon.eq(configs[number].horizon),
+                        ]
+                        with m.If(granted):
+                            m.next = f"Teach {name}"
+                with m.State(f"Teach {name}"):
+                    m.d.comb += [
+                        head.learns.valid.eq(arrived_sets),
+                        used_sets.eq(head.learns.valid & head.learns.ready),
+                    ]
+                    with m.If(used_sets):
+                        m.d.sync += known[number][ctx].bit_select(layer, 1).eq(0)
+                        m.next = learn_after(number)
+            if reuse is not None:
+                head = heads[reuse]
+                m.d.comb += [
+                    head.predicts.payload.extra.eq(0),
+                    head.learns.payload.skip.eq(~known[reuse][ctx].bit_select(layer, 1)),
+                ]
+                with m.State("Reuse now"):
+                    m.d.comb += [wants.eq(1), request.reuse.eq(1), request.now.eq(1)]
+                    with m.If(granted):
+                        m.next = "Reuse predict"
+                with m.State("Reuse predict"):
+                    m.d.comb += [
+                        head.predicts.valid.eq(arrived_sets),
+                        used_sets.eq(head.predicts.valid & head.predicts.ready),
+                    ]
+                    with m.If(used_sets):
+                        m.next = "Reuse old"
+                with m.State("Reuse old"):
+                    m.d.comb += [wants.eq(1), request.reuse.eq(1)]
+                    with m.If(granted):
+                        m.next = "Reuse learn"
+                with m.State("Reuse learn"):
+                    m.d.comb += [
+                        head.learns.valid.eq(arrived_sets),
+                        used_sets.eq(head.learns.valid & head.learns.ready),
+                    ]
+                    with m.If(used_sets):
+                        m.d.sync += known[reuse][ctx].bit_select(layer, 1).eq(1)
+                        m.next = "Done"
+            with m.State("Done"):
+                m.d.comb += take.eq(1)
+                m.d.sync += routed[ctx].bit_select(layer, 1).eq(1)
+                m.next = "Idle"
+
+            with m.State("Table"):
+                m.d.comb += tabling.eq(1)
+                with m.If(~table_sent):
+                    with m.If(~in_range):
+                        # A word that does not exist reads 0.
+                        m.next = "Idle"
+                        with m.If(~asked_table.write):
+                            m.d.sync += [
+                                self.table_values.valid.eq(1),
+                                self.table_values.payload.eq(0),
+                            ]
+                    with m.Elif(table_taken):
+                        m.d.sync += table_sent.eq(1)
+                        with m.If(asked_table.write):
+                            m.next = "Idle"
+                with m.Elif(table_found):
+                    m.d.sync += [
+                        self.table_values.valid.eq(1),
+                        self.table_values.payload.eq(table_value),
+                    ]
+                    m.next = "Idle"
+
+        self._collect(
+            m,
+            order=order,
+            order_layout=order_layout,
+            collecting=collecting,
+            overtaken=overtaken,
+            background=background,
+            walking=walking,
+            stored=stored,
+        )
+
+        # Reuse values.
+        if reuse is not None:
+            values = heads[reuse].values
+            m.d.comb += [
+                self.reuse.valid.eq(values.valid),
+                values.ready.eq(self.reuse.ready),
+                self.reuse.payload.ctx.eq(values.payload.ctx),
+                self.reuse.payload.layer.eq(values.payload.layer),
+                self.reuse.payload.beat.eq(values.payload.beat),
+                self.reuse.payload.values.eq(values.payload.values),
+            ]
+
+        # Strobes of several blocks may fall together: each is counted.
+        strobes = [block.parity_errors for block in (*heads, histories, trust)]
+        errors = Signal(16)
+        m.d.sync += [
+            errors.eq(errors + sum(strobes) - (errors != 0)),
+            self.parity_errors.eq(errors != 0),
+        ]
+
+        m.d.comb += [
+            closed.eq(
+                clear_waits
+                | fsm.ongoing("Clear")
+                | fsm.ongoing("Clear start")
+                | fsm.ongoing("Clear wait")
+            ),
+            self.idle.eq(
+                fsm.ongoing("Idle")
+                & ~present
+                & ~(waits[0] | waits[1] | waits[2])
+                & ~clear_waits
+                & quiet
+                & (errors == 0)
+                & ~self.candidates.valid
+                & ~self.table_values.valid
+                & ~self.reuse.valid
+            ),
+        ]
+        return m
+
+    def _collect(
+        self, m, *, order, order_layout, collecting, overtaken, background, walking, stored
+    ):
+        """Take results, truths and hints in their order to the trust and the ranking."""
+        config = self.config
+        heads, ranking, trust = self._heads, self._ranking, self._trust
+        start = next(n for n, head in enumerate(config.perceptron.heads) if head.name == "P0")
+        ahead = [n for n, head in enumerate(config.perceptron.heads) if not head.is_reuse]
+        entry = data.View(order_layout, order.r_data)
+        hint, hinted = trust.hints, trust.hinted
+
+        beat_layout = heads[start].values.payload.shape()
+        beat, beat_valid, beat_taken = Signal(beat_layout), Signal(), Signal()
+        source = Signal.like(entry.head)
+        with m.Switch(source):
+            for number in ahead:
+                with m.Case(number):
+                    m.d.comb += [
+                        beat.eq(heads[number].values.payload),
+                        beat_valid.eq(heads[number].values.valid),
+                        heads[number].values.ready.eq(beat_taken),
+                    ]
+        last = beat.beat == config.lane_beats - 1
+        dropped = Signal()
+        to_ranking, to_trust = Signal(), Signal()
+        m.d.comb += [
+            ranking.values.payload.ctx.eq(beat.ctx),
+            ranking.values.payload.layer.eq(beat.layer),
+            ranking.values.payload.beat.eq(beat.beat),
+            ranking.values.payload.values.eq(beat.values),
+            ranking.values.payload.deadline.eq(entry.deadline),
+            ranking.values.payload.threshold.eq(entry.threshold),
+            ranking.values.payload.last.eq(last),
+            trust.values.payload.ctx.eq(beat.ctx),
+            trust.values.payload.layer.eq(beat.layer),
+            trust.values.payload.beat.eq(beat.beat),
+            trust.values.payload.values.eq(beat.values),
+            trust.values.payload.last.eq(last),
+            # A beat goes to both at once.
+            ranking.values.valid.eq(to_ranking & beat_valid & (~to_trust | trust.values.ready)),
+            trust.values.valid.eq(to_trust & beat_valid & (~to_ranking | ranking.values.ready)),
+            ranking.patches.payload.expert.eq(trust.patches.payload.expert),
+            ranking.patches.payload.value.eq(trust.patches.payload.value),
+            ranking.patches.payload.valid.eq(trust.patches.payload.valid),
+            ranking.patches.payload.go.eq(trust.patches.payload.go),
+            trust.routes.payload.ctx.eq(entry.ctx),
+            trust.routes.payload.layer.eq(entry.layer),
+            trust.routes.payload.experts.eq(entry.experts),
+            hint.payload.ctx.eq(entry.ctx),
+            hint.payload.layer.eq(entry.layer),
+            hint.payload.expert.eq(entry.experts[0]),
+            hint.payload.score.eq(entry.score),
+        ]
+
+        candidate, candidate_valid = Signal(RecordLayout("Candidate", config=config)), Signal()
+        with m.If(candidate_valid):
+            m.d.comb += [
+                self.candidates.valid.eq(1),
+                self.candidates.payload.eq(candidate),
+            ]
+            with m.If(self.candidates.ready):
+                m.d.sync += candidate_valid.eq(0)
+        with m.Else():
+            m.d.comb += [
+                self.candidates.valid.eq(ranking.candidates.valid),
+                self.candidates.payload.eq(ranking.candidates.payload),
+                ranking.candidates.ready.eq(self.candidates.ready),
+            ]
+
+        with m.FSM() as fsm:
+            with m.State("Idle"):
+                m.d.comb += source.eq(start)
+                waiting = order.r_rdy & (entry.kind == _Kind.RESULT)
+                with m.If(order.r_rdy & (entry.kind == _Kind.DECISION)):
+                    m.d.comb += trust.routes.valid.eq(1)
+                    with m.If(trust.routes.ready):
+                        m.d.comb += order.r_en.eq(1)
+                with m.Elif(waiting & (background == 0)):
+                    m.next = "Collect"
+                with m.Elif(waiting & (entry.head != start) & ~beat_valid):
+                    m.next = "Collect"
+                with m.Elif(waiting & (entry.head == start)):
+                    m.next = "Collect"
+                with m.Elif((background != 0) & beat_valid):
+                    m.d.sync += dropped.eq(overtaken.bit_select(beat.layer, 1))
+                    m.next = "Store"
+                with m.Elif(order.r_rdy & (entry.kind == _Kind.HINT)):
+                    with m.If(~walking & (background == 0) & ranking.idle & trust.idle):
+                        with m.If(~candidate_valid):
+                            m.next = "Hint"
+            with m.State("Collect"):
+                m.d.comb += [
+                    source.eq(entry.head),
+                    to_ranking.eq(1),
+                    to_trust.eq(~entry.extra),
+                    beat_taken.eq(ranking.values.ready & (entry.extra | trust.values.ready)),
+                ]
+                with m.If(beat_valid & beat_taken & last):
+                    m.next = "Patch"
+            with m.State("Patch"):
+                with m.If(entry.extra):
+                    m.d.comb += [
+                        ranking.patches.valid.eq(1),
+                        ranking.patches.payload.valid.eq(0),
+                        ranking.patches.payload.go.eq(1),
+                    ]
+                with m.Else():
+                    m.d.comb += [
+                        ranking.patches.valid.eq(trust.patches.valid),
+                        trust.patches.ready.eq(ranking.patches.ready),
+                    ]
+                with m.If(
+                    ranking.patches.valid & ranking.patches.ready & ranking.patches.payload.go
+                ):
+                    m.d.comb += order.r_en.eq(1)
+                    m.next = "Idle"
+            with m.State("Store"):
+                m.d.comb += [
+                    source.eq(start),
+                    to_trust.eq(~dropped),
+                    beat_taken.eq(dropped | trust.values.ready),
+                ]
+                with m.If(beat_valid & beat_taken & last):
+                    m.next = "Stored"
+                    with m.If(dropped):
+                        m.d.comb += stored.eq(1)
+                        m.next = "Idle"
+            with m.State("Stored"):
+                m.d.comb += trust.patches.ready.eq(1)
+                with m.If(trust.patches.valid & trust.patches.payload.go):
+                    m.d.comb += stored.eq(1)
+                    m.next = "Idle"
+            with m.State("Hint"):
+                m.d.comb += hint.valid.eq(1)
+                with m.If(hint.ready):
+                    m.next = "Hinted"
+            with m.State("Hinted"):
+                with m.If(hinted.valid):
+                    m.d.comb += [hinted.ready.eq(1), order.r_en.eq(1)]
+                    m.d.sync += [
+                        candidate.ctx.eq(entry.ctx),
+                        candidate.layer.eq(entry.layer),
+                        candidate.expert.eq(entry.experts[0]),
+                        candidate.score.eq(hinted.payload.value),
+                        candidate.source.eq(Source.HINT),
+                        candidate.deadline.eq(entry.deadline),
+                        candidate_valid.eq(hinted.payload.value >= entry.threshold),
+                    ]
+                    m.next = "Idle"
+                with m.Elif(trust.idle):
+                    m.d.comb += order.r_en.eq(1)
+                    m.next = "Idle"
+        m.d.comb += collecting.eq(~fsm.ongoing("Idle") | candidate_valid)
