@@ -12,15 +12,18 @@ from prestage_hw.contract.records import NO_TOKEN, Phase
 from prestage_hw.layouts import RecordLayout
 
 from .sets import SETS, SetLayout
-from .tokens import StoredSetLayout, TableAccessLayout, TokenTable, place, words_of_table
+from .tokens import (
+    KEPT,
+    TABLES,
+    StoredSetLayout,
+    TableAccessLayout,
+    TokenTable,
+    place,
+    table_rows,
+    words_of_table,
+)
 
 __all__ = ["TABLES", "Histories", "HistoryRequestLayout", "HistoryRouteLayout"]
-
-#: Token tables, in the numbering of the table port.
-TABLES = ("token", "pair", "successor")
-
-#: Sets of each table, as they lie in an entry.
-_KEPT = {"token": ("T", "T2"), "pair": ("Q",), "successor": ("S",)}
 
 #: Who asks: a head that predicts choices, or the reuse head after this or before the last visit.
 _PREDICT, _NOW, _OLD = "predict", "now", "old"
@@ -198,14 +201,7 @@ class Histories(wiring.Component):
             }
             for memory, numbers in places.items()
         }
-        features = config.perceptron.features()
-        pairs, singles = config.perceptron.pair_rows, config.perceptron.token_rows
-        #: Entries of each table that some head needs.
-        self._rows = {
-            name: pairs if name == "pair" else singles
-            for name in TABLES
-            if features & set(_KEPT[name])
-        }
+        self._rows = table_rows(config)
 
     @property
     def memories(self):
@@ -223,14 +219,14 @@ class Histories(wiring.Component):
         """Cycles from the transfer of a token start until ``begins`` is ready again, at most, if
         the sets before are taken.
         """
-        return 2 * self.config.model.layers + 23
+        return 2 * self.config.model.layers + 22
 
     def table_words(self, table):
         """Words in a table of :data:`TABLES`, by number; 0 if no head uses it."""
         name = TABLES[table] if table < len(TABLES) else None
         if name not in self._rows:
             return 0
-        return words_of_table(self.config, rows=self._rows[name], choices=len(_KEPT[name]))
+        return words_of_table(self.config, rows=self._rows[name], choices=len(KEPT[name]))
 
     def elaborate(self, platform):
         m = Module()
@@ -245,7 +241,7 @@ class Histories(wiring.Component):
             return Cat(layer[:layer_bits], ctx) if contexts > 1 else layer[:layer_bits]
 
         tables = {
-            name: TokenTable(config, rows=rows, choices=len(_KEPT[name]))
+            name: TokenTable(config, rows=rows, choices=len(KEPT[name]))
             for name, rows in self._rows.items()
         }
         for name, table in tables.items():
@@ -259,7 +255,7 @@ class Histories(wiring.Component):
         depth = contexts << layer_bits
         reads, writes, layouts = {}, {}, {}
         for name in names:
-            count = len(_KEPT.get(name, (name,)))
+            count = len(KEPT.get(name, (name,)))
             layouts[name] = data.ArrayLayout(stored_layout, count)
             copies = max((read.copy for read in self._reads.get(name, {}).values()), default=0) + 1
             reads[name], writes[name] = [], []
@@ -379,7 +375,7 @@ class Histories(wiring.Component):
                     read = self._reads[name][where]
                     if read.step != step:
                         continue
-                    kept = _KEPT.get(name, (set_name,))
+                    kept = KEPT.get(name, (set_name,))
                     stored = raws[name, read.copy][kept.index(set_name)]
                     with m.If(kinds[kind]):
                         m.d.sync += [
@@ -446,7 +442,7 @@ class Histories(wiring.Component):
                             write.addr.eq(word_of(begin.ctx, found.payload.layer)),
                             write.en.eq(1),
                         ]
-                        for n in range(len(_KEPT[table_name])):
+                        for n in range(len(KEPT[table_name])):
                             m.d.comb += write.data[n].eq(stored_layout.store(found.payload.sets[n]))
 
         # --- token starts

@@ -11,17 +11,37 @@ from prestage_hw.contract.params import require_config
 from .sets import SetLayout
 
 __all__ = [
+    "KEPT",
+    "TABLES",
     "CommandLayout",
     "FoundLayout",
     "StoredSetLayout",
     "TableAccessLayout",
     "TokenTable",
     "place",
+    "table_rows",
     "words_of_table",
 ]
 
+#: Token tables, in the numbering of the table port.
+TABLES = ("token", "pair", "successor")
+
+#: Sets that an entry of each table gives, latest choice first.
+KEPT = {"token": ("T", "T2"), "pair": ("Q",), "successor": ("S",)}
+
 #: Bits of a tag.
 TAG_BITS = 16
+
+
+def table_rows(config):
+    """Entries of each table that some head needs, by name."""
+    perceptron = config.perceptron
+    features = perceptron.features()
+    return {
+        name: perceptron.pair_rows if name == "pair" else perceptron.token_rows
+        for name in TABLES
+        if features & set(KEPT[name])
+    }
 
 
 class StoredSetLayout(data.StructLayout):
@@ -99,15 +119,15 @@ class FoundLayout(data.StructLayout):
     -------
     layer : layer number
         Layer.
-    sets : array of :class:`SetLayout`
-        Latest choice first.
+    sets : array of :class:`StoredSetLayout`
+        Latest choice first, with the parity that it has in memory.
     """
 
     def __init__(self, config, *, choices):
         super().__init__(
             {
                 "layer": unsigned(config.bits("layer")),
-                "sets": data.ArrayLayout(SetLayout(config), choices),
+                "sets": data.ArrayLayout(StoredSetLayout(config), choices),
             }
         )
 
@@ -175,8 +195,9 @@ class TokenTable(wiring.Component):
 
     An entry has a tag word {tag, valid, parity} and, for each layer, a row word of ``choices``
     stored sets with a parity bit each. Storing moves the latest choice to the next place if the tag
-    matched, whatever its parity: it is looked at where a set is looked up. A tag word with wrong
-    parity matches nothing, a set with wrong parity is unknown; either is told on ``parity_errors``.
+    matched. Sets come and go with their parity, whatever it is; only for the table port it is
+    looked at, where a set with wrong parity reads as 0. A tag word with wrong parity matches
+    nothing. Both are told on ``parity_errors``.
 
     A command of storing takes ``store_cycles`` from its transfer until the table is free, if its
     sets wait for nothing; looking up takes ``find_cycles``, or ``miss_cycles`` if the tag does not
@@ -254,7 +275,7 @@ class TokenTable(wiring.Component):
     @property
     def find_cycles(self):
         """Cycles of a look-up that matches, at most, if nothing stalls."""
-        return self.config.model.layers + 7
+        return self.config.model.layers + 6
 
     @property
     def miss_cycles(self):
@@ -270,6 +291,7 @@ class TokenTable(wiring.Component):
 
         stored_layout = StoredSetLayout(config)
         row_layout = data.ArrayLayout(stored_layout, choices)
+        checked_layout = data.ArrayLayout(SetLayout(config), choices)
         tag_layout = data.StructLayout({"tag": TAG_BITS, "valid": 1, "parity": 1})
         m.submodules.tags = tags = Memory(shape=tag_layout, depth=rows, init=[])
         m.submodules.row_words = row_words = Memory(shape=row_layout, depth=rows * layers, init=[])
@@ -298,7 +320,7 @@ class TokenTable(wiring.Component):
         address, at = Signal(row_bits), Signal(range(layers + 1))
         advance, take = Signal(), Signal()
         entry = Signal(command.entry.shape())
-        tag, row, row_valid = Signal(tag_layout), Signal(row_layout), Signal()
+        tag, row, masked = Signal(tag_layout), Signal(row_layout), Signal(checked_layout)
         match, matched = Signal(), Signal()
         out, out_valid = Signal(self.found.payload.shape()), Signal()
         m.d.comb += [
@@ -312,18 +334,12 @@ class TokenTable(wiring.Component):
             m.d.sync += [address.eq(address + 1), at.eq(at + 1)]
 
         # What a table access reads: sets whose parity is wrong are 0.
-        for_port = Signal()
-        checked = Signal(data.ArrayLayout(SetLayout(config), choices))
+        checked = Signal(checked_layout)
         row_bad = Signal(choices)
         for n in range(choices):
             m.d.comb += row_bad[n].eq(row[n].as_value().xor())
             with m.If(~row_bad[n]):
-                m.d.comb += [
-                    checked[n].experts.eq(row[n].experts),
-                    checked[n].valid.eq(
-                        row[n].valid & (_exist(row[n].experts, config=config) | for_port)
-                    ),
-                ]
+                m.d.comb += checked[n].eq(row[n].as_value()[:-1])
         tag_bad, check_row, check_tag = Signal(), Signal(), Signal()
         m.d.comb += tag_bad.eq(tag.as_value().xor())
         m.d.sync += self.parity_errors.eq((check_row & row_bad.any()) | (check_tag & tag_bad))
@@ -343,16 +359,16 @@ class TokenTable(wiring.Component):
         m.d.comb += [
             self.table_values.payload.eq(value),
             self.table_values.valid.eq(value_valid),
-            patched.eq(out.sets.as_value()),
+            patched.eq(masked.as_value()),
         ]
         with m.If(self.table_values.ready):
             m.d.sync += value_valid.eq(0)
-        words = [out.sets.as_value()[32 * n : 32 * n + 32] for n in range(chunks)]
+        words = [masked.as_value()[32 * n : 32 * n + 32] for n in range(chunks)]
         with m.If(access.write):
             for n in range(chunks):
                 with m.If(chunk == n):
                     m.d.comb += patched[32 * n : 32 * n + 32].eq(access.value)
-        new_sets = data.View(out.sets.shape(), patched[: out.sets.shape().size])
+        new_sets = data.View(checked_layout, patched[: checked_layout.size])
 
         divided, remainder = Signal(range(25)), Signal(range(2 * chunks))
         shifted = Signal(range(2 * chunks))
@@ -364,7 +380,7 @@ class TokenTable(wiring.Component):
                 m.d.comb += self.idle.eq(
                     ~access_waits & ~command_waits & ~clear_waits & ~value_valid & ~out_valid
                 )
-                m.d.sync += [at.eq(0), row_valid.eq(0), divided.eq(0), remainder.eq(0)]
+                m.d.sync += [at.eq(0), divided.eq(0), remainder.eq(0)]
                 with m.If(access_waits & ~value_valid):
                     # Beyond the last word is nothing, and the word number would not fit below.
                     m.d.sync += [
@@ -417,19 +433,12 @@ class TokenTable(wiring.Component):
                     m.d.sync += command_waits.eq(0)
                     m.next = "IDLE"
             with m.State("GIVE"):
-                # Memory, ``row``, ``out``: three stages that move together.
                 m.d.comb += [
                     go.eq(~out_valid | self.found.ready),
                     advance.eq(go & (at != layers)),
                 ]
                 with m.If(go):
-                    m.d.comb += check_row.eq(row_valid)
-                    m.d.sync += [
-                        row.eq(row_read.data),
-                        row_valid.eq(at != layers),
-                        out.sets.eq(checked),
-                        out_valid.eq(row_valid),
-                    ]
+                    m.d.sync += [out.sets.eq(row_read.data), out_valid.eq(at != layers)]
                     with m.If(out_valid):
                         m.d.sync += out.layer.eq(out.layer + 1)
                         with m.If(out.layer == layers - 1):
@@ -456,9 +465,9 @@ class TokenTable(wiring.Component):
                 m.d.sync += [tag.eq(tag_read.data), row.eq(row_read.data)]
                 m.next = "MASK"
             with m.State("MASK"):
-                m.d.comb += [for_port.eq(1), check_row.eq(~is_tag), check_tag.eq(is_tag)]
+                m.d.comb += [check_row.eq(~is_tag), check_tag.eq(is_tag)]
                 m.d.sync += [
-                    out.sets.eq(checked),
+                    masked.eq(checked),
                     tag_bits.eq(Mux(tag_bad, 0, Cat(tag.tag, tag.valid))),
                 ]
                 m.next = "ANSWER"
