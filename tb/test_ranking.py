@@ -63,7 +63,8 @@ def test_rejects_what_is_no_configuration(make):
 
 
 @pytest.mark.parametrize(
-    ("experts", "first", "following"), [(8, 5, 4), (128, 5, 4), (129, 6, 4), (512, 6, 4)]
+    ("experts", "first", "following"),
+    [(8, 5, 4), (128, 5, 4), (129, 6, 5), (512, 6, 5), (1024, 7, 6)],
 )
 def test_states_its_latency(experts, first, following):
     block = Ranking(_device(_model(experts, 1)))

@@ -102,7 +102,7 @@ class Ranking(wiring.Component):
 
     =========================================== =============================================
     first candidate valid after ``go``'s cycle  ``first_candidate_cycles`` (5 for 128 experts)
-    from one candidate to the next              ``next_candidate_cycles`` (4 for 512 experts)
+    from one candidate to the next              ``next_candidate_cycles`` (4 for 128 experts)
     values ready after the last one is taken    at most ``next_candidate_cycles``
     =========================================== =============================================
 
@@ -154,7 +154,7 @@ class Ranking(wiring.Component):
     @property
     def next_candidate_cycles(self):
         """Cycles from one candidate to the next, if it is taken at once."""
-        return 4 + max(0, self._far - 1)
+        return 4 + self._far
 
     @property
     def _group(self):
@@ -193,23 +193,35 @@ class Ranking(wiring.Component):
         entry_layout = data.StructLayout({"key": key_layout, "expert": unsigned(expert_bits)})
         local_layout = data.StructLayout({"key": key_layout, "lane": unsigned(lane_bits)})
 
-        def better(one, other, *, ordered=True):
-            """The better of two entries; of equal ones the first, or the lower if not ordered."""
-            result = Signal.like(one)
-            if ordered:
-                exceeds = other.key.as_value() > one.key.as_value()
-            else:
-                exceeds = Cat(~other.expert, other.key) > Cat(~one.expert, one.key)
-            m.d.comb += result.eq(Mux(exceeds, other, one))
-            return result
+        def exceeds(later, one):
+            return later.key.as_value() > one.key.as_value()
 
-        def best(entries):
+        def best(entries, *, exceeds=exceeds):
+            """The best of up to four entries, of equal ones the first. All pairs are compared side
+            by side, which is one comparison deep.
+            """
             entries = list(entries)
-            while len(entries) > 1:
-                pairs = zip(entries[::2], entries[1::2], strict=False)
-                rest = entries[len(entries) & ~1 :]
-                entries = [better(one, other) for one, other in pairs] + rest
-            return entries[0]
+            order = range(len(entries))
+            wins = [
+                Cat(
+                    exceeds(entries[at], entries[other])
+                    if other < at
+                    else ~exceeds(entries[other], entries[at])
+                    for other in order
+                    if other != at
+                ).all()
+                for at in order
+            ]
+            choice = [entry.as_value() for entry in entries]
+            for bit in range(ceil_log2(len(entries))):
+                odd = Cat(wins[at] for at in order if at >> bit & 1).any()
+                choice = [
+                    Mux(odd, *reversed(choice[at : at + 2])) if at + 1 < len(choice) else choice[at]
+                    for at in range(0, len(choice), 2)
+                ]
+            result = Signal.like(entries[0])
+            m.d.comb += result.eq(choice[0])
+            return result
 
         def by_fours(entries):
             return [best(entries[at : at + _FAN_IN]) for at in range(0, len(entries), _FAN_IN)]
@@ -281,7 +293,7 @@ class Ranking(wiring.Component):
             pairs = []
             for at in range(0, group, 2):
                 pair = Signal(local_layout, name=f"pair{bank}_{at}")
-                m.d.sync += pair.eq(better(now[at], now[at + 1]))
+                m.d.sync += pair.eq(best(now[at : at + 2]))
                 pairs.append(pair)
             m.d.sync += [
                 changes_1.eq(changes),
@@ -297,17 +309,18 @@ class Ranking(wiring.Component):
                     kept = Signal(local_layout, name=f"best{number}")
                     with m.If(changed_2 & (row_2 == at)):
                         m.d.sync += kept.eq(local)
+                    # Nothing to compare with until it is compared anew.
+                    with m.If(remove & (winner.expert >> lane_bits == number)):
+                        m.d.sync += kept.key.present.eq(0)
                     bests.append((number, kept))
         bests = [kept for _, kept in sorted(bests, key=lambda pair: pair[0])]
 
-        # The best of the groups, without the one that is losing its best.
+        # The best of all groups, in one step or several.
         entries = []
         for number, kept in enumerate(bests):
             entry = Signal(entry_layout, name=f"group{number}")
-            loses = remove & (winner.expert >> lane_bits == number)
             m.d.comb += [
-                entry.key.value.eq(kept.key.value),
-                entry.key.present.eq(kept.key.present & ~loses),
+                entry.key.eq(kept.key),
                 entry.expert.eq(Cat(kept.lane, Const(number, expert_bits - lane_bits))),
             ]
             entries.append(entry)
@@ -319,13 +332,21 @@ class Ranking(wiring.Component):
                 registers.append(register)
             entries = registers
         finals = [Signal(entry_layout, name=f"final{at}") for at in range(_FAN_IN)]
-        champion = better(better(finals[0], finals[1], ordered=False), better(finals[2], finals[3]))
+        joined = by_fours(entries)
+
+        def exceeds_unordered(later, one):
+            return Cat(~later.expert, later.key) > Cat(~one.expert, one.key)
+
+        champion = best(finals, exceeds=exceeds_unordered)
         # The group that lost its best, compared anew: the only one that changes then.
         lost = Signal(local_layout)
-        m.d.comb += lost.eq(
-            reduce(or_, (Mux(changed, local.as_value(), 0) for local, changed in found))
-        )
-        if self._far > 1:
+        if banks == 1:
+            m.d.comb += lost.eq(found[0][0])
+        else:
+            m.d.comb += lost.eq(
+                reduce(or_, (Mux(changed, local.as_value(), 0) for local, changed in found))
+            )
+        if self._far:
             # It is needed later than it is there.
             late = Signal.like(lost)
             with m.If(Cat(changed for _, changed in found).any()):
@@ -351,7 +372,6 @@ class Ranking(wiring.Component):
         ]
 
         def gather():
-            joined = by_fours(entries)
             none = [0] * (_FAN_IN - len(joined))
             return [final.eq(entry) for final, entry in zip(finals, joined + none, strict=True)]
 
@@ -392,17 +412,14 @@ class Ranking(wiring.Component):
                         m.next = "Remove"
             with m.State("Remove"):
                 m.d.comb += remove.eq(1)
-                m.d.sync += settle.eq(1)
-                if not self._far:
-                    m.d.sync += gather()
+                m.d.sync += settle.eq(2)
                 m.next = "Compare"
                 with m.If(emitted == most):
                     m.next = "Last"
             with m.State("Compare"):
                 m.d.sync += settle.eq(settle + 1)
-                with m.If(settle == max(1, self._far)):
-                    if self._far:
-                        m.d.sync += gather()
+                with m.If(settle == 2 + self._far):
+                    m.d.sync += gather()
                     m.next = "Join"
             with m.State("Join"):
                 m.d.sync += [

@@ -139,10 +139,12 @@ class Trust(wiring.Component):
     ========= ======================================= ======================
     begin                                             5
     values    n = 0: ``go`` at 2                      2
-    values    first patch at 7, the last at n + 6     n + 6
-    hint      at n + 7                                n + 7
-    hint      ignored: none                           at most n + 2
-    route                                             2n + 2
+    values    first patch at 8, the last at n + 7     n + 7
+    hint      n = 0: at 7                             7
+    hint      at n + 8                                n + 8
+    hint      ignored: none                           at most n + 3
+    route     n = 0                                   2
+    route                                             2n + 3
     clear                                             words of the largest
                                                       memory + 2
     ========= ======================================= ======================
@@ -245,7 +247,7 @@ class Trust(wiring.Component):
 
         config = self.config
         contexts, lanes = config.contexts, config.predictor_lanes
-        ctx_bits, layer_bits = config.bits("ctx"), config.bits("layer")
+        ctx_bits, layer_bits = ceil_log2(contexts), config.bits("layer")
         expert_bits, place_bits = config.bits("expert"), min(ceil_log2(_PLACES), layer_bits)
         lane_bits, beat_bits = ceil_log2(lanes), ceil_log2(config.lane_beats)
         index_bits = ceil_log2(self.most_hints)
@@ -260,9 +262,9 @@ class Trust(wiring.Component):
         trust_layout = data.StructLayout({"value": signed(9), "parity": 1})
 
         depths = {
-            "values": 1 << (ctx_bits + layer_bits + beat_bits),
-            "lists": 1 << (ctx_bits + place_bits),
-            "entries": 1 << (ctx_bits + place_bits + index_bits),
+            "values": contexts << layer_bits + beat_bits,
+            "lists": contexts << place_bits,
+            "entries": contexts << place_bits + index_bits,
             "trust": _DISTANCES * _BINS,
         }
         m.submodules.values = values = Memory(shape=word_layout, depth=depths["values"], init=[])
@@ -281,14 +283,14 @@ class Trust(wiring.Component):
         clear_address = Signal(range(max(depths.values())))
 
         # The job.
-        ctx, layer = Signal(ctx_bits), Signal(layer_bits)
+        ctx, layer = Signal(config.bits("ctx")), Signal(layer_bits)
         hint = Signal(self.hints.payload.shape())
         experts = Signal(self.routes.payload.experts.shape())
         partial = Signal()
         is_hint, is_route = Signal(), Signal()
         count, more = Signal(index_bits + 1), Signal(index_bits + 1)  # hints of the list, and 1
         index = Signal(index_bits + 1)  # the one to read
-        place = Cat(layer[:place_bits], ctx)
+        place = Cat(layer[:place_bits], ctx[:ctx_bits])
 
         # Of each context: one more than the layer that was routed last.
         routed = Array(Signal(layer_bits + 1, name=f"routed{n}") for n in range(contexts))
@@ -307,10 +309,10 @@ class Trust(wiring.Component):
         # Entries of the list are read one after the other. All keeps still while the output
         # register of the job is full.
         move = Signal()
-        ask, asked = Signal(), Signal()
-        asked_at = Signal(index_bits)
-        asked_last = asked_at == (count - 1)[:index_bits]
-        entry = entry_read.data
+        ask, coming, here = Signal(), Signal(), Signal()
+        coming_at, here_at = Signal(index_bits), Signal(index_bits)
+        here_last = here_at == (count - 1)[:index_bits]
+        entry = Signal(entry_layout)
         entry_bad = entry.as_value().xor()
         m.d.comb += [
             move.eq(~self.patches.valid | self.patches.ready),
@@ -322,7 +324,13 @@ class Trust(wiring.Component):
         with m.Elif(is_route):
             m.d.comb += move.eq(1)
         with m.If(move):
-            m.d.sync += [asked.eq(ask), asked_at.eq(index)]
+            m.d.sync += [
+                coming.eq(ask),
+                coming_at.eq(index),
+                here.eq(coming),
+                here_at.eq(coming_at),
+                entry.eq(entry_read.data),
+            ]
             with m.If(ask):
                 m.d.sync += index.eq(index + 1)
 
@@ -344,8 +352,8 @@ class Trust(wiring.Component):
         )
         m.d.comb += [
             stage_1.known.eq(~entry_bad),
-            stage_1.last.eq(asked_last),
-            stage_1.at.eq(asked_at),
+            stage_1.last.eq(here_last),
+            stage_1.at.eq(here_at),
             stage_1.expert.eq(entry.expert),
             stage_1.bin.eq(entry.bin),
             stage_1.distance.eq(entry.distance),
@@ -376,7 +384,9 @@ class Trust(wiring.Component):
         value = weighed(plain, extra)
         done = Signal()
         m.d.comb += [
-            value_read.addr.eq(Cat(stage_1.expert[lane_bits : lane_bits + beat_bits], layer, ctx)),
+            value_read.addr.eq(
+                Cat(stage_1.expert[lane_bits : lane_bits + beat_bits], layer, ctx[:ctx_bits])
+            ),
             value_read.en.eq(move),
             trust_read.addr.eq(Cat(stage_3.bin, stage_3.distance)),
             trust_read.en.eq(move),
@@ -411,7 +421,8 @@ class Trust(wiring.Component):
             Signal(trust_read.addr.shape()),
         )
         learn_plain, guess = Signal(8), Signal(8)
-        chosen, chosen_late, learn_known = Signal(), Signal(), Signal()
+        chosen, chosen_late = Signal(), Signal()
+        learn_known, learn_last = Signal(), Signal()
         base = Signal(signed(9))
         lfsr = Signal(32, init=_SEED)
         change, learned = Signal(signed(2)), Signal(signed(10))
@@ -441,7 +452,7 @@ class Trust(wiring.Component):
         taken = self.values.payload
         clearing = Signal()
         m.d.comb += [
-            value_write.addr.eq(Cat(taken.beat[:beat_bits], taken.layer, taken.ctx)),
+            value_write.addr.eq(Cat(taken.beat[:beat_bits], taken.layer, taken.ctx[:ctx_bits])),
             value_write.en.eq(self.values.valid & self.values.ready),
             list_write.addr.eq(place),
             trust_write.addr.eq(learned_address),
@@ -515,7 +526,8 @@ class Trust(wiring.Component):
                 ]
                 m.d.sync += [
                     index.eq(0),
-                    asked.eq(0),
+                    coming.eq(0),
+                    here.eq(0),
                     is_hint.eq(self.hints.valid & self.hints.ready),
                     is_route.eq(self.routes.valid & self.routes.ready),
                 ]
@@ -525,7 +537,9 @@ class Trust(wiring.Component):
                         layer.eq(taken.layer),
                         partial.eq(~taken.last),
                     ]
-                    m.d.comb += list_read.addr.eq(Cat(taken.layer[:place_bits], taken.ctx))
+                    m.d.comb += list_read.addr.eq(
+                        Cat(taken.layer[:place_bits], taken.ctx[:ctx_bits])
+                    )
                     with m.If(taken.last):
                         m.next = "Look"
                 with m.Elif(self.begins.valid & self.begins.ready):
@@ -538,7 +552,9 @@ class Trust(wiring.Component):
                         layer.eq(route.layer),
                         experts.eq(route.experts),
                     ]
-                    m.d.comb += list_read.addr.eq(Cat(route.layer[:place_bits], route.ctx))
+                    m.d.comb += list_read.addr.eq(
+                        Cat(route.layer[:place_bits], route.ctx[:ctx_bits])
+                    )
                     m.next = "Look"
                 with m.Elif(self.hints.valid & self.hints.ready):
                     m.d.sync += [
@@ -547,7 +563,9 @@ class Trust(wiring.Component):
                         hint.eq(self.hints.payload),
                     ]
                     m.d.comb += list_read.addr.eq(
-                        Cat(self.hints.payload.layer[:place_bits], self.hints.payload.ctx)
+                        Cat(
+                            self.hints.payload.layer[:place_bits], self.hints.payload.ctx[:ctx_bits]
+                        )
                     )
                     m.next = "Look"
                 with m.Elif(clear_waits & ~partial):
@@ -555,7 +573,7 @@ class Trust(wiring.Component):
                     m.next = "Clear"
             with m.State("Forget"):
                 m.d.comb += [
-                    list_write.addr.eq(Cat(index[:place_bits], ctx)),
+                    list_write.addr.eq(Cat(index[:place_bits], ctx[:ctx_bits])),
                     list_write.data.eq(0),
                     list_write.en.eq(1),
                 ]
@@ -586,7 +604,7 @@ class Trust(wiring.Component):
                         m.next = "Idle"
                         with m.If(found_own):
                             m.d.comb += list_write.en.eq(1)  # with no hints
-                            m.next = "Learn"
+                            m.next = "Await"
                     with m.Elif(found_own):
                         m.next = "Patch"
                     with m.Else():
@@ -600,16 +618,16 @@ class Trust(wiring.Component):
             with m.State("Patch"):
                 m.d.comb += [
                     ask.eq(index != count),
-                    stage_1.valid.eq(asked),
-                    bad_entry.eq(move & asked & entry_bad),
+                    stage_1.valid.eq(here),
+                    bad_entry.eq(move & here & entry_bad),
                 ]
                 with m.If(done):
                     m.next = "Idle"
 
             with m.State("Scan"):
-                m.d.comb += [ask.eq(index != count), bad_entry.eq(move & entry_bad)]
-                with m.If(move):
-                    with m.If(asked_last):
+                m.d.comb += [ask.eq(index != count), bad_entry.eq(move & here & entry_bad)]
+                with m.If(move & here):
+                    with m.If(here_last):
                         m.next = "Enter"
                     with m.If(~entry_bad & (entry.expert == hint.expert)):
                         m.next = "Idle"
@@ -627,8 +645,11 @@ class Trust(wiring.Component):
                 with m.If(done):
                     m.next = "Idle"
 
+            with m.State("Await"):
+                m.next = "Learn"
             with m.State("Learn"):
                 m.d.comb += [
+                    ask.eq(1),
                     trust_read.addr.eq(Cat(entry.bin, entry.distance)),
                     bad_entry.eq(entry_bad),
                 ]
@@ -637,12 +658,13 @@ class Trust(wiring.Component):
                     learn_plain.eq(entry.plain),
                     chosen.eq(Cat(expert == entry.expert for expert in experts).any()),
                     learn_known.eq(~entry_bad),
+                    learn_last.eq(here_last),
                 ]
                 m.next = "Guess"
             with m.State("Guess"):
-                m.d.comb += [guess_now.eq(learn_known), ask.eq(1)]
+                m.d.comb += guess_now.eq(learn_known)
                 m.next = "Learn"
-                with m.If(index == count):
+                with m.If(learn_last):
                     m.next = "Idle"
 
         m.d.comb += self.idle.eq(
