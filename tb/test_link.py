@@ -132,6 +132,6 @@ def test_parameters_are_checked(create, error, text):
 
 def test_message_layout():
     layout = MessageLayout(config=WIDE_DEVICE, to_device=True)
-    assert layout.size == 8 + 8 * 18  # a route of eight experts
+    assert layout.size == 8 + 8 * 22  # four words of a table, with their place and number
     layout = MessageLayout(config=WIDE_DEVICE, to_device=False)
     assert layout.size == 8 + 8 * 71  # 64 bytes of a slot, with slot, beat and flag

@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from prestage_hw.contract import PRESETS, DeviceConfig
+from prestage_hw.contract.perceptron import FORMS
 from prestage_sim.runs import METRICS, Run
 from prestage_sim.traces import (
     FORMATS,
@@ -194,6 +195,12 @@ def _add_replay(commands: Any) -> None:
         help=f"predictor: {', '.join(DeviceConfig.PREDICTORS)} (default: %(default)s)",
     )
     device.add_argument(
+        "--form",
+        default="lite",
+        metavar="NAME",
+        help=f"form of the perceptron predictor: {', '.join(FORMS)} (default: %(default)s)",
+    )
+    device.add_argument(
         "--slots",
         type=int,
         metavar="N",
@@ -337,6 +344,7 @@ def _run_replay(args: argparse.Namespace) -> int:
         trace,
         slots=args.slots,
         predictor=args.predictor,
+        form=args.form,
         expert_bytes=args.expert_bytes,
         tile_bytes=args.tile_bytes,
     )

@@ -139,6 +139,7 @@ def test_table_of_a_clocked_device(capsys):
             ["--predictor", "oracle"],
             "Predictor must be one of none, st_moe, perceptron, not 'oracle'",
         ),
+        (["--form", "huge"], "Predictor form must be one of lite, compressed, full, not 'huge'"),
         (["--device", "pcie://"], "Device URL must start with one of model://, sim://, not 'pcie:"),
         (["--device", "model"], "Device URL must start with one of"),
         (["--device", "model://?x=1"], "Option of model:// must be error, not 'x'"),
