@@ -229,7 +229,7 @@ class PerceptronConfig:
         return replace(self, **changes)
 
 
-_MEMORY = ("B", "G", "T", "T2", "Q")
+_MEMORY = ("B", "G", "T", "T2", "Q", "S")
 
 
 @dataclass(frozen=True)
@@ -282,10 +282,11 @@ FORMS: dict[str, _Form] = {
                 HeadConfig(
                     name="P3", rows=("A", "C", "D"), crosses=("AC", "AA", "AB"), diagonals=_MEMORY
                 ),
-                HeadConfig(name="P0", rows=("B", "T"), diagonals=("G", "T2", "Q", "S")),
-                HeadConfig(name="R", rows=("B",), diagonals=("Bp", "G", "S")),
+                HeadConfig(name="P0", rows=("B", "Bn", "T", "Q"), diagonals=("G", "T2", "S")),
+                HeadConfig(name="R", rows=("B", "Bn", "Bp"), diagonals=("G", "S")),
             ),
             lanes=1024,
+            cross_rows=512,
             token_rows=8192,
             pair_rows=16384,
             token_store="memory",
