@@ -258,9 +258,9 @@ FORMS: dict[str, _Form] = {
         "128 experts in the block RAM of a small FPGA: a short list of successors in place of a row",
         PerceptronConfig(
             heads=(
-                HeadConfig(name="P1", rows=("A", "C", "D"), diagonals=("B", "G", "T", "T2", "Q")),
-                HeadConfig(name="P0", diagonals=("B", "G", "T", "T2", "Q")),
-                HeadConfig(name="R", diagonals=("B", "G", "S")),
+                HeadConfig(name="P1", rows=("A", "C"), diagonals=("B", "T", "Q")),
+                HeadConfig(name="P0", diagonals=("B", "T", "Q")),
+                HeadConfig(name="R", diagonals=("G",)),
             ),
             lanes=8,
             list_entries=8,
