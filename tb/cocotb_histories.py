@@ -27,6 +27,7 @@ from prestage_hw.predictor.histories import (
 from prestage_hw.predictor.sets import SETS, SetLayout
 from prestage_hw.predictor.tokens import TableAccessLayout
 from prestage_sim.model.predictor import histories as golden
+from prestage_tb.axi import AXIWritableMemory, pattern
 from prestage_tb.bench import (
     Stall,
     StreamSink,
@@ -61,6 +62,20 @@ class HistoriesBench:
         self.sources = (self.routes, self.requests, self.accesses, self.begins)
         self.drivers = (*self.sources, self.sets, self.values)
         dut.clear.value = 0
+        self.memory = None
+        if config.perceptron.token_store == "memory":
+            # Whatever the memory holds at first, nothing of it may be found.
+            dut.base.value = self.random.getrandbits(config.address_bits - 8)
+            self.memory = AXIWritableMemory(
+                dut,
+                data=pattern,
+                data_bytes=config.data_bytes,
+                address_bits=config.address_bits,
+                latency=9,
+                burst_beats=config.burst_beats,
+                address_stall=stall or 0.2,
+                data_stall=stall or 0.2,
+            )
         self.rows = [golden.Histories(config).tables[1 + n].shape[0] for n in range(len(TABLES))]
         self.forget()
         cocotb.start_soon(self._follow())
@@ -135,7 +150,8 @@ class HistoriesBench:
         """Nothing may be missing or left over; what came was compared when it came."""
         assert len(self.sets.received) == len(self.expected)
         assert self.values.received == self.expected_values
-        assert self.faulty or not self.errors
+        # Parity of what lies behind the memory port at first is anything.
+        assert self.faulty or self.memory or not self.errors
 
     def _apply(self, name, payload):
         if name == "routes":
@@ -182,6 +198,7 @@ class HistoriesBench:
                 assert got == wanted, f"value {values} must be {wanted:#x}, not {got:#x}"
                 values += 1
             self.errors += str(self.dut.parity_errors.value) == "1"
+            assert self.memory is None or str(self.dut.bus_errors.value) == "0"
             idle = str(self.dut.idle.value)
             assert idle in "01"
             if idle == "1":
@@ -344,8 +361,8 @@ async def is_as_fast_as_promised(dut):
             bench.route(0, layer, range(model.top_k))
         await bench.until_idle()
         # With a token and its pair found, the last of them is the slowest.
-        assert taken <= component.begin_cycles + 1
-    if any(rows > 1 for rows in bench.rows):
+        assert bench.memory or taken <= component.begin_cycles + 1
+    if any(rows > 1 for rows in bench.rows) and not bench.memory:
         assert taken > 0.8 * component.begin_cycles
     before = len(bench.sets.arrival)
     count = 20

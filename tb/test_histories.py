@@ -24,7 +24,7 @@ _RANDOM = [
 ]
 
 
-def _device(model, perceptron, *, contexts=1):
+def _device(model, perceptron, *, contexts=1, **keywords):
     return DeviceConfig(
         model=model,
         slots=contexts * model.top_k,
@@ -32,6 +32,7 @@ def _device(model, perceptron, *, contexts=1):
         contexts=contexts,
         predictor="perceptron",
         perceptron=perceptron,
+        **keywords,
     )
 
 
@@ -63,6 +64,14 @@ _SHAPES = {
         PerceptronConfig(
             heads=(HeadConfig(name="P1", rows=("A",)), HeadConfig(name="P0")), lanes=2
         ),
+    ),
+    # Tables behind the memory port: a header of two beats, words of three, several bursts.
+    "memory": _device(
+        ModelConfig(name="memory", layers=5, experts=60, top_k=6),
+        _EVERYTHING.replace(token_store="memory"),
+        contexts=3,
+        data_bytes=4,
+        burst_beats=4,
     ),
     # What only one of the memories is needed for.
     "sparse": _device(
@@ -111,10 +120,8 @@ def test_trace():
 
 
 def test_large_model():
-    """The compressed form of qwen3-30b-a3b with tables in block RAM: long rows, large tables."""
-    perceptron = perceptron_form("compressed").replace(
-        token_store="block", token_rows=64, pair_rows=64
-    )
+    """The compressed form of qwen3-30b-a3b."""
+    perceptron = perceptron_form("compressed").replace(token_rows=64, pair_rows=64)
     config = _device(PRESETS["qwen3-30b-a3b"], perceptron, contexts=2)
     run_bench(
         Histories(config),

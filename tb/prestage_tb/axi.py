@@ -1,4 +1,4 @@
-"""AXI4 read memory for benches: set latency and bandwidth, random stalls, errors, protocol checks.
+"""AXI4 memory for benches: set latency and bandwidth, random stalls, errors, protocol checks.
 
 Time is that of :mod:`prestage_tb.bench`: signals change just after a rising edge of ``clk``, are
 looked at on the falling edge, and a beat seen there happens at the next rising edge.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from prestage_tb.bench import Stall, _pauses
 
-__all__ = ["DECERR", "OKAY", "SLVERR", "AXIMemory", "Transfer", "pattern"]
+__all__ = ["DECERR", "OKAY", "SLVERR", "AXIMemory", "AXIWritableMemory", "Transfer", "pattern"]
 
 OKAY, SLVERR, DECERR = 0, 2, 3
 
@@ -280,6 +280,160 @@ class AXIMemory:
                     transfer.end = self.cycle
                     self._queue.popleft()
                     beat = 0
+
+
+class AXIWritableMemory(AXIMemory):
+    """Serve the reads and writes of an AXI4 master and check that it keeps the rules.
+
+    A write takes effect when its answer is offered, so that a read that does not wait for the
+    answer finds what was there before.
+
+    Parameters
+    ----------
+    dut, name, data, data_bytes, address_bits, seed, **keywords
+        As for :class:`AXIMemory`, of a port with :class:`prestage_hw.dma.axi.AXI4Signature`.
+        ``data`` is what was in the memory at first; ``address_stall`` and ``data_stall`` hold for
+        writes too.
+
+    Members
+    -------
+    failing_writes : list of (first, one past the last, response)
+        Addresses of beats whose write answers an error; nothing of such a burst is written.
+    writes : list of :class:`Transfer`
+        Write bursts so far; ``end`` is the cycle of the answer.
+    words : :class:`dict`
+        Beats that were written, by address.
+    """
+
+    def __init__(
+        self,
+        dut: object,
+        name: str = "bus",
+        *,
+        data: Callable[[int, int], bytes] = pattern,
+        data_bytes: int,
+        address_bits: int,
+        address_stall: float | Stall | Iterable[bool] = 0.0,
+        data_stall: float | Stall | Iterable[bool] = 0.0,
+        seed: object = None,
+        **keywords: object,
+    ) -> None:
+        import cocotb
+
+        self._first = data
+        self.words: dict[int, int] = {}
+        self.failing_writes: list[tuple[int, int, int]] = []
+        self.writes: list[Transfer] = []
+        super().__init__(
+            dut,
+            name,
+            data=self._read,
+            data_bytes=data_bytes,
+            address_bits=address_bits,
+            address_stall=address_stall,
+            data_stall=data_stall,
+            seed=seed,
+            **keywords,  # type: ignore[arg-type]
+        )
+        for channel, members in {
+            "aw": ("valid", "ready", "addr", "len", "size", "burst", "id"),
+            "w": ("valid", "ready", "data", "strb", "last"),
+            "b": ("valid", "ready", "resp", "id"),
+        }.items():
+            for member in members:
+                self._signals[channel + member] = getattr(dut, f"{name}__{channel}{member}")
+        self._write_pauses = [
+            _pauses(stall, seed=seed, name=f"{name}.{channel}")
+            for channel, stall in (("aw", address_stall), ("w", data_stall), ("b", data_stall))
+        ]
+        for member in ("awready", "wready", "bvalid", "bresp", "bid"):
+            self._signals[member].value = 0
+        self._write_task = cocotb.start_soon(self._serve_writes())
+
+    def _read(self, address: int, size: int) -> bytes:
+        """Bytes at an address, at most a beat."""
+        if address in self.words:
+            return self.words[address].to_bytes(size, "little")
+        return self._first(address, size)
+
+    def _answer(self, transfer: Transfer, beats: list[int]) -> int:
+        """Do a write and give its response."""
+        addresses = [transfer.address + at * self._bytes for at in range(transfer.beats)]
+        for first, end, code in self.failing_writes:
+            if any(first <= address < end for address in addresses):
+                return code
+        for address, beat in zip(addresses, beats, strict=True):
+            self.words[address % self._space] = beat
+        return OKAY
+
+    async def _serve_writes(self) -> None:
+        from cocotb.triggers import FallingEdge, RisingEdge
+
+        rising, falling = RisingEdge(self._clk), FallingEdge(self._clk)
+        signals = self._signals
+        # A burst that was asked for, its beats so far, and those that wait for their answer.
+        present: Transfer | None = None
+        beats: list[int] = []
+        done: deque[tuple[Transfer, list[int], int]] = deque()
+        held: dict[str, object] = {}
+        answering = False
+        await rising
+        while True:
+            go = [not self._pauses_now(pause) for pause in self._write_pauses]
+            address_ready, data_ready = go[0] and present is None, go[1] and present is not None
+            signals["awready"].value = int(address_ready)
+            signals["wready"].value = int(data_ready)
+            if not answering and done and go[2] and self.cycle >= done[0][2]:
+                transfer, words, _ = done.popleft()
+                signals["bresp"].value = self._answer(transfer, words)
+                transfer.end = self.cycle
+                answering = True
+            signals["bvalid"].value = int(answering)
+            await falling
+            if self._in_reset():
+                await rising
+                present, beats, held, answering = None, [], {}, False
+                done.clear()
+                continue
+            asked = self._held(held, "aw", ("addr", "len", "size", "burst"), address_ready)
+            beat = self._held(held, "w", ("data", "strb", "last"), data_ready)
+            answered = answering and self._bit("bready")
+            if asked is not None:
+                self._check(*asked)
+            await rising
+            if asked is not None and address_ready:
+                present = Transfer(asked[0], asked[1] + 1, self.cycle)
+                self.writes.append(present)
+            if beat is not None and data_ready:
+                assert present is not None
+                data, strobes, last = beat
+                self._require(strobes == (1 << self._bytes) - 1, "all bytes must be written")
+                beats.append(data)
+                self._require(
+                    bool(last) == (len(beats) == present.beats),
+                    f"wlast must be on beat {present.beats}, not {len(beats)}",
+                )
+                if last:
+                    done.append((present, beats, self.cycle + self.latency))
+                    present, beats = None, []
+            if answered:
+                answering = False
+
+    def _held(
+        self, held: dict[str, object], channel: str, members: tuple[str, ...], ready: bool
+    ) -> tuple[int, ...] | None:
+        """What a channel offers, which must stay until it is taken."""
+        if not self._bit(f"{channel}valid"):
+            self._require(held.get(channel) is None, f"{channel}valid must not fall before ready")
+            return None
+        offer = tuple(self._number(channel + member) for member in members)
+        before = held.get(channel)
+        self._require(
+            before is None or before == offer,
+            f"channel {channel} must not change while it waits: {before} to {offer}",
+        )
+        held[channel] = None if ready else offer
+        return offer
 
 
 def random_address(

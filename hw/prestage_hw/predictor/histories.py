@@ -9,6 +9,7 @@ from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import NO_TOKEN, Phase
+from prestage_hw.dma.axi import AXI4Signature
 from prestage_hw.layouts import RecordLayout
 
 from .sets import SETS, SetLayout
@@ -22,6 +23,7 @@ from .tokens import (
     table_rows,
     words_of_table,
 )
+from .tokens_memory import TokenMemory
 
 __all__ = ["TABLES", "Histories", "HistoryRequestLayout", "HistoryRouteLayout"]
 
@@ -152,6 +154,9 @@ class Histories(wiring.Component):
         Nothing to do and nothing in an output register.
     parity_errors : ``Out(1)``
         Strobe: words were read with wrong parity.
+    bus, base, bus_errors :
+        Where the token tables lie, as in :class:`TokenMemory`; only if they lie behind the memory
+        port. The table port then reads 0 and writes nothing.
 
     Raises
     ------
@@ -167,8 +172,17 @@ class Histories(wiring.Component):
             raise ValueError(f"Predictor must be 'perceptron', not {config.predictor!r}")
         self.config = config
         sets = data.ArrayLayout(SetLayout(config), len(SETS))
+        self._in_memory = config.perceptron.token_store == "memory"
+        memory_ports = {
+            "bus": Out(
+                AXI4Signature(address_bits=config.address_bits, data_bits=config.bits("data"))
+            ),
+            "base": In(config.address_bits),
+            "bus_errors": Out(1),
+        }
         super().__init__(
             {
+                **(memory_ports if self._in_memory else {}),
                 "begins": In(stream.Signature(RecordLayout("BeginToken", config=config))),
                 "routes": In(stream.Signature(HistoryRouteLayout(config))),
                 "requests": In(stream.Signature(HistoryRequestLayout(config))),
@@ -217,14 +231,14 @@ class Histories(wiring.Component):
     @property
     def begin_cycles(self):
         """Cycles from the transfer of a token start until ``begins`` is ready again, at most, if
-        the sets before are taken.
+        the sets before are taken and the token tables lie in block RAM.
         """
         return 2 * self.config.model.layers + 22
 
     def table_words(self, table):
         """Words in a table of :data:`TABLES`, by number; 0 if no head uses it."""
         name = TABLES[table] if table < len(TABLES) else None
-        if name not in self._rows:
+        if name not in self._rows or self._in_memory:
             return 0
         return words_of_table(self.config, rows=self._rows[name], choices=len(KEPT[name]))
 
@@ -240,18 +254,25 @@ class Histories(wiring.Component):
         def word_of(ctx, layer):
             return Cat(layer[:layer_bits], ctx) if contexts > 1 else layer[:layer_bits]
 
-        tables = {
-            name: TokenTable(config, rows=rows, choices=len(KEPT[name]))
-            for name, rows in self._rows.items()
-        }
-        for name, table in tables.items():
-            m.submodules[f"{name}_table"] = table
+        tables = {}
+        if not self._in_memory:
+            for name, rows in self._rows.items():
+                table = TokenTable(config, rows=rows, choices=len(KEPT[name]))
+                m.submodules[f"{name}_table"] = tables[name] = table
+        store = None
+        if self._in_memory and self._rows:
+            m.submodules.store = store = TokenMemory(config)
+            wiring.connect(m, wiring.flipped(self.bus), store.bus)
+            m.d.comb += [store.base.eq(self.base), self.bus_errors.eq(store.bus_errors)]
+        stores = [*tables.values()] if store is None else [store]
 
         # A memory holds {set, parity}; that of the token table both of its sets.
-        names = ["this", "prev"] if "prev" in self._reads or "before" in self._reads else ["this"]
+        # Tables behind the memory port store the ended token from its place of the previous one.
+        needs_prev = store is not None or "prev" in self._reads or "before" in self._reads
+        names = ["this", "prev"] if needs_prev else ["this"]
         names += ["before"] if "before" in self._reads else []
-        names += [name for name in tables if name != "successor"]
-        names += ["successor", "next"] if "successor" in tables else []
+        names += [name for name in self._rows if name != "successor"]
+        names += ["successor", "next"] if "successor" in self._rows else []
         depth = contexts << layer_bits
         reads, writes, layouts = {}, {}, {}
         for name in names:
@@ -315,9 +336,11 @@ class Histories(wiring.Component):
         horizon = Signal(2)
         m.d.comb += horizon.eq(Mux(question.reuse, 0, question.horizon))
 
-        advance = Signal()
+        # The layer that a token start reads next: ``onward`` moves on, ``advance`` does so with all
+        # writes of the rotation.
+        advance, onward = Signal(), Signal()
         begin_layer = Signal(range(layers + 1))
-        m.d.comb += begin_layer.eq(Mux(advance, at + 1, at))
+        m.d.comb += begin_layer.eq(Mux(onward, at + 1, at))
 
         exists = {}  # Whether the layer of a read exists, kept while the memory is read.
         raws = {}  # What a memory gave, a cycle later.
@@ -435,9 +458,12 @@ class Histories(wiring.Component):
                             write.en.eq(1),
                         ]
                 table_name = "successor" if name == "next" else name
-                if table_name in tables and name != "successor":
-                    found = tables[table_name].found
-                    with m.Elif(found.valid):
+                if table_name in self._rows and name != "successor":
+                    found = (tables[table_name] if store is None else store).found
+                    here = Const(1, 1)
+                    if store is not None:
+                        here = found.payload.table == TABLES.index(table_name)
+                    with m.Elif(found.valid & here):
                         m.d.comb += [
                             write.addr.eq(word_of(begin.ctx, found.payload.layer)),
                             write.en.eq(1),
@@ -470,18 +496,31 @@ class Histories(wiring.Component):
                     newer_known & older_known,
                     Mux(storing, older_known, newer_known),
                 )
-                & Const(sum((name in tables) << n for n, name in enumerate(TABLES)), len(TABLES))
+                & Const(
+                    sum((name in self._rows) << n for n, name in enumerate(TABLES)), len(TABLES)
+                )
             ),
         ]
+        turn, turned = Signal(range(len(TABLES) + 1)), Signal()
+        m.d.comb += turned.eq(turn == len(TABLES))
         for number, name in enumerate(TABLES):
-            if name not in tables:
+            if name not in self._rows:
                 m.d.comb += ready[number].eq(1)
                 continue
-            table = tables[name]
             token = newer
             if name == "successor":
                 token = Mux(storing, older, newer)
-            entry, tag = place(token, older if name == "pair" else None, rows=table.rows)
+            rows = self._rows[name]
+            entry, tag = place(token, older if name == "pair" else None, rows=rows)
+            if store is not None:
+                m.d.comb += ready[number].eq(1)
+                with m.If(turn == number):
+                    m.d.comb += [
+                        store.commands.payload.entry.eq(entry),
+                        store.commands.payload.tag.eq(tag),
+                    ]
+                continue
+            table = tables[name]
             m.d.comb += [
                 table.commands.valid.eq(orders[number]),
                 table.commands.payload.store.eq(storing),
@@ -496,7 +535,19 @@ class Histories(wiring.Component):
                 m.d.sync += orders[number].eq(0)
             with m.If(offered):
                 m.d.sync += given[number].eq(ready[number] & ~advance)
-        m.d.comb += busy.eq(orders.any() | ~Cat(table.idle for table in tables.values()).all())
+        sending = Signal()  # The layers of the ended token go to the tables behind the port.
+        if store is not None:
+            m.d.comb += [
+                store.commands.valid.eq(orders[0]),
+                store.commands.payload.table.eq(turn),
+                store.commands.payload.store.eq(storing),
+                store.choices_in.valid.eq(sending),
+                store.choices_in.payload.eq(reads["prev"][0].data[0]),
+                store.found.ready.eq(1),
+            ]
+            with m.If(store.commands.ready):
+                m.d.sync += orders[0].eq(0)
+        m.d.comb += busy.eq(orders.any() | ~Cat(each.idle for each in stores).all())
 
         value, value_valid = Signal(32), Signal()
         m.d.comb += [self.table_values.payload.eq(value), self.table_values.valid.eq(value_valid)]
@@ -504,7 +555,7 @@ class Histories(wiring.Component):
             m.d.sync += value_valid.eq(0)
         sent = Signal()
 
-        strobes = [table.parity_errors for table in tables.values()]
+        strobes = [each.parity_errors for each in stores]
         m.d.sync += self.parity_errors.eq(
             bad | (check_ids & (ids_bad | first_bad)) | Cat(strobes).any()
         )
@@ -520,14 +571,14 @@ class Histories(wiring.Component):
                     & ~value_valid
                     & ~busy
                 )
-                m.d.sync += [at.eq(0), sent.eq(0), storers.eq(0), given.eq(0)]
+                m.d.sync += [at.eq(0), turn.eq(0), sent.eq(0), storers.eq(0), given.eq(0)]
                 with m.If(access_waits & ~value_valid):
                     m.next = "ACCESS"
                 with m.Elif(begin_waits & (phase == 0)):
                     m.next = "LOAD"
                 with m.Elif(clear_waits & (phase == 0) & ~access_waits):
                     m.d.sync += clear_word.eq(0)
-                    m.d.comb += [table.clear.eq(1) for table in tables.values()]
+                    m.d.comb += [each.clear.eq(1) for each in stores]
                     m.next = "CLEAR"
             with m.State("LOAD"):
                 m.d.comb += rotating.eq(1)
@@ -546,7 +597,7 @@ class Histories(wiring.Component):
             with m.State("PLAN"):
                 m.d.comb += [rotating.eq(1), storing.eq(1), check_ids.eq(1)]
                 with m.If(learns & first_known):
-                    m.d.sync += [orders.eq(wanted), storers.eq(wanted)]
+                    m.d.sync += [storers.eq(wanted), orders.eq(0 if store is not None else wanted)]
                 m.next = "ROTATE"
             with m.State("ROTATE"):
                 m.d.comb += [
@@ -554,11 +605,37 @@ class Histories(wiring.Component):
                     storing.eq(1),
                     offered.eq(1),
                     advance.eq(ready.all()),
+                    onward.eq(advance),
                 ]
                 with m.If(advance):
                     m.d.sync += at.eq(at + 1)
                     with m.If(at == layers - 1):
+                        m.d.sync += at.eq(0)
+                        m.next = "TURN" if store is None else "STORE"
+            if store is not None:
+                # One table after the other. The ended token is the previous one by now.
+                with m.State("STORE"):
+                    m.d.comb += [rotating.eq(1), storing.eq(1)]
+                    with m.If(turned):
+                        m.d.sync += turn.eq(0)
                         m.next = "TURN"
+                    with m.Elif(storers.bit_select(turn, 1)):
+                        m.d.sync += orders.eq(1)
+                        m.next = "SEND"
+                    with m.Else():
+                        m.d.sync += turn.eq(turn + 1)
+                with m.State("SEND"):
+                    m.d.comb += [
+                        rotating.eq(1),
+                        storing.eq(1),
+                        sending.eq(1),
+                        onward.eq(store.choices_in.ready),
+                    ]
+                    with m.If(onward):
+                        m.d.sync += at.eq(at + 1)
+                        with m.If(at == layers - 1):
+                            m.d.sync += [at.eq(0), turn.eq(turn + 1)]
+                            m.next = "STORE"
             with m.State("TURN"):
                 m.d.sync += [
                     newer.eq(begin.token),
@@ -568,8 +645,22 @@ class Histories(wiring.Component):
                 ]
                 m.next = "FIND"
             with m.State("FIND"):
-                m.d.sync += orders.eq(wanted)
-                m.next = "WAIT"
+                if store is None:
+                    m.d.sync += orders.eq(wanted)
+                    m.next = "WAIT"
+                else:
+                    with m.If(turned):
+                        m.next = "WAIT"
+                    with m.Elif(wanted.bit_select(turn, 1)):
+                        m.d.sync += orders.eq(1)
+                        m.next = "FETCH"
+                    with m.Else():
+                        m.d.sync += turn.eq(turn + 1)
+            if store is not None:
+                with m.State("FETCH"):
+                    with m.If(~busy):
+                        m.d.sync += turn.eq(turn + 1)
+                        m.next = "FIND"
             with m.State("WAIT"):
                 m.d.comb += context_write.en.eq(1)
                 with m.If(~busy):
@@ -577,7 +668,6 @@ class Histories(wiring.Component):
                     m.next = "IDLE"
             with m.State("ACCESS"):
                 m.d.sync += value.eq(0)
-                m.d.comb += []
                 with m.Switch(access.table):
                     for number, name in enumerate(TABLES):
                         if name not in tables:
