@@ -237,6 +237,8 @@ def replay(
                 break
             token = tokens[at]
             device.begin_token(0, token if token >= 0 else None, phases[at])
+            if pace == "drained":
+                device.sync()  # What is prefetched when a token starts.
             for layer, experts in enumerate(trace.experts[at].tolist()):
                 span = step(device, layer, experts, layer_cycles)
                 if span is not None:

@@ -49,8 +49,7 @@ from amaranth import Shape
 from amaranth.back import rtlil, verilog
 from amaranth.lib import data
 
-from prestage_hw.contract import DeviceConfig, ModelConfig
-from prestage_hw.contract.perceptron import HeadConfig, PerceptronConfig
+from prestage_hw.contract import DeviceConfig
 from prestage_hw.verilog import without_zero_memories
 
 __all__ = [
@@ -167,17 +166,7 @@ def _encode(value: object) -> object:
 
 def _decode(value: dict[str, object]) -> object:
     if value.keys() == {_CONFIG_KEY}:
-        fields = dict(value[_CONFIG_KEY])
-        fields["model"] = ModelConfig(**fields["model"])
-        if fields["perceptron"] is not None:
-            perceptron = dict(fields["perceptron"])
-            # JSON turns tuples into lists.
-            perceptron["heads"] = tuple(
-                HeadConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in head.items()})
-                for head in perceptron["heads"]
-            )
-            fields["perceptron"] = PerceptronConfig(**perceptron)
-        return DeviceConfig(**fields)
+        return DeviceConfig.from_fields(value[_CONFIG_KEY])
     return value
 
 

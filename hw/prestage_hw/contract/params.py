@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .checks import require_integer, require_power_of_two
 from .perceptron import PerceptronConfig, perceptron_form
@@ -344,6 +346,21 @@ class DeviceConfig:
     def expert_address(self, layer: int, expert: int, *, base: int = 0) -> int:
         """Address of an expert's first byte: experts lie layer by layer without gaps."""
         return base + (layer * self.model.experts + expert) * self.expert_bytes
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> DeviceConfig:
+        """The configuration that :func:`dataclasses.asdict` has taken apart, with JSON in between.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for :class:`DeviceConfig` itself.
+        """
+        perceptron = fields.get("perceptron")
+        if perceptron is not None:
+            perceptron = PerceptronConfig.from_fields(perceptron)
+        model = ModelConfig(**fields["model"])
+        return cls(**{**fields, "model": model, "perceptron": perceptron})
 
     def replace(self, **changes: object) -> DeviceConfig:
         """The same configuration with some parameters changed, validated again."""

@@ -5,10 +5,11 @@ The arithmetic is written down in ``docs/predictor-perceptron.md``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .checks import require_integer, require_power_of_two
+from .checks import require_power_of_two
 
 __all__ = [
     "CROSSES",
@@ -223,6 +224,15 @@ class PerceptronConfig:
             for cross in head.crosses:
                 used.update(cross)
         return frozenset(used)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> PerceptronConfig:
+        """The parameters that :func:`dataclasses.asdict` has taken apart, with JSON in between."""
+        heads = tuple(
+            HeadConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in head.items()})
+            for head in fields["heads"]
+        )
+        return cls(**{**fields, "heads": heads})
 
     def replace(self, **changes: Any) -> PerceptronConfig:
         """The same parameters with some changed, validated again."""

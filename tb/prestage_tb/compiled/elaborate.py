@@ -15,7 +15,7 @@ from amaranth.hdl import ClockDomain, Module, ResetInserter, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In
 
-from prestage_hw.contract import DeviceConfig, ModelConfig
+from prestage_hw.contract import DeviceConfig
 from prestage_hw.verilog import without_zero_memories
 
 __all__ = ["Registered", "main"]
@@ -67,7 +67,7 @@ def main(arguments):
 
     top, config_path, engine, output = arguments
     fields = json.loads(Path(config_path).read_text())
-    config = DeviceConfig(**{**fields, "model": ModelConfig(**fields["model"])})
+    config = DeviceConfig.from_fields(fields)
     module, name = top.split(":")
     design = Registered(getattr(importlib.import_module(module), name)(config=config))
     # Without source locations the text, and so the cache's key, changes only if the hardware does.
