@@ -351,7 +351,7 @@ class LinearBench:
             f"parity errors must be {self.expected_parity_errors}, not {self.parity_errors}"
         )
 
-    async def compare_tables(self, *, most=600):
+    async def compare_tables(self, *, most=150):
         """Compare stored words, all or some of a large table, and words beyond the end."""
         await self.until_idle()
         for table in (0, 1):
@@ -480,7 +480,7 @@ async def keeps_loaded_tables(dut):
     for rounds in range(2):
         for table in (0, 1):
             count = bench.golden.table_words(table)
-            some = range(count) if count < 500 else bench.random.sample(range(count), 500)
+            some = range(count) if count < 150 else bench.random.sample(range(count), 150)
             for word in (*some, count, (1 << 24) - 1):
                 value = bench.random.getrandbits(32)
                 bench.write(table, word, bench.random.choice((value, 0, 0x80808080, 0xFFFFFFFF)))
@@ -518,8 +518,9 @@ async def clears_in_mid_run(dut):
         dut.clear.value = 0
         await bench.until_idle()
     bench.set_stall(0.0)
+    first = len(bench.table_values.received)
     await bench.compare_tables()
-    assert not any(bench.table_values.received[-bench.golden.table_words(1) :])
+    assert not any(bench.table_values.received[first:])
 
 
 @cocotb.test()
@@ -555,8 +556,7 @@ async def is_as_fast_as_promised(dut):
     await bench.start()
     layers = bench.config.model.layers
     for known in (0.0, 0.3, 0.6, 1.0, 1.0):
-        # Layers where all sets exist are rare in small models: any will do.
-        layer = bench.random.randrange(layers)
+        layer = min(layers - 1, bench.random.randrange(layers) if known < 1 else 3)
         sets = bench.sets(layer, known=known)
         words = bench.active_words(sets)
         await bench.until_idle()
@@ -586,7 +586,7 @@ async def sustains_its_rate(dut):
     await bench.start()
     layers, beats = bench.config.model.layers, bench.golden.beats
     for known in (0.0, 0.5, 1.0):
-        layer = bench.random.randrange(layers)
+        layer = min(layers - 1, bench.random.randrange(layers) if known < 1 else 3)
         sets = bench.sets(layer, known=known)
         await bench.until_idle()
         first = len(bench.values.received)

@@ -66,10 +66,12 @@ _SHAPES = {
     ),
 }
 _CASES = [
-    (shape, number)
-    for shape, config in _SHAPES.items()
-    for number, head in enumerate(config.perceptron.heads)
-    if head.name not in ("P2", "P3") or shape == "full of 16"
+    *((shape, name) for shape in ("tiny", "gpt-oss-20b", "full of 16") for name in ("P0", "R")),
+    *((shape, "P1") for shape in _SHAPES),
+    ("full of 16", "P2"),
+    ("lists of two words", "P0"),
+    ("odd", "R"),
+    ("banked", "R"),
 ]
 
 
@@ -85,11 +87,9 @@ def _run(config, number, *, tests, public=False, **parameters):
     )
 
 
-@pytest.mark.parametrize(
-    ("shape", "number"),
-    _CASES,
-    ids=[f"{shape} {_SHAPES[shape].perceptron.heads[n].name}" for shape, n in _CASES],
-)
-def test_shape(shape, number):
-    """Every head of many shapes."""
-    _run(_SHAPES[shape], number, tests=_ALL, jobs=240)
+@pytest.mark.parametrize(("shape", "name"), _CASES, ids=[" ".join(case) for case in _CASES])
+def test_shape(shape, name):
+    """Heads of many shapes."""
+    config = _SHAPES[shape]
+    names = [head.name for head in config.perceptron.heads]
+    _run(config, names.index(name), tests=_ALL, jobs=150)

@@ -307,9 +307,8 @@ class LinearHead(wiring.Component):
 
     def predict_interval(self, active_words):
         """Cycles from one prediction to the next where both wait, while ``values`` are taken."""
-        return self._collect_cycles(active_words) + self.value_beats + (
-            6 if self.value_beats == 1 else 4
-        )
+        beats = self.value_beats
+        return max(self._collect_cycles(active_words) + 2, 7 if beats == 1 else 6) + beats
 
     def learn_cycles(self, active_words):
         """Cycles of a learning on an idle head, from its transfer until the next one may start."""
@@ -1655,7 +1654,6 @@ class LinearHead(wiring.Component):
                 with m.If(step == 23):
                     m.next = "Fetch"
             with m.State("Fetch"):
-                m.d.comb += busy_table.eq(1)
                 m.d.sync += [wait.eq(features + 12), relative.eq(rest)]
                 with m.If(quiet):
                     m.next = "Answer"
