@@ -15,9 +15,12 @@ import prestage
 from prestage.cli import main
 from prestage.errors import BadTableError
 from prestage.replay import device_config, replay
+from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.records import TABLE_BURST, Phase
 from prestage_hw.contract.registers import COUNTERS
 from prestage_sim.traces import Trace, save_trace
+
+LEARNING = [name for name in DeviceConfig.PREDICTORS if name != "none"]
 
 DEVICES = ("model://", "sim://?latency=20")
 
@@ -36,8 +39,8 @@ def walk(tokens, *, seed):
     return Trace(experts=chosen, experts_per_layer=experts, meta={"model": "walk"})
 
 
-def config():
-    return device_config(walk(1, seed=0), slots=10, expert_bytes=1024)
+def config(predictor="st_moe"):
+    return device_config(walk(1, seed=0), slots=10, expert_bytes=1024, predictor=predictor)
 
 
 def same_tables(one, other):
@@ -46,9 +49,9 @@ def same_tables(one, other):
         np.testing.assert_array_equal(words, other[number])
 
 
-def replayed(url, trace, *, save_at=(), tables=None):
+def replayed(url, trace, predictor, *, save_at=(), tables=None):
     saved = []
-    with prestage.open(url, config=config()) as device:
+    with prestage.open(url, config=config(predictor)) as device:
         if tables:
             device.configure(tables=tables)
 
@@ -61,32 +64,35 @@ def replayed(url, trace, *, save_at=(), tables=None):
         return {name: run.counters[name] for name in COMPARED}, device.snapshot(), saved
 
 
-def test_saving_in_the_middle_disturbs_nothing():
+@pytest.mark.parametrize("predictor", LEARNING)
+def test_saving_in_the_middle_disturbs_nothing(predictor):
     """Counters, candidates and tables are those of a replay without a save, on either device."""
     trace = walk(40, seed=3)
-    plain, tables, _ = replayed(DEVICES[1], trace)
+    plain, tables, _ = replayed(DEVICES[1], trace, predictor)
     assert plain["candidates"] > 100 and plain["prefetch_issued"] > 5
     for url in DEVICES:
-        counters, end, saved = replayed(url, trace, save_at=(1, 17, 18, 33))
+        counters, end, saved = replayed(url, trace, predictor, save_at=(1, 17, 18, 33))
         assert counters == plain
         same_tables(end, tables)
         assert len(saved) == 4
-    first, middle, _ = replayed(DEVICES[0], trace.first(17))
+    first, middle, _ = replayed(DEVICES[0], trace.first(17), predictor)
     assert first["candidates"] < plain["candidates"]
     same_tables(middle, saved[1])
 
 
-def test_a_snapshot_warms_either_device():
+@pytest.mark.parametrize("predictor", LEARNING)
+def test_a_snapshot_warms_either_device(predictor):
     trace = walk(25, seed=9)
-    _, learned, _ = replayed(DEVICES[0], walk(60, seed=4))
-    cold, _, _ = replayed(DEVICES[0], trace)
-    runs = [replayed(url, trace, tables=learned) for url in DEVICES]
+    _, learned, _ = replayed(DEVICES[0], walk(60, seed=4), predictor)
+    cold, _, _ = replayed(DEVICES[0], trace, predictor)
+    runs = [replayed(url, trace, predictor, tables=learned) for url in DEVICES]
     assert runs[0][0] == runs[1][0]
     same_tables(runs[0][1], runs[1][1])
     assert runs[0][0]["candidates_correct"] > cold["candidates_correct"]
 
 
-def test_files_are_the_same_on_either_device(tmp_path):
+@pytest.mark.parametrize("predictor", LEARNING)
+def test_files_are_the_same_on_either_device(predictor, tmp_path):
     """Through the command: learn on one, go on with the other."""
     save_trace(tmp_path / "trace.npz", walk(12, seed=5))
     files = {}
@@ -95,6 +101,7 @@ def test_files_are_the_same_on_either_device(tmp_path):
         name = tmp_path / f"{url[:3]}.tables"
         for start in ([], ["--tables", str(name)]):
             command = ["replay", str(tmp_path / "trace.npz"), "--device", url, *options]
+            command += ["--predictor", predictor]
             assert main([*command, *start, "--save-tables", str(name)]) == 0
         assert main(["tables", "load", str(name), "--device", url, "--slots", "10"]
                     + ["--expert-bytes", "1024"]) == 0  # fmt: skip
@@ -144,13 +151,14 @@ def test_speed(url):
         assert words / seconds > 2_000
 
 
+@pytest.mark.parametrize("predictor", LEARNING)
 @pytest.mark.parametrize("phase", [Phase.PREFILL, Phase.VERIFY])
-def test_chunks(phase):
+def test_chunks(phase, predictor):
     """Several tokens a layer: what the driver counts is the same on either device."""
     found = []
     for url in DEVICES:
         rng = np.random.default_rng(6)
-        with prestage.open(url, config=config()) as device:
+        with prestage.open(url, config=config(predictor)) as device:
             device.configure(hints=True, hint_threshold=0)
             for chunk in range(6):
                 token = chunk if chunk % 2 else None

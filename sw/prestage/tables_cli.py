@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prestage_hw.contract import PRESETS, DeviceConfig, ModelConfig, preset
-from prestage_hw.contract.perceptron import FORMS
+from prestage_hw.contract.perceptron import FORMS, PerceptronConfig
 
 from .device import open_device
 from .errors import ArgumentError
@@ -151,14 +151,17 @@ def _config(args: argparse.Namespace, snapshot: Snapshot | None) -> DeviceConfig
             if getattr(args, name) is not None
         }
         if snapshot is not None:
-            known = {"predictor": snapshot.predictor}
-            if snapshot.form:
+            known: dict[str, Any] = {"predictor": snapshot.predictor}
+            if snapshot.form and args.form is None:
                 known["form"] = snapshot.form
+                known["perceptron"] = PerceptronConfig.from_fields(
+                    snapshot.parameters["perceptron"]
+                )
             known |= {n: snapshot.parameters[n] for n in _KNOWN if n in snapshot.parameters}
             given = {**known, **given}
         given.setdefault("slots", default_slots(**shape, contexts=given.get("contexts", 1)))
         return DeviceConfig(model=model, **given)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ArgumentError(str(error)) from error
 
 

@@ -235,6 +235,22 @@ def test_parameters_of_the_perceptron_count():
     assert Snapshot.decode(snapshot.encode()).form == config.form
 
 
+def test_tables_of_a_perceptron_of_ones_own(tmp_path, capsys):
+    """The command makes the device that the snapshot is of; a named form is another one."""
+    config = CONFIG.replace(predictor="perceptron", model=shape(layers=6, experts=32))
+    config = config.replace(perceptron=dataclasses.replace(config.perceptron, token_rows=64))
+    file = tmp_path / "a.tables"
+    with prestage.open("model://", config=config) as device:
+        device.save_tables(file)
+    assert main(["tables", "load", str(file)]) == 0
+    assert "words loaded" in capsys.readouterr().out
+    text = refused(capsys, "tables", "load", file, "--form", "lite")
+    assert "Snapshot must be of a predictor with perceptron.token_rows = 512, not 64" in text
+    assert main(["tables", "info", str(file), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["form"] == "lite" and info["parameters"]["perceptron"]["token_rows"] == 64
+
+
 def test_what_is_no_set_of_tables_is_not_saved():
     with raises(ArgumentError, "Predictor must have tables to save, but none has none"):
         Snapshot.of(CONFIG.replace(predictor="none"), {})
