@@ -1,10 +1,13 @@
 """Shapes of models and devices: presets, derived widths, and every message of a refusal."""
 
+import dataclasses
+import json
 import re
 
 import pytest
 
 from prestage_hw.contract import PRESETS, DeviceConfig, ModelConfig, preset
+from prestage_hw.contract.perceptron import FORMS
 
 MODEL = ModelConfig(name="m", layers=4, experts=8, top_k=2)
 
@@ -141,9 +144,13 @@ def test_model_is_validated(changes, kind, text):
         (
             {"predictor": "oracle"},
             ValueError,
-            "Predictor must be one of none, st_moe, not 'oracle'",
+            "Predictor must be one of none, st_moe, perceptron, not 'oracle'",
         ),
-        ({"predictor": None}, ValueError, "Predictor must be one of none, st_moe, not None"),
+        (
+            {"predictor": None},
+            ValueError,
+            "Predictor must be one of none, st_moe, perceptron, not None",
+        ),
         ({"successors": -1}, ValueError, "Successor count must be between 0 and 32, not -1"),
         ({"successors": 33}, ValueError, "Successor count must be between 0 and 32, not 33"),
         (
@@ -271,11 +278,11 @@ def test_bits_of_a_single_one_is_one():
 def test_unknown_kinds():
     with raises(
         ValueError,
-        "Field kind must be one of ctx, layer, expert, slot, tile, beat, tag, index, address,"
-        " data, not 'colour'",
+        "Field kind must be one of ctx, layer, expert, slot, tile, beat, tag, index,"
+        " lane_beat, address, data, not 'colour'",
     ):
         device().bits("colour")
-    with raises(ValueError, "Array kind must be top_k or data_bytes, not 'experts'"):
+    with raises(ValueError, "Array kind must be top_k, data_bytes or lanes, not 'experts'"):
         device().count("experts")
 
 
@@ -291,3 +298,21 @@ def test_replace_validates_again():
     assert config.replace(slots=12) != config
     with raises(ValueError, "Slot count must be at least contexts x top-k = 2, not 1"):
         config.replace(slots=1)
+
+
+@pytest.mark.parametrize("predictor", DeviceConfig.PREDICTORS)
+@pytest.mark.parametrize("form", FORMS)
+def test_from_fields_undoes_what_json_does(predictor, form):
+    config = DeviceConfig(
+        model=preset("qwen3-30b-a3b"), slots=64, contexts=3, predictor=predictor, form=form
+    )
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert DeviceConfig.from_fields(fields) == config
+    with pytest.raises(ValueError, match="Context count must be between 1 and 8, not 9"):
+        DeviceConfig.from_fields({**fields, "contexts": 9})
+
+
+def test_lanes():
+    config = DeviceConfig(model=preset("qwen3-30b-a3b"), slots=64, predictor="perceptron")
+    assert config.count("lanes") == config.predictor_lanes == config.perceptron.lanes
+    assert config.bits("lane_beat") == (128 // config.predictor_lanes - 1).bit_length()
