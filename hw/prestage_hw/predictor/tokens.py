@@ -274,13 +274,13 @@ class TokenTable(wiring.Component):
 
     @property
     def find_cycles(self):
-        """Cycles of a look-up that matches, at most, if nothing stalls."""
-        return self.config.model.layers + 6
+        """Cycles of a look-up that matches, if nothing stalls."""
+        return self.config.model.layers + 5
 
     @property
     def miss_cycles(self):
         """Cycles of a look-up that does not match."""
-        return 5
+        return 4
 
     def elaborate(self, platform):
         m = Module()
