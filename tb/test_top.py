@@ -26,6 +26,7 @@ from prestage_hw.contract import (
 )
 from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.contract.pattern import expert_memory
+from prestage_hw.contract.perceptron import perceptron_form
 from prestage_hw.contract.records import (
     LINK_ACK,
     LINK_NAK,
@@ -437,6 +438,10 @@ async def reset_in_flight(dut):
 _SHAPES = {
     "tiny": TINY_DEVICE,
     "tiny-none": TINY_DEVICE.replace(predictor="none"),
+    # Few rows by token, so that tables are read in no time.
+    "tiny-perceptron": TINY_DEVICE.replace(
+        predictor="perceptron", perceptron=perceptron_form("lite").replace(token_rows=16)
+    ),
     "odd": DeviceConfig(
         model=ModelConfig(name="odd", layers=3, experts=12, top_k=3),
         slots=11,
