@@ -228,11 +228,11 @@ class PerceptronConfig:
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> PerceptronConfig:
         """The parameters that :func:`dataclasses.asdict` has taken apart, with JSON in between."""
-        heads = tuple(
-            HeadConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in head.items()})
-            for head in fields["heads"]
-        )
-        return cls(**{**fields, "heads": heads})
+        heads = []
+        for head in fields["heads"]:
+            values: dict[str, Any] = {k: tuple(v) if k != "name" else v for k, v in head.items()}
+            heads.append(HeadConfig(**values))
+        return cls(**{**fields, "heads": tuple(heads)})
 
     def replace(self, **changes: Any) -> PerceptronConfig:
         """The same parameters with some changed, validated again."""
