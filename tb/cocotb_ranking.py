@@ -52,7 +52,7 @@ class RankingBench:
         pool = [self.random.randrange(256) for _ in range(spread)]
         return [self.random.choice(pool) for _ in range(self.config.model.experts)]
 
-    def send(self, values, *, threshold=0, patches=()):
+    def send(self, values, *, threshold=0, patches=(), far=0):
         """Send a layer, and expect its candidates."""
         config, draw = self.config, self.random.randrange
         lanes, beats = config.predictor_lanes, config.lane_beats
@@ -67,7 +67,14 @@ class RankingBench:
             part = [*values, *rest][beat * lanes : (beat + 1) * lanes]
             last = int(beat == beats - 1)
             self.values.send(
-                {**layer, "beat": beat, "values": part, "threshold": threshold, "last": last}
+                {
+                    **layer,
+                    "beat": beat,
+                    "values": part,
+                    "threshold": threshold,
+                    "far": far,
+                    "last": last,
+                }
             )
         values = list(values)
         steps = []
@@ -80,7 +87,8 @@ class RankingBench:
             steps.append({"expert": draw(len(values)), "value": 255, "valid": 0, "go": 0})
         steps[-1]["go"] = 1
         self.patches.send(*steps)
-        chosen = ranked(values, threshold=threshold, most=2 * config.model.top_k)
+        most = (1 if far else 2) * config.model.top_k
+        chosen = ranked(values, threshold=threshold, most=most)
         self.expected += [
             {**layer, "expert": expert, "score": value, "source": 0} for expert, value in chosen
         ]
@@ -97,7 +105,7 @@ class RankingBench:
         if patches and draw.random() < 0.5:  # One group, again and again.
             patches = [(expert % 8 % experts, value) for expert, value in patches]
         threshold = draw.choice((0, 1, 32, 128, 255, draw.choice(values)))
-        return self.send(values, threshold=threshold, patches=patches)
+        return self.send(values, threshold=threshold, patches=patches, far=draw.randrange(2))
 
     async def until_idle(self, limit=100_000):
         await self.values.sent()

@@ -1,5 +1,6 @@
 """Ranking of a layer's experts: the surest first, as candidates."""
 
+import itertools
 from functools import reduce
 from operator import or_
 
@@ -42,6 +43,8 @@ class ValuesLayout(data.StructLayout):
         Deadline of the candidates, the same in all beats of a layer.
     threshold : 8 bits
         Least value of a candidate, the same in all beats of a layer.
+    far : 1 bit
+        At most k candidates, not 2k; the same in all beats of a layer.
     last : 1 bit
         Last beat of the layer.
     """
@@ -56,6 +59,7 @@ class ValuesLayout(data.StructLayout):
                 "values": data.ArrayLayout(unsigned(8), config.predictor_lanes),
                 "deadline": 8,
                 "threshold": 8,
+                "far": 1,
                 "last": 1,
             }
         )
@@ -179,6 +183,7 @@ class Ranking(wiring.Component):
         experts, lanes = self.config.model.experts, self.config.predictor_lanes
         group, groups = self._group, self._groups
         most = self.most_candidates
+        far_most = min(most, self.config.model.top_k)
         expert_bits = self.config.bits("expert")
         lane_bits = ceil_log2(group)
 
@@ -193,34 +198,38 @@ class Ranking(wiring.Component):
         entry_layout = data.StructLayout({"key": key_layout, "expert": unsigned(expert_bits)})
         local_layout = data.StructLayout({"key": key_layout, "lane": unsigned(lane_bits)})
 
-        def exceeds(later, one):
-            return later.key.as_value() > one.key.as_value()
-
-        def best(entries, *, exceeds=exceeds):
+        def best(entries):
             """The best of up to four entries, of equal ones the first. All pairs are compared side
             by side, which is one comparison deep.
             """
             entries = list(entries)
+            if len(entries) == 1:
+                return entries[0]
             order = range(len(entries))
+            exceeds = {}
+            for one, later in itertools.combinations(order, 2):
+                exceeds[one, later] = Signal(name=f"exceeds{one}{later}")
+                m.d.comb += exceeds[one, later].eq(
+                    entries[later].key.as_value() > entries[one].key.as_value()
+                )
             wins = [
                 Cat(
-                    exceeds(entries[at], entries[other])
-                    if other < at
-                    else ~exceeds(entries[other], entries[at])
+                    exceeds[other, at] if other < at else ~exceeds[at, other]
                     for other in order
                     if other != at
                 ).all()
                 for at in order
             ]
-            choice = [entry.as_value() for entry in entries]
-            for bit in range(ceil_log2(len(entries))):
-                odd = Cat(wins[at] for at in order if at >> bit & 1).any()
-                choice = [
-                    Mux(odd, *reversed(choice[at : at + 2])) if at + 1 < len(choice) else choice[at]
-                    for at in range(0, len(choice), 2)
-                ]
             result = Signal.like(entries[0])
-            m.d.comb += result.eq(choice[0])
+            m.d.comb += result.eq(
+                reduce(
+                    or_,
+                    (
+                        entry.as_value() & win.replicate(len(entry.as_value()))
+                        for entry, win in zip(entries, wins, strict=True)
+                    ),
+                )
+            )
             return result
 
         def by_fours(entries):
@@ -331,27 +340,35 @@ class Ranking(wiring.Component):
                 m.d.sync += register.eq(entry)
                 registers.append(register)
             entries = registers
-        finals = [Signal(entry_layout, name=f"final{at}") for at in range(_FAN_IN)]
         joined = by_fours(entries)
+        finals = [Signal(entry_layout, name=f"final{at}") for at in range(len(joined))]
+        gather = [final.eq(entry) for final, entry in zip(finals, joined, strict=True)]
+        champion = best(finals)
+        rest = Signal(entry_layout)
+        m.d.sync += rest.eq(champion)
 
-        def exceeds_unordered(later, one):
-            return Cat(~later.expert, later.key) > Cat(~one.expert, one.key)
-
-        champion = best(finals, exceeds=exceeds_unordered)
-        # The group that lost its best, compared anew: the only one that changes then.
-        lost = Signal(local_layout)
+        # The group that lost its best, compared anew. It is the only one that changes then. Its
+        # place among the rest is unknown, so that numbers count, too.
+        lost = Signal(entry_layout)
+        changed = Cat(changed for _, changed in found)
         if banks == 1:
-            m.d.comb += lost.eq(found[0][0])
+            local = found[0][0].as_value()
         else:
-            m.d.comb += lost.eq(
-                reduce(or_, (Mux(changed, local.as_value(), 0) for local, changed in found))
-            )
-        if self._far:
-            # It is needed later than it is there.
-            late = Signal.like(lost)
-            with m.If(Cat(changed for _, changed in found).any()):
-                m.d.sync += late.eq(lost)
-            lost = late
+            local = reduce(or_, (Mux(changed, local.as_value(), 0) for local, changed in found))
+        local = local_layout(local)
+        with m.If(changed.any()):
+            m.d.sync += [
+                lost.key.eq(local.key),
+                lost.expert.eq(Cat(local.lane, winner.expert[lane_bits:])),
+            ]
+        first = Signal()
+        pick = Signal(entry_layout)
+        with m.If(first):
+            m.d.comb += pick.eq(champion)
+        with m.Elif(Cat(rest.expert, lost.key) > Cat(lost.expert, rest.key)):
+            m.d.comb += pick.eq(lost)
+        with m.Else():
+            m.d.comb += pick.eq(rest)
 
         ctx = Signal(self.config.bits("ctx"))
         layer = Signal(self.config.bits("layer"))
@@ -371,10 +388,6 @@ class Ranking(wiring.Component):
             self.candidates.payload.deadline.eq(deadline),
         ]
 
-        def gather():
-            none = [0] * (_FAN_IN - len(joined))
-            return [final.eq(entry) for final, entry in zip(finals, joined + none, strict=True)]
-
         with m.If(self.candidates.ready):
             m.d.sync += self.candidates.valid.eq(0)
 
@@ -387,13 +400,14 @@ class Ranking(wiring.Component):
                         layer.eq(self.values.payload.layer),
                         deadline.eq(self.values.payload.deadline),
                         threshold.eq(self.values.payload.threshold),
+                        emitted.eq(Mux(self.values.payload.far, most - far_most, 0)),
                         loading.eq(~self.values.payload.last),
                     ]
                     with m.If(self.values.payload.last):
                         m.next = "Patch"
             with m.State("Patch"):
                 m.d.comb += self.patches.ready.eq(1)
-                m.d.sync += [emitted.eq(0), settle.eq(0)]
+                m.d.sync += settle.eq(0)
                 with m.If(self.patches.valid & self.patches.payload.go):
                     m.next = "Settle"
             with m.State("Settle"):
@@ -401,13 +415,13 @@ class Ranking(wiring.Component):
                 # two to compare the groups.
                 m.d.sync += settle.eq(settle + 1)
                 with m.If(settle == 2 + self._far):
-                    m.d.sync += gather()
+                    m.d.sync += [*gather, first.eq(1)]
                     m.next = "Pick"
             with m.State("Pick"):
                 with m.If(~self.candidates.valid | self.candidates.ready):
-                    m.d.sync += winner.eq(champion)
+                    m.d.sync += [winner.eq(pick), first.eq(0)]
                     m.next = "Load"
-                    with m.If(champion.key.present):
+                    with m.If(pick.key.present):
                         m.d.sync += [self.candidates.valid.eq(1), emitted.eq(emitted + 1)]
                         m.next = "Remove"
             with m.State("Remove"):
@@ -419,15 +433,9 @@ class Ranking(wiring.Component):
             with m.State("Compare"):
                 m.d.sync += settle.eq(settle + 1)
                 with m.If(settle == 2 + self._far):
-                    m.d.sync += gather()
+                    m.d.sync += gather
                     m.next = "Join"
             with m.State("Join"):
-                m.d.sync += [
-                    finals[0].eq(champion),
-                    finals[1].key.eq(lost.key),
-                    finals[1].expert.eq(Cat(lost.lane, winner.expert[lane_bits:])),
-                    *(final.eq(0) for final in finals[2:]),
-                ]
                 m.next = "Pick"
             with m.State("Last"):
                 with m.If(~self.candidates.valid | self.candidates.ready):

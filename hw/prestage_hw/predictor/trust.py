@@ -425,7 +425,8 @@ class Trust(wiring.Component):
         learn_known, learn_last = Signal(), Signal()
         base = Signal(signed(9))
         lfsr = Signal(32, init=_SEED)
-        change, learned = Signal(signed(2)), Signal(signed(10))
+        moves, most = Signal(), Signal()
+        stepped = Signal(signed(9))
         m.d.sync += learn_now.eq(guess_now)
         with m.If(guess_now):
             m.d.sync += [
@@ -435,17 +436,11 @@ class Trust(wiring.Component):
                 chosen_late.eq(chosen),
                 lfsr.eq(lfsr_next(lfsr)),
             ]
-        trust_value = Signal(signed(9))
+        # (error + u) >> 8 is 1 or 0 for what was chosen, -1 or 0 for the rest.
         m.d.comb += [
-            change.eq((Mux(chosen_late, 256, 0) - guess + lfsr[:8]) >> 8),
-            learned.eq(base + change),
-            trust_value.eq(
-                Mux(
-                    learned > _MOST_TRUST,
-                    _MOST_TRUST,
-                    Mux(learned < -_MOST_TRUST, -_MOST_TRUST, learned),
-                )
-            ),
+            moves.eq((lfsr[:8] >= guess) == chosen_late),
+            most.eq(base == Mux(chosen_late, _MOST_TRUST, -_MOST_TRUST)),
+            stepped.eq(base + Mux(chosen_late, 1, -1)),
         ]
 
         # Writes; clearing writes zeros everywhere.
@@ -456,8 +451,8 @@ class Trust(wiring.Component):
             value_write.en.eq(self.values.valid & self.values.ready),
             list_write.addr.eq(place),
             trust_write.addr.eq(learned_address),
-            trust_write.data.value.eq(trust_value),
-            trust_write.data.parity.eq(trust_value.xor()),
+            trust_write.data.value.eq(Mux(moves & ~most, stepped, base)),
+            trust_write.data.parity.eq(Mux(moves & ~most, stepped.xor(), base.xor())),
             trust_write.en.eq(learn_now),
         ]
         for lane in range(lanes):
