@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prestage_hw.contract import PRESETS, DeviceConfig, ModelConfig
-from prestage_hw.contract.perceptron import HeadConfig, PerceptronConfig, perceptron_form
+from prestage_hw.contract.perceptron import HeadConfig, perceptron_form
 from prestage_hw.predictor.linear import LinearHead
 from prestage_tb.bench import run_bench
 
@@ -40,36 +40,44 @@ def _model(layers, experts, top_k):
     return ModelConfig(name="model", layers=layers, experts=experts, top_k=top_k)
 
 
-def _heads(*heads):
-    """A perceptron's heads: P1 and P0 must be among them."""
-    given = {head.name: head for head in heads}
-    least = {name: HeadConfig(name=name) for name in ("P1", "P0")}
-    return tuple((least | given)[name] for name in HeadConfig.NAMES if name in least | given)
-
-
-_CROSSES = ("AC", "AA", "AB")
+# Rows, conjunctions and diagonal features in all heads, whatever the named forms take.
+_HEADS = (
+    HeadConfig(
+        name="P1",
+        rows=("A", "C", "D"),
+        crosses=("AC", "AA", "AB"),
+        diagonals=("B", "G", "T", "T2", "Q"),
+    ),
+    HeadConfig(name="P2", rows=("A",), crosses=("AB",), diagonals=("B", "Bn")),
+    HeadConfig(name="P0", rows=("B", "T"), diagonals=("G", "T2", "Q", "S", "Bn", "Bp")),
+    HeadConfig(name="R", rows=("B",), diagonals=("Bp", "G", "S")),
+)
+_LISTS = (
+    HeadConfig(name="P1", rows=("A", "C", "D"), diagonals=("B", "G", "T", "T2", "Q")),
+    HeadConfig(name="P0", rows=("B",), diagonals=("B", "G")),
+    HeadConfig(name="R", rows=("B",), diagonals=("B", "G", "S")),
+)
 _SHAPES = {
     "tiny": _device(PRESETS["tiny"], "lite", contexts=2),
     "gpt-oss-20b": _device(PRESETS["gpt-oss-20b"], "lite"),
     # Lists in one word and in two, of an expert count that is a power of two and of one that isn't.
-    "lists": _device(_model(3, 128, 8), "compressed", contexts=2),
-    "lists of two words": _device(_model(2, 61, 3), "compressed", lanes=4),
+    "lists": _device(_model(3, 128, 8), "compressed", contexts=2, heads=_LISTS),
+    "lists of two words": _device(_model(2, 61, 3), "compressed", lanes=4, heads=_LISTS),
     # All lanes side by side, conjunctions that meet in few rows.
-    "full": _device(_model(4, 32, 4), "full", cross_rows=4),
-    "full of 16": _device(_model(4, 16, 3), "full", contexts=2, banked=True),
+    "full": _device(_model(4, 32, 4), "full", cross_rows=4, heads=_HEADS),
+    "full of 16": _device(_model(4, 16, 3), "full", contexts=2, banked=True, heads=_HEADS),
     # Rows of three words, the last one not full; products in addresses.
-    "odd": _device(_model(4, 20, 2), "full", lanes=8, cross_rows=16),
-    "one of nine": _device(_model(4, 9, 1), "full", lanes=4),
+    "odd": _device(_model(4, 20, 2), "full", lanes=8, cross_rows=16, heads=_HEADS),
+    "one of nine": _device(_model(4, 9, 1), "full", lanes=4, heads=_HEADS),
     # Two groups of lanes that share parity.
-    "banked": _device(
-        _model(3, 24, 4), "lite", contexts=3, banked=True, lanes=16
-    ),
+    "banked": _device(_model(3, 24, 4), "lite", contexts=3, banked=True, lanes=16),
 }
 _CASES = [
     *((shape, name) for shape in ("tiny", "gpt-oss-20b", "full of 16") for name in ("P0", "R")),
     *((shape, "P1") for shape in _SHAPES),
     ("full of 16", "P2"),
     ("lists of two words", "P0"),
+    ("lists of two words", "R"),
     ("odd", "R"),
     ("banked", "R"),
 ]
@@ -93,3 +101,55 @@ def test_shape(shape, name):
     config = _SHAPES[shape]
     names = [head.name for head in config.perceptron.heads]
     _run(config, names.index(name), tests=_ALL, jobs=150)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [("tiny", "P1"), ("banked", "R"), ("lists of two words", "P1"), ("full of 16", "P1")],
+)
+def test_flipped_bits(shape, name):
+    """Faults in every memory."""
+    config = _SHAPES[shape]
+    names = [head.name for head in config.perceptron.heads]
+    _run(config, names.index(name), tests=["survives_flipped_bits"], public=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "form", "tokens"), [("gpt-oss-20b", "lite", 8), ("qwen3-30b-a3b", "compressed", 4)]
+)
+def test_trace(model, form, tokens):
+    """Real routing."""
+    path = next(_TRACES.glob(f"{model}__*.npz"), None)
+    if path is None:
+        pytest.skip(f"no trace of {model} is here")
+    config = _device(PRESETS[model], form)
+    tests = ["follows_golden_on_trace"]
+    _run(config, 0, tests=tests, trace=str(path), tokens=tokens)
+
+
+def test_refuses_what_is_no_head():
+    config = _SHAPES["tiny"]
+    head = config.perceptron.heads[0]
+    with pytest.raises(TypeError, match="Configuration must be a DeviceConfig, not 3"):
+        LinearHead(3, head=head, number=0)
+    with pytest.raises(TypeError, match="Head must be a HeadConfig, not 'P1'"):
+        LinearHead(config, head="P1", number=0)
+    with pytest.raises(ValueError, match="Head must be one of the perceptron's, not HeadConfig"):
+        LinearHead(config, head=HeadConfig(name="P2"), number=0)
+    with pytest.raises(TypeError, match="Head number must be .*, not 'first'"):
+        LinearHead(config, head=head, number="first")
+    with pytest.raises(ValueError, match="Head number must be .*, not 5"):
+        LinearHead(config, head=head, number=5)
+    other = config.replace(predictor="none")
+    with pytest.raises(ValueError, match="Predictor must be perceptron, not 'none'"):
+        LinearHead(other, head=head, number=0)
+
+
+def test_states_its_cycles():
+    head = HeadConfig(name="P1", rows=("A", "C", "D"), diagonals=("B", "G", "T", "T2", "Q"))
+    heads = (head, HeadConfig(name="P0"))
+    config = _device(PRESETS["qwen3-30b-a3b"], "compressed", heads=heads, lanes=8, list_entries=8)
+    block = LinearHead(config, head=head, number=0)
+    assert block.active_words({"A", "D", "B"}) == 16
+    assert block.predict_cycles(24) == 46
+    assert block.learn_cycles(24) == 155

@@ -1,7 +1,7 @@
 """One head of the ``perceptron`` predictor: an online linear model in integers."""
 
 from functools import reduce
-from operator import add, or_, xor
+from operator import add, or_
 
 from amaranth import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
@@ -10,7 +10,7 @@ from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.checks import require_integer
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.perceptron import FEATURES, HeadConfig
+from prestage_hw.contract.perceptron import HeadConfig
 from prestage_hw.layouts import RecordLayout
 
 from .sets import LFSR_SEED, SETS, SetLayout, lfsr_next
@@ -143,8 +143,8 @@ class LinearHead(wiring.Component):
     Members
     -------
     predicts : ``In(stream.Signature(StructLayout))``
-        ``ctx``, ``layer``, ``sets`` (array of :class:`SetLayout` in the order of :data:`SETS`; *now*
-        of a reuse head) and ``extra``: values come out, but are not saved for learning.
+        ``ctx``, ``layer``, ``sets`` (array of :class:`SetLayout` in the order of :data:`SETS`;
+        *now* of a reuse head) and ``extra``: values come out, but are not saved for learning.
     learns : ``In(stream.Signature(StructLayout))``
         ``ctx``, ``layer``, ``sets`` (*old* of a reuse head), ``used`` (the experts that were
         chosen) and ``skip``: a reuse head only keeps its latest prediction as the next visit's old
@@ -394,9 +394,12 @@ class LinearHead(wiring.Component):
         def base_of(payload):
             if self.layers == layers:
                 return payload.layer
-            return reduce(
-                or_, (Mux(payload.ctx == n, n * layers, 0) for n in range(self.config.contexts))
-            ) + payload.layer
+            return (
+                reduce(
+                    or_, (Mux(payload.ctx == n, n * layers, 0) for n in range(self.config.contexts))
+                )
+                + payload.layer
+            )
 
         def todo_of(payload):
             known = {name: payload.sets[SETS.index(name)].valid for name in names}
@@ -439,9 +442,7 @@ class LinearHead(wiring.Component):
                 read.addr.eq(at),
             ]
             m.d.comb += [
-                write.data[key].eq(source.payload[key])
-                for key, _ in layout
-                if key != "choices"
+                write.data[key].eq(source.payload[key]) for key, _ in layout if key != "choices"
             ]
             for n, set_name in enumerate(names):
                 m.d.comb += write.data.choices[n].eq(
@@ -503,7 +504,7 @@ class LinearHead(wiring.Component):
 
         # --- walk over the active words of a job: one a cycle, unknown sets take none.
         def walk(name, job, slot, go, restart):
-            """Choose the next word; returns its parts, whether it is the last, whether none is left."""
+            """Choose the next word; returns its parts, and whether none is left."""
             if not has_rows:
                 return None, Const(1)
             todo = slot["todo"]
@@ -542,8 +543,7 @@ class LinearHead(wiring.Component):
                 return job.choices[names.index(set_name)]
 
             source = [
-                (n, _pick(index, [of(f)[i] for i in range(top_k)]))
-                for n, f in enumerate(head.rows)
+                (n, _pick(index, [of(f)[i] for i in range(top_k)])) for n, f in enumerate(head.rows)
             ]
             second = []
             for n, cross in enumerate(head.crosses, len(head.rows)):
@@ -557,13 +557,12 @@ class LinearHead(wiring.Component):
                 "beat": beat,
             }
             if head.crosses:
-                word["region"] = chosen(
-                    [(n, x * self.layers) for x, (n, _) in enumerate(second)]
-                )
+                word["region"] = chosen([(n, x * self.layers) for x, (n, _) in enumerate(second)])
                 word["second"] = chosen(second)
                 word["crossed"] = pick[len(head.rows) :].any()
                 word["sorted"] = reduce(
-                    or_, (pick[n] for n, c in enumerate(head.crosses, len(head.rows)) if c == "AA"),
+                    or_,
+                    (pick[n] for n, c in enumerate(head.crosses, len(head.rows)) if c == "AA"),
                     Const(0),
                 )
             return {**word, "valid": go & (todo != 0), "last": last, "todo": todo}, todo == 0
@@ -692,9 +691,7 @@ class LinearHead(wiring.Component):
             m.d.comb += [
                 store.read_address.eq(Mux(read, read_beat, mask_beat(expert))),
                 store.write_address.eq(Mux(clearing, clear_address, store.read_address)),
-                store.write_data.eq(
-                    Mux(clearing | read, 0, store.read_data | one_hot(expert))
-                ),
+                store.write_data.eq(Mux(clearing | read, 0, store.read_data | one_hot(expert))),
                 store.write.eq(clearing | read | build),
             ]
 
@@ -705,9 +702,7 @@ class LinearHead(wiring.Component):
             m.d.sync += guess_index.eq(guess_index + 1)
         with m.If(guess_pop):
             m.d.sync += guess_index.eq(0)
-        guess_masks = masks(
-            "guess", guess, guess_slots[0]["valid"], guess_index, guess_build
-        )
+        guess_masks = masks("guess", guess, guess_slots[0]["valid"], guess_index, guess_build)
 
         final, final_done = Signal(), Signal()  # beats are read; all have been read
         final_beat = Signal(range(value_beats))
@@ -716,7 +711,12 @@ class LinearHead(wiring.Component):
         start = Signal()
         m.d.comb += [
             start.eq(
-                guess_now & walked & room & ~final & ~final_done & (guess_index >= max(0, top_k - 3))
+                guess_now
+                & walked
+                & room
+                & ~final
+                & ~final_done
+                & (guess_index >= max(0, top_k - 3))
             ),
             final_read.eq(start | final),
         ]
@@ -746,7 +746,6 @@ class LinearHead(wiring.Component):
         )
         if head.is_reuse:
             old_read, old_write = _block_memory(m, "saved", bits=saved_bits, depth=saved_depth)
-
 
         # --- words of rows on their way: address, memory, register, register with parity checked
         lesson_go = Signal()
@@ -793,15 +792,20 @@ class LinearHead(wiring.Component):
                 row_lesson.eq(lesson_valid & ~guess_valid & ~hazard),
                 lesson_go.eq(~lesson_valid | row_lesson),
                 row_address.eq(
-                    Mux(table_read_row, table_address, Mux(guess_valid, guess_address, lesson_address))
+                    Mux(
+                        table_read_row,
+                        table_address,
+                        Mux(guess_valid, guess_address, lesson_address),
+                    )
                 ),
                 row_read.addr.eq(row_address),
             ]
             row_guess_at = track("row_guess", guess_valid, count=3)
             row_lesson_at = track("row_lesson", row_lesson, count=7)
             row_table_at = track("row_table", table_read_row, count=7)
-            row_addresses = track("row_address", row_address, count=7, width=row_bits,
-                                  reset_less=True)
+            row_addresses = track(
+                "row_address", row_address, count=7, width=row_bits, reset_less=True
+            )
             row_beats_at = track(
                 "row_beat",
                 Mux(guess_valid, guess_beat, lesson_beat),
@@ -810,7 +814,7 @@ class LinearHead(wiring.Component):
                 reset_less=True,
             )
             if head.crosses:
-                # Conjunctions may hash to one row: a word has to be written before it is read again.
+                # Conjunctions may hash to one row: a word is written before it is read again.
                 m.d.comb += hazard.eq(
                     reduce(
                         or_,
@@ -882,9 +886,7 @@ class LinearHead(wiring.Component):
             def part(raw):
                 first = (feature * lanes + group * _GROUP) * weight_bits
                 last = (feature * lanes + min(lanes, (group + 1) * _GROUP)) * weight_bits
-                return Cat(
-                    raw[first:last], raw[diagonal_data_bits + feature * groups + group]
-                )
+                return Cat(raw[first:last], raw[diagonal_data_bits + feature * groups + group])
 
             return part
 
@@ -926,9 +928,7 @@ class LinearHead(wiring.Component):
                 row_indices.append(entry[weight_bits:])
         scores = []
         for lane in range(lanes if has_rows else 0):
-            store = _Scratch(
-                m, f"score{lane}", bits=score_bits, depth=value_beats, init=prior
-            )
+            store = _Scratch(m, f"score{lane}", bits=score_bits, depth=value_beats, init=prior)
             good = ~row_bad[group_of(lane)]
             weight = Signal(signed(weight_bits), name=f"score_weight{lane}")
             place_now, real = row_beats_at[2], Const(1)
@@ -947,14 +947,10 @@ class LinearHead(wiring.Component):
             scores.append(store.read_data.as_signed())
 
         # --- diagonal features of a prediction: masked and added up in two cycles
-        m.d.comb += guess_pop.eq(
-            diagonal_guess_at[2] & (final_beats[2] == value_beats - 1)
-        )
+        m.d.comb += guess_pop.eq(diagonal_guess_at[2] & (final_beats[2] == value_beats - 1))
         mask_now = []
         for store, expert, build in guess_masks:
-            build_mask(
-                store, expert, build, read=diagonal_guess_at[2], read_beat=final_beats[2]
-            )
+            build_mask(store, expert, build, read=diagonal_guess_at[2], read_beat=final_beats[2])
             mask_now.append(store.read_data)
         term_bits = weight_bits + _index_bits(features + 1)
         sums = []
@@ -1003,7 +999,6 @@ class LinearHead(wiring.Component):
             m.d.sync += [held.eq(guess[key]) for key, held in out_place.items()]
         saving = Signal()
         m.d.sync += [saving.eq(diagonal_guess_at[5]), clamped.eq(clamp)]
-        place_bits = self.config.bits("layer")
         saved_at = Cat(final_beats[6], out_place["layer"], out_place["ctx"])
         m.d.comb += [
             guess_done.eq(saving & (final_beats[6] == value_beats - 1)),
@@ -1020,9 +1015,7 @@ class LinearHead(wiring.Component):
         value = out.payload
         fresh = diagonal_guess_at[5]
         if value_beats == 1:
-            m.d.comb += room.eq(
-                ~out.valid & ~reduce(or_, diagonal_guess_at)
-            )
+            m.d.comb += room.eq(~out.valid & ~reduce(or_, diagonal_guess_at))
             with m.If(out.ready):
                 m.d.sync += out.valid.eq(0)
             with m.If(fresh):
@@ -1094,7 +1087,6 @@ class LinearHead(wiring.Component):
             return raw, word, bad
 
         next_raw, next_word, next_bad = saved_word("next", next_read)
-        lesson_skips = track("lesson_skip", skip, count=3, reset_less=True)
         if head.is_reuse:
             # The latest prediction becomes the next visit's old value, with its parity as it is.
             old_place = track(
@@ -1188,9 +1180,7 @@ class LinearHead(wiring.Component):
                         )
                     ),
                     added.two.eq(found.any),
-                    store.read_address.eq(
-                        Mux(lesson_build, whose[lane_bits:], row_beats_at[2])
-                    ),
+                    store.read_address.eq(Mux(lesson_build, whose[lane_bits:], row_beats_at[2])),
                     store.write_address.eq(
                         Mux(
                             clearing,
@@ -1213,9 +1203,7 @@ class LinearHead(wiring.Component):
         )
         lesson_mask_now = []
         for store, expert, build in lesson_masks:
-            build_mask(
-                store, expert, build, read=diagonal_lesson_at[2], read_beat=lesson_beats[2]
-            )
+            build_mask(store, expert, build, read=diagonal_lesson_at[2], read_beat=lesson_beats[2])
             lesson_mask_now.append(store.read_data)
 
         # --- what updates weights: rows a word a cycle, diagonal features one by one
@@ -1232,7 +1220,11 @@ class LinearHead(wiring.Component):
                 hit = Signal(name=f"chunk{at}")
                 m.d.comb += hit.eq(writing & (table_chunk == at))
                 parts.append(
-                    Mux(hit, table_value[low - 32 * at : high - 32 * at], bits[low - first : high - first])
+                    Mux(
+                        hit,
+                        table_value[low - 32 * at : high - 32 * at],
+                        bits[low - first : high - first],
+                    )
                 )
             return Cat(*parts)
 
@@ -1265,9 +1257,7 @@ class LinearHead(wiring.Component):
             m.d.sync += [turn.eq(0), turning.eq(0)]
         with m.If(load_turn):
             m.d.sync += [
-                turned.eq(
-                    replaced(diagonal_clean, diagonal_table_at[2] & table_write)
-                ),
+                turned.eq(replaced(diagonal_clean, diagonal_table_at[2] & table_write)),
                 turned_masks.eq(Cat(Const(-1, lanes), *lesson_mask_now)),
                 turn.eq(0),
                 turning.eq(1),
@@ -1299,14 +1289,20 @@ class LinearHead(wiring.Component):
         turn1 = Signal(reset_less=True)
         offset1 = Signal(8, reset_less=True)
         m.d.sync += turn1.eq(update_turn)
-        m.d.sync += offset1.eq(_pick(turn, [Const(_FEATURE_STEP * f & 255, 8) for f in range(features)]))
+        m.d.sync += offset1.eq(
+            _pick(turn, [Const(_FEATURE_STEP * f & 255, 8) for f in range(features)])
+        )
         if has_rows:
             row_flat = Signal(row_data_bits)
             m.d.comb += row_flat.eq(
                 replaced(
                     Cat(
                         *(
-                            Mux(row_bad[group_of(lane)], 0, row_word[lane * entry_bits :][:entry_bits])
+                            Mux(
+                                row_bad[group_of(lane)],
+                                0,
+                                row_word[lane * entry_bits :][:entry_bits],
+                            )
                             for lane in range(lanes)
                         ),
                         Mux(row_bad[0], 0, row_word[lanes * entry_bits :][:2]),
@@ -1363,14 +1359,10 @@ class LinearHead(wiring.Component):
                     row_moved = full & entry_exists(at, row_beats_at[2], lane)
                     m.d.sync += [
                         takes1[lane].eq(take),
-                        index.eq(
-                            Mux(take, Mux(first_is_new, found.least, found.second), at)
-                        ),
+                        index.eq(Mux(take, Mux(first_is_new, found.least, found.second), at)),
                     ]
                     indices1.append(index)
-                m.d.sync += moves1[lane].eq(
-                    Mux(update_turn, moved, row_moved) & ~update_table
-                )
+                m.d.sync += moves1[lane].eq(Mux(update_turn, moved, row_moved) & ~update_table)
             weights1.append(weight)
             errors1.append(error)
 
@@ -1488,9 +1480,7 @@ class LinearHead(wiring.Component):
             ]
         with m.If(clearing):
             m.d.sync += [gathered.eq(0), gathered_parity.eq(0)]
-        m.d.sync += gathered_all.eq(
-            update_turns[3] & (turns[3] == features - 1) & row_table_writes
-        )
+        m.d.sync += gathered_all.eq(update_turns[3] & (turns[3] == features - 1) & row_table_writes)
         m.d.comb += [
             diagonal_write.addr.eq(
                 Mux(
@@ -1554,9 +1544,7 @@ class LinearHead(wiring.Component):
                 with m.If(~lesson_busy):
                     m.d.comb += lesson_done.eq(1)
                     m.next = "Wait"
-        m.d.comb += lesson_build.eq(
-            ~lesson_fsm.ongoing("Wait") & ~skip & (lesson_index != top_k)
-        )
+        m.d.comb += lesson_build.eq(~lesson_fsm.ongoing("Wait") & ~skip & (lesson_index != top_k))
         del settle
 
         # --- parity errors: several in a cycle are told one after the other
@@ -1605,9 +1593,7 @@ class LinearHead(wiring.Component):
                 if entries:
                     fields.append(indices1[lane])
             with m.If(update_rows[0] & update_tables[0]):
-                m.d.sync += found.eq(
-                    _pick(rest, chunks_of(Cat(*fields, stage1)))
-                )
+                m.d.sync += found.eq(_pick(rest, chunks_of(Cat(*fields, stage1))))
         if feature_bits % 32 == 0:
             each = feature_bits // 32
             with m.If(update_turns[0] & update_tables[0]):
