@@ -181,7 +181,9 @@ def test_messages_and_whole_traces_give_the_same(form):
             (0, layer, expert, value, Source.PREDICTOR, stamp + layer + 1 & 0xFF)
             for layer in range(3)
             for expert, value in ranked(
-                values[0][t, layer].tolist(), threshold=160 if layer else 64, most=6
+                values[0][t, layer].tolist(),
+                threshold=160 if layer else 64,
+                most=3 if layer else 6,
             )
         ]
         assert found[at] == wanted
@@ -193,7 +195,9 @@ def test_messages_and_whole_traces_give_the_same(form):
                 for h in config.perceptron.horizons
                 if layer + h < MODEL.layers
                 for expert, value in ranked(
-                    values[h][t, layer + h].tolist(), threshold=64 if h == 1 else 160, most=6
+                    values[h][t, layer + h].tolist(),
+                    threshold=64 if h == 1 else 160,
+                    most=6 if h == 1 else 3,
                 )
             ]
             assert found[at] == wanted

@@ -23,6 +23,13 @@ _QUEUE_DEPTH = 2
 _ORDER_DEPTH = 8
 
 
+#: Cycles from the transfer of a decision to its first question for sets.
+_ASK_CYCLES = 4
+
+#: Cycles from the last beat of values to the word to rank them.
+_GO_CYCLES = 4
+
+
 class _Kind:
     """Kinds of messages, and of entries in the order of results."""
 
@@ -70,6 +77,52 @@ class PerceptronPredictor(Predictor):
         self._histories = Histories(config)
         self._ranking = Ranking(config)
         self._trust = Trust(config)
+
+    def _active_words(self, head):
+        """Words that a head reads where all its sets are known."""
+        return head.active_words(SETS)
+
+    @property
+    def first_candidate_cycles(self):
+        """Cycles from the transfer of a decision to its first candidate, at most."""
+        near = self._heads[0]
+        predict = near.predict_cycles(self._active_words(near))
+        return (
+            _ASK_CYCLES
+            + self._histories.latency
+            + predict
+            + _GO_CYCLES
+            + self._ranking.first_candidate_cycles
+        )
+
+    @property
+    def last_candidate_cycles(self):
+        """Cycles from the transfer of a decision to the last candidate for the next layer, at most,
+        without stalls.
+        """
+        ranking = self._ranking
+        return self.first_candidate_cycles + (
+            (ranking.most_candidates - 1) * ranking.next_candidate_cycles
+        )
+
+    @property
+    def decision_cycles(self):
+        """Cycles from one decision to the next that the predictor sustains, without stalls."""
+        heads, ranking = self._heads, self._ranking
+        most, k = ranking.most_candidates, self.config.model.top_k
+        ahead = [head for head in heads if head.head.horizon]
+        # One machine asks for all sets; each head predicts and learns; one ranking for all.
+        questions = sum(2 for _ in heads) - 1
+        asking = 8 + questions * (self._histories.latency + 4)
+        working = max(
+            head.predict_interval(self._active_words(head))
+            + head.learn_cycles(self._active_words(head))
+            for head in heads
+        )
+        layer = heads[0].value_beats + _GO_CYCLES + ranking.first_candidate_cycles
+        listing = layer + most * ranking.next_candidate_cycles
+        listing += (len(ahead) - 1) * (layer + min(k, most) * ranking.next_candidate_cycles)
+        return max(asking, working, listing + heads[0].value_beats)
 
     def elaborate(self, platform):
         m = Module()
@@ -191,6 +244,7 @@ class PerceptronPredictor(Predictor):
                 "deadline": 8,
                 "threshold": 8,
                 "score": 8,
+                "far": 1,
                 "extra": 1,
             }
         )
@@ -280,6 +334,7 @@ class PerceptronPredictor(Predictor):
                     entry.layer.eq(walk_layer),
                     entry.deadline.eq(stamps[walk_ctx] + walk_layer + 1),
                     entry.threshold.eq(Mux(walk_layer == 0, self.threshold, self.far_threshold)),
+                    entry.far.eq(walk_layer != 0),
                     entry.extra.eq(0),
                 ]
         stored = Signal()
@@ -373,7 +428,7 @@ class PerceptronPredictor(Predictor):
                 m.d.comb += [block.clear.eq(1) for block in (*heads, histories, trust)]
                 m.d.sync += clear_waits.eq(0)
                 for c in range(contexts):
-                    m.d.sync += [phases[c].eq(Phase.DECODE), stamps[c].eq(0), routed[c].eq(0)]
+                    m.d.sync += [phases[c].eq(Phase.DECODE), routed[c].eq(0)]
                     m.d.sync += [flags[c].eq(0) for flags in known]
                 m.next = "Clear start"
             with m.State("Clear start"):
@@ -480,6 +535,7 @@ class PerceptronPredictor(Predictor):
                             entry.threshold.eq(
                                 self.threshold if horizon == 1 else self.far_threshold
                             ),
+                            entry.far.eq(horizon != 1),
                             entry.extra.eq(extra),
                         ]
                         with m.If(~extra):
@@ -662,6 +718,7 @@ class PerceptronPredictor(Predictor):
             ranking.values.payload.values.eq(beat.values),
             ranking.values.payload.deadline.eq(entry.deadline),
             ranking.values.payload.threshold.eq(entry.threshold),
+            ranking.values.payload.far.eq(entry.far),
             ranking.values.payload.last.eq(last),
             trust.values.payload.ctx.eq(beat.ctx),
             trust.values.payload.layer.eq(beat.layer),

@@ -44,7 +44,10 @@ def _without(config: PerceptronConfig, names: Iterable[str]) -> PerceptronConfig
 
 @compiled
 def _propose(
-    scores: NDArray[np.int32], least: NDArray[np.int32], most: int, proposed: NDArray[np.bool_]
+    scores: NDArray[np.int32],
+    least: NDArray[np.int32],
+    most: NDArray[np.int64],
+    proposed: NDArray[np.bool_],
 ) -> None:
     """Mark the best experts of each layer that reach the threshold of their horizon."""
     tokens, horizons, layers, experts = scores.shape
@@ -59,7 +62,7 @@ def _propose(
                     for other in range(experts):
                         if row[other] > row[e] or (row[other] == row[e] and other < e):
                             better += 1
-                    proposed[t, h, m, e] = better < most
+                    proposed[t, h, m, e] = better < most[h]
 
 
 class PerceptronRanker(Ranker):
@@ -121,7 +124,7 @@ class PerceptronRanker(Ranker):
         stacked = np.stack([values.get(h, values[0]) for h in self.horizons], axis=1)
         scores: NDArray[np.int32] = np.ascontiguousarray(stacked, np.int32)
         least = np.array([self._thresholds[h] for h in self.horizons], np.int32)
-        most = min(2 * self.model.top_k, self.model.experts)
+        most = np.array([2 if h == 1 else 1 for h in self.horizons]) * self.model.top_k
         proposed = np.zeros(scores.shape, np.bool_)
         _propose(scores, least, most, proposed)
         probabilities = scores.astype(np.float32) / np.float32(256)

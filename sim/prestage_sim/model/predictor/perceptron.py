@@ -194,7 +194,10 @@ class PerceptronPredictor(Settings):
         self._first_token_table = len(self._tables)
 
     def clear(self) -> None:
-        """Clear all tables, and forget all histories and hints."""
+        """Clear all tables, and forget all histories and hints.
+
+        What the contexts counted last stays: the host goes on counting.
+        """
         for number, head in enumerate(self.heads):
             clear_head(head, number=number)
         self.histories.clear()
@@ -203,7 +206,6 @@ class PerceptronPredictor(Settings):
         self._known[:] = False
         self._routed[:] = False
         self._phases = [int(Phase.DECODE)] * self.config.contexts
-        self._stamps = [0] * self.config.contexts
 
     def begin(self, ctx: int, token: int, phase: int) -> list[Candidate]:
         """Start a token: rank every layer, and return the candidates of the first ones."""
@@ -348,7 +350,7 @@ class PerceptronPredictor(Settings):
         """Candidates of a layer, best first."""
         threshold = self.threshold if near else self.far_threshold
         model = self.config.model
-        most = min(2 * model.top_k, model.experts)
+        most = min((2 if near else 1) * model.top_k, model.experts)
         return [
             (ctx, layer, expert, value, int(Source.PREDICTOR), deadline)
             for expert, value in ranked(values, threshold=threshold, most=most)
