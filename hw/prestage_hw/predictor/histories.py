@@ -233,7 +233,7 @@ class Histories(wiring.Component):
         """Cycles from the transfer of a token start until ``begins`` is ready again, at most, if
         the sets before are taken and the token tables lie in block RAM.
         """
-        return 2 * self.config.model.layers + 21
+        return 2 * self.config.model.layers + 22
 
     def table_words(self, table):
         """Words in a table of :data:`TABLES`, by number; 0 if no head uses it."""

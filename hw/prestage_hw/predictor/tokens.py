@@ -270,7 +270,7 @@ class TokenTable(wiring.Component):
     @property
     def store_cycles(self):
         """Cycles of a command of storing."""
-        return self.config.model.layers + 5
+        return self.config.model.layers + 6
 
     @property
     def find_cycles(self):
@@ -318,20 +318,24 @@ class TokenTable(wiring.Component):
         # Memory outputs are looked at a cycle later, in ``row`` and ``tag``.
         row_bits = range(rows * layers)
         address, at = Signal(row_bits), Signal(range(layers + 1))
-        advance, take = Signal(), Signal()
+        ahead, advance, take = Signal(row_bits), Signal(), Signal()
         entry = Signal(command.entry.shape())
         tag, row, masked = Signal(tag_layout), Signal(row_layout), Signal(checked_layout)
         match, matched = Signal(), Signal()
         out, out_valid = Signal(self.found.payload.shape()), Signal()
         m.d.comb += [
             tag_read.addr.eq(entry),
-            row_read.addr.eq(Mux(advance, address + 1, address)),
+            row_read.addr.eq(ahead),
             self.found.payload.eq(out),
             self.found.valid.eq(out_valid),
             match.eq(tag.valid & ~tag.as_value().xor() & (tag.tag == command.tag)),
         ]
         with m.If(advance):
             m.d.sync += [address.eq(address + 1), at.eq(at + 1)]
+
+        # Sums of shifts, which no multiplier is spent on.
+        shifts = [n for n in range(layers.bit_length()) if layers >> n & 1]
+        first_word = sum((command.entry << n for n in shifts[1:]), command.entry << shifts[0])
 
         # What a table access reads: sets whose parity is wrong are 0.
         checked = Signal(checked_layout)
@@ -375,6 +379,7 @@ class TokenTable(wiring.Component):
         m.d.comb += shifted.eq(Cat(index[-1], remainder))
 
         go = Signal()
+        m.d.comb += ahead.eq(address)
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += self.idle.eq(
@@ -397,7 +402,7 @@ class TokenTable(wiring.Component):
                             value_valid.eq(~access.write),
                         ]
                 with m.Elif(command_waits):
-                    m.d.sync += [entry.eq(command.entry), address.eq(command.entry * layers)]
+                    m.d.sync += [entry.eq(command.entry), address.eq(first_word)]
                     m.next = "FIND"
                 with m.Elif(clear_waits & ~value_valid):
                     m.d.sync += clear_address.eq(0)
@@ -417,25 +422,35 @@ class TokenTable(wiring.Component):
                 ]
                 with m.If(command.store):
                     m.d.comb += tag_write.en.eq(1)
-                    m.next = "STORE"
+                    m.next = "HOLD"
                 with m.Elif(match):
                     m.next = "GIVE"
                 with m.Else():
                     m.next = "IDLE"
+            with m.State("HOLD"):
+                # What comes out of many block RAMs is too late to go straight back: the row word
+                # that is under way waits in ``row``, the next one at the memory's output.
+                m.d.comb += ahead.eq(address + 1)
+                m.d.sync += row.eq(row_read.data)
+                m.next = "STORE"
             with m.State("STORE"):
                 m.d.comb += [
                     self.choices_in.ready.eq(1),
                     take.eq(self.choices_in.valid),
                     advance.eq(take),
+                    ahead.eq(Mux(advance, address + 2, address + 1)),
                     row_write.en.eq(take),
                 ]
-                with m.If(take & (at == layers - 1)):
-                    m.d.sync += command_waits.eq(0)
-                    m.next = "IDLE"
+                with m.If(take):
+                    m.d.sync += row.eq(row_read.data)
+                    with m.If(at == layers - 1):
+                        m.d.sync += command_waits.eq(0)
+                        m.next = "IDLE"
             with m.State("GIVE"):
                 m.d.comb += [
                     go.eq(~out_valid | self.found.ready),
                     advance.eq(go & (at != layers)),
+                    ahead.eq(Mux(advance, address + 1, address)),
                 ]
                 with m.If(go):
                     m.d.sync += [out.sets.eq(row_read.data), out_valid.eq(at != layers)]
@@ -505,7 +520,7 @@ class TokenTable(wiring.Component):
                 row_write.data[0].eq(self.choices_in.payload),
             ]
             for n in range(1, choices):
-                before = row_read.data[n - 1]
+                before = row[n - 1]
                 with m.If(matched & before.valid & _exist(before.experts, config=config)):
                     m.d.comb += row_write.data[n].eq(before)
         return m
