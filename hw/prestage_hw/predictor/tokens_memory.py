@@ -232,13 +232,14 @@ class TokenMemory(wiring.Component):
         row_offset = Signal(range(max(self.memory_bytes, 2)))
         address = Signal(config.address_bits)
         left, length = Signal(range(most + 1)), Signal(range(burst + 1))
+        asked, sent = Signal(8), Signal()  # Length as the bus wants it; all beats are sent.
         m.d.comb += [
             bus.araddr.eq(address),
-            bus.arlen.eq(length - 1),
+            bus.arlen.eq(asked),
             bus.arsize.eq(config.data_bytes.bit_length() - 1),
             bus.arburst.eq(BURST_INCR),
             bus.awaddr.eq(address),
-            bus.awlen.eq(length - 1),
+            bus.awlen.eq(asked),
             bus.awsize.eq(config.data_bytes.bit_length() - 1),
             bus.awburst.eq(BURST_INCR),
             bus.wstrb.eq(~0),
@@ -379,7 +380,10 @@ class TokenMemory(wiring.Component):
                 with m.Else():
                     m.next = "SPLIT READ"
             with m.State("SPLIT READ"):
-                m.d.sync += length.eq(Mux(left > burst, burst, left))
+                m.d.sync += [
+                    length.eq(Mux(left > burst, burst, left)),
+                    asked.eq(Mux(left > burst, burst, left) - 1),
+                ]
                 m.next = "ASK"
             with m.State("ASK"):
                 m.d.comb += bus.arvalid.eq(1)
@@ -425,7 +429,11 @@ class TokenMemory(wiring.Component):
                 ]
                 m.next = "SPLIT WRITE"
             with m.State("SPLIT WRITE"):
-                m.d.sync += length.eq(Mux(left > burst, burst, left))
+                m.d.sync += [
+                    length.eq(Mux(left > burst, burst, left)),
+                    asked.eq(Mux(left > burst, burst, left) - 1),
+                    sent.eq(0),
+                ]
                 m.next = "OFFER"
             with m.State("OFFER"):
                 m.d.comb += bus.awvalid.eq(1)
@@ -434,22 +442,23 @@ class TokenMemory(wiring.Component):
                     m.next = "WRITE"
             with m.State("WRITE"):
                 m.d.comb += [
-                    self.choices_in.ready.eq((field_left == 0) & (length != 0)),
+                    self.choices_in.ready.eq((field_left == 0) & ~sent),
                     load.eq(self.choices_in.valid & self.choices_in.ready),
                 ]
                 with m.If(~wvalid | bus.wready):
                     m.d.sync += [
-                        wvalid.eq((field_left != 0) & (length != 0)),
+                        wvalid.eq((field_left != 0) & ~sent),
                         wdata.eq(field[:width]),
                         wlast.eq(length == 1),
                     ]
-                    with m.If(length == 0):
+                    with m.If(sent):
                         m.next = "ANSWER"
                     with m.Elif(field_left != 0):
                         m.d.sync += [
                             field.eq(field >> width),
                             field_left.eq(field_left - 1),
                             length.eq(length - 1),
+                            sent.eq(length == 1),
                         ]
                 with m.If(load):
                     m.d.sync += [
