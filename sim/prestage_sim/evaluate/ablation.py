@@ -598,7 +598,9 @@ def ablate(
                 ),
                 table_bits=table_bits(device),
                 cycles={
-                    head.name: prediction_cycles(device, head) for head in variant.config.heads
+                    head.name: prediction_cycles(device, head)
+                    for head in variant.config.heads
+                    if head.name not in variant.replaced
                 },
             )
         )
