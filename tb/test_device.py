@@ -16,6 +16,7 @@ from prestage.cli import main
 from prestage.errors import BadTableError
 from prestage.replay import device_config, replay
 from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.perceptron import perceptron_form
 from prestage_hw.contract.records import TABLE_BURST, Phase
 from prestage_hw.contract.registers import COUNTERS
 from prestage_sim.traces import Trace, save_trace
@@ -182,3 +183,31 @@ def test_chunks(phase, predictor):
     assert found[0] == found[1]
     assert found[0]["routes"] == 6 * 4 * 3 and found[0]["prefetch_stale"] == 0
     assert found[0]["hints"] == 6 * 3 * (3 + 2 + 1) and found[0]["rejected"] == 0
+
+
+@pytest.mark.parametrize("form", ["full", "compressed"])
+def test_token_tables_behind_the_memory_port(form):
+    """Rows of the token tables come and go over AXI4; counters are those of the golden model."""
+    trace = walk(60, seed=5)
+    layers, experts = 4, 16
+    chosen = (trace.experts + 8 * (np.arange(60)[:, None, None] % 3 == 0)) % experts
+    tokens = np.arange(60) % 7
+    tokens[::11] = -1
+    trace = Trace(experts=chosen, experts_per_layer=experts, token=tokens, meta={"model": "walk"})
+    perceptron = perceptron_form(form).replace(token_rows=8, pair_rows=16, cross_rows=16)
+    counters = []
+    for url in DEVICES:
+        device = device_config(trace, slots=20, expert_bytes=1024, predictor="perceptron")
+        device = device.replace(perceptron=perceptron, form=form)
+        assert device.token_memory and device.model.layers == layers
+        with prestage.open(url, config=device) as opened:
+            opened.configure(token_base=1 << 12)
+            with pytest.raises(prestage.errors.ArgumentError, match="multiple of 4096"):
+                opened.configure(token_base=100)
+            opened.configure(token_base=0)
+            run = replay(opened, trace)
+            counters.append({name: run.counters[name] for name in COMPARED})
+            tables = opened.snapshot()
+    assert counters[0] == counters[1]
+    assert counters[0]["candidates"] > 100 and counters[0]["parity_errors"] == 0
+    assert len(tables) == sum(1 + bool(head.rows) for head in perceptron.heads)

@@ -15,7 +15,7 @@ from prestage_hw.buffer.arbiter import ReadArbiter
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.registers import COUNTERS
 from prestage_hw.dma import DMA
-from prestage_hw.dma.axi import AXI4ReadSignature
+from prestage_hw.dma.axi import AXI4ReadSignature, AXI4Signature
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import Dispatcher
 from prestage_hw.link.link import Link
@@ -45,6 +45,8 @@ class Top(wiring.Component):
         Memory that holds the experts.
     reads, beats : ``In(stream of ReadRequest)``, ``Out(stream of Beat)``
         Consumer port of the expert buffer.
+    tokens : ``Out(AXI4Signature(...))``
+        Memory that holds the predictor's token tables; only with ``config.token_memory``.
     idle : ``Out(1)``
         Nothing is under way behind the link.
     """
@@ -53,8 +55,14 @@ class Top(wiring.Component):
         require_config(config)
         self.config = config
         self.link_options = dict(link_options or {})
+        memory = {
+            "tokens": Out(
+                AXI4Signature(address_bits=config.address_bits, data_bits=config.bits("data"))
+            )
+        }
         super().__init__(
             {
+                **(memory if config.token_memory else {}),
                 "rx": In(stream.Signature(8)),
                 "tx": Out(stream.Signature(8)),
                 "bus": Out(
@@ -110,6 +118,10 @@ class Top(wiring.Component):
             # Eviction goes by recency alone: nobody asks for reuse values.
             predictor.reuse.ready.eq(1),
         ]
+
+        if config.token_memory:
+            wiring.connect(m, predictor.bus, wiring.flipped(self.tokens))
+            m.d.comb += predictor.base.eq(registers.control.token_base)
 
         # 3 scheduler: candidates are the predictor's and those of hints, which the predictor hands
         # on in its own order; the scheduler says which it drops.

@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0x94e3ed05u
+#define PRESTAGE_REGISTER_HASH 0x9be2e937u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -107,6 +107,8 @@ enum prestage_register {
     PRESTAGE_REG_TABLE_ADDRESS = 0x19, /* rw: Table word for table_data: table in bits 31..24, word in bits 23..0. */
     PRESTAGE_REG_TABLE_DATA = 0x1a, /* rw: The addressed table word; each access moves table_address one word on. */
     PRESTAGE_REG_TABLE_WORDS = 0x1b, /* ro: Words in the table that table_address selects. */
+    PRESTAGE_REG_TOKEN_BASE_LOW = 0x1c, /* rw: Address of the predictor's token tables where they lie behind a memory port, bits 31..0: a multiple of 4096. */
+    PRESTAGE_REG_TOKEN_BASE_HIGH = 0x1d, /* rw: The same, bits 63..32. */
     PRESTAGE_REG_CYCLES_LOW = 0x20, /* ro: Clock cycles since reset, bits 31..0; latches the rest. */
     PRESTAGE_REG_CYCLES_HIGH = 0x21, /* ro: Clock cycles since reset, bits 63..32, as latched. */
     PRESTAGE_REG_TOKENS = 0x40, /* ro: Tokens begun. Stage 1. */
@@ -117,7 +119,7 @@ enum prestage_register {
     PRESTAGE_REG_CANDIDATES = 0x45, /* ro: Experts that the predictor proposed for the layer that comes next. Stage 2. */
     PRESTAGE_REG_CANDIDATES_CORRECT = 0x46, /* ro: Proposed experts that the layer then chose. Stage 2. */
     PRESTAGE_REG_DEMANDS_PREDICTED = 0x47, /* ro: Demands at layers for which the predictor could propose experts. Stage 2. */
-    PRESTAGE_REG_PARITY_ERRORS = 0x48, /* ro: Words of predictor tables that were read with wrong parity. Stage 2. */
+    PRESTAGE_REG_PARITY_ERRORS = 0x48, /* ro: Words of predictor tables that were read with wrong parity, and errors that their memory answered. Stage 2. */
     PRESTAGE_REG_DEMANDS = 0x49, /* ro: Experts demanded. Stage 3. */
     PRESTAGE_REG_HITS = 0x4a, /* ro: Demands that found their expert resident. Stage 3. */
     PRESTAGE_REG_MISSES = 0x4b, /* ro: Demands that had to start a fetch. Stage 3. */

@@ -627,6 +627,7 @@ class Device:
         hints: bool | None = None,
         hint_threshold: int | None = None,
         expert_base: int | None = None,
+        token_base: int | None = None,
         prefetch_tiles: int | None = None,
         threshold: int | None = None,
         far_threshold: int | None = None,
@@ -647,6 +648,9 @@ class Device:
             Least score of a hint that counts, 0 to 255.
         expert_base : :class:`int` or None
             Address of expert 0 of layer 0, in bytes: a multiple of the memory port's width.
+        token_base : :class:`int` or None
+            Address of the predictor's token tables where they lie behind a memory port, in bytes: a
+            multiple of 4,096.
         prefetch_tiles : :class:`int` or None
             Prefetch tiles that may be under way at once, 1 to 4. A demand waits behind at most so
             many.
@@ -678,6 +682,14 @@ class Device:
             self._check_base(expert_base)
             writes.append(("expert_base_low", expert_base & 0xFFFFFFFF))
             writes.append(("expert_base_high", expert_base >> 32))
+        if token_base is not None:
+            most = (1 << self.config.address_bits) - 4096
+            if not 0 <= operator.index(token_base) <= most or token_base % 4096:
+                raise ArgumentError(
+                    f"Token base must be a multiple of 4096 from 0 to {most:#x}, not {token_base:#x}"
+                )
+            writes.append(("token_base_low", token_base & 0xFFFFFFFF))
+            writes.append(("token_base_high", token_base >> 32))
         if prefetch_tiles is not None:
             if not 1 <= operator.index(prefetch_tiles) <= 4:
                 raise ArgumentError(f"Prefetch tiles must be between 1 and 4, not {prefetch_tiles}")

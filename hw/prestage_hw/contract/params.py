@@ -276,6 +276,16 @@ class DeviceConfig:
         return lanes
 
     @property
+    def token_memory(self) -> bool:
+        """Whether the predictor keeps token tables behind a memory port of its own."""
+        return (
+            self.predictor == "perceptron"
+            and self.perceptron is not None
+            and self.perceptron.token_store == "memory"
+            and bool(self.perceptron.features() & {"T", "T2", "Q", "S"})
+        )
+
+    @property
     def lane_beats(self) -> int:
         """Beats in which a value for each expert passes through the predictor's lanes."""
         return -(-self.model.experts // self.predictor_lanes)

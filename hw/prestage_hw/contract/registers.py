@@ -71,7 +71,8 @@ COUNTERS: tuple[Counter, ...] = (
     Counter(
         name="parity_errors",
         stage=2,
-        description="Words of predictor tables that were read with wrong parity.",
+        description="Words of predictor tables that were read with wrong parity, and errors that their"
+        " memory answered.",
     ),
     Counter(name="demands", stage=3, description="Experts demanded."),
     Counter(name="hits", stage=3, description="Demands that found their expert resident."),
@@ -206,6 +207,15 @@ def _layout() -> tuple[Register, ...]:
         "The addressed table word; each access moves table_address one word on.",
     )
     add(0x1B, "table_words", "ro", None, "Words in the table that table_address selects.")
+    add(
+        0x1C,
+        "token_base_low",
+        "rw",
+        0,
+        "Address of the predictor's token tables where they lie behind a memory port, bits 31..0:"
+        " a multiple of 4096.",
+    )
+    add(0x1D, "token_base_high", "rw", 0, "The same, bits 63..32.")
     add(0x20, "cycles_low", "ro", None, "Clock cycles since reset, bits 31..0; latches the rest.")
     add(0x21, "cycles_high", "ro", None, "Clock cycles since reset, bits 63..32, as latched.")
     at = 0x40

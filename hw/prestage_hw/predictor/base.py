@@ -5,6 +5,7 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
+from prestage_hw.dma.axi import AXI4Signature
 from prestage_hw.layouts import RecordLayout
 
 __all__ = ["Predictor", "PredictorSignature"]
@@ -45,6 +46,8 @@ class PredictorSignature(wiring.Signature):
         Words in the selected table, one cycle after ``table_select``; 0 if there is no such table.
     parity_errors : ``Out(1)``
         Strobe: a table word was read with wrong parity.
+    bus, base : ``Out(AXI4Signature(...))``, ``In(address bits)``
+        Memory of the token tables and where they begin; only with ``config.token_memory``.
     clear : ``In(1)``
         A pulse clears all tables, after everything that was accepted up to that cycle.
     idle : ``Out(1)``
@@ -52,8 +55,15 @@ class PredictorSignature(wiring.Signature):
     """
 
     def __init__(self, *, config):
+        memory = {
+            "bus": Out(
+                AXI4Signature(address_bits=config.address_bits, data_bits=config.bits("data"))
+            ),
+            "base": In(config.address_bits),
+        }
         super().__init__(
             {
+                **(memory if config.token_memory else {}),
                 "begin": In(stream.Signature(RecordLayout("BeginToken", config=config))),
                 "decisions": In(stream.Signature(RecordLayout("RoutingDecision", config=config))),
                 "hints": In(stream.Signature(RecordLayout("Candidate", config=config))),

@@ -1,7 +1,7 @@
 """Online linear models over routing histories, in integers."""
 
 from amaranth import Array, Cat, Module, Mux, Signal, unsigned
-from amaranth.lib import data
+from amaranth.lib import data, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 
 from prestage_hw.contract.records import Phase, Source
@@ -659,6 +659,10 @@ class PerceptronPredictor(Predictor):
 
         # Strobes of several blocks may fall together: each is counted.
         strobes = [block.parity_errors for block in (*heads, histories, trust)]
+        if config.token_memory:
+            wiring.connect(m, histories.bus, wiring.flipped(self.bus))
+            m.d.comb += histories.base.eq(self.base)
+            strobes.append(histories.bus_errors)
         errors = Signal(16)
         m.d.sync += [
             errors.eq(errors + sum(strobes) - (errors != 0)),

