@@ -11,11 +11,10 @@ import numpy as np
 from cocotb.handle import ArrayObject, HierarchyObject
 from cocotb.triggers import FallingEdge, RisingEdge
 
+from cocotb_predictor import PredictorBench
 from prestage_hw.contract.records import Phase, Source
 from prestage_hw.predictor import PerceptronPredictor
 from prestage_tb.bench import Stall, cycles, parameters
-
-from cocotb_predictor import PredictorBench
 
 #: Bounds that the predictor has to keep for 128 experts and k = 8 (cycles).
 _FIRST, _LAST, _EVERY = 64, 160, 200

@@ -202,7 +202,7 @@ def test_token_tables_behind_the_memory_port(form):
         assert device.token_memory and device.model.layers == layers
         with prestage.open(url, config=device) as opened:
             opened.configure(token_base=1 << 12)
-            with pytest.raises(prestage.errors.ArgumentError, match="multiple of 4096"):
+            with pytest.raises(prestage.errors.ArgumentError, match="multiple of 4096 from 0"):
                 opened.configure(token_base=100)
             opened.configure(token_base=0)
             run = replay(opened, trace)

@@ -559,11 +559,29 @@ ROWS = (
         for block in _ECP5_BLOCKS
     ),
     Row(block="predictor", preset="gpt-oss-20b", options={"predictor": "st_moe"}),
+    *(
+        Row(block="predictor", preset=preset, options={"predictor": "perceptron", "form": form})
+        for preset, form in (
+            ("tiny", "lite"),
+            ("gpt-oss-20b", "lite"),
+            ("gpt-oss-120b", "compressed"),
+            ("qwen3-30b-a3b", "compressed"),
+        )
+    ),
     Row(
         block="predictor",
         preset="gpt-oss-20b",
         options={"predictor": "st_moe"},
         device="ultrascale+",
+    ),
+    *(
+        Row(
+            block="predictor",
+            preset=preset,
+            options={"predictor": "perceptron", "form": "full"},
+            device="ultrascale+",
+        )
+        for preset in PRESETS
     ),
 )
 

@@ -1,5 +1,5 @@
 # amaranth: UnusedElaboratable=no
-"""The memory behind AXI4 that simulations give a device, burst by burst against an array of bytes."""
+"""The memory behind AXI4 that simulations give a device, against an array of bytes."""
 
 import random
 

@@ -686,7 +686,8 @@ class Device:
             most = (1 << self.config.address_bits) - 4096
             if not 0 <= operator.index(token_base) <= most or token_base % 4096:
                 raise ArgumentError(
-                    f"Token base must be a multiple of 4096 from 0 to {most:#x}, not {token_base:#x}"
+                    f"Token base must be a multiple of 4096 from 0 to {most:#x},"
+                    f" not {token_base:#x}"
                 )
             writes.append(("token_base_low", token_base & 0xFFFFFFFF))
             writes.append(("token_base_high", token_base >> 32))

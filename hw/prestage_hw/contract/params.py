@@ -313,9 +313,9 @@ class DeviceConfig:
     def bits(self, kind: str) -> int:
         """Width of a field of the named kind, in bits.
 
-        Kinds: ``ctx``, ``layer``, ``expert``, ``slot``, ``tile``, ``beat`` (beat within an expert),
-        ``tag`` (in-flight entry), ``index`` (position in a routing decision), ``lane_beat`` (beat of
-        a value for each expert), ``address``, ``data``.
+        Kinds: ``ctx``, ``layer``, ``expert``, ``slot``, ``tile``, ``beat`` (beat within an
+        expert), ``tag`` (in-flight entry), ``index`` (position in a routing decision),
+        ``lane_beat`` (beat of a value for each expert), ``address``, ``data``.
 
         Raises
         ------

@@ -265,7 +265,7 @@ FORMS: dict[str, _Form] = {
         ),
     ),
     "compressed": _Form(
-        "128 experts in the block RAM of a small FPGA: a short list of successors in place of a row",
+        "128 experts in the block RAM of a small FPGA: a short list of successors for a row",
         PerceptronConfig(
             heads=(
                 HeadConfig(name="P1", rows=("A", "C"), diagonals=("B", "T", "Q")),

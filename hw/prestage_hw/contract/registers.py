@@ -71,8 +71,8 @@ COUNTERS: tuple[Counter, ...] = (
     Counter(
         name="parity_errors",
         stage=2,
-        description="Words of predictor tables that were read with wrong parity, and errors that their"
-        " memory answered.",
+        description="Words of predictor tables that were read with wrong parity, and errors that"
+        " their memory answered.",
     ),
     Counter(name="demands", stage=3, description="Experts demanded."),
     Counter(name="hits", stage=3, description="Demands that found their expert resident."),

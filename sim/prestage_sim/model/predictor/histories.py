@@ -96,11 +96,11 @@ class Histories:
         """
         previous, ended = (int(number) for number in self._tokens[ctx])
         if self._phases[ctx] != Phase.PREFILL and self.this[ctx, 0, 0] >= 0:
-            token_store(self.tables, ended, previous, self.this[ctx])  # type: ignore[no-untyped-call]
+            token_store(self.tables, ended, previous, self.this[ctx])
             self._forget_written(ended, previous)
         self.before[ctx], self.prev[ctx] = self.prev[ctx], self.this[ctx]
         self.this[ctx] = -1
-        token_fetch(self.tables, token, ended, self.memo[ctx])  # type: ignore[no-untyped-call]
+        token_fetch(self.tables, token, ended, self.memo[ctx])
         self._tokens[ctx] = ended, token
         self._phases[ctx] = phase
 
@@ -133,7 +133,7 @@ class Histories:
         for code, name in enumerate(FEATURES):
             if name not in self._used[reuse] or (horizon == 0 and name in _OF_THIS_TOKEN):
                 continue
-            found = gather(  # type: ignore[no-untyped-call]
+            found = gather(
                 code,
                 int(reuse),
                 NOW if now else OLD,
@@ -211,7 +211,7 @@ class Histories:
             rows = self._rows(table)
             if rows and first != UNKNOWN and second != UNKNOWN:
                 other = -1 if second is None else second
-                entry, _ = token_place(first, other, rows)  # type: ignore[no-untyped-call]
+                entry, _ = token_place(first, other, rows)
                 row = rows + entry * self._layers
                 for index in (entry, *range(row, row + self._layers)):
                     self._written.pop((table, index), None)
