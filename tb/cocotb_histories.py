@@ -387,7 +387,7 @@ def _memories(dut):
     for name in TABLES:
         if hasattr(dut, f"{name}_table"):
             table = getattr(dut, f"{name}_table")
-            found[f"{name} tags"], found[f"{name} rows"] = [table.tags], [table.row_words]
+            found[f"{name} tags"], found[f"{name} rows"] = [table.tags], [table.row_words0]
     return {**found, "ids": [dut.tokens]}
 
 

@@ -454,7 +454,7 @@ async def forgets_words_of_bad_parity(dut):
                 beat = head + layer * region.set_beats + at // (8 * size)
                 bench.memory.words[first + beat * size] ^= 1 << at % (8 * size)
             else:
-                word = dut.row_words[entry * bench.layers + layer]
+                word = dut.row_words0[entry * bench.layers + layer]
                 word.value = int(word.value) ^ 1 << at
             sets = [dict(stored) for stored in bench.sets_at(table, entry, layer)]
             bad = sets[choice] = {**sets[choice], "experts": list(sets[choice]["experts"])}

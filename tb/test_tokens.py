@@ -68,6 +68,18 @@ def test_block(shape, choices):
     )
 
 
+def test_banks():
+    """So many rows that their words lie in two banks, the layers of an entry across both."""
+    config = _SHAPES["odd"]
+    run_bench(
+        TokenTable(config, rows=1024, choices=2),
+        module=_MODULE,
+        name="tokens",
+        parameters={"config": config, "rows": 1024, "choices": 2, "memory": False},
+        testcase=["follows_golden", "keeps_loaded_words", "is_as_fast_as_promised"],
+    )
+
+
 _MEMORY_SHAPES = {
     # A header of two beats, words of three, many bursts.
     "narrow": _device(layers=5, experts=60, top_k=6, data_bytes=4, burst_beats=4),

@@ -15,6 +15,7 @@ from prestage_hw.layouts import RecordLayout
 from .sets import SETS, SetLayout
 from .tokens import (
     KEPT,
+    NO_COLLISIONS,
     TABLES,
     StoredSetLayout,
     TableAccessLayout,
@@ -281,10 +282,11 @@ class Histories(wiring.Component):
             copies = max((read.copy for read in self._reads.get(name, {}).values()), default=0) + 1
             reads[name], writes[name] = [], []
             for copy in range(copies):
-                memory = Memory(shape=layouts[name], depth=depth, init=[])
+                # A route is seen by a request of the same cycle.
+                attributes = {} if name == "this" else NO_COLLISIONS
+                memory = Memory(shape=layouts[name], depth=depth, init=[], attrs=attributes)
                 m.submodules[f"{name}{copy}"] = memory
                 write = memory.write_port()
-                # A route is seen by a request of the same cycle.
                 seen = (write,) if name == "this" else ()
                 writes[name].append(write)
                 reads[name].append(memory.read_port(transparent_for=seen))
@@ -299,7 +301,9 @@ class Histories(wiring.Component):
                 "parity": 1,
             }
         )
-        m.submodules.tokens = tokens = Memory(shape=context_layout, depth=max(2, contexts), init=[])
+        m.submodules.tokens = tokens = Memory(
+            shape=context_layout, depth=max(2, contexts), init=[], attrs=NO_COLLISIONS
+        )
         context_read, context_write = tokens.read_port(), tokens.write_port()
 
         # What waits for its turn.

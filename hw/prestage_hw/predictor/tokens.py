@@ -32,6 +32,13 @@ KEPT = {"token": ("T", "T2"), "pair": ("Q",), "successor": ("S",)}
 #: Bits of a tag.
 TAG_BITS = 16
 
+#: Row words from which on they lie in two banks, by the lowest bit of their address.
+_BANK_DEPTH = 2048
+
+#: Attribute of memories whose words are never looked at when they are read and written in the same
+#: cycle, which tells synthesis to spend no logic on what is read then.
+NO_COLLISIONS = {"no_rw_check": True}
+
 
 def table_rows(config):
     """Entries of each table that some head needs, by name."""
@@ -293,10 +300,43 @@ class TokenTable(wiring.Component):
         row_layout = data.ArrayLayout(stored_layout, choices)
         checked_layout = data.ArrayLayout(SetLayout(config), choices)
         tag_layout = data.StructLayout({"tag": TAG_BITS, "valid": 1, "parity": 1})
-        m.submodules.tags = tags = Memory(shape=tag_layout, depth=rows, init=[])
-        m.submodules.row_words = row_words = Memory(shape=row_layout, depth=rows * layers, init=[])
+        m.submodules.tags = tags = Memory(
+            shape=tag_layout, depth=rows, init=[], attrs=NO_COLLISIONS
+        )
         tag_read, tag_write = tags.read_port(), tags.write_port()
-        row_read, row_write = row_words.read_port(), row_words.write_port()
+
+        # Row words: what is read is kept before anything is done with it. Where a bank takes
+        # several block RAMs, those alone need most of a cycle.
+        row_bits = range(rows * layers)
+        # ``reads`` brings the word at ``read_address`` to the memory's output, ``capture`` takes
+        # what is there.
+        read_address, reads, capture = Signal(row_bits), Signal(), Signal()
+        row, row_data = Signal(row_layout), Signal(row_layout)
+        row_address, row_enable = Signal(row_bits), Signal()
+        bank_bits = 1 if rows * layers > _BANK_DEPTH else 0
+        read_bank, kept_bank = Signal(bank_bits), Signal(bank_bits)
+        with m.If(reads):
+            m.d.sync += [read_bank.eq(read_address), read_address.eq(read_address + 1)]
+        with m.If(capture):
+            m.d.sync += kept_bank.eq(read_bank)
+        for bank in range(1 << bank_bits):
+            memory = Memory(
+                shape=row_layout, depth=rows * layers >> bank_bits, init=[], attrs=NO_COLLISIONS
+            )
+            m.submodules[f"row_words{bank}"] = memory
+            read, write = memory.read_port(), memory.write_port()
+            kept = Signal(row_layout, name=f"kept{bank}")
+            m.d.comb += [
+                read.addr.eq(read_address >> bank_bits),
+                read.en.eq(reads),
+                write.addr.eq(row_address >> bank_bits),
+                write.data.eq(row_data),
+                write.en.eq(row_enable & (row_address[:bank_bits] == bank)),
+            ]
+            with m.If(capture):
+                m.d.sync += kept.eq(read.data)
+            with m.If(kept_bank == bank):
+                m.d.comb += row.eq(kept)
 
         # A command and a table access wait for their turn.
         command, command_waits = Signal(CommandLayout(rows)), Signal()
@@ -316,17 +356,16 @@ class TokenTable(wiring.Component):
             m.d.sync += clear_waits.eq(1)
 
         # Memory outputs are looked at a cycle later, in ``row`` and ``tag``.
-        row_bits = range(rows * layers)
         address, at = Signal(row_bits), Signal(range(layers + 1))
-        ahead, advance, take = Signal(row_bits), Signal(), Signal()
+        advance, take = Signal(), Signal()
         entry = Signal(command.entry.shape())
-        tag, row, masked = Signal(tag_layout), Signal(row_layout), Signal(checked_layout)
+        tag, masked = Signal(tag_layout), Signal(checked_layout)
         match, matched = Signal(), Signal()
-        out, out_valid = Signal(self.found.payload.shape()), Signal()
+        out_layer, out_valid = Signal(config.bits("layer")), Signal()
         m.d.comb += [
             tag_read.addr.eq(entry),
-            row_read.addr.eq(ahead),
-            self.found.payload.eq(out),
+            self.found.payload.layer.eq(out_layer),
+            self.found.payload.sets.eq(row),
             self.found.valid.eq(out_valid),
             match.eq(tag.valid & ~tag.as_value().xor() & (tag.tag == command.tag)),
         ]
@@ -352,9 +391,9 @@ class TokenTable(wiring.Component):
         patched = Signal(32 * chunks)
         clear_address = Signal(row_bits)
         with m.If(clearing):
-            m.d.comb += [row_write.addr.eq(clear_address), tag_write.addr.eq(clear_address)]
+            m.d.comb += [row_address.eq(clear_address), tag_write.addr.eq(clear_address)]
         with m.Else():
-            m.d.comb += [row_write.addr.eq(address), tag_write.addr.eq(entry)]
+            m.d.comb += [row_address.eq(address), tag_write.addr.eq(entry)]
 
         value, value_valid = Signal(32), Signal()
         is_tag, index = Signal(), Signal(24)
@@ -379,7 +418,6 @@ class TokenTable(wiring.Component):
         m.d.comb += shifted.eq(Cat(index[-1], remainder))
 
         go = Signal()
-        m.d.comb += ahead.eq(address)
         with m.FSM():
             with m.State("IDLE"):
                 m.d.comb += self.idle.eq(
@@ -402,12 +440,17 @@ class TokenTable(wiring.Component):
                             value_valid.eq(~access.write),
                         ]
                 with m.Elif(command_waits):
-                    m.d.sync += [entry.eq(command.entry), address.eq(first_word)]
+                    m.d.sync += [
+                        entry.eq(command.entry),
+                        address.eq(first_word),
+                        read_address.eq(first_word),
+                    ]
                     m.next = "FIND"
                 with m.Elif(clear_waits & ~value_valid):
                     m.d.sync += clear_address.eq(0)
                     m.next = "CLEAR"
             with m.State("FIND"):
+                m.d.comb += reads.eq(1)
                 m.next = "CHECK"
             with m.State("CHECK"):
                 m.d.sync += tag.eq(tag_read.data)
@@ -417,7 +460,7 @@ class TokenTable(wiring.Component):
                 m.d.comb += check_tag.eq(1)
                 m.d.sync += [
                     matched.eq(match),
-                    out.layer.eq(0),
+                    out_layer.eq(0),
                     command_waits.eq(command.store | match),
                 ]
                 with m.If(command.store):
@@ -428,42 +471,41 @@ class TokenTable(wiring.Component):
                 with m.Else():
                     m.next = "IDLE"
             with m.State("HOLD"):
-                # What comes out of many block RAMs is too late to go straight back: the row word
-                # that is under way waits in ``row``, the next one at the memory's output.
-                m.d.comb += ahead.eq(address + 1)
-                m.d.sync += row.eq(row_read.data)
+                # The row word under way waits in ``row``, the next one at the memory's output.
+                m.d.comb += [capture.eq(1), reads.eq(1)]
                 m.next = "STORE"
             with m.State("STORE"):
                 m.d.comb += [
                     self.choices_in.ready.eq(1),
                     take.eq(self.choices_in.valid),
                     advance.eq(take),
-                    ahead.eq(Mux(advance, address + 2, address + 1)),
-                    row_write.en.eq(take),
+                    capture.eq(take),
+                    reads.eq(take),
+                    row_enable.eq(take),
                 ]
-                with m.If(take):
-                    m.d.sync += row.eq(row_read.data)
-                    with m.If(at == layers - 1):
-                        m.d.sync += command_waits.eq(0)
-                        m.next = "IDLE"
+                with m.If(take & (at == layers - 1)):
+                    m.d.sync += command_waits.eq(0)
+                    m.next = "IDLE"
             with m.State("GIVE"):
                 m.d.comb += [
                     go.eq(~out_valid | self.found.ready),
                     advance.eq(go & (at != layers)),
-                    ahead.eq(Mux(advance, address + 1, address)),
+                    capture.eq(go),
+                    reads.eq(go),
                 ]
                 with m.If(go):
-                    m.d.sync += [out.sets.eq(row_read.data), out_valid.eq(at != layers)]
+                    m.d.sync += out_valid.eq(at != layers)
                     with m.If(out_valid):
-                        m.d.sync += out.layer.eq(out.layer + 1)
-                        with m.If(out.layer == layers - 1):
+                        m.d.sync += out_layer.eq(out_layer + 1)
+                        with m.If(out_layer == layers - 1):
                             m.d.sync += command_waits.eq(0)
                             m.next = "IDLE"
             with m.State("DIVIDE"):
                 # Row word and chunk of ``index``.
                 shift = (chunks - 1).bit_length()
                 if chunks == 1 << shift:
-                    m.d.sync += [chunk.eq(index[:shift]), address.eq(index >> shift)]
+                    word = index >> shift
+                    m.d.sync += [chunk.eq(index[:shift]), address.eq(word), read_address.eq(word)]
                     m.next = "READ"
                 else:
                     m.d.sync += [
@@ -472,12 +514,14 @@ class TokenTable(wiring.Component):
                         remainder.eq(Mux(shifted >= chunks, shifted - chunks, shifted)),
                     ]
                     with m.If(divided == 24):
-                        m.d.sync += [chunk.eq(remainder), address.eq(index)]
+                        m.d.sync += [chunk.eq(remainder), address.eq(index), read_address.eq(index)]
                         m.next = "READ"
             with m.State("READ"):
+                m.d.comb += reads.eq(1)
                 m.next = "LATCH"
             with m.State("LATCH"):
-                m.d.sync += [tag.eq(tag_read.data), row.eq(row_read.data)]
+                m.d.comb += capture.eq(1)
+                m.d.sync += tag.eq(tag_read.data)
                 m.next = "MASK"
             with m.State("MASK"):
                 m.d.comb += [check_row.eq(~is_tag), check_tag.eq(is_tag)]
@@ -488,7 +532,7 @@ class TokenTable(wiring.Component):
                 m.next = "ANSWER"
             with m.State("ANSWER"):
                 with m.If(access.write):
-                    m.d.comb += [tag_write.en.eq(is_tag), row_write.en.eq(~is_tag)]
+                    m.d.comb += [tag_write.en.eq(is_tag), row_enable.eq(~is_tag)]
                 with m.Else():
                     m.d.sync += value_valid.eq(1)
                 with m.If(is_tag):
@@ -500,7 +544,7 @@ class TokenTable(wiring.Component):
                 m.d.sync += access_waits.eq(0)
                 m.next = "IDLE"
             with m.State("CLEAR"):
-                m.d.comb += [clearing.eq(1), row_write.en.eq(1), tag_write.en.eq(1)]
+                m.d.comb += [clearing.eq(1), row_enable.eq(1), tag_write.en.eq(1)]
                 m.d.sync += clear_address.eq(clear_address + 1)
                 with m.If(clear_address == rows * layers - 1):
                     m.d.sync += clear_waits.eq(0)
@@ -512,15 +556,15 @@ class TokenTable(wiring.Component):
             new_tag = Cat(access.value[: TAG_BITS + 1])
             m.d.comb += tag_write.data.eq(Cat(new_tag, new_tag.xor()))
             for n in range(choices):
-                m.d.comb += row_write.data[n].eq(stored_layout.store(new_sets[n]))
+                m.d.comb += row_data[n].eq(stored_layout.store(new_sets[n]))
         with m.Else():
             new_tag = Cat(command.tag, Const(1, 1))
             m.d.comb += [
                 tag_write.data.eq(Cat(new_tag, new_tag.xor())),
-                row_write.data[0].eq(self.choices_in.payload),
+                row_data[0].eq(self.choices_in.payload),
             ]
             for n in range(1, choices):
                 before = row[n - 1]
                 with m.If(matched & before.valid & _exist(before.experts, config=config)):
-                    m.d.comb += row_write.data[n].eq(before)
+                    m.d.comb += row_data[n].eq(before)
         return m

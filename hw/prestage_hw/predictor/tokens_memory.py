@@ -10,7 +10,7 @@ from amaranth.lib.wiring import In, Out
 from prestage_hw.contract.params import require_config
 from prestage_hw.dma.axi import BURST_INCR, EDGE_BYTES, AXI4Signature
 
-from .tokens import KEPT, TABLES, TAG_BITS, StoredSetLayout, table_rows
+from .tokens import KEPT, NO_COLLISIONS, TABLES, TAG_BITS, StoredSetLayout, table_rows
 
 __all__ = ["MemoryCommandLayout", "MemoryFoundLayout", "Region", "TokenMemory", "token_regions"]
 
@@ -280,7 +280,9 @@ class TokenMemory(wiring.Component):
                         m.d.comb += word[n].eq(field[at : at + stored_layout.size])
 
         # What an entry held, for the second choice.
-        m.submodules.former = former = Memory(shape=stored_layout, depth=layers, init=[])
+        m.submodules.former = former = Memory(
+            shape=stored_layout, depth=layers, init=[], attrs=NO_COLLISIONS
+        )
         former_read, former_write = former.read_port(), former.write_port()
         load = Signal()
         m.d.comb += [
