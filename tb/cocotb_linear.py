@@ -43,6 +43,7 @@ from prestage_tb.bench import (
 )
 
 _GROUP = 8
+_BANK_WORDS = 2048
 
 
 class GoldenHead:
@@ -756,10 +757,14 @@ async def survives_flipped_bits(dut):
     bench = LinearBench(dut)
     await bench.start()
     golden = bench.golden
-    memories = {"rows": dut.rows} if golden.row_words else {}
-    memories |= {"diagonals": dut.diagonals, "saved": dut.saved}
+    memories = {"diagonals": [dut.diagonals], "saved": [dut.saved]}
     if bench.head.is_reuse:
-        memories["next"] = dut.next
+        memories["next"] = [dut.next]
+    if golden.row_words > _BANK_WORDS:
+        count = -(-golden.row_words // _BANK_WORDS)
+        memories["rows"] = [getattr(dut, f"rows{n}") for n in range(count)]
+    elif golden.row_words:
+        memories["rows"] = [dut.rows]
     flips = 0
     for _ in range(40):
         await _run_jobs(bench, 6)
@@ -771,10 +776,11 @@ async def survives_flipped_bits(dut):
                     full = np.flatnonzero(golden.golden.weights.any(axis=1))
                     at = bench.random.choice(full) if len(full) else 0
                 else:
-                    at = bench.random.randrange(len(handle))
-                bit = bench.random.randrange(len(handle[int(at)]))
+                    at = bench.random.randrange(sum(len(bank) for bank in handle))
+                word = handle[int(at) // _BANK_WORDS][int(at) % _BANK_WORDS]
+                bit = bench.random.randrange(len(word))
                 if golden.flip(name, int(at), bit):
-                    handle[int(at)].value = int(handle[int(at)].value) ^ 1 << bit
+                    word.value = int(word.value) ^ 1 << bit
                     await RisingEdge(dut.clk)
                     flips += 1
         for table in (0, 1):

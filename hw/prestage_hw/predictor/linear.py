@@ -23,8 +23,12 @@ _JOBS = 3
 #: Lanes that share a parity bit.
 _GROUP = 8
 
-#: Bits of a memory from which on UltraRAM is asked for; parts without it take no notice.
-_LARGE_BITS = 1 << 20
+#: Bits of a memory from which on UltraRAM is asked for: more than parts without it have in all.
+_LARGE_BITS = 1 << 22
+
+#: Depth of a block RAM at 8 bits and more. The multiplexer behind a deeper memory has a cycle of
+#: its own, since block RAM is slow.
+_BANK_WORDS = 2048
 
 # The hash of a conjunction, 157 first + 1265 second, as shifted terms that are added or subtracted.
 _FIRST_TERMS = ((7, 1), (5, 1), (2, -1), (0, 1))
@@ -96,6 +100,13 @@ class _Scratch:
                 write.data.eq(self.write_data),
                 write.en.eq(self.write),
             ]
+
+
+def _banks(*, bits, depth):
+    """Depths of the block memories that a memory is made of."""
+    if depth <= _BANK_WORDS or bits * depth > _LARGE_BITS:
+        return [depth]
+    return [min(_BANK_WORDS, depth - at) for at in range(0, depth, _BANK_WORDS)]
 
 
 def _block_memory(m, name, *, bits, depth):
@@ -298,8 +309,9 @@ class LinearHead(wiring.Component):
 
     def _collect_cycles(self, active_words):
         """Cycles of a prediction in front of its first beat of diagonal features."""
-        k = self.config.model.top_k
-        return max(max(active_words, 1) + self._address_stages, k - 2)
+        # A single word is known to be the last one only after it.
+        words = max(active_words, 1) + (active_words == 1)
+        return max(words + self._address_stages, self.config.model.top_k)
 
     def predict_cycles(self, active_words):
         """Cycles from the transfer of a prediction to an idle head until its last beat is valid."""
@@ -308,17 +320,17 @@ class LinearHead(wiring.Component):
     def predict_interval(self, active_words):
         """Cycles from one prediction to the next where both wait, while ``values`` are taken."""
         beats = self.value_beats
-        return max(self._collect_cycles(active_words) + 2, 7 if beats == 1 else 6) + beats
+        return max(self._collect_cycles(active_words) + 2, 8 if beats == 1 else 7) + beats
 
     def learn_cycles(self, active_words):
         """Cycles of a learning on an idle head, from its transfer until the next one may start."""
         k = self.config.model.top_k
-        cycles = max(1, k - 2) + self.value_beats
+        cycles = k + self.value_beats
         if self.head.is_reuse:
             cycles += 1
         cycles += active_words + (1 + self._address_stages if active_words else 0)
         cycles += (self.value_beats - 1) * (1 + len(self.head.diagonals))
-        return cycles + len(self.head.diagonals) + 13
+        return cycles + len(self.head.diagonals) + 15
 
     # --- logic
 
@@ -523,8 +535,29 @@ class LinearHead(wiring.Component):
                 reduce(or_, (pick[n] & (index == count - 1) for n, count in enumerate(counts)))
             )
             last_beat = beat == row_beats - 1
+            # Whether the word is the last one, from a register: it opens the way to the diagonal
+            # features. A single word is not known to be the last one beforehand.
             last = Signal(name=f"{name}_last")
-            m.d.comb += last.eq(last_index & last_beat & ((todo & (todo - 1)) == 0))
+            next_beat = Signal.like(beat, name=f"{name}_next_beat")
+            next_index = Signal.like(index, name=f"{name}_next_index")
+            next_todo = Signal(todo_bits, name=f"{name}_next_todo")
+            m.d.comb += [
+                next_beat.eq(Mux(last_beat, 0, beat + 1)),
+                next_index.eq(Mux(last_beat, Mux(last_index, 0, index + 1), index)),
+                next_todo.eq(Mux(last_beat & last_index, todo & (todo - 1), todo)),
+            ]
+            with m.If(go):
+                m.d.sync += last.eq(
+                    (todo != 0)
+                    & (next_beat == row_beats - 1)
+                    & reduce(
+                        or_,
+                        (
+                            (next_todo == 1 << n) & (next_index == count - 1)
+                            for n, count in enumerate(counts)
+                        ),
+                    )
+                )
             with m.If(go & (todo != 0)):
                 m.d.sync += beat.eq(beat + 1)
                 with m.If(last_beat):
@@ -532,7 +565,7 @@ class LinearHead(wiring.Component):
                     with m.If(last_index):
                         m.d.sync += [index.eq(0), todo.eq(todo & (todo - 1))]
             with m.If(restart):
-                m.d.sync += [index.eq(0), beat.eq(0)]
+                m.d.sync += [index.eq(0), beat.eq(0), last.eq(0)]
 
             def chosen(items):
                 if len(items) == 1:
@@ -673,11 +706,15 @@ class LinearHead(wiring.Component):
             stores = []
             for n, name in enumerate(head.diagonals):
                 store = _Scratch(m, f"{prefix}_mask{n}", bits=lanes, depth=value_beats)
-                expert = Signal(expert_bits, name=f"{prefix}_member{n}")
-                m.d.comb += expert.eq(
-                    _pick(index, [job.choices[names.index(name)][i] for i in range(top_k)])
-                )
-                stores.append((store, expert, valid[n] & build))
+                expert = Signal(expert_bits, name=f"{prefix}_member{n}", reset_less=True)
+                build_now = Signal(name=f"{prefix}_mask_build{n}")
+                m.d.sync += [
+                    expert.eq(
+                        _pick(index, [job.choices[names.index(name)][i] for i in range(top_k)])
+                    ),
+                    build_now.eq(valid[n] & build),
+                ]
+                stores.append((store, expert, build_now))
             return stores
 
         def mask_beat(expert):
@@ -710,14 +747,7 @@ class LinearHead(wiring.Component):
         room = Signal()
         start = Signal()
         m.d.comb += [
-            start.eq(
-                guess_now
-                & walked
-                & room
-                & ~final
-                & ~final_done
-                & (guess_index >= max(0, top_k - 3))
-            ),
+            start.eq(guess_now & walked & room & ~final & ~final_done & (guess_index >= top_k - 1)),
             final_read.eq(start | final),
         ]
         with m.If(final_read):
@@ -731,10 +761,19 @@ class LinearHead(wiring.Component):
         entry_bits = weight_bits + index_bits
         row_data_bits = lanes * entry_bits + 2
         diagonal_data_bits = features * lanes * weight_bits
+        row_banks, row_bank_bits = [], 0
         if has_rows:
-            row_read, row_write = _block_memory(
-                m, "rows", bits=row_data_bits + groups, depth=self.row_words
-            )
+            depths = _banks(bits=row_data_bits + groups, depth=self.row_words)
+            row_bank_bits = _index_bits(len(depths))
+            row_banks = [
+                _block_memory(
+                    m,
+                    f"rows{n}" if row_bank_bits else "rows",
+                    bits=row_data_bits + groups,
+                    depth=depth,
+                )
+                for n, depth in enumerate(depths)
+            ]
         diagonal_read, diagonal_write = _block_memory(
             m, "diagonals", bits=diagonal_data_bits + features * groups, depth=self.diagonal_words
         )
@@ -772,18 +811,23 @@ class LinearHead(wiring.Component):
                 value = held
             return stages
 
-        def checked(name, read, *, groups_of, any_valid):
+        def checked(name, reads, *, groups_of, any_valid, bank=None):
             """A word from a memory after two registers, and which of its groups are bad."""
-            raw = Signal(len(read.data), name=f"{name}_raw", reset_less=True)
-            word = Signal(len(read.data), name=f"{name}_word", reset_less=True)
+            raws, parities = [], []
+            for n, read in enumerate(reads):
+                raw = Signal(len(read.data), name=f"{name}_raw{n}", reset_less=True)
+                parity = Signal(len(groups_of), name=f"{name}_parity{n}")
+                m.d.sync += raw.eq(read.data)
+                m.d.comb += parity.eq(Cat(_even_parity(part(raw)) for part in groups_of))
+                raws.append(raw)
+                parities.append(parity)
+            raw = Signal(len(raws[0]), name=f"{name}_raw")
+            word = Signal(len(raw), name=f"{name}_word", reset_less=True)
             bad = Signal(len(groups_of), name=f"{name}_bad", reset_less=True)
-            m.d.sync += [
-                raw.eq(read.data),
-                word.eq(raw),
-                bad.eq(Cat(_even_parity(part(raw)) for part in groups_of)),
-            ]
+            m.d.comb += raw.eq(_pick(bank, raws))
+            m.d.sync += [word.eq(raw), bad.eq(_pick(bank, parities))]
             errors.append(any_valid & bad.any())
-            return word, bad
+            return raw, word, bad
 
         if has_rows:
             hazard = Signal()
@@ -798,13 +842,13 @@ class LinearHead(wiring.Component):
                         Mux(guess_valid, guess_address, lesson_address),
                     )
                 ),
-                row_read.addr.eq(row_address),
             ]
+            m.d.comb += [read.addr.eq(row_address) for read, _ in row_banks]
             row_guess_at = track("row_guess", guess_valid, count=3)
-            row_lesson_at = track("row_lesson", row_lesson, count=7)
-            row_table_at = track("row_table", table_read_row, count=7)
+            row_lesson_at = track("row_lesson", row_lesson, count=8)
+            row_table_at = track("row_table", table_read_row, count=8)
             row_addresses = track(
-                "row_address", row_address, count=7, width=row_bits, reset_less=True
+                "row_address", row_address, count=8, width=row_bits, reset_less=True
             )
             row_beats_at = track(
                 "row_beat",
@@ -835,9 +879,10 @@ class LinearHead(wiring.Component):
 
                 return part
 
-            row_word, row_bad = checked(
+            row_raw, row_word, row_bad = checked(
                 "row",
-                row_read,
+                [read for read, _ in row_banks],
+                bank=row_addresses[1][row_bits - row_bank_bits :],
                 groups_of=[row_group(group) for group in range(groups)],
                 any_valid=row_guess_at[2] | row_lesson_at[2] | row_table_at[2],
             )
@@ -890,9 +935,9 @@ class LinearHead(wiring.Component):
 
             return part
 
-        diagonal_word, diagonal_bad = checked(
+        _, diagonal_word, diagonal_bad = checked(
             "diagonal",
-            diagonal_read,
+            [diagonal_read],
             groups_of=[
                 diagonal_group(feature, group)
                 for feature in range(features)
@@ -904,7 +949,6 @@ class LinearHead(wiring.Component):
         # --- scores: read, added to and written in one cycle
         collect = Signal()  # a word of a prediction is here
         sum_now = diagonal_guess_at[4]
-        sum_beat = final_beats[4]
         word_count = max(1, self.active_words(names) // row_beats)
         score_bits = weight_bits + _index_bits(word_count + 1) + 1
 
@@ -931,16 +975,19 @@ class LinearHead(wiring.Component):
             store = _Scratch(m, f"score{lane}", bits=score_bits, depth=value_beats, init=prior)
             good = ~row_bad[group_of(lane)]
             weight = Signal(signed(weight_bits), name=f"score_weight{lane}")
-            place_now, real = row_beats_at[2], Const(1)
+            place_next, real = row_beats_at[1], Const(1)
             if entries:
-                place_now = entry_place(row_indices[lane], row_beats_at[2])
+                index_next = row_raw[lane * entry_bits + weight_bits :][:index_bits]
+                place_next = entry_place(index_next, row_beats_at[1])
                 real = entry_exists(row_indices[lane], row_beats_at[2], lane)
+            place_now = Signal(beat_bits, name=f"score_place{lane}", reset_less=True)
+            m.d.sync += place_now.eq(Mux(diagonal_guess_at[3], final_beats[3], place_next))
             total = Signal(signed(score_bits), name=f"score_total{lane}")
             m.d.comb += [
                 weight.eq(Mux(good, row_weights[lane], 0)),
                 total.eq(store.read_data.as_signed() + weight),
-                store.read_address.eq(Mux(sum_now, sum_beat, place_now)),
-                store.write_address.eq(Mux(clearing, clear_address, store.read_address)),
+                store.read_address.eq(place_now),
+                store.write_address.eq(Mux(clearing, clear_address, place_now)),
                 store.write_data.eq(Mux(clearing | sum_now, prior, total)),
                 store.write.eq(clearing | sum_now | (collect & real)),
             ]
@@ -950,8 +997,10 @@ class LinearHead(wiring.Component):
         m.d.comb += guess_pop.eq(diagonal_guess_at[2] & (final_beats[2] == value_beats - 1))
         mask_now = []
         for store, expert, build in guess_masks:
-            build_mask(store, expert, build, read=diagonal_guess_at[2], read_beat=final_beats[2])
-            mask_now.append(store.read_data)
+            build_mask(store, expert, build, read=diagonal_guess_at[1], read_beat=final_beats[1])
+            mask = Signal(lanes, name=f"guess_mask_now{len(mask_now)}", reset_less=True)
+            m.d.sync += mask.eq(store.read_data)
+            mask_now.append(mask)
         term_bits = weight_bits + _index_bits(features + 1)
         sums = []
 
@@ -1015,7 +1064,7 @@ class LinearHead(wiring.Component):
         value = out.payload
         fresh = diagonal_guess_at[5]
         if value_beats == 1:
-            m.d.comb += room.eq(~out.valid & ~reduce(or_, diagonal_guess_at))
+            m.d.sync += room.eq(~out.valid & ~reduce(or_, diagonal_guess_at))
             with m.If(out.ready):
                 m.d.sync += out.valid.eq(0)
             with m.If(fresh):
@@ -1038,8 +1087,8 @@ class LinearHead(wiring.Component):
             for lane in range(lanes):
                 m.d.comb += item["values"][lane].eq(clamp[lane][value_bits - 8 :])
             from_queue = waiting != 0
+            m.d.sync += room.eq(~from_queue & ~reduce(or_, diagonal_guess_at[1:]))
             m.d.comb += [
-                room.eq(~from_queue & ~reduce(or_, diagonal_guess_at[1:])),
                 entry.eq(fresh & (from_queue | ~free)),
                 leave.eq(from_queue & free),
                 beat_write.addr.eq(final_beats[5]),
@@ -1072,7 +1121,7 @@ class LinearHead(wiring.Component):
         skip = lesson.skip if head.is_reuse else Const(0)
         load_place = Cat(load_beat, lesson.layer, lesson.ctx)
         m.d.comb += [
-            load_valid.eq(loading & (skip | (lesson_index >= max(0, top_k - 3)))),
+            load_valid.eq(loading & (skip | (lesson_index >= top_k - 1))),
             next_read.addr.eq(load_place),
         ]
         load_at = track("load", load_valid, count=5)
@@ -1103,22 +1152,22 @@ class LinearHead(wiring.Component):
             _, old_word, old_bad = saved_word("old", old_read)
 
         used_store = _Scratch(m, "used", bits=lanes, depth=value_beats)
-        used_expert = Signal(expert_bits)
-        m.d.comb += used_expert.eq(_pick(lesson_index, [lesson.used[i] for i in range(top_k)]))
-        build_mask(
-            used_store,
-            used_expert,
-            lesson_build & ~skip,
-            read=load_at[2],
-            read_beat=load_beats[2],
-        )
+        used_expert = Signal(expert_bits, reset_less=True)
+        used_build = Signal()
+        used_now = Signal(lanes, reset_less=True)
+        m.d.sync += [
+            used_expert.eq(_pick(lesson_index, [lesson.used[i] for i in range(top_k)])),
+            used_build.eq(lesson_build),
+            used_now.eq(used_store.read_data),
+        ]
+        build_mask(used_store, used_expert, used_build, read=load_at[1], read_beat=load_beats[1])
         error_bits = value_bits + 2
         error_beat = load_beats[4] if head.is_reuse else load_beats[2]
         error_valid = load_at[4] if head.is_reuse else load_at[2]
         error_stores = []
         for lane in range(lanes):
             error = Signal(signed(error_bits), name=f"error{lane}")
-            used = used_store.read_data[lane]
+            used = used_now[lane]
             if head.is_reuse:
                 # target = used ? 1024 : floor(13 new / 16), in two cycles
                 new = next_word[lane * value_bits :][:value_bits]
@@ -1180,7 +1229,7 @@ class LinearHead(wiring.Component):
                         )
                     ),
                     added.two.eq(found.any),
-                    store.read_address.eq(Mux(lesson_build, whose[lane_bits:], row_beats_at[2])),
+                    store.read_address.eq(Mux(used_build, whose[lane_bits:], row_beats_at[2])),
                     store.write_address.eq(
                         Mux(
                             clearing,
@@ -1192,15 +1241,13 @@ class LinearHead(wiring.Component):
                     store.write.eq(
                         clearing
                         | (forget & (lesson_beats[2] < row_beats))
-                        | (lesson_build & ~skip & (whose[:lane_bits] == lane))
+                        | (used_build & (whose[:lane_bits] == lane))
                     ),
                 ]
                 newcomers.append(found)
             m.d.comb += forget.eq(diagonal_lesson_at[2])
 
-        lesson_masks = masks(
-            "lesson", lesson, lesson_slots[0]["valid"], lesson_index, lesson_build & ~skip
-        )
+        lesson_masks = masks("lesson", lesson, lesson_slots[0]["valid"], lesson_index, lesson_build)
         lesson_mask_now = []
         for store, expert, build in lesson_masks:
             build_mask(store, expert, build, read=diagonal_lesson_at[2], read_beat=lesson_beats[2])
@@ -1314,7 +1361,9 @@ class LinearHead(wiring.Component):
             m.d.sync += stage1.eq(Cat(stored_stage[0] & ~stored_stage[1], stored_stage[1]))
         weights1, errors1, indices1 = [], [], []
         moves1 = Signal(lanes, reset_less=True)
-        takes1 = Signal(lanes, reset_less=True)
+        takes1 = Signal(lanes)
+        claims1 = Signal(reset_less=True)  # a word of rows that is learned
+        m.d.sync += claims1.eq(update_row & ~update_table)
         for lane in range(lanes):
             weight = Signal(signed(weight_bits), name=f"weight1_{lane}", reset_less=True)
             error = Signal(signed(error_bits), name=f"error1_{lane}", reset_less=True)
@@ -1333,44 +1382,48 @@ class LinearHead(wiring.Component):
                     row_moved = exists(row_beats_at[2], lane)
                     m.d.comb += store.read_address.eq(Mux(update_turn, turn_beat, row_beats_at[2]))
                 else:
-                    index = Signal(index_bits, name=f"index1_{lane}", reset_less=True)
+                    index = Signal(index_bits, name=f"index1_{lane}")
+                    stored_index = Signal(index_bits, name=f"stored_index{lane}", reset_less=True)
                     at = entry[weight_bits:]
                     full = Signal(name=f"full{lane}")
-                    small = Signal(name=f"small{lane}")
-                    first_is_new = Signal(name=f"first_is_new{lane}")
-                    take = Signal(name=f"take{lane}")
-                    found = newcomers[lane]
+                    small = Signal(name=f"small{lane}", reset_less=True)
+                    first_is_new = Signal(name=f"first_is_new{lane}", reset_less=True)
+                    rivals = Signal(newcomers[lane].shape(), name=f"rivals{lane}", reset_less=True)
                     high = in_row[2:]
                     m.d.comb += [
                         full.eq(in_row != 0),
-                        # -3 to 3
-                        small.eq(~high.any() | (high.all() & in_row[:2].any())),
-                        first_is_new.eq(~full | (found.least != at)),
-                        take.eq(
-                            small
-                            & ((found.any & first_is_new) | found.two)
-                            & ~update_turn
-                            & ~update_table
-                        ),
                         store.read_address.eq(
                             Mux(update_turn, turn_beat, entry_place(at, row_beats_at[2]))
                         ),
+                        takes1[lane].eq(
+                            small & ((rivals.any & first_is_new) | rivals.two) & claims1
+                        ),
+                        index.eq(
+                            Mux(
+                                takes1[lane],
+                                Mux(first_is_new, rivals.least, rivals.second),
+                                stored_index,
+                            )
+                        ),
+                    ]
+                    m.d.sync += [
+                        # -3 to 3
+                        small.eq(~high.any() | (high.all() & in_row[:2].any())),
+                        first_is_new.eq(~full | (newcomers[lane].least != at)),
+                        rivals.eq(newcomers[lane]),
+                        stored_index.eq(at),
                     ]
                     row_moved = full & entry_exists(at, row_beats_at[2], lane)
-                    m.d.sync += [
-                        takes1[lane].eq(take),
-                        index.eq(Mux(take, Mux(first_is_new, found.least, found.second), at)),
-                    ]
-                    indices1.append(index)
+                    indices1.append((index, stored_index))
                 m.d.sync += moves1[lane].eq(Mux(update_turn, moved, row_moved) & ~update_table)
             weights1.append(weight)
             errors1.append(error)
 
-        update_rows = track("update_row", update_row, count=4)
-        update_turns = track("update_turn", update_turn, count=4)
-        update_tables = track("update_table", update_table, count=4, reset_less=True)
-        turns = track("turn", turn, count=4, width=len(turn), reset_less=True)
-        update_beats = track("update_beat", turn_beat, count=4, width=beat_bits, reset_less=True)
+        update_rows = track("update_row", update_row, count=5)
+        update_turns = track("update_turn", update_turn, count=5)
+        update_tables = track("update_table", update_table, count=5, reset_less=True)
+        turns = track("turn", turn, count=5, width=len(turn), reset_less=True)
+        update_beats = track("update_beat", turn_beat, count=5, width=beat_bits, reset_less=True)
 
         # U1 ▸ U2: the error at its scale, and the random number before the lanes' own offsets
         random2 = Signal(8, reset_less=True)
@@ -1378,15 +1431,16 @@ class LinearHead(wiring.Component):
         m.d.comb += grown1.eq(stage1)
         with m.If(~update_tables[0]):
             for stage, below in enumerate(_MATURE_BELOW):
-                with m.If((stage1 == stage) & (lfsr[24:] < below)):
+                # The top byte is below a power of two.
+                with m.If((stage1 == stage) & ~lfsr[24 + below.bit_length() - 1 :].any()):
                     m.d.comb += grown1.eq(stage + 1)
-        stage2, stage3, stage4 = track("stage_after_update", grown1, count=3, width=2)
+        stage5 = track("stage_after_update", grown1, count=4, width=2)[-1]
         m.d.sync += random2.eq(lfsr[:8] + offset1)
         claim1 = Signal(4)
         m.d.comb += claim1.eq(Mux(stage1[1], 2, Mux(stage1[0], 4, 8)))
-        (claim2, claim3) = track("claim", claim1, count=2, width=4, reset_less=True)
-        (moves2, moves3) = track("moves", moves1, count=2, width=lanes, reset_less=True)
-        (takes2, takes3) = track("takes", takes1, count=2, width=lanes, reset_less=True)
+        claim4 = track("claim", claim1, count=3, width=4, reset_less=True)[-1]
+        moves3 = track("moves", moves1, count=2, width=lanes, reset_less=True)[-1]
+        takes4 = track("takes", takes1, count=3, width=lanes, reset_less=True)[-1]
         updated = []
         scaled_bits = error_bits + 3 + boost
         for lane in range(lanes):
@@ -1405,35 +1459,38 @@ class LinearHead(wiring.Component):
             m.d.comb += random.eq(random2 + (_LANE_STEP * lane & 255))
             noise = Cat(Const(0, value_bits - 8), random) if value_bits > 8 else random
             m.d.sync += step.eq((scaled + noise) >> value_bits)
-            weight2, weight3 = track(
+            weight3 = track(
                 f"weight_before{lane}", weight, count=2, width=weight_bits, reset_less=True
-            )
+            )[-1]
             # U3 ▸ U4: the weight
-            moved = Signal(signed(weight_bits + 1), name=f"moved{lane}")
+            moved = Signal(signed(weight_bits + 1), name=f"moved{lane}", reset_less=True)
+            moves4 = Signal(name=f"moves4_{lane}", reset_less=True)
+            m.d.sync += [
+                moved.eq(weight3.as_signed() + Mux(moves3[lane], step, 0)),
+                moves4.eq(moves3[lane]),
+            ]
+            # U4 ▸ U5: saturated; the most negative number is only possible as loaded
             new = Signal(weight_bits, name=f"weight_after{lane}")
-            m.d.comb += moved.eq(weight3.as_signed() + step)
-            m.d.sync += new.eq(weight3)
-            with m.If(moves3[lane]):
-                m.d.sync += new.eq(moved)
-                with m.If(moved > most):
-                    m.d.sync += new.eq(most)
-                with m.Elif(moved < -most):
-                    m.d.sync += new.eq(-most)
+            least = ~moved[:-2].any()
+            m.d.sync += new.eq(moved)
+            with m.If(~moved[-1] & moved[-2]):
+                m.d.sync += new.eq(most)
+            with m.Elif(moves4 & moved[-1] & (~moved[-2] | least)):
+                m.d.sync += new.eq(-most)
             if entries and has_rows:
-                with m.If(takes3[lane]):
-                    m.d.sync += new.eq(claim3)
+                with m.If(takes4[lane]):
+                    m.d.sync += new.eq(claim4)
             updated.append(new)
         places = []
         if entries and has_rows:
             for lane in range(lanes):
                 places.append(
-                    track(f"index_before{lane}", indices1[lane], count=3, width=index_bits)[-1]
+                    track(f"index_before{lane}", indices1[lane][0], count=4, width=index_bits)[-1]
                 )
-        del stage2, stage3, claim2, moves2, takes2
 
-        # U4: written. Rows at once, diagonal features when all of a word are there.
+        # U5: written. Rows at once, diagonal features when all of a word are there.
         row_table_writes = Signal()
-        m.d.comb += row_table_writes.eq(~update_tables[3] | table_write)
+        m.d.comb += row_table_writes.eq(~update_tables[4] | table_write)
         if has_rows:
             fields = []
             for lane in range(lanes):
@@ -1441,6 +1498,7 @@ class LinearHead(wiring.Component):
                 if entries:
                     fields.append(places[lane])
             new_word = Signal(row_data_bits)
+            row_written = Signal(row_bits)
             parities = []
             for group in range(groups):
                 part = new_word[
@@ -1449,13 +1507,18 @@ class LinearHead(wiring.Component):
                 extra = [new_word[lanes * entry_bits :]] if group == 0 else []
                 parities.append(_even_parity(Cat(part, *extra)))
             m.d.comb += [
-                new_word.eq(Cat(*fields, stage4)),
-                row_write.addr.eq(Mux(clearing, clear_address, row_addresses[6])),
-                row_write.data.eq(Cat(new_word, *parities)),
-                row_write.en.eq(clearing | (update_rows[3] & row_table_writes)),
+                new_word.eq(Cat(*fields, stage5)),
+                row_written.eq(Mux(clearing, clear_address, row_addresses[7])),
             ]
+            for n, (_, row_write) in enumerate(row_banks):
+                here = row_written[row_bits - row_bank_bits :] == n if row_bank_bits else Const(1)
+                m.d.comb += [
+                    row_write.addr.eq(row_written),
+                    row_write.data.eq(Cat(new_word, *parities)),
+                    row_write.en.eq((clearing | (update_rows[4] & row_table_writes)) & here),
+                ]
             with m.If(clearing):
-                m.d.sync += [Value.cast(part).eq(0) for part in (*fields, stage4)]
+                m.d.sync += [Value.cast(part).eq(0) for part in (*fields, stage5)]
         else:
             with m.If(clearing):
                 m.d.sync += [part.eq(0) for part in updated]
@@ -1464,7 +1527,7 @@ class LinearHead(wiring.Component):
         gathered_parity = Signal(features * groups)
         gathered_all = Signal()
         gathered_beat = Signal(range(value_beats))
-        with m.If(update_turns[3]):
+        with m.If(update_turns[4]):
             m.d.sync += [
                 gathered.eq(Cat(gathered[feature_bits:], *updated)),
                 gathered_parity.eq(
@@ -1476,11 +1539,11 @@ class LinearHead(wiring.Component):
                         ),
                     )
                 ),
-                gathered_beat.eq(update_beats[3]),
+                gathered_beat.eq(update_beats[4]),
             ]
         with m.If(clearing):
             m.d.sync += [gathered.eq(0), gathered_parity.eq(0)]
-        m.d.sync += gathered_all.eq(update_turns[3] & (turns[3] == features - 1) & row_table_writes)
+        m.d.sync += gathered_all.eq(update_turns[4] & (turns[4] == features - 1) & row_table_writes)
         m.d.comb += [
             diagonal_write.addr.eq(
                 Mux(
@@ -1504,7 +1567,9 @@ class LinearHead(wiring.Component):
         flags = [*load_at, *diagonal_lesson_at, *update_rows, *update_turns]
         if has_rows:
             flags += row_lesson_at
-        m.d.comb += lesson_busy.eq(reduce(or_, flags) | turning | gathered_all)
+        # What enters a pipeline counts as well, since the register tells of the cycle before.
+        flags += [load_valid, row_lesson, diagonal_lesson]
+        m.d.sync += lesson_busy.eq(reduce(or_, flags) | turning | gathered_all)
         with m.If(pause != 0):
             m.d.sync += pause.eq(pause - 1)
         with m.If(lesson_build):
@@ -1580,6 +1645,7 @@ class LinearHead(wiring.Component):
             table_chunk.eq(rest),
         ]
         found = Signal(32)
+        known_row, known_diagonal = Signal(), Signal()
         wait = Signal(range(features + 13))
         relative = Signal(len(rest) + 1)
 
@@ -1591,7 +1657,7 @@ class LinearHead(wiring.Component):
             for lane in range(lanes):
                 fields.append(weights1[lane].as_unsigned())
                 if entries:
-                    fields.append(indices1[lane])
+                    fields.append(indices1[lane][1])
             with m.If(update_rows[0] & update_tables[0]):
                 m.d.sync += found.eq(_pick(rest, chunks_of(Cat(*fields, stage1))))
         if feature_bits % 32 == 0:
@@ -1638,15 +1704,21 @@ class LinearHead(wiring.Component):
                     step.eq(step + 1),
                 ]
                 with m.If(step == 23):
-                    m.next = "Fetch"
+                    m.next = "Check"
+            with m.State("Check"):
+                m.d.sync += [
+                    known_row.eq((table == 0) & (left < self.row_words)),
+                    known_diagonal.eq((table == 1) & (left < self.diagonal_words)),
+                ]
+                m.next = "Fetch"
             with m.State("Fetch"):
                 m.d.sync += [wait.eq(features + 12), relative.eq(rest)]
                 with m.If(quiet):
                     m.next = "Answer"
-                    with m.If((table == 0) & (left < self.row_words)):
+                    with m.If(known_row):
                         m.d.comb += table_read_row.eq(1)
                         m.next = "Turn"
-                    with m.Elif((table == 1) & (left < self.diagonal_words)):
+                    with m.Elif(known_diagonal):
                         m.d.comb += table_read_diagonal.eq(1)
                         m.next = "Turn"
             with m.State("Turn"):
