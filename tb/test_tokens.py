@@ -69,7 +69,7 @@ def test_block(shape, choices):
 
 
 def test_banks():
-    """So many rows that their words lie in two banks, the layers of an entry across both."""
+    """So many rows that their words lie in two banks, the layers of an entry in both."""
     config = _SHAPES["odd"]
     run_bench(
         TokenTable(config, rows=1024, choices=2),

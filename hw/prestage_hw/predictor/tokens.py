@@ -32,8 +32,10 @@ KEPT = {"token": ("T", "T2"), "pair": ("Q",), "successor": ("S",)}
 #: Bits of a tag.
 TAG_BITS = 16
 
-#: Row words from which on they lie in two banks, by the lowest bit of their address.
+#: Row words in a bank, which are the words of a block RAM of the ECP5 at its 9 bits of width; more
+#: where there would be too many banks.
 _BANK_DEPTH = 2048
+_MOST_BANKS = 8
 
 #: Attribute of memories whose words are never looked at when they are read and written in the same
 #: cycle, which tells synthesis to spend no logic on what is read then.
@@ -305,33 +307,39 @@ class TokenTable(wiring.Component):
         )
         tag_read, tag_write = tags.read_port(), tags.write_port()
 
-        # Row words: what is read is kept before anything is done with it. Where a bank takes
-        # several block RAMs, those alone need most of a cycle.
+        # Row words: what is read is kept before anything is done with it, bank by bank. Block RAMs
+        # alone need most of a cycle.
         row_bits = range(rows * layers)
         # ``reads`` brings the word at ``read_address`` to the memory's output, ``capture`` takes
         # what is there.
         read_address, reads, capture = Signal(row_bits), Signal(), Signal()
         row, row_data = Signal(row_layout), Signal(row_layout)
         row_address, row_enable = Signal(row_bits), Signal()
-        bank_bits = 1 if rows * layers > _BANK_DEPTH else 0
+        depth = rows * layers
+        bank_depth = max(_BANK_DEPTH, 1 << (-(-depth // _MOST_BANKS) - 1).bit_length())
+        banks = -(-depth // bank_depth)
+        word_bits, bank_bits = bank_depth.bit_length() - 1, (banks - 1).bit_length()
         read_bank, kept_bank = Signal(bank_bits), Signal(bank_bits)
         with m.If(reads):
-            m.d.sync += [read_bank.eq(read_address), read_address.eq(read_address + 1)]
+            m.d.sync += [read_bank.eq(read_address >> word_bits), read_address.eq(read_address + 1)]
         with m.If(capture):
             m.d.sync += kept_bank.eq(read_bank)
-        for bank in range(1 << bank_bits):
+        for bank in range(banks):
             memory = Memory(
-                shape=row_layout, depth=rows * layers >> bank_bits, init=[], attrs=NO_COLLISIONS
+                shape=row_layout,
+                depth=min(bank_depth, depth - bank * bank_depth),
+                init=[],
+                attrs=NO_COLLISIONS,
             )
             m.submodules[f"row_words{bank}"] = memory
             read, write = memory.read_port(), memory.write_port()
             kept = Signal(row_layout, name=f"kept{bank}")
             m.d.comb += [
-                read.addr.eq(read_address >> bank_bits),
+                read.addr.eq(read_address[:word_bits]),
                 read.en.eq(reads),
-                write.addr.eq(row_address >> bank_bits),
+                write.addr.eq(row_address[:word_bits]),
                 write.data.eq(row_data),
-                write.en.eq(row_enable & (row_address[:bank_bits] == bank)),
+                write.en.eq(row_enable & (row_address >> word_bits == bank)),
             ]
             with m.If(capture):
                 m.d.sync += kept.eq(read.data)
