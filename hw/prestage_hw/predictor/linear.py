@@ -837,18 +837,18 @@ class LinearHead(wiring.Component):
                 lesson_go.eq(~lesson_valid | row_lesson),
                 row_address.eq(
                     Mux(
-                        table_read_row,
-                        table_address,
-                        Mux(guess_valid, guess_address, lesson_address),
+                        guess_valid,
+                        guess_address,
+                        Mux(table_read_row, table_address, lesson_address),
                     )
                 ),
             ]
             m.d.comb += [read.addr.eq(row_address) for read, _ in row_banks]
             row_guess_at = track("row_guess", guess_valid, count=3)
-            row_lesson_at = track("row_lesson", row_lesson, count=8)
+            row_lesson_at = track("row_lesson", row_lesson, count=9)
             row_table_at = track("row_table", table_read_row, count=8)
             row_addresses = track(
-                "row_address", row_address, count=8, width=row_bits, reset_less=True
+                "row_address", row_address, count=9, width=row_bits, reset_less=True
             )
             row_beats_at = track(
                 "row_beat",
@@ -902,13 +902,14 @@ class LinearHead(wiring.Component):
 
         diagonal_at = Signal(range(self.diagonal_words))
         m.d.comb += [
+            # Whether a prediction reads is known last.
             diagonal_at.eq(
                 Mux(
-                    table_read_diagonal,
-                    table_address,
+                    final_read,
+                    diagonal_address(guess_base, final_beat),
                     Mux(
-                        final_read,
-                        diagonal_address(guess_base, final_beat),
+                        table_read_diagonal,
+                        table_address,
                         diagonal_address(lesson_base, lesson_diagonal_beat),
                     ),
                 )
@@ -1510,12 +1511,17 @@ class LinearHead(wiring.Component):
                 new_word.eq(Cat(*fields, stage5)),
                 row_written.eq(Mux(clearing, clear_address, row_addresses[7])),
             ]
+            row_store = Signal(row_data_bits + groups, reset_less=True)
+            row_store_at = Signal(row_bits, reset_less=True)
+            m.d.sync += [row_store.eq(Cat(new_word, *parities)), row_store_at.eq(row_written)]
             for n, (_, row_write) in enumerate(row_banks):
                 here = row_written[row_bits - row_bank_bits :] == n if row_bank_bits else Const(1)
+                enable = Signal(name=f"row_store_enable{n}")
+                m.d.sync += enable.eq((clearing | (update_rows[4] & row_table_writes)) & here)
                 m.d.comb += [
-                    row_write.addr.eq(row_written),
-                    row_write.data.eq(Cat(new_word, *parities)),
-                    row_write.en.eq((clearing | (update_rows[4] & row_table_writes)) & here),
+                    row_write.addr.eq(row_store_at),
+                    row_write.data.eq(row_store),
+                    row_write.en.eq(enable),
                 ]
             with m.If(clearing):
                 m.d.sync += [Value.cast(part).eq(0) for part in (*fields, stage5)]
@@ -1526,7 +1532,7 @@ class LinearHead(wiring.Component):
         gathered = Signal(diagonal_data_bits)
         gathered_parity = Signal(features * groups)
         gathered_all = Signal()
-        gathered_beat = Signal(range(value_beats))
+        gathered_at = Signal(range(self.diagonal_words), reset_less=True)
         with m.If(update_turns[4]):
             m.d.sync += [
                 gathered.eq(Cat(gathered[feature_bits:], *updated)),
@@ -1539,25 +1545,29 @@ class LinearHead(wiring.Component):
                         ),
                     )
                 ),
-                gathered_beat.eq(update_beats[4]),
             ]
         with m.If(clearing):
             m.d.sync += [gathered.eq(0), gathered_parity.eq(0)]
-        m.d.sync += gathered_all.eq(update_turns[4] & (turns[4] == features - 1) & row_table_writes)
-        m.d.comb += [
-            diagonal_write.addr.eq(
+        m.d.sync += [
+            gathered_all.eq(
+                clearing | (update_turns[4] & (turns[4] == features - 1) & row_table_writes)
+            ),
+            gathered_at.eq(
                 Mux(
                     clearing,
                     clear_address,
                     Mux(
                         busy_table,
                         table_address,
-                        diagonal_address(lesson_base, gathered_beat),
+                        diagonal_address(lesson_base, update_beats[4]),
                     ),
                 )
             ),
+        ]
+        m.d.comb += [
+            diagonal_write.addr.eq(gathered_at),
             diagonal_write.data.eq(Cat(gathered, gathered_parity)),
-            diagonal_write.en.eq(clearing | gathered_all),
+            diagonal_write.en.eq(gathered_all),
         ]
 
         # --- order of a learning
@@ -1672,6 +1682,7 @@ class LinearHead(wiring.Component):
 
         with m.If(self.table_values.ready):
             m.d.sync += self.table_values.valid.eq(0)
+        m.d.sync += [table_read_row.eq(0), table_read_diagonal.eq(0)]
         with m.FSM(init="Clear start", name="state") as fsm:
             with m.State("Clear start"):
                 # The registers in front of the memories become 0.
@@ -1714,13 +1725,11 @@ class LinearHead(wiring.Component):
             with m.State("Fetch"):
                 m.d.sync += [wait.eq(features + 12), relative.eq(rest)]
                 with m.If(quiet):
-                    m.next = "Answer"
-                    with m.If(known_row):
-                        m.d.comb += table_read_row.eq(1)
-                        m.next = "Turn"
-                    with m.Elif(known_diagonal):
-                        m.d.comb += table_read_diagonal.eq(1)
-                        m.next = "Turn"
+                    m.d.sync += [
+                        table_read_row.eq(known_row),
+                        table_read_diagonal.eq(known_diagonal),
+                    ]
+                    m.next = "Turn"
             with m.State("Turn"):
                 m.d.comb += busy_table.eq(1)
                 m.d.sync += wait.eq(wait - 1)
