@@ -1746,8 +1746,13 @@ class LinearHead(wiring.Component):
                     m.next = "Ready"
 
         queued = waiting != 0 if value_beats > 1 else Const(0)
+        m.d.sync += taking.eq(
+            fsm.ongoing("Ready")
+            & ~clear_waits
+            & ~self.clear
+            & ~(self.table_requests.valid & self.table_requests.ready)
+        )
         m.d.comb += [
-            taking.eq(fsm.ongoing("Ready") & ~clear_waits),
             self.idle.eq(
                 fsm.ongoing("Ready")
                 & quiet
