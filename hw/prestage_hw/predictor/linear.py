@@ -1637,6 +1637,8 @@ class LinearHead(wiring.Component):
         m.d.comb += quiet.eq(
             (guess_level == 0) & (guesses_ahead == 0) & (lesson_level == 0) & ~lesson_busy
         )
+        asking, asked, opened = Signal(), Signal(), Signal()
+        m.d.comb += self.table_requests.ready.eq(asking)
         clear_waits = Signal()
         with m.If(self.clear):
             m.d.sync += clear_waits.eq(1)
@@ -1696,11 +1698,10 @@ class LinearHead(wiring.Component):
                     m.next = "Ready"
             with m.State("Ready"):
                 m.d.sync += [step.eq(0), rest.eq(0), found.eq(0)]
-                m.d.comb += self.table_requests.ready.eq(quiet & ~clear_waits)
                 with m.If(quiet & clear_waits):
                     m.d.sync += clear_waits.eq(self.clear)
                     m.next = "Clear start"
-                with m.If(self.table_requests.valid & self.table_requests.ready):
+                with m.If(asked):
                     m.d.sync += [
                         left.eq(request.word),
                         table.eq(request.table),
@@ -1746,12 +1747,13 @@ class LinearHead(wiring.Component):
                     m.next = "Ready"
 
         queued = waiting != 0 if value_beats > 1 else Const(0)
-        m.d.sync += taking.eq(
-            fsm.ongoing("Ready")
-            & ~clear_waits
-            & ~self.clear
-            & ~(self.table_requests.valid & self.table_requests.ready)
-        )
+        # Both are registers: a job and a table request may be taken in one cycle, and the request
+        # then waits for the job.
+        m.d.comb += [
+            asked.eq(self.table_requests.valid & self.table_requests.ready),
+            opened.eq(fsm.ongoing("Ready") & ~clear_waits & ~self.clear & ~asked),
+        ]
+        m.d.sync += [taking.eq(opened), asking.eq(opened & quiet)]
         m.d.comb += [
             self.idle.eq(
                 fsm.ongoing("Ready")
