@@ -1,8 +1,9 @@
 """Online linear models over routing histories, in integers."""
 
-from amaranth import Array, Cat, Module, Mux, Signal, unsigned
-from amaranth.lib import data, wiring
+from amaranth import Array, Cat, Const, Module, Mux, Signal, unsigned
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
+from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.records import Phase, Source
 from prestage_hw.layouts import RecordLayout
@@ -27,7 +28,30 @@ _ORDER_DEPTH = 8
 _ASK_CYCLES = 4
 
 #: Cycles from the last beat of values to the word to rank them.
-_GO_CYCLES = 4
+_GO_CYCLES = 5
+
+
+class _TwoBeats(wiring.Component):
+    """Take beats as long as one of two registers is free, whatever the other side does."""
+
+    def __init__(self, layout):
+        super().__init__(
+            {"incoming": In(stream.Signature(layout)), "outgoing": Out(stream.Signature(layout))}
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        spare, spare_valid = Signal.like(self.incoming.payload), Signal()
+        m.d.comb += self.incoming.ready.eq(~spare_valid)
+        with m.If(self.outgoing.ready | ~self.outgoing.valid):
+            m.d.sync += [
+                self.outgoing.valid.eq(spare_valid | self.incoming.valid),
+                self.outgoing.payload.eq(Mux(spare_valid, spare, self.incoming.payload)),
+                spare_valid.eq(0),
+            ]
+        with m.Elif(self.incoming.ready):
+            m.d.sync += [spare.eq(self.incoming.payload), spare_valid.eq(self.incoming.valid)]
+        return m
 
 
 class _Kind:
@@ -272,20 +296,26 @@ class PerceptronPredictor(Predictor):
         proposing = Signal()
         m.d.comb += proposing.eq(walking & (walk_layer < walk_ahead))
 
-        # Sets are asked for by the main machine, or by the walker while it does not ask.
+        # Sets are asked for by the main machine, or by the walker while it does not ask. The
+        # question waits in a register, as the histories look up what it names at once.
         wants, busy, for_walker = Signal(), Signal(), Signal()
-        request = histories.requests.payload
-        asks = Signal()
-        m.d.comb += [
-            asks.eq(wants | walking),
-            histories.requests.valid.eq(asks & ~busy),
-        ]
+        asking = Signal()
+        request = Signal.like(histories.requests.payload)
+        m.d.comb += histories.requests.valid.eq(asking)
         granted = Signal()
-        with m.If(histories.requests.valid & histories.requests.ready):
-            m.d.sync += [busy.eq(1), for_walker.eq(~wants)]
+        m.d.comb += granted.eq(wants & ~busy)
+        with m.If(histories.requests.ready):
+            m.d.sync += asking.eq(0)
+        with m.If(~busy & (wants | walking)):
+            m.d.sync += [
+                asking.eq(1),
+                busy.eq(1),
+                for_walker.eq(~wants),
+                histories.requests.payload.eq(request),
+            ]
         with m.If(histories.sets.valid & histories.sets.ready):
+            # The walker has moved on when it may ask again.
             m.d.sync += busy.eq(0)
-        m.d.comb += granted.eq(histories.requests.valid & histories.requests.ready & wants)
         arrived_sets = Signal()
         m.d.comb += arrived_sets.eq(histories.sets.valid & busy & ~for_walker)
         used_sets, walker_used_sets = Signal(), Signal()
@@ -358,7 +388,7 @@ class PerceptronPredictor(Predictor):
 
         blocks = [*heads, histories, ranking, trust]
         blocks_idle = Cat(block.idle for block in blocks).all()
-        collecting = Signal()
+        collecting, values_held = Signal(), Signal()
         quiet = Signal()  # all that was begun is done
         push_main = Signal()
         clear_waits = Signal()
@@ -366,7 +396,14 @@ class PerceptronPredictor(Predictor):
             m.d.sync += clear_waits.eq(1)
         m.d.comb += [
             order.w_en.eq(push_main | push_walked),
-            quiet.eq(~walking & ~collecting & (order.level == 0) & blocks_idle & (background == 0)),
+            quiet.eq(
+                ~walking
+                & ~collecting
+                & ~values_held
+                & (order.level == 0)
+                & blocks_idle
+                & (background == 0)
+            ),
         ]
         begin_told, trust_told = Signal(), Signal()
 
@@ -392,27 +429,32 @@ class PerceptronPredictor(Predictor):
                 with m.Case(number):
                     m.d.comb += words.eq(words_of(block, inner))
         m.d.sync += self.table_words.eq(words)
-        in_range, table_sent, table_taken = Signal(), Signal(), Signal()
+        # Which table a request is for is found out in a cycle of its own.
+        table_target, table_known = Signal(len(tables)), Signal()
+        table_sent, table_taken = Signal(), Signal()
         table_value, table_found = Signal(32), Signal()
         tabling = Signal()
+        for number, (block, inner) in enumerate(tables):
+            m.d.sync += table_target[number].eq(
+                (asked_table.table == number) & (asked_table.word < words_of(block, inner))
+            )
         for block in (*heads, histories):
+            mine = [number for number, (other, _) in enumerate(tables) if other is block]
+            chosen = Cat(table_target[number] for number in mine).any() if mine else Const(0)
             m.d.comb += [
                 block.table_requests.payload.word.eq(asked_table.word),
                 block.table_requests.payload.write.eq(asked_table.write),
                 block.table_requests.payload.value.eq(asked_table.value),
+                block.table_requests.valid.eq(tabling & table_known & ~table_sent & chosen),
                 block.table_values.ready.eq(tabling & table_sent),
             ]
+            for number in mine:
+                with m.If(table_target[number]):
+                    m.d.comb += block.table_requests.payload.table.eq(tables[number][1])
+            with m.If(chosen):
+                m.d.comb += table_taken.eq(block.table_requests.ready)
             with m.If(tabling & table_sent & block.table_values.valid):
                 m.d.comb += [table_found.eq(1), table_value.eq(block.table_values.payload)]
-        with m.Switch(asked_table.table):
-            for number, (block, inner) in enumerate(tables):
-                with m.Case(number):
-                    m.d.comb += [
-                        in_range.eq(asked_table.word < words_of(block, inner)),
-                        block.table_requests.payload.table.eq(inner),
-                        block.table_requests.valid.eq(tabling & ~table_sent & in_range),
-                        table_taken.eq(block.table_requests.ready),
-                    ]
         with m.If(self.table_values.ready):
             m.d.sync += self.table_values.valid.eq(0)
 
@@ -438,7 +480,8 @@ class PerceptronPredictor(Predictor):
                     m.next = "Idle"
 
             with m.State("Idle"):
-                m.d.sync += [begin_told.eq(0), trust_told.eq(0), table_sent.eq(0)]
+                m.d.sync += [begin_told.eq(0), trust_told.eq(0)]
+                m.d.sync += [table_sent.eq(0), table_known.eq(0)]
                 with m.If(present):
                     with m.Switch(front.kind):
                         with m.Case(_Kind.BEGIN):
@@ -502,9 +545,18 @@ class PerceptronPredictor(Predictor):
                 ]
                 with m.If(~first | order.w_rdy):
                     m.d.sync += stamps[ctx].eq(front.stamp)
-                    m.next = f"Ask {configs[near[0]].name}"
-                    with m.If(~first & ~extra):
-                        m.next = "Route"
+                    m.next = "Route"
+                    with m.If(first | extra):
+                        m.next = f"Ask {configs[near[0]].name}"
+                        # The first question goes out at once.
+                        with m.If(layer + configs[near[0]].horizon < layers):
+                            m.d.comb += [
+                                wants.eq(1),
+                                request.layer.eq(layer + configs[near[0]].horizon),
+                                request.horizon.eq(configs[near[0]].horizon),
+                            ]
+                            with m.If(granted):
+                                m.next = f"Predict {configs[near[0]].name}"
             for at, number in enumerate(near):
                 head, horizon = heads[number], configs[number].horizon
                 following = f"Ask {configs[near[at + 1]].name}" if at + 1 < len(near) else "Route"
@@ -614,8 +666,11 @@ class PerceptronPredictor(Predictor):
 
             with m.State("Table"):
                 m.d.comb += tabling.eq(1)
-                with m.If(~table_sent):
-                    with m.If(~in_range):
+                m.d.sync += table_known.eq(1)
+                with m.If(~table_known):
+                    pass
+                with m.Elif(~table_sent):
+                    with m.If(~table_target.any()):
                         # A word that does not exist reads 0.
                         m.next = "Idle"
                         with m.If(~asked_table.write):
@@ -643,6 +698,7 @@ class PerceptronPredictor(Predictor):
             background=background,
             walking=walking,
             stored=stored,
+            values_held=values_held,
         )
 
         # Reuse values.
@@ -691,7 +747,17 @@ class PerceptronPredictor(Predictor):
         return m
 
     def _collect(
-        self, m, *, order, order_layout, collecting, overtaken, background, walking, stored
+        self,
+        m,
+        *,
+        order,
+        order_layout,
+        collecting,
+        overtaken,
+        background,
+        walking,
+        stored,
+        values_held,
     ):
         """Take results, truths and hints in their order to the trust and the ranking."""
         config = self.config
@@ -701,17 +767,25 @@ class PerceptronPredictor(Predictor):
         entry = data.View(order_layout, order.r_data)
         hint, hinted = trust.hints, trust.hinted
 
+        # Two registers for each head keep what holds the ranking up from reaching into the heads.
         beat_layout = heads[start].values.payload.shape()
+        held = {}
+        for number in ahead:
+            name = config.perceptron.heads[number].name
+            held[number] = fifo = _TwoBeats(beat_layout)
+            m.submodules[f"held_{name}"] = fifo
+            wiring.connect(m, heads[number].values, fifo.incoming)
         beat, beat_valid, beat_taken = Signal(beat_layout), Signal(), Signal()
         source = Signal.like(entry.head)
         with m.Switch(source):
-            for number in ahead:
+            for number, fifo in held.items():
                 with m.Case(number):
                     m.d.comb += [
-                        beat.eq(heads[number].values.payload),
-                        beat_valid.eq(heads[number].values.valid),
-                        heads[number].values.ready.eq(beat_taken),
+                        beat.eq(fifo.outgoing.payload),
+                        beat_valid.eq(fifo.outgoing.valid),
+                        fifo.outgoing.ready.eq(beat_taken),
                     ]
+        m.d.comb += values_held.eq(Cat(fifo.outgoing.valid for fifo in held.values()).any())
         last = beat.beat == config.lane_beats - 1
         dropped = Signal()
         to_ranking, to_trust = Signal(), Signal()
