@@ -1260,13 +1260,16 @@ class LinearHead(wiring.Component):
         table_chunk = Signal(24)
         chunk_counts = self._chunks()
 
-        def replaced(bits, writing, *, first=0):
-            """Bits of a stored word with the written table word put into its place."""
+        def replaced(bits, next_writing, *, first=0):
+            """Bits of a stored word with the written table word put into its place.
+
+            ``next_writing`` tells one cycle ahead.
+            """
             parts = []
             for at in range(first // 32, -(-(first + len(bits)) // 32)):
                 low, high = max(first, 32 * at), min(first + len(bits), 32 * at + 32)
                 hit = Signal(name=f"chunk{at}")
-                m.d.comb += hit.eq(writing & (table_chunk == at))
+                m.d.sync += hit.eq(next_writing & (table_chunk == at))
                 parts.append(
                     Mux(
                         hit,
@@ -1303,9 +1306,10 @@ class LinearHead(wiring.Component):
         ]
         with m.If(turn == features - 1):
             m.d.sync += [turn.eq(0), turning.eq(0)]
+        diagonal_replaced = replaced(diagonal_clean, diagonal_table_at[1] & table_write)
         with m.If(load_turn):
             m.d.sync += [
-                turned.eq(replaced(diagonal_clean, diagonal_table_at[2] & table_write)),
+                turned.eq(diagonal_replaced),
                 turned_masks.eq(Cat(Const(-1, lanes), *lesson_mask_now)),
                 turn.eq(0),
                 turning.eq(1),
@@ -1355,7 +1359,7 @@ class LinearHead(wiring.Component):
                         ),
                         Mux(row_bad[0], 0, row_word[lanes * entry_bits :][:2]),
                     ),
-                    row_table_at[2] & table_write,
+                    row_table_at[1] & table_write,
                 )
             )
             stored_stage = row_flat[lanes * entry_bits :]
