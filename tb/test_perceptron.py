@@ -42,7 +42,7 @@ def test_structure(shape):
         PerceptronPredictor(_SHAPES[shape]),
         module=_MODULE,
         name="perceptron",
-        parameters={"config": _SHAPES[shape], "tokens": 12, "compare": True},
+        parameters={"config": _SHAPES[shape], "tokens": 7, "compare": True},
         testcase=["follows_golden_on_structure"],
     )
 
