@@ -5,12 +5,11 @@ import pytest
 
 from prestage_hw.contract import DeviceConfig, ModelConfig
 from prestage_hw.contract.perceptron import FORMS, HeadConfig, PerceptronConfig, perceptron_form
-from prestage_hw.contract.records import Phase, Source
+from prestage_hw.contract.records import NO_TOKEN, Phase, Source
 from prestage_sim.model.predictor.linear import create_head, head_learn, head_predict, lfsr_next
 from prestage_sim.model.predictor.perceptron import PerceptronPredictor, TraceRunner
 from prestage_sim.model.predictor.ranking import ranked
 
-UNKNOWN = 0xFFFFFFFF
 DECODE = int(Phase.DECODE)
 
 MODEL = ModelConfig(name="small", layers=6, experts=16, top_k=3)
@@ -228,7 +227,7 @@ def test_chunks_of_a_trace_make_no_difference():
 def test_contexts_have_their_own_histories():
     chosen, ids = walk(4, tokens=40)
     # Banked weights and no token ids: two contexts are two devices.
-    unknown = np.full(len(ids), UNKNOWN)
+    unknown = np.full(len(ids), NO_TOKEN)
     both = PerceptronPredictor(device("full", contexts=2, banked=True))
     alone = [PerceptronPredictor(device("full")) for _ in range(2)]
     orders = [chosen, chosen[::-1]]
@@ -291,7 +290,7 @@ def test_prefill_learns_nothing_and_keeps_the_last_token_as_history():
     _, stamp = replay(predictor, chosen[:40], ids[:40])
     before = [[table.copy() for table in head] for head in predictor.heads]
     tables = [table.copy() for table in predictor.histories.tables]
-    predictor.begin(0, UNKNOWN, int(Phase.PREFILL))
+    predictor.begin(0, NO_TOKEN, int(Phase.PREFILL))
     tables = [table.copy() for table in predictor.histories.tables]  # the token before was stored
     proposals = []
     for layer in range(MODEL.layers):
@@ -315,7 +314,7 @@ def test_reuse_values_rise_for_what_comes_back():
     always, never = (0, 1), 7
     stamp = 0
     for _ in range(400):
-        predictor.begin(0, UNKNOWN, DECODE)
+        predictor.begin(0, NO_TOKEN, DECODE)
         for layer in range(model.layers):
             stamp = stamp + 1 & 0xFF
             predictor.decide(0, layer, list(always), stamp)

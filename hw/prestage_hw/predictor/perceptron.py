@@ -1,5 +1,7 @@
 """Online linear models over routing histories, in integers."""
 
+from enum import IntEnum
+
 from amaranth import Array, Cat, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
@@ -22,7 +24,6 @@ _QUEUE_DEPTH = 2
 
 #: Results that candidates are still to be made of, with the truths and hints between them.
 _ORDER_DEPTH = 8
-
 
 #: Cycles from the transfer of a decision to its first question for sets.
 _ASK_CYCLES = 4
@@ -54,7 +55,7 @@ class _TwoBeats(wiring.Component):
         return m
 
 
-class _Kind:
+class _Kind(IntEnum):
     """Kinds of messages, and of entries in the order of results."""
 
     BEGIN = 0
@@ -136,7 +137,7 @@ class PerceptronPredictor(Predictor):
         most, k = ranking.most_candidates, self.config.model.top_k
         ahead = [head for head in heads if head.head.horizon]
         # One machine asks for all sets; each head predicts and learns; one ranking for all.
-        questions = sum(2 for _ in heads) - 1
+        questions = 2 * len(heads) - 1
         asking = 8 + questions * (self._histories.latency + 4)
         working = max(
             head.predict_interval(self._active_words(head))

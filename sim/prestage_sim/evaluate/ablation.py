@@ -28,12 +28,13 @@ from prestage_hw.contract.perceptron import (
     PerceptronConfig,
     perceptron_form,
 )
+from prestage_hw.contract.records import NO_TOKEN
 from prestage_sim.traces import Trace, TraceError, load_trace, model_config
 
 from .._jit import compiled
 from ..model.predictor.linear import NOW, OLD, create_head, head_learn, head_predict
 from ..model.predictor.perceptron import reuse_targets
-from ..model.predictor.tokens import UNKNOWN, create_tokens, token_fetch, token_store
+from ..model.predictor.tokens import create_tokens, token_fetch, token_store
 from .metrics import cut_offs
 from .run import check_horizons
 
@@ -295,7 +296,7 @@ def variants(
 def _look_up(tables: Any, tokens: Any, routed: Any, memos: Any) -> None:
     """Token tables over a trace; ``routed`` holds two tokens more than ``memos``, unknown ones."""
     memo = np.full(memos.shape[1:], -1, np.int16)
-    before = previous = np.int64(UNKNOWN)
+    before = previous = np.int64(NO_TOKEN)
     for t in range(tokens.shape[0]):
         if t > 0:
             token_store(tables, previous, before, routed[t + 1])
@@ -382,7 +383,7 @@ class _Course:
         self.model = model
         experts = np.concatenate([other.experts for other in (*warm, trace)])
         tokens = np.concatenate([other.token for other in (*warm, trace)]).astype(np.int64)
-        self._tokens = np.where(tokens < 0, UNKNOWN, tokens)
+        self._tokens = np.where(tokens < 0, NO_TOKEN, tokens)
         self._first = len(experts) - trace.tokens
         self._truths = trace.tokens * model.top_k
         nothing = np.full((2, *experts.shape[1:]), -1, np.int16)

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.perceptron import FEATURES, HeadConfig
-from prestage_hw.contract.records import Phase
+from prestage_hw.contract.records import NO_TOKEN, Phase
 
 from .linear import NOW, OLD, gather
 from .tokens import (
-    UNKNOWN,
     clear_tokens,
     create_tokens,
     token_fetch,
@@ -63,7 +62,7 @@ class Histories:
         self.this, self.prev, self.before = (np.full(shape, -1, np.int16) for _ in range(3))
         self.memo = np.full((config.contexts, 6, *shape[1:]), -1, np.int16)
         self.tables = create_tokens(config)
-        self._tokens = np.full((config.contexts, 2), UNKNOWN, np.int64)
+        self._tokens = np.full((config.contexts, 2), NO_TOKEN, np.int64)
         self._phases = [int(Phase.PREFILL)] * config.contexts
         self._used = {
             reuse: set().union(*(_features(h) for h in perceptron.heads if h.is_reuse == reuse))
@@ -78,7 +77,7 @@ class Histories:
         for array in (self.this, self.prev, self.before, self.memo):
             array[:] = -1
         clear_tokens(self.tables)
-        self._tokens[:] = UNKNOWN
+        self._tokens[:] = NO_TOKEN
         self._phases = [int(Phase.PREFILL)] * self.config.contexts
         self._written.clear()
 
@@ -90,7 +89,7 @@ class Histories:
         ctx : :class:`int`
             Context.
         token : :class:`int`
-            Id of the token, ``UNKNOWN`` where it isn't known.
+            Id of the token, ``NO_TOKEN`` where it isn't known.
         phase : :class:`int`
             A :class:`Phase`.
         """
@@ -150,7 +149,7 @@ class Histories:
 
     def forget_ids(self, ctx: int) -> None:
         """Lose the ids of a context's tokens: the present token will not be stored."""
-        self._tokens[ctx] = UNKNOWN
+        self._tokens[ctx] = NO_TOKEN
         self._phases[ctx] = int(Phase.PREFILL)
 
     # --- snapshots
@@ -209,7 +208,7 @@ class Histories:
         keys = ((token, None), (token, previous), (previous, None))
         for table, (first, second) in enumerate(keys):
             rows = self._rows(table)
-            if rows and first != UNKNOWN and second != UNKNOWN:
+            if rows and first != NO_TOKEN and second != NO_TOKEN:
                 other = -1 if second is None else second
                 entry, _ = token_place(first, other, rows)
                 row = rows + entry * self._layers

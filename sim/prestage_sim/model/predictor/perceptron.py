@@ -14,14 +14,14 @@ from numpy.typing import ArrayLike, NDArray
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.perceptron import HeadConfig
-from prestage_hw.contract.records import Phase, Source
+from prestage_hw.contract.records import NO_TOKEN, Phase, Source
 
 from ..._jit import compiled
 from .base import Candidate, ReuseBeat, Settings
 from .histories import Histories
 from .linear import NOW, OLD, Head, clear_head, create_head, head_learn, head_predict
 from .ranking import ranked
-from .tokens import UNKNOWN, create_tokens, token_fetch, token_store
+from .tokens import create_tokens, token_fetch, token_store
 from .trust import Trust
 
 __all__ = ["PerceptronPredictor", "TraceRunner"]
@@ -420,7 +420,7 @@ class TraceRunner:
         choice = (config.model.layers, config.model.top_k)
         self._tail = np.full((2, *choice), -1, np.int16)
         self._memo = np.full((6, *choice), -1, np.int16)
-        self._previous = np.full(2, UNKNOWN, np.int64)
+        self._previous = np.full(2, NO_TOKEN, np.int64)
 
     @property
     def horizons(self) -> tuple[int, ...]:
@@ -445,7 +445,7 @@ class TraceRunner:
         """
         chosen = np.asarray(experts, np.int16)
         ids = np.asarray(tokens, np.int64)
-        ids = np.where(ids < 0, UNKNOWN, ids)
+        ids = np.where(ids < 0, NO_TOKEN, ids)
         routed = np.concatenate([self._tail, chosen])
         memos = np.empty((len(chosen), *self._memo.shape), np.int16)
         _run_tokens(self._tables, ids, routed, self._previous, self._memo, memos)

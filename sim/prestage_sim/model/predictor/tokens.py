@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.records import NO_TOKEN
 
 from ..._jit import compiled
 
 __all__ = [
-    "UNKNOWN",
     "TokenTables",
     "clear_tokens",
     "create_tokens",
@@ -20,9 +20,6 @@ __all__ = [
     "token_place",
     "token_store",
 ]
-
-#: Id of a token that the host does not know.
-UNKNOWN = 0xFFFFFFFF
 
 
 class TokenTables(NamedTuple):
@@ -102,17 +99,17 @@ def token_fetch(tables: Any, token: Any, previous: Any, memo: Any) -> None:
     tables : :class:`TokenTables`
         The tables.
     token, previous : :class:`int`
-        Ids of this token and of the one before; ``UNKNOWN`` where not known.
+        Ids of this token and of the one before; ``NO_TOKEN`` where not known.
     memo : array of ``int16``, shape ``[6, layers, k]``
         Sets of the context (T, T2, Q, S, the S of the next token, nothing), which are replaced.
     """
     memo[3] = memo[4]
     memo[:3] = -1
     memo[4] = -1
-    if token != UNKNOWN:
+    if token != NO_TOKEN:
         _fetch(tables.tags[0], tables.token, token, -1, memo[0:2])
         _fetch(tables.tags[2], tables.successor, token, -1, memo[4:5])
-        if previous != UNKNOWN:
+        if previous != NO_TOKEN:
             _fetch(tables.tags[1], tables.pair, token, previous, memo[2:3])
 
 
@@ -125,11 +122,11 @@ def token_store(tables: Any, token: Any, previous: Any, this: Any) -> None:
     tables : :class:`TokenTables`
         The tables.
     token, previous : :class:`int`
-        Ids of that token and of the one before; ``UNKNOWN`` where not known.
+        Ids of that token and of the one before; ``NO_TOKEN`` where not known.
     this : array of ``int16``, shape ``[layers, k]``
         Its choices, -1 where a layer was not routed.
     """
-    if tables.token.shape[0] > 1 and token != UNKNOWN:
+    if tables.token.shape[0] > 1 and token != NO_TOKEN:
         at, tag = token_place(token, -1, tables.token.shape[0])
         if tables.tags[0, at] == tag:
             tables.token[at, 1] = tables.token[at, 0]
@@ -137,9 +134,9 @@ def token_store(tables: Any, token: Any, previous: Any, this: Any) -> None:
             tables.token[at, 1] = -1
         tables.token[at, 0] = this
         tables.tags[0, at] = tag
-    if previous == UNKNOWN:
+    if previous == NO_TOKEN:
         return
-    if tables.pair.shape[0] > 1 and token != UNKNOWN:
+    if tables.pair.shape[0] > 1 and token != NO_TOKEN:
         at, tag = token_place(token, previous, tables.pair.shape[0])
         tables.pair[at, 0] = this
         tables.tags[1, at] = tag

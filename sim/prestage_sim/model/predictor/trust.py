@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
 
-from .linear import LFSR_SEED
+from .linear import LFSR_SEED, lfsr_next
 
 __all__ = ["Trust"]
 
 _SEED = LFSR_SEED + 7
-_POLYNOMIAL = 0xA3000000
 
 #: Layers of a context that may hold hints at a time.
 _PLACES = 4
@@ -117,7 +118,7 @@ class Trust:
         chosen = set(experts)
         self._last[ctx] = layer
         for hint in self._hints[ctx].pop(layer, ()):
-            self._lfsr = _step(self._lfsr)
+            self._lfsr = int(lfsr_next(np.uint32(self._lfsr)))
             trust = self.trust[hint.distance]
             error = 256 * (hint.expert in chosen) - self._weigh(hint)
             change = (error + (self._lfsr & 255)) >> 8
@@ -136,10 +137,3 @@ class Trust:
 
     def _weigh(self, hint: _Hint) -> int:
         return _clamp(hint.plain + self.trust[hint.distance][hint.bin], 0, 255)
-
-
-def _step(state: int) -> int:
-    """State of the random numbers eight steps on."""
-    for _ in range(8):
-        state = state >> 1 ^ (_POLYNOMIAL if state & 1 else 0)
-    return state
