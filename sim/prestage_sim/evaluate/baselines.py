@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -221,10 +222,11 @@ class _Baseline(Ranker):
         self._rank(chosen, scores, proposed)
         return Ranking(scores=scores, proposed=proposed)
 
+    @abstractmethod
     def _rank(
         self, experts: NDArray[np.int32], scores: NDArray[np.int32], proposed: NDArray[np.bool_]
     ) -> None:
-        raise NotImplementedError
+        """Fill in the scores and what is proposed, both zero before."""
 
 
 class PopularityRanker(_Baseline):
