@@ -43,6 +43,9 @@ _CROSS_CODES = {name: code for code, name in enumerate(CROSSES)}
 _A, _C, _D, _B, _BN, _BP, _G, _T, _T2, _Q, _S = range(len(FEATURES))
 _AC, _AA, _AB = range(len(CROSSES))
 
+#: Most pairs of all conjunctions together.
+_CROSS_PAIRS = 4 + 3 + 4
+
 
 class Head(NamedTuple):
     """State and shape of one head.
@@ -287,7 +290,7 @@ def head_predict(
     shape = head.shape
     lanes, entries, beats = shape[_LANES], shape[_ENTRIES], shape[_BEATS]
     experts, most = shape[_EXPERTS], (1 << shape[_VALUE_BITS]) - 1
-    found = np.empty(160, np.int64)
+    found = np.empty(head.rows.shape[0] * this.shape[1] + _CROSS_PAIRS, np.int64)
     count = _rows(head, base, layer, now, this, prev, before, memo, found)
     weights = head.diagonal[base + layer]
     for e in range(experts):
@@ -344,7 +347,7 @@ def head_learn(
     lanes, entries, beats = shape[_LANES], shape[_ENTRIES], shape[_BEATS]
     experts, bits, most = shape[_EXPERTS], shape[_VALUE_BITS], shape[_MOST]
     boost = 1 if shape[_REUSE] else 0
-    found = np.empty(160, np.int64)
+    found = np.empty(head.rows.shape[0] * this.shape[1] + _CROSS_PAIRS, np.int64)
     count = _rows(head, base, layer, OLD, this, prev, before, memo, found)
     errors = targets - values
     state = head.lfsr[0]
