@@ -104,9 +104,9 @@ class PredictorBench:
         payload = {"ctx": ctx, "layer": layer, "experts": list(experts), "stamp": stamp & 0xFF}
         self.send(self.decisions, payload)
 
-    def send_hint(self, ctx, layer, expert, deadline):
+    def send_hint(self, ctx, layer, expert, deadline, *, score=None):
         names = (*_CANDIDATE_FIELDS[:4], "deadline", "source")
-        score = self.random.randrange(256)
+        score = self.random.randrange(256) if score is None else score
         values = (ctx, layer, expert, score, deadline & 0xFF, int(Source.HINT))
         self.send(self.hints, dict(zip(names, values, strict=True)))
 
@@ -404,7 +404,7 @@ async def is_busy_while_an_output_waits(dut):
     bench.candidates.paused = False
     await bench.until_idle()
     bench.candidates.paused = True
-    bench.send_hint(0, 0, 0, 1)
+    bench.send_hint(0, 1, 0, 1, score=255)  # of a layer to come, and sure enough to come out
     await bench.sent()
     await cycles(dut, 100)
     assert str(dut.idle.value) == "0"
