@@ -26,10 +26,10 @@ _QUEUE_DEPTH = 2
 _ORDER_DEPTH = 8
 
 #: Cycles from the transfer of a decision to its first question for sets.
-_ASK_CYCLES = 4
+_ASK_CYCLES = 3
 
 #: Cycles from the last beat of values to the word to rank them.
-_GO_CYCLES = 5
+_GO_CYCLES = 6
 
 
 class _TwoBeats(wiring.Component):
@@ -492,8 +492,26 @@ class PerceptronPredictor(Predictor):
                                 with m.If(background == 0):
                                     m.next = "Begin"
                         with m.Case(_Kind.DECISION):
-                            with m.If(~proposing):
-                                m.next = "Decide"
+                            with m.If(~proposing & (~first | order.w_rdy)):
+                                # The truth goes to the hints before any result of this decision,
+                                # and the first question out at once.
+                                nearest = configs[near[0]]
+                                m.d.comb += [
+                                    entry.kind.eq(_Kind.DECISION),
+                                    push_main.eq(first),
+                                ]
+                                m.d.sync += stamps[ctx].eq(front.stamp)
+                                m.next = "Route"
+                                with m.If(first | extra):
+                                    m.next = f"Ask {nearest.name}"
+                                    with m.If(layer + nearest.horizon < layers):
+                                        m.d.comb += [
+                                            wants.eq(1),
+                                            request.layer.eq(layer + nearest.horizon),
+                                            request.horizon.eq(nearest.horizon),
+                                        ]
+                                        with m.If(granted):
+                                            m.next = f"Predict {nearest.name}"
                         with m.Case(_Kind.HINT):
                             with m.If(~proposing & order.w_rdy):
                                 m.d.comb += [
@@ -538,26 +556,6 @@ class PerceptronPredictor(Predictor):
                             m.d.sync += flags[ctx].eq(0)
                     m.next = "Idle"
 
-            with m.State("Decide"):
-                # The truth goes to the hints before any result of this decision.
-                m.d.comb += [
-                    entry.kind.eq(_Kind.DECISION),
-                    push_main.eq(first & order.w_rdy),
-                ]
-                with m.If(~first | order.w_rdy):
-                    m.d.sync += stamps[ctx].eq(front.stamp)
-                    m.next = "Route"
-                    with m.If(first | extra):
-                        m.next = f"Ask {configs[near[0]].name}"
-                        # The first question goes out at once.
-                        with m.If(layer + configs[near[0]].horizon < layers):
-                            m.d.comb += [
-                                wants.eq(1),
-                                request.layer.eq(layer + configs[near[0]].horizon),
-                                request.horizon.eq(configs[near[0]].horizon),
-                            ]
-                            with m.If(granted):
-                                m.next = f"Predict {configs[near[0]].name}"
             for at, number in enumerate(near):
                 head, horizon = heads[number], configs[number].horizon
                 following = f"Ask {configs[near[at + 1]].name}" if at + 1 < len(near) else "Route"
@@ -776,18 +774,28 @@ class PerceptronPredictor(Predictor):
             held[number] = fifo = _TwoBeats(beat_layout)
             m.submodules[f"held_{name}"] = fifo
             wiring.connect(m, heads[number].values, fifo.incoming)
-        beat, beat_valid, beat_taken = Signal(beat_layout), Signal(), Signal()
-        source = Signal.like(entry.head)
+        walked = held[start].outgoing
+        # The beats of one result go on through two more, halfway to ranking and trust.
+        m.submodules.joint = joint = _TwoBeats(beat_layout)
+        source, moving = Signal.like(entry.head), Signal()
         with m.Switch(source):
             for number, fifo in held.items():
                 with m.Case(number):
                     m.d.comb += [
-                        beat.eq(fifo.outgoing.payload),
-                        beat_valid.eq(fifo.outgoing.valid),
-                        fifo.outgoing.ready.eq(beat_taken),
+                        joint.incoming.payload.eq(fifo.outgoing.payload),
+                        joint.incoming.valid.eq(fifo.outgoing.valid & moving),
+                        fifo.outgoing.ready.eq(joint.incoming.ready & moving),
                     ]
-        m.d.comb += values_held.eq(Cat(fifo.outgoing.valid for fifo in held.values()).any())
-        last = beat.beat == config.lane_beats - 1
+        last_beat = config.lane_beats - 1
+        with m.If(joint.incoming.valid & joint.incoming.ready):
+            with m.If(joint.incoming.payload.beat == last_beat):
+                m.d.sync += moving.eq(0)
+        beat, beat_valid = joint.outgoing.payload, joint.outgoing.valid
+        beat_taken = joint.outgoing.ready
+        m.d.comb += values_held.eq(
+            Cat(fifo.outgoing.valid for fifo in (*held.values(), joint)).any()
+        )
+        last = beat.beat == last_beat
         dropped = Signal()
         to_ranking, to_trust = Signal(), Signal()
         m.d.comb += [
@@ -837,20 +845,24 @@ class PerceptronPredictor(Predictor):
 
         with m.FSM() as fsm:
             with m.State("Idle"):
-                m.d.comb += source.eq(start)
+                deciding = order.r_rdy & (entry.kind == _Kind.DECISION)
                 waiting = order.r_rdy & (entry.kind == _Kind.RESULT)
-                with m.If(order.r_rdy & (entry.kind == _Kind.DECISION)):
+                collect, store = Signal(), Signal()
+                m.d.comb += [
+                    collect.eq(
+                        waiting & ((background == 0) | (entry.head == start) | ~walked.valid)
+                    ),
+                    store.eq(~deciding & (background != 0) & walked.valid),
+                ]
+                m.d.sync += [source.eq(Mux(collect, entry.head, start)), moving.eq(collect | store)]
+                with m.If(deciding):
                     m.d.comb += trust.routes.valid.eq(1)
                     with m.If(trust.routes.ready):
                         m.d.comb += order.r_en.eq(1)
-                with m.Elif(waiting & (background == 0)):
+                with m.Elif(collect):
                     m.next = "Collect"
-                with m.Elif(waiting & (entry.head != start) & ~beat_valid):
-                    m.next = "Collect"
-                with m.Elif(waiting & (entry.head == start)):
-                    m.next = "Collect"
-                with m.Elif((background != 0) & beat_valid):
-                    m.d.sync += dropped.eq(overtaken.bit_select(beat.layer, 1))
+                with m.Elif(store):
+                    m.d.sync += dropped.eq(overtaken.bit_select(walked.payload.layer, 1))
                     m.next = "Store"
                 with m.Elif(order.r_rdy & (entry.kind == _Kind.HINT)):
                     with m.If(~walking & (background == 0) & ranking.idle & trust.idle):
@@ -858,7 +870,6 @@ class PerceptronPredictor(Predictor):
                             m.next = "Hint"
             with m.State("Collect"):
                 m.d.comb += [
-                    source.eq(entry.head),
                     to_ranking.eq(1),
                     to_trust.eq(~entry.extra),
                     beat_taken.eq(ranking.values.ready & (entry.extra | trust.values.ready)),
@@ -884,7 +895,6 @@ class PerceptronPredictor(Predictor):
                     m.next = "Idle"
             with m.State("Store"):
                 m.d.comb += [
-                    source.eq(start),
                     to_trust.eq(~dropped),
                     beat_taken.eq(dropped | trust.values.ready),
                 ]
