@@ -7,7 +7,7 @@ PREDICTOR ?= st_moe
 
 export SIM
 
-.PHONY: help setup demo test sim lint docs verilog bitstream area bench coverage clean
+.PHONY: help setup demo test soak sim lint docs verilog bitstream area bench coverage clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r t s; do printf '%-10s %s\n' "$$t" "$$s"; done
@@ -20,6 +20,9 @@ demo: ## Replay 2048 tokens of the shipped model on the simulated RTL and write 
 
 test: ## Run all tests and benches (under 15 minutes on two cores).
 	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2
+
+soak: ## Run the benches that make test leaves out: more shapes of blocks that it has shown already.
+	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2 -m soak
 
 sim: ## Run the benches only; SIM=icarus takes Icarus Verilog in place of Verilator.
 	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2 tb

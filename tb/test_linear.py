@@ -74,12 +74,28 @@ _SHAPES = {
     "banked": _device(_model(3, 24, 4), "lite", contexts=3, banked=True, lanes=16),
 }
 _CASES = [
-    *((shape, name) for shape in ("tiny", "gpt-oss-20b", "full of 16") for name in ("P0", "R")),
-    *((shape, "P1") for shape in _SHAPES),
-    ("full of 16", "P2"),
-    ("lists of two words", "P0"),
+    ("tiny", "P0"),
+    ("tiny", "R"),
+    ("gpt-oss-20b", "P1"),
+    ("lists", "P1"),
+    ("lists of two words", "P1"),
     ("lists of two words", "R"),
+    ("full of 16", "P1"),
+    ("odd", "P1"),
+    ("one of nine", "P1"),
+    ("banked", "P0"),
+]
+_SOAK = [
+    ("tiny", "P1"),
+    ("gpt-oss-20b", "P0"),
+    ("gpt-oss-20b", "R"),
+    ("lists of two words", "P0"),
+    ("full", "P1"),
+    ("full of 16", "P0"),
+    ("full of 16", "P2"),
+    ("full of 16", "R"),
     ("odd", "R"),
+    ("banked", "P1"),
     ("banked", "R"),
 ]
 
@@ -96,17 +112,28 @@ def _run(config, number, *, tests, public=False, **parameters):
     )
 
 
-@pytest.mark.parametrize(("shape", "name"), _CASES, ids=[" ".join(case) for case in _CASES])
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        *(pytest.param(*case, id=" ".join(case)) for case in _CASES),
+        *(pytest.param(*case, id=" ".join(case), marks=pytest.mark.soak) for case in _SOAK),
+    ],
+)
 def test_shape(shape, name):
     """Heads of many shapes."""
     config = _SHAPES[shape]
     names = [head.name for head in config.perceptron.heads]
-    _run(config, names.index(name), tests=_ALL, jobs=150)
+    _run(config, names.index(name), tests=_ALL, jobs=100)
 
 
 @pytest.mark.parametrize(
     ("shape", "name"),
-    [("gpt-oss-20b", "P1"), ("banked", "R"), ("lists of two words", "P1"), ("full of 16", "P1")],
+    [
+        ("banked", "R"),
+        ("lists of two words", "P1"),
+        pytest.param("gpt-oss-20b", "P1", marks=pytest.mark.soak),
+        pytest.param("full of 16", "P1", marks=pytest.mark.soak),
+    ],
 )
 def test_flipped_bits(shape, name):
     """Faults in every memory."""

@@ -36,7 +36,16 @@ _SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", [name for name in _SHAPES if name != "without hints"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param("lite", marks=pytest.mark.soak),
+        "lite, three contexts",
+        "compressed",
+        pytest.param("full", marks=pytest.mark.soak),
+        "full, banked",
+    ],
+)
 def test_structure(shape):
     run_bench(
         PerceptronPredictor(_SHAPES[shape]),
@@ -47,7 +56,7 @@ def test_structure(shape):
     )
 
 
-@pytest.mark.parametrize("form", ["lite", "full"])
+@pytest.mark.parametrize("form", ["lite", pytest.param("full", marks=pytest.mark.soak)])
 def test_flipped_bits(form):
     run_bench(
         PerceptronPredictor(_SHAPES[form]),
@@ -61,7 +70,7 @@ def test_flipped_bits(form):
 
 @pytest.mark.parametrize(
     "form",
-    ["compressed", pytest.param("full", id="full")],
+    ["compressed", pytest.param("full", marks=pytest.mark.soak)],
 )
 def test_speed(form):
     """The bounds for 128 experts and k = 8; few layers, as cycles do not depend on them."""

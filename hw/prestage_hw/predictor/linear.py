@@ -135,7 +135,8 @@ class LinearHead(wiring.Component):
     are transferred in the same cycle count as prediction first.
 
     From the transfer to an idle head, :meth:`predict_cycles` and :meth:`learn_cycles` tell the
-    cycles; a learning takes a cycle more for every one in which a prediction reads the same memory.
+    cycles; a learning takes a cycle more for every one in which a prediction reads the same memory,
+    and reads no diagonal features while a prediction is under way.
     The next prediction may start :meth:`predict_interval` cycles after the one before, so long as
     ``values`` are taken.
 
@@ -329,8 +330,8 @@ class LinearHead(wiring.Component):
         if self.head.is_reuse:
             cycles += 1
         cycles += active_words + (1 + self._address_stages if active_words else 0)
-        cycles += (self.value_beats - 1) * (1 + len(self.head.diagonals))
-        return cycles + len(self.head.diagonals) + 15
+        cycles += (self.value_beats - 1) * max(3, 1 + len(self.head.diagonals))
+        return cycles + len(self.head.diagonals) + 16
 
     # --- logic
 
@@ -890,39 +891,39 @@ class LinearHead(wiring.Component):
             m.d.comb += lesson_go.eq(1)
 
         # --- words of diagonal features, likewise
-        lesson_diagonal = Signal()  # learning wants to read
+        # What learning reads waits in a register until no prediction is in front, so that nothing
+        # but two registers' bits chooses the address.
+        lesson_diagonal = Signal()  # learning asks for a word
         lesson_diagonal_beat = Signal(range(value_beats))
-        diagonal_lesson = Signal()
-        m.d.comb += diagonal_lesson.eq(lesson_diagonal & ~final_read)
+        diagonal_lesson, diagonal_waits = Signal(), Signal()
+        waiting_beat = Signal.like(lesson_diagonal_beat, reset_less=True)
+        waiting_at = Signal(range(self.diagonal_words), reset_less=True)
+        m.d.comb += diagonal_lesson.eq(diagonal_waits & ~guess_now)
 
         def diagonal_address(base, beat):
             if value_beats & (value_beats - 1):
                 return _times(base, value_beats, bits=_index_bits(self.diagonal_words)) + beat
             return Cat(beat, base)
 
-        diagonal_at = Signal(range(self.diagonal_words))
-        m.d.comb += [
-            # Whether a prediction reads is known last.
-            diagonal_at.eq(
-                Mux(
-                    final_read,
-                    diagonal_address(guess_base, final_beat),
-                    Mux(
-                        table_read_diagonal,
-                        table_address,
-                        diagonal_address(lesson_base, lesson_diagonal_beat),
-                    ),
-                )
-            ),
-            diagonal_read.addr.eq(diagonal_at),
-        ]
+        with m.If(lesson_diagonal):
+            m.d.sync += [
+                waiting_at.eq(diagonal_address(lesson_base, lesson_diagonal_beat)),
+                waiting_beat.eq(lesson_diagonal_beat),
+            ]
+        m.d.sync += diagonal_waits.eq(lesson_diagonal | (diagonal_waits & guess_now))
+        with m.If(guess_now):
+            m.d.comb += diagonal_read.addr.eq(diagonal_address(guess_base, final_beat))
+        with m.Elif(table_read_diagonal):
+            m.d.comb += diagonal_read.addr.eq(table_address)
+        with m.Else():
+            m.d.comb += diagonal_read.addr.eq(waiting_at)
         diagonal_guess_at = track("diagonal_guess", final_read, count=6)
         diagonal_lesson_at = track("diagonal_lesson", diagonal_lesson, count=3)
         diagonal_table_at = track("diagonal_table", table_read_diagonal, count=3)
         final_beats = track("final_beat", final_beat, count=7, width=beat_bits, reset_less=True)
         lesson_beats = track(
             "lesson_diagonal_beat",
-            lesson_diagonal_beat,
+            waiting_beat,
             count=3,
             width=beat_bits,
             reset_less=True,
@@ -1582,10 +1583,13 @@ class LinearHead(wiring.Component):
         if has_rows:
             flags += row_lesson_at
         # What enters a pipeline counts as well, since the register tells of the cycle before.
-        flags += [load_valid, row_lesson, diagonal_lesson]
+        flags += [load_valid, row_lesson, lesson_diagonal, diagonal_waits]
         m.d.sync += lesson_busy.eq(reduce(or_, flags) | turning | gathered_all)
+        # A word takes a cycle for each of its features further on.
         with m.If(pause != 0):
             m.d.sync += pause.eq(pause - 1)
+        with m.If(diagonal_lesson_at[0]):
+            m.d.sync += pause.eq(max(0, features - 3))
         with m.If(lesson_build):
             m.d.sync += lesson_index.eq(lesson_index + 1)
         with m.FSM(name="lesson_state") as lesson_fsm:
@@ -1610,12 +1614,11 @@ class LinearHead(wiring.Component):
                 with m.If(lesson_none & ~lesson_moving):
                     m.next = "Diagonal"
             with m.State("Diagonal"):
-                m.d.comb += lesson_diagonal.eq(pause == 0)
-                with m.If(diagonal_lesson):
-                    m.d.sync += [
-                        lesson_diagonal_beat.eq(lesson_diagonal_beat + 1),
-                        pause.eq(features - 1),
-                    ]
+                m.d.comb += lesson_diagonal.eq(
+                    (pause == 0) & ~diagonal_waits & ~diagonal_lesson_at[0]
+                )
+                with m.If(lesson_diagonal):
+                    m.d.sync += lesson_diagonal_beat.eq(lesson_diagonal_beat + 1)
                     with m.If(lesson_diagonal_beat == value_beats - 1):
                         m.d.sync += lesson_diagonal_beat.eq(0)
                         m.next = "Drain"
@@ -1641,7 +1644,7 @@ class LinearHead(wiring.Component):
         m.d.comb += quiet.eq(
             (guess_level == 0) & (guesses_ahead == 0) & (lesson_level == 0) & ~lesson_busy
         )
-        asking, asked, opened = Signal(), Signal(), Signal()
+        asking, asked, was_asked, opened = Signal(), Signal(), Signal(), Signal()
         m.d.comb += self.table_requests.ready.eq(asking)
         clear_waits = Signal()
         with m.If(self.clear):
@@ -1702,16 +1705,17 @@ class LinearHead(wiring.Component):
                     m.next = "Ready"
             with m.State("Ready"):
                 m.d.sync += [step.eq(0), rest.eq(0), found.eq(0)]
-                with m.If(quiet & clear_waits):
+                with m.If(quiet & clear_waits & ~was_asked):
                     m.d.sync += clear_waits.eq(self.clear)
                     m.next = "Clear start"
-                with m.If(asked):
+                with m.If(asking):
                     m.d.sync += [
                         left.eq(request.word),
                         table.eq(request.table),
                         table_write.eq(request.write),
                         table_value.eq(request.value),
                     ]
+                with m.If(was_asked):
                     m.next = "Divide"
             with m.State("Divide"):
                 m.d.sync += [
@@ -1755,12 +1759,13 @@ class LinearHead(wiring.Component):
         # then waits for the job.
         m.d.comb += [
             asked.eq(self.table_requests.valid & self.table_requests.ready),
-            opened.eq(fsm.ongoing("Ready") & ~clear_waits & ~self.clear & ~asked),
+            opened.eq(fsm.ongoing("Ready") & ~clear_waits & ~self.clear & ~asked & ~was_asked),
         ]
-        m.d.sync += [taking.eq(opened), asking.eq(opened & quiet)]
+        m.d.sync += [taking.eq(opened), asking.eq(opened & quiet), was_asked.eq(asked)]
         m.d.comb += [
             self.idle.eq(
                 fsm.ongoing("Ready")
+                & ~was_asked
                 & quiet
                 & ~clear_waits
                 & ~out.valid

@@ -3,9 +3,8 @@
 from enum import IntEnum
 
 from amaranth import Array, Cat, Const, Module, Mux, Signal, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
-from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.records import Phase, Source
 from prestage_hw.layouts import RecordLayout
@@ -16,6 +15,7 @@ from .linear import LinearHead
 from .ranking import Ranking
 from .sets import SETS, SetLayout
 from .trust import Trust
+from .two_beats import TwoBeats
 
 __all__ = ["PerceptronPredictor"]
 
@@ -30,29 +30,6 @@ _ASK_CYCLES = 3
 
 #: Cycles from the last beat of values to the word to rank them.
 _GO_CYCLES = 6
-
-
-class _TwoBeats(wiring.Component):
-    """Take beats as long as one of two registers is free, whatever the other side does."""
-
-    def __init__(self, layout):
-        super().__init__(
-            {"incoming": In(stream.Signature(layout)), "outgoing": Out(stream.Signature(layout))}
-        )
-
-    def elaborate(self, platform):
-        m = Module()
-        spare, spare_valid = Signal.like(self.incoming.payload), Signal()
-        m.d.comb += self.incoming.ready.eq(~spare_valid)
-        with m.If(self.outgoing.ready | ~self.outgoing.valid):
-            m.d.sync += [
-                self.outgoing.valid.eq(spare_valid | self.incoming.valid),
-                self.outgoing.payload.eq(Mux(spare_valid, spare, self.incoming.payload)),
-                spare_valid.eq(0),
-            ]
-        with m.Elif(self.incoming.ready):
-            m.d.sync += [spare.eq(self.incoming.payload), spare_valid.eq(self.incoming.valid)]
-        return m
 
 
 class _Kind(IntEnum):
@@ -251,12 +228,22 @@ class PerceptronPredictor(Predictor):
 
         ctx, layer = front.ctx, front.layer
         phase = phases[ctx]
+        # Of the message in front, valid from its second cycle there on: nothing that they depend on
+        # changes while it is in work.
         first, extra, prefill = Signal(), Signal(), Signal()
-        m.d.comb += [
+        m.d.sync += [
             first.eq(~routed[ctx].bit_select(layer, 1)),
+            extra.eq(routed[ctx].bit_select(layer, 1) & (phase == Phase.VERIFY)),
             prefill.eq(phase == Phase.PREFILL),
-            extra.eq(~first & (phase == Phase.VERIFY)),
         ]
+        # Layers that the heads predict at a decision of this one, and whether there are such.
+        targets = {n: Signal(layer_shape, name=f"target_{configs[n].name}") for n in near}
+        inside = {n: Signal(name=f"inside_{configs[n].name}") for n in near}
+        for n in near:
+            target = layer + configs[n].horizon
+            m.d.sync += [targets[n].eq(target), inside[n].eq(target < layers)]
+        hint_is_near = Signal()
+        m.d.sync += hint_is_near.eq((front.stamp - stamps[ctx])[:8] == 1)
 
         # Order of results: what the heads were asked for, with the truths and hints in between.
         order_layout = data.StructLayout(
@@ -282,9 +269,7 @@ class PerceptronPredictor(Predictor):
             entry.experts.eq(front.experts),
             entry.score.eq(front.word),
             entry.deadline.eq(front.stamp),
-            entry.threshold.eq(
-                Mux((front.stamp - stamps[ctx])[:8] == 1, self.threshold, self.far_threshold)
-            ),
+            entry.threshold.eq(Mux(hint_is_near, self.threshold, self.far_threshold)),
         ]
 
         # The walker asks the head of token start for all layers, behind the back of decisions.
@@ -317,6 +302,15 @@ class PerceptronPredictor(Predictor):
         with m.If(histories.sets.valid & histories.sets.ready):
             # The walker has moved on when it may ask again.
             m.d.sync += busy.eq(0)
+        # Nearer heads' predictions are noted in the cycle after their questions.
+        marks = {n: Signal(name=f"mark_{configs[n].name}") for n in near}
+        for n in near:
+            with m.If(marks[n]):
+                m.d.sync += marks[n].eq(0)
+                with m.If(~prefill):
+                    m.d.sync += known[n][ctx].bit_select(targets[n], 1).eq(1)
+                with m.If(ctx == walk_ctx):
+                    m.d.sync += overtaken.bit_select(targets[n], 1).eq(1)
         arrived_sets = Signal()
         m.d.comb += arrived_sets.eq(histories.sets.valid & busy & ~for_walker)
         used_sets, walker_used_sets = Signal(), Signal()
@@ -328,10 +322,10 @@ class PerceptronPredictor(Predictor):
         with m.If(own):
             m.d.comb += [sets[0].experts.eq(front.experts), sets[0].valid.eq(1)]
 
-        for head, head_config in zip(heads, configs, strict=True):
+        for number, head in enumerate(heads):
             m.d.comb += [
                 head.predicts.payload.ctx.eq(ctx),
-                head.predicts.payload.layer.eq(layer + head_config.horizon),
+                head.predicts.payload.layer.eq(targets.get(number, layer)),
                 head.predicts.payload.sets.eq(sets),
                 head.predicts.payload.extra.eq(extra | prefill),
                 head.learns.payload.ctx.eq(ctx),
@@ -406,6 +400,10 @@ class PerceptronPredictor(Predictor):
                 & (background == 0)
             ),
         ]
+        # As it was in the cycle before. Whatever ends it is followed by a cycle or more in another
+        # state, so that the main machine sees it in time.
+        was_quiet = Signal()
+        m.d.sync += was_quiet.eq(quiet)
         begin_told, trust_told = Signal(), Signal()
 
         # Table port.
@@ -466,6 +464,13 @@ class PerceptronPredictor(Predictor):
 
         after_learning = "Done" if reuse is None else "Reuse now"
 
+        # The truth goes to the hints before any result of its decision, in the cycle after the
+        # decision's first.
+        truth_waits = Signal()
+        with m.If(truth_waits):
+            m.d.comb += [entry.kind.eq(_Kind.DECISION), push_main.eq(first)]
+            m.d.sync += truth_waits.eq(0)
+
         with m.FSM(init="Clear wait") as fsm:
             with m.State("Clear"):
                 m.d.comb += [block.clear.eq(1) for block in (*heads, histories, trust)]
@@ -492,44 +497,40 @@ class PerceptronPredictor(Predictor):
                                 with m.If(background == 0):
                                     m.next = "Begin"
                         with m.Case(_Kind.DECISION):
-                            with m.If(~proposing & (~first | order.w_rdy)):
-                                # The truth goes to the hints before any result of this decision,
-                                # and the first question out at once.
+                            with m.If(~proposing & order.w_rdy):
+                                # The first question goes out at once, needed or not.
                                 nearest = configs[near[0]]
-                                m.d.comb += [
-                                    entry.kind.eq(_Kind.DECISION),
-                                    push_main.eq(first),
-                                ]
-                                m.d.sync += stamps[ctx].eq(front.stamp)
-                                m.next = "Route"
-                                with m.If(first | extra):
-                                    m.next = f"Ask {nearest.name}"
-                                    with m.If(layer + nearest.horizon < layers):
-                                        m.d.comb += [
-                                            wants.eq(1),
-                                            request.layer.eq(layer + nearest.horizon),
-                                            request.horizon.eq(nearest.horizon),
-                                        ]
-                                        with m.If(granted):
-                                            m.next = f"Predict {nearest.name}"
+                                m.d.sync += [stamps[ctx].eq(front.stamp), truth_waits.eq(1)]
+                                m.next = f"Ask {nearest.name}"
+                                with m.If(layer + nearest.horizon < layers):
+                                    m.d.comb += [
+                                        wants.eq(1),
+                                        request.layer.eq(layer + nearest.horizon),
+                                        request.horizon.eq(nearest.horizon),
+                                    ]
+                                    with m.If(granted):
+                                        m.next = f"Predict {nearest.name}"
                         with m.Case(_Kind.HINT):
                             with m.If(~proposing & order.w_rdy):
-                                m.d.comb += [
-                                    push_main.eq(1),
-                                    entry.kind.eq(_Kind.HINT),
-                                    take.eq(1),
-                                ]
+                                m.next = "Hint"
                 with m.Elif(waits[0] | waits[1] | waits[2]):
                     pass
                 with m.Elif(clear_waits):
-                    with m.If(quiet & ~self.table_values.valid):
+                    with m.If(was_quiet & ~self.table_values.valid):
                         m.next = "Clear"
-                with m.Elif(quiet & ~self.table_values.valid):
+                with m.Elif(was_quiet & ~self.table_values.valid):
                     # In the cycle of its transfer a request comes before messages.
                     m.d.comb += self.table_requests.ready.eq(1)
                     m.d.sync += asked_table.eq(self.table_requests.payload)
                     with m.If(self.table_requests.valid):
                         m.next = "Table"
+
+            with m.State("Hint"):
+                m.d.comb += [push_main.eq(1), entry.kind.eq(_Kind.HINT)]
+                m.next = "Hinted"
+            with m.State("Hinted"):
+                m.d.comb += take.eq(1)
+                m.next = "Idle"
 
             with m.State("Begin"):
                 m.d.comb += [
@@ -560,10 +561,10 @@ class PerceptronPredictor(Predictor):
                 head, horizon = heads[number], configs[number].horizon
                 following = f"Ask {configs[near[at + 1]].name}" if at + 1 < len(near) else "Route"
                 with m.State(f"Ask {configs[number].name}"):
-                    with m.If(layer + horizon < layers):
+                    with m.If(inside[number] & (first | extra)):
                         m.d.comb += [
                             wants.eq(1),
-                            request.layer.eq(layer + horizon),
+                            request.layer.eq(targets[number]),
                             request.horizon.eq(horizon),
                         ]
                         with m.If(granted):
@@ -571,17 +572,22 @@ class PerceptronPredictor(Predictor):
                     with m.Else():
                         m.next = following
                 with m.State(f"Predict {configs[number].name}"):
+                    wanted = first | extra
                     m.d.comb += [
                         own.eq(1),
-                        head.predicts.valid.eq(arrived_sets & order.w_rdy),
-                        used_sets.eq(head.predicts.valid & head.predicts.ready),
+                        head.predicts.valid.eq(arrived_sets & order.w_rdy & wanted),
+                        used_sets.eq(
+                            Mux(wanted, head.predicts.valid & head.predicts.ready, arrived_sets)
+                        ),
                     ]
-                    with m.If(used_sets):
+                    with m.If(used_sets & ~wanted):
+                        m.next = following
+                    with m.Elif(used_sets):
                         m.d.comb += [
                             push_main.eq(1),
                             entry.kind.eq(_Kind.RESULT),
                             entry.head.eq(number),
-                            entry.layer.eq(layer + horizon),
+                            entry.layer.eq(targets[number]),
                             entry.deadline.eq(front.stamp + horizon),
                             entry.threshold.eq(
                                 self.threshold if horizon == 1 else self.far_threshold
@@ -589,11 +595,7 @@ class PerceptronPredictor(Predictor):
                             entry.far.eq(horizon != 1),
                             entry.extra.eq(extra),
                         ]
-                        with m.If(~extra):
-                            with m.If(~prefill):
-                                m.d.sync += known[number][ctx].bit_select(layer + horizon, 1).eq(1)
-                            with m.If(ctx == walk_ctx):
-                                m.d.sync += overtaken.bit_select(layer + horizon, 1).eq(1)
+                        m.d.sync += marks[number].eq(~extra)
                         m.next = following
             with m.State("Route"):
                 with m.If(extra):
@@ -731,18 +733,25 @@ class PerceptronPredictor(Predictor):
                 | fsm.ongoing("Clear start")
                 | fsm.ongoing("Clear wait")
             ),
-            self.idle.eq(
-                fsm.ongoing("Idle")
-                & ~present
-                & ~(waits[0] | waits[1] | waits[2])
-                & ~clear_waits
-                & quiet
-                & (errors == 0)
-                & ~self.candidates.valid
-                & ~self.table_values.valid
-                & ~self.reuse.valid
-            ),
         ]
+        # Nothing of it falls later than this register but what is looked at here.
+        was_idle = Signal()
+        m.d.sync += was_idle.eq(
+            quiet
+            & (errors == 0)
+            & ~present
+            & ~self.candidates.valid
+            & ~self.table_values.valid
+            & ~self.reuse.valid
+        )
+        m.d.comb += self.idle.eq(
+            was_idle
+            & fsm.ongoing("Idle")
+            & ~(waits[0] | waits[1] | waits[2])
+            & ~present
+            & ~clear_waits
+            & ~self.table_values.valid
+        )
         return m
 
     def _collect(
@@ -771,50 +780,57 @@ class PerceptronPredictor(Predictor):
         held = {}
         for number in ahead:
             name = config.perceptron.heads[number].name
-            held[number] = fifo = _TwoBeats(beat_layout)
+            held[number] = fifo = TwoBeats(beat_layout)
             m.submodules[f"held_{name}"] = fifo
             wiring.connect(m, heads[number].values, fifo.incoming)
         walked = held[start].outgoing
-        # The beats of one result go on through two more, halfway to ranking and trust.
-        m.submodules.joint = joint = _TwoBeats(beat_layout)
+        # Two registers at the ranking and at the trust, too: blocks of this size lie far apart.
+        m.submodules.to_ranking = to_ranking = TwoBeats(beat_layout)
+        m.submodules.to_trust = to_trust = TwoBeats(beat_layout)
         source, moving = Signal.like(entry.head), Signal()
+        ranked, trusted = Signal(), Signal()  # who takes the beats of the result in work
+        beat, beat_valid, beat_taken = Signal(beat_layout), Signal(), Signal()
+        m.d.comb += beat_taken.eq(
+            moving & (to_ranking.incoming.ready | ~ranked) & (to_trust.incoming.ready | ~trusted)
+        )
         with m.Switch(source):
             for number, fifo in held.items():
                 with m.Case(number):
                     m.d.comb += [
-                        joint.incoming.payload.eq(fifo.outgoing.payload),
-                        joint.incoming.valid.eq(fifo.outgoing.valid & moving),
-                        fifo.outgoing.ready.eq(joint.incoming.ready & moving),
+                        beat.eq(fifo.outgoing.payload),
+                        beat_valid.eq(fifo.outgoing.valid),
+                        fifo.outgoing.ready.eq(beat_taken),
                     ]
-        last_beat = config.lane_beats - 1
-        with m.If(joint.incoming.valid & joint.incoming.ready):
-            with m.If(joint.incoming.payload.beat == last_beat):
-                m.d.sync += moving.eq(0)
-        beat, beat_valid = joint.outgoing.payload, joint.outgoing.valid
-        beat_taken = joint.outgoing.ready
-        m.d.comb += values_held.eq(
-            Cat(fifo.outgoing.valid for fifo in (*held.values(), joint)).any()
-        )
-        last = beat.beat == last_beat
-        dropped = Signal()
-        to_ranking, to_trust = Signal(), Signal()
+        # A beat goes to both at once.
         m.d.comb += [
-            ranking.values.payload.ctx.eq(beat.ctx),
-            ranking.values.payload.layer.eq(beat.layer),
-            ranking.values.payload.beat.eq(beat.beat),
-            ranking.values.payload.values.eq(beat.values),
+            to_ranking.incoming.payload.eq(beat),
+            to_trust.incoming.payload.eq(beat),
+            to_ranking.incoming.valid.eq(beat_valid & beat_taken & ranked),
+            to_trust.incoming.valid.eq(beat_valid & beat_taken & trusted),
+        ]
+        last_beat = config.lane_beats - 1
+        moved = Signal()
+        m.d.comb += moved.eq(beat_valid & beat_taken & (beat.beat == last_beat))
+        with m.If(moved):
+            m.d.sync += moving.eq(0)
+        m.d.comb += values_held.eq(Cat(fifo.outgoing.valid for fifo in held.values()).any())
+        m.d.comb += [
+            *(
+                block.values.payload[name].eq(fifo.outgoing.payload[name])
+                for block, fifo in ((ranking, to_ranking), (trust, to_trust))
+                for name in ("ctx", "layer", "beat", "values")
+            ),
+            *(
+                block.values.payload.last.eq(fifo.outgoing.payload.beat == last_beat)
+                for block, fifo in ((ranking, to_ranking), (trust, to_trust))
+            ),
+            ranking.values.valid.eq(to_ranking.outgoing.valid),
+            to_ranking.outgoing.ready.eq(ranking.values.ready),
+            trust.values.valid.eq(to_trust.outgoing.valid),
+            to_trust.outgoing.ready.eq(trust.values.ready),
             ranking.values.payload.deadline.eq(entry.deadline),
             ranking.values.payload.threshold.eq(entry.threshold),
             ranking.values.payload.far.eq(entry.far),
-            ranking.values.payload.last.eq(last),
-            trust.values.payload.ctx.eq(beat.ctx),
-            trust.values.payload.layer.eq(beat.layer),
-            trust.values.payload.beat.eq(beat.beat),
-            trust.values.payload.values.eq(beat.values),
-            trust.values.payload.last.eq(last),
-            # A beat goes to both at once.
-            ranking.values.valid.eq(to_ranking & beat_valid & (~to_trust | trust.values.ready)),
-            trust.values.valid.eq(to_trust & beat_valid & (~to_ranking | ranking.values.ready)),
             ranking.patches.payload.expert.eq(trust.patches.payload.expert),
             ranking.patches.payload.value.eq(trust.patches.payload.value),
             ranking.patches.payload.valid.eq(trust.patches.payload.valid),
@@ -854,7 +870,13 @@ class PerceptronPredictor(Predictor):
                     ),
                     store.eq(~deciding & (background != 0) & walked.valid),
                 ]
-                m.d.sync += [source.eq(Mux(collect, entry.head, start)), moving.eq(collect | store)]
+                overtaken_since = overtaken.bit_select(walked.payload.layer, 1)
+                m.d.sync += [
+                    source.eq(Mux(collect, entry.head, start)),
+                    moving.eq(collect | store),
+                    ranked.eq(collect),
+                    trusted.eq(Mux(collect, ~entry.extra, ~overtaken_since)),
+                ]
                 with m.If(deciding):
                     m.d.comb += trust.routes.valid.eq(1)
                     with m.If(trust.routes.ready):
@@ -862,19 +884,13 @@ class PerceptronPredictor(Predictor):
                 with m.Elif(collect):
                     m.next = "Collect"
                 with m.Elif(store):
-                    m.d.sync += dropped.eq(overtaken.bit_select(walked.payload.layer, 1))
                     m.next = "Store"
                 with m.Elif(order.r_rdy & (entry.kind == _Kind.HINT)):
                     with m.If(~walking & (background == 0) & ranking.idle & trust.idle):
                         with m.If(~candidate_valid):
                             m.next = "Hint"
             with m.State("Collect"):
-                m.d.comb += [
-                    to_ranking.eq(1),
-                    to_trust.eq(~entry.extra),
-                    beat_taken.eq(ranking.values.ready & (entry.extra | trust.values.ready)),
-                ]
-                with m.If(beat_valid & beat_taken & last):
+                with m.If(moved):
                     m.next = "Patch"
             with m.State("Patch"):
                 with m.If(entry.extra):
@@ -894,13 +910,9 @@ class PerceptronPredictor(Predictor):
                     m.d.comb += order.r_en.eq(1)
                     m.next = "Idle"
             with m.State("Store"):
-                m.d.comb += [
-                    to_trust.eq(~dropped),
-                    beat_taken.eq(dropped | trust.values.ready),
-                ]
-                with m.If(beat_valid & beat_taken & last):
+                with m.If(moved):
                     m.next = "Stored"
-                    with m.If(dropped):
+                    with m.If(~trusted):
                         m.d.comb += stored.eq(1)
                         m.next = "Idle"
             with m.State("Stored"):

@@ -9,6 +9,7 @@ from prestage_hw.contract.checks import require_integer, require_power_of_two
 from prestage_hw.contract.params import require_config
 
 from .sets import SetLayout
+from .two_beats import TwoBeats
 
 __all__ = [
     "KEPT",
@@ -209,7 +210,7 @@ class TokenTable(wiring.Component):
     nothing. Both are told on ``parity_errors``.
 
     A command of storing takes ``store_cycles`` from its transfer until the table is free, if its
-    sets wait for nothing; looking up takes ``find_cycles``, or ``miss_cycles`` if the tag does not
+    sets come in time; looking up takes ``find_cycles``, or ``miss_cycles`` if the tag does not
     match, in which case nothing is found. Clearing, after reset too, writes zeros everywhere, a row
     word a cycle.
 
@@ -278,8 +279,8 @@ class TokenTable(wiring.Component):
 
     @property
     def store_cycles(self):
-        """Cycles of a command of storing."""
-        return self.config.model.layers + 6
+        """Cycles of a command of storing whose first sets came before it."""
+        return self.config.model.layers + 5
 
     @property
     def find_cycles(self):
@@ -314,7 +315,11 @@ class TokenTable(wiring.Component):
         # what is there.
         read_address, reads, capture = Signal(row_bits), Signal(), Signal()
         row, row_data = Signal(row_layout), Signal(row_layout)
+        # Writes wait in a register for a cycle; nothing reads a word that soon.
         row_address, row_enable = Signal(row_bits), Signal()
+        written_address = Signal(row_bits, reset_less=True)
+        written = Signal(row_layout, reset_less=True)
+        m.d.sync += [written_address.eq(row_address), written.eq(row_data)]
         depth = rows * layers
         bank_depth = max(_BANK_DEPTH, 1 << (-(-depth // _MOST_BANKS) - 1).bit_length())
         banks = -(-depth // bank_depth)
@@ -334,17 +339,23 @@ class TokenTable(wiring.Component):
             m.submodules[f"row_words{bank}"] = memory
             read, write = memory.read_port(), memory.write_port()
             kept = Signal(row_layout, name=f"kept{bank}")
+            enable = Signal(name=f"row_enable{bank}")
+            m.d.sync += enable.eq(row_enable & (row_address >> word_bits == bank))
             m.d.comb += [
                 read.addr.eq(read_address[:word_bits]),
                 read.en.eq(reads),
-                write.addr.eq(row_address[:word_bits]),
-                write.data.eq(row_data),
-                write.en.eq(row_enable & (row_address >> word_bits == bank)),
+                write.addr.eq(written_address[:word_bits]),
+                write.data.eq(written),
+                write.en.eq(enable),
             ]
             with m.If(capture):
                 m.d.sync += kept.eq(read.data)
             with m.If(kept_bank == bank):
                 m.d.comb += row.eq(kept)
+
+        # What is to be stored comes from memories elsewhere.
+        m.submodules.choices = choices_in = TwoBeats(stored_layout)
+        wiring.connect(m, wiring.flipped(self.choices_in), choices_in.incoming)
 
         # A command and a table access wait for their turn.
         command, command_waits = Signal(CommandLayout(rows)), Signal()
@@ -484,8 +495,8 @@ class TokenTable(wiring.Component):
                 m.next = "STORE"
             with m.State("STORE"):
                 m.d.comb += [
-                    self.choices_in.ready.eq(1),
-                    take.eq(self.choices_in.valid),
+                    choices_in.outgoing.ready.eq(1),
+                    take.eq(choices_in.outgoing.valid),
                     advance.eq(take),
                     capture.eq(take),
                     reads.eq(take),
@@ -569,7 +580,7 @@ class TokenTable(wiring.Component):
             new_tag = Cat(command.tag, Const(1, 1))
             m.d.comb += [
                 tag_write.data.eq(Cat(new_tag, new_tag.xor())),
-                row_data[0].eq(self.choices_in.payload),
+                row_data[0].eq(choices_in.outgoing.payload),
             ]
             for n in range(1, choices):
                 before = row[n - 1]
