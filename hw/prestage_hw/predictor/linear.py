@@ -393,7 +393,7 @@ class LinearHead(wiring.Component):
             value_beats,
             row_beats,
         )
-        clearing = Signal()
+        clearing = Signal(init=1)
         clear_address = Signal(range(deepest))
         busy_table = Signal()  # the table port reads and writes
         taking = Signal()  # jobs are taken
@@ -1695,18 +1695,16 @@ class LinearHead(wiring.Component):
         with m.FSM(init="Clear start", name="state") as fsm:
             with m.State("Clear start"):
                 # The registers in front of the memories become 0.
-                m.d.comb += clearing.eq(1)
                 m.next = "Clear"
             with m.State("Clear"):
-                m.d.comb += clearing.eq(1)
                 m.d.sync += clear_address.eq(clear_address + 1)
                 with m.If(clear_address == deepest - 1):
-                    m.d.sync += clear_address.eq(0)
+                    m.d.sync += [clear_address.eq(0), clearing.eq(0)]
                     m.next = "Ready"
             with m.State("Ready"):
                 m.d.sync += [step.eq(0), rest.eq(0), found.eq(0)]
                 with m.If(quiet & clear_waits & ~was_asked):
-                    m.d.sync += clear_waits.eq(self.clear)
+                    m.d.sync += [clear_waits.eq(self.clear), clearing.eq(1)]
                     m.next = "Clear start"
                 with m.If(asking):
                     m.d.sync += [

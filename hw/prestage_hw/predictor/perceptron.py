@@ -23,7 +23,10 @@ __all__ = ["PerceptronPredictor"]
 _QUEUE_DEPTH = 2
 
 #: Results that candidates are still to be made of, with the truths and hints between them.
-_ORDER_DEPTH = 8
+_ORDER_DEPTH = 16
+
+#: Most entries of one decision: its truth and three results. One may be on its way in.
+_MOST_PUSHES = 4 + 1
 
 #: Cycles from the transfer of a decision to its first question for sets.
 _ASK_CYCLES = 3
@@ -261,9 +264,16 @@ class PerceptronPredictor(Predictor):
             }
         )
         m.submodules.order = order = SyncFIFOBuffered(width=order_layout.size, depth=_ORDER_DEPTH)
-        entry = Signal(order_layout)
+        # Entries wait in a register for a cycle; room is made sure of before a message is begun.
+        entry, pushed, pushing = Signal(order_layout), Signal(order_layout), Signal()
+        roomy = Signal()
+        m.d.sync += [
+            pushed.eq(entry),
+            roomy.eq(order.level + pushing <= _ORDER_DEPTH - 1 - _MOST_PUSHES),
+        ]
         m.d.comb += [
-            order.w_data.eq(entry),
+            order.w_data.eq(pushed),
+            order.w_en.eq(pushing),
             entry.ctx.eq(ctx),
             entry.layer.eq(layer),
             entry.experts.eq(front.experts),
@@ -276,7 +286,6 @@ class PerceptronPredictor(Predictor):
         walking = Signal()
         walk_ctx, walk_layer = Signal(ctx_shape), Signal(range(layers + 1))
         walk_ahead = Signal(range(layers + 1))  # layers that are proposed
-        walk_layer_at = walk_layer[: len(layer)]
         overtaken = Signal(layers)  # nearer heads have predicted these since
         background = Signal(range(layers + 1))  # results of the walker that only V waits for
         proposing = Signal()
@@ -292,13 +301,11 @@ class PerceptronPredictor(Predictor):
         m.d.comb += granted.eq(wants & ~busy)
         with m.If(histories.requests.ready):
             m.d.sync += asking.eq(0)
-        with m.If(~busy & (wants | walking)):
-            m.d.sync += [
-                asking.eq(1),
-                busy.eq(1),
-                for_walker.eq(~wants),
-                histories.requests.payload.eq(request),
-            ]
+        with m.If(~busy):
+            # Nobody looks at it until it is asked.
+            m.d.sync += [for_walker.eq(~wants), histories.requests.payload.eq(request)]
+            with m.If(wants | walking):
+                m.d.sync += [asking.eq(1), busy.eq(1)]
         with m.If(histories.sets.valid & histories.sets.ready):
             # The walker has moved on when it may ask again.
             m.d.sync += busy.eq(0)
@@ -340,16 +347,20 @@ class PerceptronPredictor(Predictor):
             walked.payload.layer.eq(walk_layer),
             walked.payload.extra.eq(phases[walk_ctx] == Phase.PREFILL),
         ]
+        # Its predictions are noted in the cycle after their questions, too.
+        walk_mark, marked_layer = Signal(), Signal(layer_shape)
+        m.d.sync += [walk_mark.eq(0), marked_layer.eq(walk_layer)]
+        with m.If(walk_mark):
+            m.d.sync += known[start][walk_ctx].bit_select(marked_layer, 1).eq(1)
         push_walked = Signal()
         with m.If(walking & busy & for_walker & histories.sets.valid):
-            with m.If(~proposing | order.w_rdy):
+            with m.If(~proposing | roomy):
                 m.d.comb += [walked.valid.eq(1), walker_used_sets.eq(walked.ready)]
         with m.If(walker_used_sets):
             m.d.sync += walk_layer.eq(walk_layer + 1)
             with m.If(walk_layer == layers - 1):
                 m.d.sync += walking.eq(0)
-            with m.If(phases[walk_ctx] != Phase.PREFILL):
-                m.d.sync += known[start][walk_ctx].bit_select(walk_layer_at, 1).eq(1)
+            m.d.sync += walk_mark.eq(phases[walk_ctx] != Phase.PREFILL)
             with m.If(proposing):
                 m.d.comb += [
                     push_walked.eq(1),
@@ -390,16 +401,17 @@ class PerceptronPredictor(Predictor):
         with m.If(self.clear):
             m.d.sync += clear_waits.eq(1)
         m.d.comb += [
-            order.w_en.eq(push_main | push_walked),
             quiet.eq(
                 ~walking
                 & ~collecting
                 & ~values_held
                 & (order.level == 0)
+                & ~pushing
                 & blocks_idle
                 & (background == 0)
             ),
         ]
+        m.d.sync += pushing.eq(push_main | push_walked)
         # As it was in the cycle before. Whatever ends it is followed by a cycle or more in another
         # state, so that the main machine sees it in time.
         was_quiet = Signal()
@@ -462,6 +474,15 @@ class PerceptronPredictor(Predictor):
             following = [n for n in (*near, start) if n > number]
             return f"Learn {configs[following[0]].name}" if following else after_learning
 
+        has_passed = Signal()  # as long after the walker as its notes
+        m.d.sync += has_passed.eq(~walking | (walk_layer > layer))
+        # What is learned or, of reuse, predicted is noted in the cycle thereafter.
+        taught = [Signal(name=f"taught_{head.name}") for head in configs]
+        for flags, done, head_config in zip(known, taught, configs, strict=True):
+            with m.If(done):
+                m.d.sync += flags[ctx].bit_select(layer, 1).eq(head_config.is_reuse)
+                m.d.sync += done.eq(0)
+
         after_learning = "Done" if reuse is None else "Reuse now"
 
         # The truth goes to the hints before any result of its decision, in the cycle after the
@@ -494,10 +515,10 @@ class PerceptronPredictor(Predictor):
                             # The first layers' candidates come before those of any decision, and
                             # all of an earlier token's before them.
                             with m.If(~walking & ~collecting & (order.level == 0)):
-                                with m.If(background == 0):
+                                with m.If(~pushing & (background == 0)):
                                     m.next = "Begin"
                         with m.Case(_Kind.DECISION):
-                            with m.If(~proposing & order.w_rdy):
+                            with m.If(~proposing & roomy):
                                 # The first question goes out at once, needed or not.
                                 nearest = configs[near[0]]
                                 m.d.sync += [stamps[ctx].eq(front.stamp), truth_waits.eq(1)]
@@ -511,7 +532,7 @@ class PerceptronPredictor(Predictor):
                                     with m.If(granted):
                                         m.next = f"Predict {nearest.name}"
                         with m.Case(_Kind.HINT):
-                            with m.If(~proposing & order.w_rdy):
+                            with m.If(~proposing & roomy):
                                 m.next = "Hint"
                 with m.Elif(waits[0] | waits[1] | waits[2]):
                     pass
@@ -575,7 +596,7 @@ class PerceptronPredictor(Predictor):
                     wanted = first | extra
                     m.d.comb += [
                         own.eq(1),
-                        head.predicts.valid.eq(arrived_sets & order.w_rdy & wanted),
+                        head.predicts.valid.eq(arrived_sets & wanted),
                         used_sets.eq(
                             Mux(wanted, head.predicts.valid & head.predicts.ready, arrived_sets)
                         ),
@@ -611,9 +632,7 @@ class PerceptronPredictor(Predictor):
                 name = configs[number].name
                 with m.State(f"Learn {name}"):
                     # The head of token start learns a layer after it has predicted it.
-                    passed = 1
-                    if number == start:
-                        passed = ~walking | (walk_layer > layer)
+                    passed = has_passed if number == start else 1
                     with m.If(~known[number][ctx].bit_select(layer, 1) & passed):
                         m.next = learn_after(number)
                     with m.Else():
@@ -629,7 +648,7 @@ class PerceptronPredictor(Predictor):
                         used_sets.eq(head.learns.valid & head.learns.ready),
                     ]
                     with m.If(used_sets):
-                        m.d.sync += known[number][ctx].bit_select(layer, 1).eq(0)
+                        m.d.sync += taught[number].eq(1)
                         m.next = learn_after(number)
             if reuse is not None:
                 head = heads[reuse]
@@ -658,7 +677,7 @@ class PerceptronPredictor(Predictor):
                         used_sets.eq(head.learns.valid & head.learns.ready),
                     ]
                     with m.If(used_sets):
-                        m.d.sync += known[reuse][ctx].bit_select(layer, 1).eq(1)
+                        m.d.sync += taught[reuse].eq(1)
                         m.next = "Done"
             with m.State("Done"):
                 m.d.comb += take.eq(1)

@@ -10,6 +10,7 @@ from prestage_hw.contract.params import require_config
 
 from .ranking import PatchLayout
 from .sets import LFSR_SEED, lfsr_next
+from .tokens import NO_COLLISIONS
 
 __all__ = ["HintedLayout", "OpinionLayout", "Trust", "TrustValuesLayout"]
 
@@ -267,7 +268,10 @@ class Trust(wiring.Component):
             "entries": contexts << place_bits + index_bits,
             "trust": _DISTANCES * _BINS,
         }
-        m.submodules.values = values = Memory(shape=word_layout, depth=depths["values"], init=[])
+        # No value is read before the beats of its layer are written.
+        m.submodules.values = values = Memory(
+            shape=word_layout, depth=depths["values"], init=[], attrs=NO_COLLISIONS
+        )
         m.submodules.lists = lists = Memory(shape=list_layout, depth=depths["lists"], init=[])
         m.submodules.entries = entries = Memory(
             shape=entry_layout, depth=depths["entries"], init=[]
