@@ -4,6 +4,7 @@ PYTHON_ENV = .venv/bin/python
 SIM ?= verilator
 PRESET ?= tiny
 PREDICTOR ?= st_moe
+FORM ?= lite
 
 export SIM
 
@@ -34,7 +35,7 @@ docs: ## Build the documentation site in build/docs.
 	@scripts/setup.sh docs && $(PYTHON_ENV) -m sphinx -W --keep-going -q -b dirhtml docs build/docs
 
 verilog: ## Write the Verilog of a preset to build/verilog: PRESET=gpt-oss-20b PREDICTOR=none.
-	@scripts/setup.sh hw && $(PYTHON_ENV) -m prestage_hw.generate $(PRESET) --predictor $(PREDICTOR)
+	@scripts/setup.sh hw && $(PYTHON_ENV) -m prestage_hw.generate $(PRESET) --predictor $(PREDICTOR) --form $(FORM)
 
 bitstream: ## Build the tiny preset for the ECPIX-5 85F, with a report of area and clock.
 	@scripts/setup.sh hw,fpga && $(PYTHON_ENV) -m prestage_fpga

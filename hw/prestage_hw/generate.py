@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from prestage_hw.contract import PRESETS, DeviceConfig, preset
+from prestage_hw.contract.perceptron import FORMS
 
 __all__ = [
     "SynthesisError",
@@ -226,6 +227,9 @@ def _parser():
         "--predictor", default="st_moe", choices=DeviceConfig.PREDICTORS, help="predictor"
     )
     parser.add_argument(
+        "--form", default="lite", choices=sorted(FORMS), help="form of the perceptron predictor"
+    )
+    parser.add_argument(
         "--slots", type=int, help="slots of the buffer; a quarter of all experts if left out"
     )
     parser.add_argument("--contexts", type=int, default=1, help="sequences decoded side by side")
@@ -252,6 +256,7 @@ def main(arguments=None):
             slots=options.slots,
             contexts=options.contexts,
             predictor=options.predictor,
+            form=options.form,
             expert_bytes=options.expert_bytes,
             data_bytes=options.data_bytes,
         )

@@ -56,6 +56,15 @@ def test_tiny_synthesizes_without_latches_or_warnings(tmp_path, capsys):
     assert "| total |" in capsys.readouterr().out
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("form", ["lite", "compressed", "full"])
+def test_perceptron_synthesizes_without_latches_or_warnings(form, tmp_path, capsys):
+    options = ["--predictor", "perceptron", "--form", form, "--check"]
+    path = tmp_path / "tiny.v"
+    assert generate.main(["tiny", "--output", str(path), *options]) == 0, capsys.readouterr().err
+    assert "synthesis: no latches, no warnings" in capsys.readouterr().out
+
+
 LATCH = """
 module prestage(input enable, input d, output reg q);
 always @* if (enable) q = d;
