@@ -474,8 +474,13 @@ class PerceptronPredictor(Predictor):
             following = [n for n in (*near, start) if n > number]
             return f"Learn {configs[following[0]].name}" if following else after_learning
 
-        has_passed = Signal()  # as long after the walker as its notes
-        m.d.sync += has_passed.eq(~walking | (walk_layer > layer))
+        # What the heads have predicted of the layer in front, and as long after the walker whether
+        # it has passed the layer.
+        has_known = [Signal(name=f"has_known_{head.name}") for head in configs]
+        for flags, flag in zip(known, has_known, strict=True):
+            m.d.sync += flag.eq(flags[ctx].bit_select(layer, 1))
+        passing, has_passed = Signal(), Signal()
+        m.d.sync += [passing.eq(~walking | (walk_layer > layer)), has_passed.eq(passing)]
         # What is learned or, of reuse, predicted is noted in the cycle thereafter.
         taught = [Signal(name=f"taught_{head.name}") for head in configs]
         for flags, done, head_config in zip(known, taught, configs, strict=True):
@@ -633,7 +638,7 @@ class PerceptronPredictor(Predictor):
                 with m.State(f"Learn {name}"):
                     # The head of token start learns a layer after it has predicted it.
                     passed = has_passed if number == start else 1
-                    with m.If(~known[number][ctx].bit_select(layer, 1) & passed):
+                    with m.If(~has_known[number] & passed):
                         m.next = learn_after(number)
                     with m.Else():
                         m.d.comb += [
@@ -654,7 +659,7 @@ class PerceptronPredictor(Predictor):
                 head = heads[reuse]
                 m.d.comb += [
                     head.predicts.payload.extra.eq(0),
-                    head.learns.payload.skip.eq(~known[reuse][ctx].bit_select(layer, 1)),
+                    head.learns.payload.skip.eq(~has_known[reuse]),
                 ]
                 with m.State("Reuse now"):
                     m.d.comb += [wants.eq(1), request.reuse.eq(1), request.now.eq(1)]
