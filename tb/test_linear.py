@@ -182,4 +182,4 @@ def test_states_its_cycles():
     block = LinearHead(config, head=head, number=0)
     assert block.active_words({"A", "D", "B"}) == 16
     assert block.predict_cycles(24) == 46
-    assert block.learn_cycles(24) == 159
+    assert block.learn_cycles(24) == 160

@@ -441,8 +441,25 @@ class Histories(wiring.Component):
 
         clear_word = Signal(word_bits)
         rotated = word_of(begin.ctx, at)
+        route = self.routes
         for name in names:
             for write in writes[name]:
+                if name == "this":
+                    # Zeros but for routes; ``free`` tells without the machine that none is taken.
+                    known = Signal(set_layout, name="routed")
+                    m.d.comb += [
+                        known.experts.eq(route.payload.experts),
+                        known.valid.eq(1),
+                        write.en.eq(clearing | advance | (route.valid & route.ready)),
+                    ]
+                    with m.If(route.valid & free):
+                        m.d.comb += [
+                            write.addr.eq(word_of(route.payload.ctx, route.payload.layer)),
+                            write.data[0].eq(stored_layout.store(known)),
+                        ]
+                    with m.Else():
+                        m.d.comb += write.addr.eq(Mux(clearing, clear_word, rotated))
+                    continue
                 with m.If(clearing):
                     m.d.comb += [write.addr.eq(clear_word), write.en.eq(1)]
                 with m.Elif(advance):
@@ -450,17 +467,6 @@ class Histories(wiring.Component):
                     older = {"prev": "this", "before": "prev", "successor": "next"}.get(name)
                     if older is not None:
                         m.d.comb += write.data.eq(reads[older][0].data)
-                if name == "this":
-                    route = self.routes
-                    with m.Elif(route.valid & route.ready):
-                        known = Signal(set_layout, name="routed")
-                        m.d.comb += [
-                            known.experts.eq(route.payload.experts),
-                            known.valid.eq(1),
-                            write.addr.eq(word_of(route.payload.ctx, route.payload.layer)),
-                            write.data[0].eq(stored_layout.store(known)),
-                            write.en.eq(1),
-                        ]
                 table_name = "successor" if name == "next" else name
                 if table_name in self._rows and name != "successor":
                     found = (tables[table_name] if store is None else store).found

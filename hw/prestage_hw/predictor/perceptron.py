@@ -19,9 +19,6 @@ from .two_beats import TwoBeats
 
 __all__ = ["PerceptronPredictor"]
 
-#: Messages that wait behind the one in work.
-_QUEUE_DEPTH = 2
-
 #: Results that candidates are still to be made of, with the truths and hints between them.
 _ORDER_DEPTH = 16
 
@@ -164,8 +161,6 @@ class PerceptronPredictor(Predictor):
         # goes on to the queue.
         waits = {kind: Signal(name=f"waits{kind}") for kind in range(3)}
         arrived = [Signal(message_layout, name=f"arrived{kind}") for kind in range(3)]
-        queue = [Signal(message_layout, name=f"queue{n}") for n in range(_QUEUE_DEPTH)]
-        queued = Signal(range(_QUEUE_DEPTH + 1))
         take = Signal()
         closed = Signal()  # no message is taken: a clear waits or is under way
         free = ~(waits[0] | waits[1] | waits[2]) & ~closed
@@ -201,24 +196,19 @@ class PerceptronPredictor(Predictor):
                 arrived[_Kind.HINT].stamp.eq(self.hints.payload.deadline),
                 arrived[_Kind.HINT].word.eq(self.hints.payload.score),
             ]
-        incoming, push = Signal(message_layout), Signal()
-        room = queued != _QUEUE_DEPTH
+        m.submodules.queue = queue = TwoBeats(message_layout)
         for kind in reversed(range(3)):
             with m.If(waits[kind]):
-                m.d.comb += [incoming.eq(arrived[kind]), push.eq(room)]
+                m.d.comb += queue.incoming.payload.eq(arrived[kind])
+        m.d.comb += [
+            queue.incoming.valid.eq(waits[0] | waits[1] | waits[2]),
+            queue.outgoing.ready.eq(take),
+        ]
         for kind in range(3):
             earlier = Cat(waits[other] for other in range(kind))
-            with m.If(room & (earlier == 0) & waits[kind]):
+            with m.If(queue.incoming.ready & (earlier == 0) & waits[kind]):
                 m.d.sync += waits[kind].eq(0)
-        m.d.sync += queued.eq(queued + push - take)
-        with m.If(take):
-            for n in range(_QUEUE_DEPTH - 1):
-                m.d.sync += queue[n].eq(queue[n + 1])
-        for n in range(_QUEUE_DEPTH):
-            with m.If(push & (queued - take == n)):
-                m.d.sync += queue[n].eq(incoming)
-        front = queue[0]
-        present = queued != 0
+        front, present = queue.outgoing.payload, queue.outgoing.valid
 
         # What is known of each context's token.
         phases = Array(Signal(2, name=f"phase{c}", init=Phase.DECODE) for c in range(contexts))
@@ -444,6 +434,8 @@ class PerceptronPredictor(Predictor):
         table_target, table_known = Signal(len(tables)), Signal()
         table_sent, table_taken = Signal(), Signal()
         table_value, table_found = Signal(32), Signal()
+        found_value, was_found = Signal(32), Signal()  # a cycle later
+        m.d.sync += [found_value.eq(table_value), was_found.eq(table_found)]
         tabling = Signal()
         for number, (block, inner) in enumerate(tables):
             m.d.sync += table_target[number].eq(
@@ -707,10 +699,10 @@ class PerceptronPredictor(Predictor):
                         m.d.sync += table_sent.eq(1)
                         with m.If(asked_table.write):
                             m.next = "Idle"
-                with m.Elif(table_found):
+                with m.Elif(was_found):
                     m.d.sync += [
                         self.table_values.valid.eq(1),
-                        self.table_values.payload.eq(table_value),
+                        self.table_values.payload.eq(found_value),
                     ]
                     m.next = "Idle"
 
