@@ -117,8 +117,8 @@ async def follows_golden_on_structure(dut):
     tokens = parameters()["tokens"]
     walk = Walk(bench)
     await _play(bench, walk, tokens, waits=1.0, hints=0.3)
-    # Several layers are proposed at a token's start, the farther ones no more than k experts each.
-    dut.ahead.value = bench.golden.ahead = 3
+    # Of several layers proposed at a token's start, the farther ones get k candidates at most.
+    dut.ahead.value = bench.golden.ahead = parameters()["ahead"]
     dut.far_threshold.value = bench.golden.far_threshold = 8
     for stall in (0.0, 0.4, Stall(0.7, burst=(1, 60))):
         for driver in bench.drivers:

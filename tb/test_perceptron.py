@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from prestage_hw.contract import DeviceConfig, ModelConfig
-from prestage_hw.contract.perceptron import perceptron_form
+from prestage_hw.contract.perceptron import HeadConfig, perceptron_form
 from prestage_hw.predictor import PerceptronPredictor
 from prestage_tb.bench import run_bench
 
@@ -32,6 +32,17 @@ _SHAPES = {
     "compressed": _device("compressed", experts=32, top_k=4, contexts=2),
     "full": _device("full", cross_rows=16),
     "full, banked": _device("full", cross_rows=8, contexts=2, layers=4, banked=True),
+    # Predictions of token start take longer than those of the layer before, which overtake them.
+    "slow start": _device(
+        "lite",
+        layers=4,
+        heads=(
+            HeadConfig(name="P1", diagonals=("B",)),
+            HeadConfig(name="P0", rows=("B", "T", "Q"), diagonals=("G",)),
+            HeadConfig(name="R", diagonals=("B",)),
+        ),
+        lanes=2,
+    ),
     "without hints": _device("lite", hints=False),
 }
 
@@ -44,6 +55,7 @@ _SHAPES = {
         "compressed",
         pytest.param("full", marks=pytest.mark.soak),
         "full, banked",
+        "slow start",
     ],
 )
 def test_structure(shape):
@@ -51,7 +63,12 @@ def test_structure(shape):
         PerceptronPredictor(_SHAPES[shape]),
         module=_MODULE,
         name="perceptron",
-        parameters={"config": _SHAPES[shape], "tokens": 7, "compare": True},
+        parameters={
+            "config": _SHAPES[shape],
+            "tokens": 7,
+            "compare": True,
+            "ahead": 0 if shape == "slow start" else 3,
+        },
         testcase=["follows_golden_on_structure"],
     )
 

@@ -1030,7 +1030,6 @@ class LinearHead(wiring.Component):
         # --- values: score and sum, clamped; saved, and sent on through a queue of a layer's beats
         clamped = Signal(data.ArrayLayout(value_bits, lanes))  # as saved
         clamp = Signal(data.ArrayLayout(value_bits, lanes))
-        value_bits_most = scale - 1
         total_bits = max(score_bits, term_bits, value_bits + 1) + 2
         for lane in range(lanes):
             total = Signal(signed(total_bits), name=f"total{lane}", reset_less=True)
@@ -1039,7 +1038,6 @@ class LinearHead(wiring.Component):
             above = (total[value_bits:-1]).any()
             value = Mux(total[-1], 0, total[:value_bits] | above.replicate(value_bits))
             m.d.comb += clamp[lane].eq(Mux(exists(final_beats[5], lane), value, 0))
-        del value_bits_most
 
         # The place of a job goes along from when its first beat is summed up.
         out_place = {
@@ -1577,7 +1575,6 @@ class LinearHead(wiring.Component):
 
         # --- order of a learning
         lesson_busy = Signal()
-        settle = Signal()
         pause = Signal(range(features))
         flags = [*load_at, *diagonal_lesson_at, *update_rows, *update_turns]
         if has_rows:
@@ -1627,7 +1624,6 @@ class LinearHead(wiring.Component):
                     m.d.comb += lesson_done.eq(1)
                     m.next = "Wait"
         m.d.comb += lesson_build.eq(~lesson_fsm.ongoing("Wait") & ~skip & (lesson_index != top_k))
-        del settle
 
         # --- parity errors: several in a cycle are told one after the other
         error_count = Signal(6)

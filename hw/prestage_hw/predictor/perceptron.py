@@ -276,7 +276,7 @@ class PerceptronPredictor(Predictor):
         walking = Signal()
         walk_ctx, walk_layer = Signal(ctx_shape), Signal(range(layers + 1))
         walk_ahead = Signal(range(layers + 1))  # layers that are proposed
-        overtaken = Signal(layers)  # nearer heads have predicted these since
+        overtaken = Signal(layers)  # nearer heads' values of these are there since
         background = Signal(range(layers + 1))  # results of the walker that only V waits for
         proposing = Signal()
         m.d.comb += proposing.eq(walking & (walk_layer < walk_ahead))
@@ -306,8 +306,6 @@ class PerceptronPredictor(Predictor):
                 m.d.sync += marks[n].eq(0)
                 with m.If(~prefill):
                     m.d.sync += known[n][ctx].bit_select(targets[n], 1).eq(1)
-                with m.If(ctx == walk_ctx):
-                    m.d.sync += overtaken.bit_select(targets[n], 1).eq(1)
         arrived_sets = Signal()
         m.d.comb += arrived_sets.eq(histories.sets.valid & busy & ~for_walker)
         used_sets, walker_used_sets = Signal(), Signal()
@@ -714,6 +712,7 @@ class PerceptronPredictor(Predictor):
             overtaken=overtaken,
             background=background,
             walking=walking,
+            walk_ctx=walk_ctx,
             stored=stored,
             values_held=values_held,
         )
@@ -780,6 +779,7 @@ class PerceptronPredictor(Predictor):
         overtaken,
         background,
         walking,
+        walk_ctx,
         stored,
         values_held,
     ):
@@ -908,6 +908,9 @@ class PerceptronPredictor(Predictor):
             with m.State("Collect"):
                 with m.If(moved):
                     m.next = "Patch"
+                    # Not when they are asked for: hints in between count on the walker's values.
+                    with m.If(trusted & (entry.head != start) & (entry.ctx == walk_ctx)):
+                        m.d.sync += overtaken.bit_select(entry.layer, 1).eq(1)
             with m.State("Patch"):
                 with m.If(entry.extra):
                     m.d.comb += [
