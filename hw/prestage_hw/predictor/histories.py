@@ -47,6 +47,9 @@ _SOURCES = {
     "S": {_PREDICT: ("successor", 0), _NOW: ("next", 0), _OLD: ("successor", 0)},
 }
 
+#: Words up to which a memory lies in distributed RAM: block RAMs are needed for the weights.
+_SMALL = 64
+
 #: Layer of a place, relative to the target layer; of this token also less the horizon.
 _STEPS = {"this": (0, -1, -2), "prev": (0, 1, -1), "before": (0, 1)}
 
@@ -284,6 +287,8 @@ class Histories(wiring.Component):
             for copy in range(copies):
                 # A route is seen by a request of the same cycle.
                 attributes = {} if name == "this" else NO_COLLISIONS
+                if depth <= _SMALL:
+                    attributes = {**attributes, "ram_style": "distributed"}
                 memory = Memory(shape=layouts[name], depth=depth, init=[], attrs=attributes)
                 m.submodules[f"{name}{copy}"] = memory
                 write = memory.write_port()

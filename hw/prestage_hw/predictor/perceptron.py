@@ -115,7 +115,7 @@ class PerceptronPredictor(Predictor):
         ahead = [head for head in heads if head.head.horizon]
         # One machine asks for all sets; each head predicts and learns; one ranking for all.
         questions = 2 * len(heads) - 1
-        asking = 8 + questions * (self._histories.latency + 4)
+        asking = 8 + questions * (self._histories.latency + 5)
         working = max(
             head.predict_interval(self._active_words(head))
             + head.learn_cycles(self._active_words(head))
@@ -150,6 +150,8 @@ class PerceptronPredictor(Predictor):
                 "kind": 2,
                 "ctx": ctx_shape,
                 "layer": layer_shape,
+                "next": layer_shape,  # of a decision: the first layer to predict, if it exists
+                "next_exists": 1,
                 "experts": experts_layout,  # of a hint: the first
                 "stamp": 8,  # of a hint: its deadline
                 "phase": 2,
@@ -162,7 +164,7 @@ class PerceptronPredictor(Predictor):
         waits = {kind: Signal(name=f"waits{kind}") for kind in range(3)}
         arrived = [Signal(message_layout, name=f"arrived{kind}") for kind in range(3)]
         take = Signal()
-        closed = Signal()  # no message is taken: a clear waits or is under way
+        closed = Signal(init=1)  # no message is taken: a clear waits or is under way
         free = ~(waits[0] | waits[1] | waits[2]) & ~closed
         m.d.comb += [
             self.begin.ready.eq(free),
@@ -177,8 +179,11 @@ class PerceptronPredictor(Predictor):
                 arrived[_Kind.BEGIN].phase.eq(self.begin.payload.phase),
                 arrived[_Kind.BEGIN].word.eq(self.begin.payload.token),
             ]
+        next_layer = self.decisions.payload.layer + configs[near[0]].horizon
         with m.If(self.decisions.valid & self.decisions.ready):
             m.d.sync += [
+                arrived[_Kind.DECISION].next.eq(next_layer),
+                arrived[_Kind.DECISION].next_exists.eq(next_layer < layers),
                 waits[_Kind.DECISION].eq(1),
                 arrived[_Kind.DECISION].kind.eq(_Kind.DECISION),
                 arrived[_Kind.DECISION].ctx.eq(self.decisions.payload.ctx),
@@ -224,9 +229,11 @@ class PerceptronPredictor(Predictor):
         # Of the message in front, valid from its second cycle there on: nothing that they depend on
         # changes while it is in work.
         first, extra, prefill = Signal(), Signal(), Signal()
+        wanted = Signal()  # its layers are predicted: it is the first, or an extra one
         m.d.sync += [
             first.eq(~routed[ctx].bit_select(layer, 1)),
             extra.eq(routed[ctx].bit_select(layer, 1) & (phase == Phase.VERIFY)),
+            wanted.eq(~routed[ctx].bit_select(layer, 1) | (phase == Phase.VERIFY)),
             prefill.eq(phase == Phase.PREFILL),
         ]
         # Layers that the heads predict at a decision of this one, and whether there are such.
@@ -278,27 +285,29 @@ class PerceptronPredictor(Predictor):
         walk_ahead = Signal(range(layers + 1))  # layers that are proposed
         overtaken = Signal(layers)  # nearer heads' values of these are there since
         background = Signal(range(layers + 1))  # results of the walker that only V waits for
-        proposing = Signal()
-        m.d.comb += proposing.eq(walking & (walk_layer < walk_ahead))
+        proposing = Signal()  # walking, and ``walk_layer`` is below ``walk_ahead``
 
         # Sets are asked for by the main machine, or by the walker while it does not ask. The
         # question waits in a register, as the histories look up what it names at once.
-        wants, busy, for_walker = Signal(), Signal(), Signal()
+        wants, busy = Signal(), Signal()
+        for_main, for_walker = Signal(), Signal()
         asking = Signal()
+        # Answers are taken in one cycle; what follows from it, the next question for one, happens
+        # in the cycle after.
+        told, walker_told = Signal(), Signal()
         request = Signal.like(histories.requests.payload)
         m.d.comb += histories.requests.valid.eq(asking)
-        granted = Signal()
-        m.d.comb += granted.eq(wants & ~busy)
+        granted, may_ask = Signal(), Signal()
+        m.d.comb += [may_ask.eq(~busy & ~told & ~walker_told), granted.eq(wants & may_ask)]
         with m.If(histories.requests.ready):
             m.d.sync += asking.eq(0)
-        with m.If(~busy):
+        with m.If(may_ask):
             # Nobody looks at it until it is asked.
-            m.d.sync += [for_walker.eq(~wants), histories.requests.payload.eq(request)]
+            m.d.sync += histories.requests.payload.eq(request)
             with m.If(wants | walking):
-                m.d.sync += [asking.eq(1), busy.eq(1)]
+                m.d.sync += [asking.eq(1), busy.eq(1), for_main.eq(wants), for_walker.eq(~wants)]
         with m.If(histories.sets.valid & histories.sets.ready):
-            # The walker has moved on when it may ask again.
-            m.d.sync += busy.eq(0)
+            m.d.sync += [busy.eq(0), for_main.eq(0), for_walker.eq(0)]
         # Nearer heads' predictions are noted in the cycle after their questions.
         marks = {n: Signal(name=f"mark_{configs[n].name}") for n in near}
         for n in near:
@@ -307,28 +316,47 @@ class PerceptronPredictor(Predictor):
                 with m.If(~prefill):
                     m.d.sync += known[n][ctx].bit_select(targets[n], 1).eq(1)
         arrived_sets = Signal()
-        m.d.comb += arrived_sets.eq(histories.sets.valid & busy & ~for_walker)
+        m.d.comb += arrived_sets.eq(histories.sets.valid & for_main)
         used_sets, walker_used_sets = Signal(), Signal()
         m.d.comb += histories.sets.ready.eq(used_sets | walker_used_sets)
+        m.d.sync += [told.eq(used_sets), walker_told.eq(walker_used_sets)]
 
         sets = Signal(data.ArrayLayout(SetLayout(config), len(SETS)))
+        # Which head the answer is for, from registers: they are set with the question.
+        predicting = {
+            n: Signal(name=f"predicting_{configs[n].name}")
+            for n in (*near, *([] if reuse is None else [reuse]))
+        }
+        teaching = [Signal(name=f"teaching_{head.name}") for head in configs]
         own = Signal()  # set A is the decision itself, which the histories may not have yet
-        m.d.comb += sets.eq(histories.sets.payload)
+        m.d.comb += [sets.eq(histories.sets.payload), own.eq(Cat(predicting[n] for n in near).any())]
         with m.If(own):
             m.d.comb += [sets[0].experts.eq(front.experts), sets[0].valid.eq(1)]
 
+        has_known = [Signal(name=f"has_known_{head.name}") for head in configs]
         for number, head in enumerate(heads):
             m.d.comb += [
                 head.predicts.payload.ctx.eq(ctx),
                 head.predicts.payload.layer.eq(targets.get(number, layer)),
                 head.predicts.payload.sets.eq(sets),
-                head.predicts.payload.extra.eq(extra | prefill),
+                head.predicts.payload.extra.eq(0 if number == reuse else extra | prefill),
                 head.learns.payload.ctx.eq(ctx),
                 head.learns.payload.layer.eq(layer),
                 head.learns.payload.sets.eq(sets),
                 head.learns.payload.used.eq(front.experts),
-                head.learns.payload.skip.eq(0),
+                head.learns.payload.skip.eq(~has_known[number] if number == reuse else 0),
             ]
+        unwanted = Signal()  # the first question is asked before it is known whether it is needed
+        m.d.comb += unwanted.eq(own & ~wanted)
+        answers = []
+        for flags, inputs in (
+            (predicting, {n: head.predicts for n, head in enumerate(heads)}),
+            (dict(enumerate(teaching)), {n: head.learns for n, head in enumerate(heads)}),
+        ):
+            for number, flag in flags.items():
+                m.d.comb += inputs[number].valid.eq(arrived_sets & flag & ~unwanted)
+                answers.append(flag & inputs[number].ready)
+        m.d.comb += used_sets.eq(arrived_sets & (unwanted | Cat(answers).any()))
         walked = heads[start].predicts
         m.d.comb += [
             walked.payload.ctx.eq(walk_ctx),
@@ -341,11 +369,13 @@ class PerceptronPredictor(Predictor):
         with m.If(walk_mark):
             m.d.sync += known[start][walk_ctx].bit_select(marked_layer, 1).eq(1)
         push_walked = Signal()
-        with m.If(walking & busy & for_walker & histories.sets.valid):
+        with m.If(for_walker & histories.sets.valid):
             with m.If(~proposing | roomy):
                 m.d.comb += [walked.valid.eq(1), walker_used_sets.eq(walked.ready)]
-        with m.If(walker_used_sets):
+        with m.If(walker_told):
             m.d.sync += walk_layer.eq(walk_layer + 1)
+            with m.If(walk_layer + 1 == walk_ahead):
+                m.d.sync += proposing.eq(0)
             with m.If(walk_layer == layers - 1):
                 m.d.sync += walking.eq(0)
             m.d.sync += walk_mark.eq(phases[walk_ctx] != Phase.PREFILL)
@@ -363,7 +393,7 @@ class PerceptronPredictor(Predictor):
                 ]
         stored = Signal()
         issued = Signal()
-        m.d.comb += issued.eq(walker_used_sets & ~proposing)
+        m.d.comb += issued.eq(walker_told & ~proposing)
         m.d.sync += background.eq(background + issued - stored)
 
         m.d.comb += [
@@ -381,13 +411,15 @@ class PerceptronPredictor(Predictor):
             m.d.comb += [request.ctx.eq(walk_ctx), request.layer.eq(walk_layer)]
 
         blocks = [*heads, histories, ranking, trust]
-        blocks_idle = Cat(block.idle for block in blocks).all()
+        blocks_idle, were_idle = Signal(), Signal()
+        m.d.comb += blocks_idle.eq(Cat(block.idle for block in blocks).all())
+        m.d.sync += were_idle.eq(blocks_idle)
         collecting, values_held = Signal(), Signal()
         quiet = Signal()  # all that was begun is done
         push_main = Signal()
         clear_waits = Signal()
         with m.If(self.clear):
-            m.d.sync += clear_waits.eq(1)
+            m.d.sync += [clear_waits.eq(1), closed.eq(1)]
         m.d.comb += [
             quiet.eq(
                 ~walking
@@ -466,7 +498,6 @@ class PerceptronPredictor(Predictor):
 
         # What the heads have predicted of the layer in front, and as long after the walker whether
         # it has passed the layer.
-        has_known = [Signal(name=f"has_known_{head.name}") for head in configs]
         for flags, flag in zip(known, has_known, strict=True):
             m.d.sync += flag.eq(flags[ctx].bit_select(layer, 1))
         passing, has_passed = Signal(), Signal()
@@ -495,10 +526,14 @@ class PerceptronPredictor(Predictor):
                     m.d.sync += [phases[c].eq(Phase.DECODE), routed[c].eq(0)]
                     m.d.sync += [flags[c].eq(0) for flags in known]
                 m.next = "Clear start"
+            # The blocks have begun before it is looked at what they were a cycle earlier.
             with m.State("Clear start"):
+                m.next = "Clear started"
+            with m.State("Clear started"):
                 m.next = "Clear wait"
             with m.State("Clear wait"):
-                with m.If(blocks_idle):
+                with m.If(were_idle):
+                    m.d.sync += closed.eq(clear_waits | self.clear)
                     m.next = "Idle"
 
             with m.State("Idle"):
@@ -518,13 +553,14 @@ class PerceptronPredictor(Predictor):
                                 nearest = configs[near[0]]
                                 m.d.sync += [stamps[ctx].eq(front.stamp), truth_waits.eq(1)]
                                 m.next = f"Ask {nearest.name}"
-                                with m.If(layer + nearest.horizon < layers):
+                                with m.If(front.next_exists):
                                     m.d.comb += [
                                         wants.eq(1),
-                                        request.layer.eq(layer + nearest.horizon),
+                                        request.layer.eq(front.next),
                                         request.horizon.eq(nearest.horizon),
                                     ]
                                     with m.If(granted):
+                                        m.d.sync += predicting[near[0]].eq(1)
                                         m.next = f"Predict {nearest.name}"
                         with m.Case(_Kind.HINT):
                             with m.If(~proposing & roomy):
@@ -563,6 +599,7 @@ class PerceptronPredictor(Predictor):
                         phases[ctx].eq(front.phase),
                         routed[ctx].eq(0),
                         walking.eq(1),
+                        proposing.eq(self.ahead != 0),
                         walk_ctx.eq(ctx),
                         walk_layer.eq(0),
                         walk_ahead.eq(Mux(self.ahead > layers, layers, self.ahead)),
@@ -574,44 +611,35 @@ class PerceptronPredictor(Predictor):
                     m.next = "Idle"
 
             for at, number in enumerate(near):
-                head, horizon = heads[number], configs[number].horizon
+                horizon = configs[number].horizon
                 following = f"Ask {configs[near[at + 1]].name}" if at + 1 < len(near) else "Route"
                 with m.State(f"Ask {configs[number].name}"):
-                    with m.If(inside[number] & (first | extra)):
+                    with m.If(inside[number] & wanted):
                         m.d.comb += [
                             wants.eq(1),
                             request.layer.eq(targets[number]),
                             request.horizon.eq(horizon),
                         ]
                         with m.If(granted):
+                            m.d.sync += predicting[number].eq(1)
                             m.next = f"Predict {configs[number].name}"
                     with m.Else():
                         m.next = following
                 with m.State(f"Predict {configs[number].name}"):
-                    wanted = first | extra
-                    m.d.comb += [
-                        own.eq(1),
-                        head.predicts.valid.eq(arrived_sets & wanted),
-                        used_sets.eq(
-                            Mux(wanted, head.predicts.valid & head.predicts.ready, arrived_sets)
-                        ),
-                    ]
-                    with m.If(used_sets & ~wanted):
-                        m.next = following
-                    with m.Elif(used_sets):
+                    with m.If(~truth_waits):
+                        its_threshold = self.threshold if horizon == 1 else self.far_threshold
                         m.d.comb += [
-                            push_main.eq(1),
                             entry.kind.eq(_Kind.RESULT),
                             entry.head.eq(number),
                             entry.layer.eq(targets[number]),
                             entry.deadline.eq(front.stamp + horizon),
-                            entry.threshold.eq(
-                                self.threshold if horizon == 1 else self.far_threshold
-                            ),
+                            entry.threshold.eq(its_threshold),
                             entry.far.eq(horizon != 1),
                             entry.extra.eq(extra),
                         ]
-                        m.d.sync += marks[number].eq(~extra)
+                    with m.If(told):
+                        m.d.comb += push_main.eq(wanted)
+                        m.d.sync += [predicting[number].eq(0), marks[number].eq(wanted & ~extra)]
                         m.next = following
             with m.State("Route"):
                 with m.If(extra):
@@ -623,7 +651,6 @@ class PerceptronPredictor(Predictor):
                         with m.If(first & ~prefill):
                             m.next = f"Learn {configs[(*near, start)[0]].name}"
             for number in (*near, start):
-                head = heads[number]
                 name = configs[number].name
                 with m.State(f"Learn {name}"):
                     # The head of token start learns a layer after it has predicted it.
@@ -636,43 +663,30 @@ class PerceptronPredictor(Predictor):
                             request.horizon.eq(configs[number].horizon),
                         ]
                         with m.If(granted):
+                            m.d.sync += teaching[number].eq(1)
                             m.next = f"Teach {name}"
                 with m.State(f"Teach {name}"):
-                    m.d.comb += [
-                        head.learns.valid.eq(arrived_sets),
-                        used_sets.eq(head.learns.valid & head.learns.ready),
-                    ]
-                    with m.If(used_sets):
-                        m.d.sync += taught[number].eq(1)
+                    with m.If(told):
+                        m.d.sync += [teaching[number].eq(0), taught[number].eq(1)]
                         m.next = learn_after(number)
             if reuse is not None:
-                head = heads[reuse]
-                m.d.comb += [
-                    head.predicts.payload.extra.eq(0),
-                    head.learns.payload.skip.eq(~has_known[reuse]),
-                ]
                 with m.State("Reuse now"):
                     m.d.comb += [wants.eq(1), request.reuse.eq(1), request.now.eq(1)]
                     with m.If(granted):
+                        m.d.sync += predicting[reuse].eq(1)
                         m.next = "Reuse predict"
                 with m.State("Reuse predict"):
-                    m.d.comb += [
-                        head.predicts.valid.eq(arrived_sets),
-                        used_sets.eq(head.predicts.valid & head.predicts.ready),
-                    ]
-                    with m.If(used_sets):
+                    with m.If(told):
+                        m.d.sync += predicting[reuse].eq(0)
                         m.next = "Reuse old"
                 with m.State("Reuse old"):
                     m.d.comb += [wants.eq(1), request.reuse.eq(1)]
                     with m.If(granted):
+                        m.d.sync += teaching[reuse].eq(1)
                         m.next = "Reuse learn"
                 with m.State("Reuse learn"):
-                    m.d.comb += [
-                        head.learns.valid.eq(arrived_sets),
-                        used_sets.eq(head.learns.valid & head.learns.ready),
-                    ]
-                    with m.If(used_sets):
-                        m.d.sync += taught[reuse].eq(1)
+                    with m.If(told):
+                        m.d.sync += [teaching[reuse].eq(0), taught[reuse].eq(1)]
                         m.next = "Done"
             with m.State("Done"):
                 m.d.comb += take.eq(1)
@@ -741,14 +755,6 @@ class PerceptronPredictor(Predictor):
             self.parity_errors.eq(errors != 0),
         ]
 
-        m.d.comb += [
-            closed.eq(
-                clear_waits
-                | fsm.ongoing("Clear")
-                | fsm.ongoing("Clear start")
-                | fsm.ongoing("Clear wait")
-            ),
-        ]
         # Nothing of it falls later than this register but what is looked at here.
         was_idle = Signal()
         m.d.sync += was_idle.eq(
