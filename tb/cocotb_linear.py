@@ -177,7 +177,7 @@ class GoldenHead:
         if name == "rows":
             self.golden.weights[at, lanes] = 0
             if self.index_bits:
-                self.golden.index[at, lanes] = 0
+                self.golden.places[at, lanes] = 0
             if part == 0:
                 self.golden.maturity[at] = 0
         elif name == "diagonals":
@@ -259,7 +259,7 @@ class GoldenHead:
             for lane in range(self.lanes):
                 entry = int(self.golden.weights[at, lane]) & (1 << bits) - 1
                 if self.index_bits:
-                    entry |= int(self.golden.index[at, lane]) << bits
+                    entry |= int(self.golden.places[at, lane]) << bits
                 weights |= entry << lane * width
             return weights | int(self.golden.maturity[at]) << self.lanes * width, (
                 self.lanes * width + 2
@@ -286,7 +286,7 @@ class GoldenHead:
                 self.golden.weights[at, lane] = weight(lane * width)
                 if self.index_bits:
                     index = word >> lane * width + bits & (1 << self.index_bits) - 1
-                    self.golden.index[at, lane] = index
+                    self.golden.places[at, lane] = index
             self.golden.maturity[at] = min(word >> self.lanes * width & 3, 2)
             return
         layer, beat = divmod(at, self.beats)

@@ -157,14 +157,14 @@ def test_lists_take_in_what_was_chosen_and_keep_the_strong():
         head_learn(head, 0, 1, this, prev, before, memo, np.full(8, value), used * 256, used)
 
     teach(6)  # lane 0 holds the even experts; 6 is its number 3
-    assert head.index[word].tolist() == [3, 0] and head.weights[word].tolist() == [8, 0]
+    assert head.places[word].tolist() == [3, 0] and head.weights[word].tolist() == [8, 0]
     teach(4)  # the entry of 6 is strong: 4 finds no place
-    assert head.index[word, 0] == 3
+    assert head.places[word, 0] == 3
     teach(1)
-    assert head.index[word].tolist() == [3, 0] and head.weights[word, 1] > 0
+    assert head.places[word].tolist() == [3, 0] and head.weights[word, 1] > 0
     for _ in range(40):
         teach(4, value=200)  # 6 was predicted and did not come: its entry weakens until 4 takes it
-    assert head.index[word, 0] == 2
+    assert head.places[word, 0] == 2
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
@@ -342,7 +342,7 @@ def test_tables_written_back_give_the_same_predictions(form):
         table += 1
     assert table >= 5
     for a, b in zip(learned.heads, fresh.heads, strict=True):
-        for name in ("weights", "index", "maturity", "diagonal"):
+        for name in ("weights", "places", "maturity", "diagonal"):
             assert np.array_equal(getattr(a, name), getattr(b, name)), name
     for x, y in zip(learned.histories.tables, fresh.histories.tables, strict=True):
         assert np.array_equal(x, y)

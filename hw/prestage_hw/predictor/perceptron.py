@@ -329,7 +329,10 @@ class PerceptronPredictor(Predictor):
         }
         teaching = [Signal(name=f"teaching_{head.name}") for head in configs]
         own = Signal()  # set A is the decision itself, which the histories may not have yet
-        m.d.comb += [sets.eq(histories.sets.payload), own.eq(Cat(predicting[n] for n in near).any())]
+        m.d.comb += [
+            sets.eq(histories.sets.payload),
+            own.eq(Cat(predicting[n] for n in near).any()),
+        ]
         with m.If(own):
             m.d.comb += [sets[0].experts.eq(front.experts), sets[0].valid.eq(1)]
 

@@ -60,7 +60,7 @@ class Head(NamedTuple):
         bits of a value, largest weight, prior.
     weights : array of ``int16``, shape ``[words, lanes]``
         Weights of the rows.
-    index : array of ``int16``, shape ``[words, lanes]``
+    places : array of ``int16``, shape ``[words, lanes]``
         In lists: which of its lane's experts an entry is about. Full rows: ``[1, 1]``.
     maturity : array of ``uint8``, shape ``[words]``
         Stage of learning, 0 to 2.
@@ -76,7 +76,7 @@ class Head(NamedTuple):
     diagonals: NDArray[np.int64]
     shape: NDArray[np.int64]
     weights: NDArray[np.int16]
-    index: NDArray[np.int16]  # type: ignore[assignment]
+    places: NDArray[np.int16]
     maturity: NDArray[np.uint8]
     diagonal: NDArray[np.int16]
     lfsr: NDArray[np.uint32]
@@ -132,7 +132,7 @@ def create_head(config: DeviceConfig, head: HeadConfig, *, number: int) -> Head:
         diagonals=np.array([_CODES[name] for name in head.diagonals], np.int64),
         shape=np.array(shape, np.int64),
         weights=np.zeros((words, lanes), np.int16),
-        index=np.zeros((words, lanes) if entries else (1, 1), np.int16),
+        places=np.zeros((words, lanes) if entries else (1, 1), np.int16),
         maturity=np.zeros(words, np.uint8),
         diagonal=np.zeros((layers, len(head.diagonals) + 1, config.lane_beats * lanes), np.int16),
         lfsr=np.array([LFSR_SEED + number], np.uint32),
@@ -141,7 +141,7 @@ def create_head(config: DeviceConfig, head: HeadConfig, *, number: int) -> Head:
 
 def clear_head(head: Head, *, number: int) -> None:
     """Clear all weights and restart the random numbers."""
-    for table in (head.weights, head.index, head.maturity, head.diagonal):
+    for table in (head.weights, head.places, head.maturity, head.diagonal):
         table[:] = 0
     head.lfsr[0] = LFSR_SEED + number
 
@@ -300,7 +300,7 @@ def head_predict(
             word = found[r] * beats + beat
             if entries:
                 for j in range(lanes):
-                    e = head.index[word, j] * entries + beat * lanes + j
+                    e = head.places[word, j] * entries + beat * lanes + j
                     if e < experts:
                         values[e] += head.weights[word, j]
             else:
@@ -361,7 +361,7 @@ def head_learn(
                 u = ((np.int64(state) + 97 * j) & 255) << (bits - 8)
                 weight = np.int64(head.weights[word, j])
                 if entries:
-                    at = head.index[word, j]
+                    at = head.places[word, j]
                     if abs(weight) < 4:
                         target = -1
                         for i in range((experts + entries - 1) // entries):
@@ -370,7 +370,7 @@ def head_learn(
                                 target = i
                                 break
                         if target >= 0:
-                            head.index[word, j] = target
+                            head.places[word, j] = target
                             head.weights[word, j] = 8 >> stage
                             continue
                     e = at * entries + beat * lanes + j

@@ -128,7 +128,7 @@ class _HeadTables:
             return
         self._head.weights[at] = weights[: self._lanes]
         if self._index_bits:
-            self._head.index[at] = [field >> self._bits for field in fields[: self._lanes]]
+            self._head.places[at] = [field >> self._bits for field in fields[: self._lanes]]
         self._head.maturity[at] = min(bits >> self._lanes * width, 2)
 
     def _stored(self, table: int, at: int) -> int:
@@ -143,7 +143,7 @@ class _HeadTables:
         fields = (self._head.weights[at] & mask).tolist()
         word = sum(field << n * width for n, field in enumerate(fields))
         if self._index_bits:
-            indices = self._head.index[at].tolist()
+            indices = self._head.places[at].tolist()
             word |= sum(i << n * width + self._bits for n, i in enumerate(indices))
         return int(word | int(self._head.maturity[at]) << self._lanes * width)
 
