@@ -15,12 +15,12 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from prestage_hw.contract import PRESETS, ModelConfig
 
@@ -55,7 +55,7 @@ class TraceError(ValueError):
     """A trace that can't be read or that breaks a rule of the format."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, init=False, eq=False)
 class Trace:
     """Routing of T tokens through L MoE layers with k experts each.
 
@@ -87,16 +87,28 @@ class Trace:
     """
 
     experts: NDArray[np.int16]
-    experts_per_layer: int = 0
-    request_id: NDArray[np.int32] = None  # type: ignore[assignment]
-    is_decode: NDArray[np.bool_] = None  # type: ignore[assignment]
-    token: NDArray[np.int32] = None  # type: ignore[assignment]
-    layer_ids: NDArray[np.int16] = None  # type: ignore[assignment]
-    scores: NDArray[np.float16] | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    experts_per_layer: int
+    request_id: NDArray[np.int32]
+    is_decode: NDArray[np.bool_]
+    token: NDArray[np.int32]
+    layer_ids: NDArray[np.int16]
+    scores: NDArray[np.float16] | None
+    meta: Mapping[str, Any]
 
-    def __post_init__(self) -> None:
-        experts = np.asarray(self.experts)
+    def __init__(
+        self,
+        *,
+        experts: ArrayLike,
+        experts_per_layer: int = 0,
+        request_id: ArrayLike | None = None,
+        is_decode: ArrayLike | None = None,
+        token: ArrayLike | None = None,
+        layer_ids: ArrayLike | None = None,
+        scores: ArrayLike | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        experts = np.asarray(experts)
+        meta = {} if meta is None else meta
         if experts.ndim != 3 or experts.dtype.kind not in "iu":
             raise TraceError(
                 "Trace experts must be integers of shape [tokens, layers, top_k],"
@@ -110,9 +122,9 @@ class Trace:
                 f"Trace must have at least one layer and one expert a row, not shape"
                 f" {list(experts.shape)}"
             )
-        _check_meta(self.meta, tokens=tokens, layers=layers, top_k=top_k)
-        count = self.experts_per_layer or int(experts.max()) + 1
-        if not self.experts_per_layer:
+        _check_meta(meta, tokens=tokens, layers=layers, top_k=top_k)
+        count = experts_per_layer or int(experts.max()) + 1
+        if not experts_per_layer:
             count = max(2, top_k, count)
         if not 2 <= count <= _MOST_EXPERTS:
             raise TraceError(
@@ -123,25 +135,27 @@ class Trace:
         put = object.__setattr__
         put(self, "experts", np.ascontiguousarray(experts, dtype=np.int16))
         put(self, "experts_per_layer", count)
-        put(self, "request_id", _column(self.request_id, "request_id", np.int32, tokens, 0))
+        put(self, "request_id", _column(request_id, "request_id", np.int32, tokens, 0))
         if len(np.unique(self.request_id)) != self.requests:
             raise TraceError(
                 "Tokens of one request must be contiguous, but a request id comes back"
             )
-        put(self, "is_decode", _column(self.is_decode, "is_decode", np.bool_, tokens, True))
-        put(self, "token", _column(self.token, "token", np.int32, tokens, UNKNOWN_TOKEN))
-        if self.layer_ids is None:
+        put(self, "is_decode", _column(is_decode, "is_decode", np.bool_, tokens, True))
+        put(self, "token", _column(token, "token", np.int32, tokens, UNKNOWN_TOKEN))
+        if layer_ids is None:
             put(self, "layer_ids", np.arange(layers, dtype=np.int16))
         else:
-            put(self, "layer_ids", _column(self.layer_ids, "layer_ids", np.int16, layers, 0))
-        if self.scores is not None:
-            scores = np.asarray(self.scores)
-            if scores.shape != experts.shape or scores.dtype.kind not in "fiu":
+            put(self, "layer_ids", _column(layer_ids, "layer_ids", np.int16, layers, 0))
+        if scores is not None:
+            given = np.asarray(scores)
+            if given.shape != experts.shape or given.dtype.kind not in "fiu":
                 raise TraceError(
                     f"Trace scores must be numbers of the experts' shape {list(experts.shape)},"
-                    f" not {scores.dtype} of shape {list(scores.shape)}"
+                    f" not {given.dtype} of shape {list(given.shape)}"
                 )
-            put(self, "scores", scores.astype(np.float16))
+            scores = given.astype(np.float16)
+        put(self, "scores", scores)
+        put(self, "meta", meta)
 
     @property
     def tokens(self) -> int:
@@ -341,10 +355,10 @@ def _read_npz(
     return Trace(
         experts=arrays["experts"],
         experts_per_layer=_expert_count(meta, experts),
-        request_id=arrays.get("request_id"),  # type: ignore[arg-type]
-        is_decode=arrays.get("is_decode"),  # type: ignore[arg-type]
-        token=arrays.get("token"),  # type: ignore[arg-type]
-        layer_ids=arrays.get("layer_ids"),  # type: ignore[arg-type]
+        request_id=arrays.get("request_id"),
+        is_decode=arrays.get("is_decode"),
+        token=arrays.get("token"),
+        layer_ids=arrays.get("layer_ids"),
         scores=arrays.get("scores"),
         meta=meta,
     )
@@ -412,15 +426,15 @@ def _read_jsonl(
             [np.full(n, fill) if v is None else v for v, n in zip(values, lengths, strict=True)]
         )
 
-    scores = [part.scores for part in parts]
+    scores = [part.scores for part in parts if part.scores is not None]
     return Trace(
         experts=np.concatenate([part.experts for part in parts]),
         experts_per_layer=_expert_count(meta, experts),
         request_id=np.repeat(np.arange(len(parts), dtype=np.int32), lengths),
-        is_decode=joined("is_decode", True),  # type: ignore[arg-type]
-        token=joined("token", UNKNOWN_TOKEN),  # type: ignore[arg-type]
-        layer_ids=None if layer_ids is None else np.asarray(layer_ids),  # type: ignore[arg-type]
-        scores=None if any(s is None for s in scores) else np.concatenate(scores),  # type: ignore[arg-type]
+        is_decode=joined("is_decode", True),
+        token=joined("token", UNKNOWN_TOKEN),
+        layer_ids=None if layer_ids is None else np.asarray(layer_ids),
+        scores=np.concatenate(scores) if len(scores) == len(parts) else None,
         meta=meta,
     )
 
@@ -646,9 +660,9 @@ def _read_csv(
     return Trace(
         experts=np.stack([column(f"e{i}", np.int64).reshape(shape) for i in range(count)], axis=-1),
         experts_per_layer=_expert_count(meta, experts),
-        request_id=per_token("request_id"),  # type: ignore[arg-type]
-        is_decode=None if is_decode is None else is_decode != 0,  # type: ignore[arg-type]
-        token=per_token("token"),  # type: ignore[arg-type]
+        request_id=per_token("request_id"),
+        is_decode=None if is_decode is None else is_decode != 0,
+        token=per_token("token"),
         layer_ids=layer[:depth].astype(np.int16),
         scores=(
             np.stack([column(f"s{i}", np.float64).reshape(shape) for i in range(count)], axis=-1)
