@@ -34,7 +34,7 @@ from prestage_tb.bench import (
 from prestage_tb.coverage import hit
 
 # Cycles from a strobe to the first new ``arvalid`` that it has an effect on.
-_EFFECT = Settings.latency + 1
+_EFFECT = Settings.latency + 2
 
 
 class TB:
@@ -107,6 +107,7 @@ class TB:
         self._effects = deque()
         self._offered = None
         self._expired = 0
+        self._told = 0
         self._relaxed_until = 0
 
     def _high(self, name):
@@ -142,7 +143,8 @@ class TB:
         expired = self._number("expired")
         for channel in self.channels:
             if (self._expired & ~expired) >> channel & 1:
-                engine.expire(channel)
+                self._expire(channel)
+        self._told &= expired
         self._expired = expired
         # Bursts, as soon as they are offered.
         if self._high("bus__arvalid"):
@@ -174,6 +176,8 @@ class TB:
             self.counts["beats", write.transfer.channel] += 1
         if self._moves("completions"):
             record = self._payload(self.completions)
+            if record["reason"] == FetchReason.TIMEOUT and expired >> record["channel"] & 1:
+                self._expire(record["channel"])
             transfer = engine.complete(record)
             if record["reason"] in (FetchReason.OK, FetchReason.BUS):
                 taken = self.written[id(transfer)]
@@ -210,6 +214,12 @@ class TB:
             for name, field in ChannelStrobes():
                 at = channel * width + field.offset
                 self.strobes[name, channel] += strobes >> at & 1
+
+    def _expire(self, channel):
+        """Tell the model once, at the latest when the channel is over it."""
+        if not self._told >> channel & 1:
+            self._told |= 1 << channel
+            self.engine.expire(channel)
 
     def _check_credits(self, channel):
         """A burst that is new must have had a credit."""
@@ -583,11 +593,12 @@ async def time_out(dut):
     tb = TB(dut, latency=3)
     await reset(dut)
     config = tb.config
-    limit = 300
+    # Longer than the memory takes for a tile of each channel.
+    limit = 300 + 8 * config.tile_beats
     dut.timeout.value = limit
     least, most = bounds(limit)
     slack = 20
-    silent = (0x8000, 0x8000 + 16 * config.tile_bytes)
+    silent = (0x8000, 0x8000 + 3 * config.tile_bytes)
     tb.memory.silent.append(silent)
     # Every tile of channel 0 that is begun fails after the time, then those that waited.
     count = 3
@@ -625,7 +636,7 @@ async def time_out(dut):
     assert all(record["reason"] == FetchReason.OK for record in records)
     hit("dma.retry_after_timeout")
     # Nothing expires while memory answers, however slow the buffer is.
-    tb.writes.stall = Stall(0.95, burst=(300, 900))
+    tb.writes.stall = Stall(0.8, burst=(limit, 2 * limit))
     await tb.run([tb.fetch(0x8000, channel=c) for c in tb.channels])
 
 
@@ -634,7 +645,7 @@ async def address_stuck(dut):
     """``arready`` stays low past the time-out."""
     tb = TB(dut, latency=3)
     await reset(dut)
-    dut.timeout.value = 200
+    dut.timeout.value = 200 + 8 * tb.config.tile_beats
     tb.memory.address_paused = True
     records = await tb.run([tb.fetch(tb.address(), channel=c) for c in tb.channels])
     assert all(record["reason"] == FetchReason.TIMEOUT for record in records)
@@ -736,7 +747,7 @@ async def shadow_and_disabled(dut):
     tb.fetches.send(*fetches)
     await cycles(dut, 200)
     assert len(tb.launched) == before and tb.inside == len(fetches)
-    await tb.configure(tb.channel_settings(0))
+    await tb.configure(tb.channel_settings(0, credits=1))
     # What is begun ends.
     while len(tb.launched) == before:
         await RisingEdge(dut.clk)
@@ -778,11 +789,15 @@ async def demand_first(dut):
     rounds = 6
     others = [c for c in tb.channels if c]
     size = config.data_bytes
+    space = (1 << config.address_bits) // config.tile_bytes
     worst = 0
     for n in range(rounds):
         tb.fetches.send(
             *(
-                tb.fetch((0x100 + n * 32 + i) * config.tile_bytes, channel=others[i % len(others)])
+                tb.fetch(
+                    (0x40 + n * 32 + i) % space * config.tile_bytes,
+                    channel=others[i % len(others)],
+                )
                 for i in range(len(others) * config.dma_queue_depth)
             )
         )
@@ -897,7 +912,7 @@ async def no_bubbles(dut):
     shortest = min(t.beats for t in tb.memory.transfers)
     covered = config.outstanding_bursts * min(config.longest_burst, config.tile_beats)
     dut._log.info("gaps: %s, shortest burst %d beats", gaps, shortest)
-    if covered >= 20 and config.outstanding_bursts >= 4 and shortest >= 2:
+    if covered >= 20 and config.outstanding_bursts >= 4 and shortest >= 3:
         assert not gaps
         hit("dma.no_bubbles")
 
@@ -914,10 +929,10 @@ async def utilisation(dut, latency):
     beats = tb.memory.beat_cycles
     share = len(beats) / (beats[-1] - beats[0] + 1)
     burst = tb.memory.transfers[0].beats
-    # A burst's credit comes back with its last beat; a burst leaves every other cycle at most.
+    # A burst's credit comes back with its last beat; a burst leaves every third cycle at most.
     bound = min(
         1.0,
-        burst / 2,
+        burst / 3,
         config.outstanding_bursts * burst / (latency + burst + DMA.credit_latency - 1),
     )
     dut._log.info(

@@ -27,9 +27,9 @@ class Arbiter(wiring.Component):
     wants : ``In(config.dma_channels)``
         Channels that want to, a bit each.
     traffic, weight : ``In(array)``
-        Class and weight of each channel.
+        Class and weight of each channel. A class counts from the cycle after.
     take : ``In(1)``
-        The choice counts.
+        The choice counts. Not in two cycles in a row: the grants are counted in the cycle after.
     choice : ``Out(config.dma_channels)``
         The chosen channel's bit, 0 if none wants to. In the same cycle as ``wants``.
     """
@@ -54,36 +54,33 @@ class Arbiter(wiring.Component):
         left = [Signal(4, name=f"left_{c}") for c in channels]
         has_left = Signal(len(channels))
         best = Signal(len(channels))
-        in_class = {}
-        for traffic in TrafficClass:
-            in_class[traffic] = Signal(len(channels), name=f"in_{traffic.name.lower()}")
-            m.d.comb += in_class[traffic].eq(Cat(self.traffic[c] == traffic for c in channels))
-        demand, prefetch, _ = (self.wants & in_class[traffic] for traffic in TrafficClass)
+        kept = Signal(len(channels))
+        # From a register, since the choice is what the engine's clock hangs on.
+        in_class = {t: Signal(len(channels), name=f"in_{t.name.lower()}") for t in TrafficClass}
+        for traffic, bits in in_class.items():
+            m.d.sync += bits.eq(Cat(self.traffic[c] == traffic for c in channels))
+        demand = self.wants & in_class[TrafficClass.DEMAND]
+        prefetch = self.wants & in_class[TrafficClass.PREFETCH]
         m.d.comb += [
             has_left.eq(Cat(left[c] != 0 for c in channels)),
             best.eq(Mux(demand.any(), demand, Mux(prefetch.any(), prefetch, self.wants))),
+            kept.eq(best & has_left),
+            # Both choices are made before it is known which one counts.
+            self.choice.eq(Mux(kept.any(), kept & -kept, best & -best)[: len(channels)]),
         ]
-        # Both choices are made before it is known which one counts.
+
+        chosen = Signal(len(channels))
         anew = Signal()
-        kept = best & has_left
-        m.d.comb += [
+        m.d.sync += [
+            chosen.eq(Mux(self.take, self.choice, 0)),
             anew.eq(~kept.any()),
-            self.choice.eq(Mux(anew, best & -best, kept & -kept)[: len(channels)]),
         ]
-        turn_class = Signal(len(channels))  # Channels of the class that is served.
-        m.d.comb += turn_class.eq(
-            Mux(
-                demand.any(),
-                in_class[TrafficClass.DEMAND],
-                Mux(
-                    prefetch.any(),
-                    in_class[TrafficClass.PREFETCH],
-                    in_class[TrafficClass.STREAM],
-                ),
-            )
-        )
-        with m.If(self.take & self.wants.any()):
+        turn = Signal(len(channels))  # Channels of the class that was served.
+        for bits in in_class.values():
+            with m.If((chosen & bits).any()):
+                m.d.comb += turn.eq(bits)
+        with m.If(chosen.any()):
             for c in channels:
-                base = Mux(anew & turn_class[c], self.weight[c], left[c])
-                m.d.sync += left[c].eq(base - self.choice[c])
+                base = Mux(anew & turn[c], self.weight[c], left[c])
+                m.d.sync += left[c].eq(base - chosen[c])
         return m

@@ -48,7 +48,7 @@ class BackEnd(wiring.Component):
     -------
     open, tile, issue, burst, wrap, wrap_entry, answer, answered, busy : ``In``
         As of :class:`MidEnd`.
-    tile_room, tile_entry, burst_room, answer_room, hold, outstanding, dead, quiet, drop : ``Out``
+    tile_room, tile_entry, burst_room, answer_room, hold, outstanding, live, returned, quiet, drop : ``Out``
         As of :class:`MidEnd`.
     waiting : ``In(config.dma_channels)``
         Channels with a request that was not begun.
@@ -98,7 +98,8 @@ class BackEnd(wiring.Component):
                 "answer_room": Out(1),
                 "hold": Out(1),
                 "outstanding": Out(counts),
-                "dead": Out(counts),
+                "live": Out(counts),
+                "returned": Out(1),
                 "quiet": Out(channels),
                 "drop": Out(channels),
                 "waiting": In(channels),
@@ -148,7 +149,8 @@ class BackEnd(wiring.Component):
         m.d.comb += [
             place.eq(_lowest(~used)),
             arid.eq(Array(c % ids for c in channels)[self.burst.channel] if ids > 1 else 0),
-            self.burst_room.eq(~used.all() & (~bus.arvalid | bus.arready)),
+            # There is a place for every credit.
+            self.burst_room.eq(~bus.arvalid | bus.arready),
             taken.eq(Mux(self.issue, 1 << place, 0)),
             burst_write.addr.eq(place),
             burst_write.data.eq(self.burst),
@@ -300,7 +302,11 @@ class BackEnd(wiring.Component):
                     with m.If(arrived.id == i):
                         m.d.sync += counting[i].eq(~burst_end)
                 with m.If(burst_end):
-                    m.d.comb += [bursts.pop.eq(1), freed.eq(1 << bursts.head)]
+                    m.d.comb += [
+                        bursts.pop.eq(1),
+                        freed.eq(1 << bursts.head),
+                        self.returned.eq(1),
+                    ]
         with m.Else():
             m.d.sync += self.stray.eq(0)
 
@@ -315,6 +321,7 @@ class BackEnd(wiring.Component):
         live = Signal()
         outstanding = [Signal(5, name=f"outstanding_{c}") for c in channels]
         dead_counts = [Signal(5, name=f"dead_{c}") for c in channels]
+        live_counts = [Signal(5, name=f"live_{c}") for c in channels]
         expiring = Signal()  # Tiles are to be timed out,
         expires = Signal()  # and one is in this cycle.
         expiring_channel = Signal(channel_bits)
@@ -432,9 +439,13 @@ class BackEnd(wiring.Component):
             asked = self.issue & (self.burst.channel == c)
             returned = came & beat.burst_end
             m.d.sync += outstanding[c].eq(outstanding[c] + asked - returned)
+            with m.If(now):
+                m.d.sync += live_counts[c].eq(0)
+            with m.Else():
+                m.d.sync += live_counts[c].eq(live_counts[c] + asked - (returned & ~dead))
             m.d.comb += [
                 self.outstanding[c].eq(outstanding[c]),
-                self.dead[c].eq(dead_counts[c]),
+                self.live[c].eq(live_counts[c]),
                 self.drop[c].eq(now),
                 # Where nothing is open, what came for others shows that memory answers.
                 self.progress[c].eq(

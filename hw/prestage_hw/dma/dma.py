@@ -39,8 +39,8 @@ class DMA(wiring.Component):
 
     From a fetch being accepted to ``arvalid`` it takes ``launch_latency`` cycles if nothing else
     waits and its channel is not set to rows. Data flows at one beat a cycle, also from tile to tile
-    and between channels, while requests, memory and buffer keep up and bursts have two beats or
-    more: a burst leaves at most every other cycle. A reset forgets outstanding bursts, so the
+    and between channels, while requests, memory and buffer keep up and bursts have four beats or
+    more: a burst leaves at most every third cycle, one below demand every fourth. A reset forgets outstanding bursts, so the
     memory must be reset along with the engine.
 
     Parameters
@@ -174,7 +174,7 @@ class DMA(wiring.Component):
             m.d.comb += getattr(midend, name).eq(getattr(frontend, name))
         for name in (
             *("tile_room", "tile_entry", "burst_room", "answer_room", "hold", "outstanding"),
-            *("dead", "quiet", "drop"),
+            *("live", "returned", "quiet", "drop"),
         ):
             m.d.comb += getattr(midend, name).eq(getattr(backend, name))
         for name in (

@@ -54,7 +54,8 @@ class FrontEnd(wiring.Component):
         Requests with this tag, or all that are in the queues, are aborted.
     waiting, null : ``Out(config.dma_channels)``
         Channels that have a request; those whose first one moves nothing: it was refused or
-        aborted, or has no bytes.
+        aborted, or has no bytes. Of a request that comes to an empty queue ``null`` tells a cycle
+        later, with ``first``.
     channel : ``In``
         Channel whose first request is shown as ``first``, with ``first_aborted`` and
         ``first_empty``.
@@ -159,13 +160,13 @@ class FrontEnd(wiring.Component):
             null = Signal(depth, name=f"null_{c}")
             m.d.sync += levels[c].eq(levels[c] + pushed - popped)
             m.d.comb += [
-                self.waiting[c].eq(levels[c] != 0),
+                self.waiting[c].eq((levels[c] != 0) | incoming_to[c]),
                 self.room[c].eq(
                     (levels[c] != depth) & ~((levels[c] == depth - 1) & incoming_to[c])
                 ),
                 firsts_aborted[c].eq(aborted.bit_select(read_at[c], 1)),
                 firsts_empty[c].eq(empty.bit_select(read_at[c], 1)),
-                self.null[c].eq(null.bit_select(read_at[c], 1)),
+                self.null[c].eq((levels[c] != 0) & null.bit_select(read_at[c], 1)),
             ]
             with m.If(popped):
                 m.d.sync += read_at[c].eq(read_at[c] + 1)

@@ -81,7 +81,7 @@ class AnswerLayout(data.StructLayout):
 
 
 class MidEnd(wiring.Component):
-    """Choose a channel every other cycle and do one step of its tile.
+    """Choose a channel every third cycle and do one step of its tile.
 
     A step is a burst, which ends at the tile's (or row's) last beat and at the next multiple of the
     channel's longest burst, so that none crosses a 4 KiB edge; the turn to the next row; or the
@@ -114,8 +114,10 @@ class MidEnd(wiring.Component):
         An answer may leave in the next cycle.
     hold : ``In(1)``
         No step may be done in this cycle.
-    outstanding, dead : ``In(array)``
-        Bursts of each channel that are outstanding, and those among them nobody waits for.
+    outstanding, live : ``In(array)``
+        Bursts of each channel that are outstanding, and those among them that somebody waits for.
+    returned : ``In(1)``
+        A burst's last beat came, of any channel.
     quiet : ``In(config.dma_channels)``
         Channels without an open tile.
     expired : ``In(config.dma_channels)``
@@ -165,7 +167,8 @@ class MidEnd(wiring.Component):
                 "answer_room": In(1),
                 "hold": In(1),
                 "outstanding": In(counts),
-                "dead": In(counts),
+                "live": In(counts),
+                "returned": In(1),
                 "quiet": In(channels),
                 "expired": In(channels),
                 "drop": In(channels),
@@ -219,14 +222,16 @@ class MidEnd(wiring.Component):
 
         # --- choice, every other cycle ---
         m.submodules.arbiter = arbiter = Arbiter(config=config)
-        step = Signal()
+        read = Signal()  # First cycle of a step: what it needs is read,
+        step = Signal()  # then it is done.
         fresh = Signal()
         null = Signal()
         turn = Signal()
-        room = Signal(len(channels))
+        credit = Signal(len(channels))  # There are credits for a burst of the channel.
+        all_outstanding = Signal(5)
         lower = Signal(len(channels))
         lower_room = Signal()
-        lower_issued = Signal()
+        lower_issue = Signal()
         wants = Signal(len(channels))
         wants_null = Signal(len(channels))
         wants_turn = Signal(len(channels))
@@ -244,8 +249,7 @@ class MidEnd(wiring.Component):
                 ),
                 wants_burst.eq(
                     self.burst_room
-                    & room[c]
-                    & (~lower[c] | (lower_room & ~lower_issued))
+                    & credit[c]
                     & Mux(self.begun[c], ~turning[c], begins & ~settings.rows)
                 ),
                 wants_turn[c].eq(
@@ -262,26 +266,34 @@ class MidEnd(wiring.Component):
                 arbiter.traffic[c].eq(settings.traffic),
                 arbiter.weight[c].eq(settings.weight),
             ]
-            # Counts are those of the cycle before, so that only other channels' bursts are new.
-            m.d.sync += room[c].eq(
-                self.outstanding[c] + (self.issue & (self.channel == c)) < settings.credits
+            m.d.sync += credit[c].eq(
+                (self.outstanding[c] + (self.issue & (self.channel == c)) < settings.credits)
+                & (all_outstanding + self.issue < config.outstanding_bursts)
+                & (~lower[c] | (lower_room & ~lower_issue))
             )
-        # Bursts below demand; one that has just left is not counted yet.
-        m.d.sync += [
+        # A burst that leaves in this cycle is not in the counts yet. Where that is laborious to
+        # add, nothing may leave in the next one.
+        m.d.comb += [
             lower_room.eq(
-                sum(Mux(lower[c], self.outstanding[c] - self.dead[c], 0) for c in channels)
-                < self.lower_credits
+                sum(Mux(lower[c], self.live[c], 0) for c in channels) < self.lower_credits
             ),
-            lower_issued.eq(self.issue & lower.bit_select(self.channel, 1)),
+            lower_issue.eq(self.issue & lower.bit_select(self.channel, 1)),
         ]
+        m.d.sync += all_outstanding.eq(all_outstanding + self.issue - self.returned)
         m.d.comb += [
             arbiter.wants.eq(wants),
-            arbiter.take.eq(~step),
-            self.busy.eq(step),
+            arbiter.take.eq(~read & ~step),
+            self.busy.eq(read | step),
         ]
-        with m.If(~step):
+        with m.If(read):
+            # A request that was chosen as it came in may turn out to move nothing.
             m.d.sync += [
-                step.eq(wants.any()),
+                read.eq(0),
+                step.eq(~(fresh & ~null & self.null.bit_select(self.channel, 1))),
+            ]
+        with m.Elif(~step):
+            m.d.sync += [
+                read.eq(wants.any()),
                 fresh.eq((arbiter.choice & ~self.begun).any()),
                 null.eq((arbiter.choice & wants_null).any()),
                 turn.eq((arbiter.choice & wants_turn).any()),
@@ -296,10 +308,14 @@ class MidEnd(wiring.Component):
         channel = self.channel
         settings = Signal(ActiveLayout(config=config))
         place = place_read.data
-        first = self.first
+        first = Signal(TransferLayout(config=config))
+        at_read = Signal(at_bits)
         at = Signal(at_bits)
         left = Signal(left_bits)
         entry = Signal(self.entry_bits)
+        mask = Signal(8)
+        stride = Signal(settings.stride.shape())
+        this_row_left = Signal(left_bits)
         cut = Signal()
         # Beats that fit before the next multiple of the longest burst, - 1.
         fits = Signal(8)
@@ -309,15 +325,24 @@ class MidEnd(wiring.Component):
         m.d.comb += [
             settings.eq(self.active[channel]),
             place_read.addr.eq(channel),
+            row_read.addr.eq(channel),
+            at_read.eq(Mux(fresh, self.first.address >> low, place.at)),
+        ]
+        with m.If(read):
+            m.d.sync += [
+                first.eq(self.first),
+                at.eq(at_read),
+                fits.eq(~at_read[:8] & settings.mask),
+                left.eq(Mux(fresh, self.first.left, place.left)),
+                entry.eq(Mux(fresh, self.tile_entry, place.entry)),
+                cut.eq(Mux(fresh, self.first_aborted, aborted.bit_select(channel, 1))),
+                has_more.eq(~fresh & more.bit_select(channel, 1)),
+                mask.eq(settings.mask),
+                stride.eq(settings.stride),
+                this_row_left.eq(settings.row_left),
+            ]
+        m.d.comb += [
             place_write.addr.eq(channel),
-            at.eq(Mux(fresh, first.address >> low, place.at)),
-            left.eq(Mux(fresh, first.left, place.left)),
-            entry.eq(Mux(fresh, self.tile_entry, place.entry)),
-            cut.eq(
-                Mux(fresh, self.first_aborted, aborted.bit_select(channel, 1))
-            ),
-            has_more.eq(~fresh & more.bit_select(channel, 1)),
-            fits.eq(~at[:8] & settings.mask),
             rest.eq(left - fits - 1),
             ends.eq(rest < 0),
             self.pop.eq(done & fresh),
@@ -362,16 +387,15 @@ class MidEnd(wiring.Component):
         rest_before = Mux(fresh, first.left, row_read.data.left)
         m.d.sync += [
             old_start.eq(Mux(fresh, first.address >> low, row_read.data.start)),
-            next_row.eq(row_read.data.start + settings.stride),
-            row_left.eq(settings.row_left),
+            next_row.eq(row_read.data.start + stride),
+            row_left.eq(this_row_left),
             row_rest.eq(rest_before),
-            row_after.eq(rest_before - settings.row_left - 1),
+            row_after.eq(rest_before - this_row_left - 1),
             prepared.eq(step & turn & ~done),
             self.wrap.eq(done & turn & too_high),
             self.wrap_entry.eq(entry),
         ]
         m.d.comb += [
-            row_read.addr.eq(channel),
             row_write.addr.eq(channel),
             too_high.eq(~fresh & (next_row[-1] | next_row[left_bits:-1].all())),
             row_start.eq(Mux(fresh | too_high, old_start, next_row[:-1])),
@@ -391,7 +415,7 @@ class MidEnd(wiring.Component):
         with m.Else():
             m.d.comb += [
                 # All bursts but a tile's last end at a multiple of the longest burst.
-                place_write.data.at.eq((at | settings.mask) + 1),
+                place_write.data.at.eq((at | mask) + 1),
                 place_write.data.left.eq(rest),
             ]
 
