@@ -322,9 +322,10 @@ class BackEnd(wiring.Component):
         outstanding = [Signal(5, name=f"outstanding_{c}") for c in channels]
         dead_counts = [Signal(5, name=f"dead_{c}") for c in channels]
         live_counts = [Signal(5, name=f"live_{c}") for c in channels]
-        expiring = Signal()  # Tiles are to be timed out,
-        expires = Signal()  # and one is in this cycle.
+        expiring = Signal()  # A tile is to be timed out,
+        expires = Signal()  # and is in this cycle.
         expiring_channel = Signal(channel_bits)
+        overdue = Signal(len(channels))
         answering = Signal()
         room = Signal()
         entry = Signal(self.entry_bits)
@@ -334,6 +335,7 @@ class BackEnd(wiring.Component):
         final = Signal()
         completion = Signal(self.completions.payload.shape())
         following = Signal(self.completions.payload.shape())
+        ended = Signal(self.completions.payload.shape())
         held = Signal(self.answered.shape())
         held_valid = Signal()
         m.submodules.done = done = fifo.SyncFIFOBuffered(
@@ -373,22 +375,26 @@ class BackEnd(wiring.Component):
             m.d.sync += held_valid.eq(0)
         m.d.comb += self.answer_room.eq(~held_valid)
 
-        # How it ended. An error that the memory told says more than that the tile was aborted.
+        # How it ended is told from registers. An error that the memory told says more than that the
+        # tile was aborted.
+        told = Signal(FetchReason)
+        bad = Signal()
+        was_aborted = Signal()
+        was_wrapped = Signal()
         reason = Signal(FetchReason)
-        with m.If(expiring):
-            m.d.comb += reason.eq(FetchReason.TIMEOUT)
-        with m.Elif(was_failed | beat.bad):
+        with m.If(told != FetchReason.OK):
+            m.d.comb += reason.eq(told)
+        with m.Elif(bad):
             m.d.comb += reason.eq(FetchReason.BUS)
-        with m.Elif(aborted.bit_select(entry, 1)):
+        with m.Elif(was_aborted):
             m.d.comb += reason.eq(FetchReason.ABORTED)
-        with m.Elif(wrapped.bit_select(entry, 1)):
+        with m.Elif(was_wrapped):
             m.d.comb += reason.eq(FetchReason.ADDRESS)
         m.d.comb += [
             following.tag.eq(tile_read.data.tag),
             following.tile.eq(tile_read.data.tile),
             following.channel.eq(tile_read.data.channel),
             following.address.eq(address_read.data),
-            following.reason.eq(reason),
         ]
         with m.If(~expiring & beat.bad & ~was_failed):
             m.d.comb += following.address.eq(beat.address)
@@ -398,9 +404,7 @@ class BackEnd(wiring.Component):
                 following.tile.eq(held.tile),
                 following.channel.eq(held.channel),
                 following.address.eq(held.address),
-                following.reason.eq(held.reason),
             ]
-        m.d.comb += following.failed.eq(following.reason != FetchReason.OK)
 
         with m.If(self.writes.ready):
             m.d.sync += write_valid.eq(0)
@@ -411,15 +415,27 @@ class BackEnd(wiring.Component):
                 write_valid.eq(live),
                 final.eq(expires | answering | (live & beat.tile_end)),
                 completion.eq(following),
+                bad.eq((was_failed | beat.bad) & ~held_valid),
+                was_aborted.eq(aborted.bit_select(entry, 1) & ~held_valid),
+                was_wrapped.eq(wrapped.bit_select(entry, 1) & ~held_valid),
                 self.writes.payload.slot.eq(tile_read.data.slot),
                 # Whole tiles are powers of two, so a beat of the expert is the tile's number above
                 # the beat's.
                 self.writes.payload.beat.eq(Cat(position, tile_read.data.tile)),
             ]
             m.d.sync += self.writes.payload.data.as_value().eq(beat.data)
+            with m.If(expiring):
+                m.d.sync += told.eq(FetchReason.TIMEOUT)
+            with m.Elif(held_valid):
+                m.d.sync += told.eq(held.reason)
+            with m.Else():
+                m.d.sync += told.eq(FetchReason.OK)
         m.d.comb += [
             self.writes.valid.eq(write_valid),
-            done.w_data.eq(completion),
+            ended.eq(completion),
+            ended.reason.eq(reason),
+            ended.failed.eq(reason != FetchReason.OK),
+            done.w_data.eq(ended),
             done.w_en.eq(final & (~write_valid | self.writes.ready)),
             self.completions.payload.eq(done.r_data),
             self.completions.valid.eq(done.r_rdy),
@@ -429,10 +445,22 @@ class BackEnd(wiring.Component):
 
         # --- time-out: a step of the mid end would still change what is being ended ---
         m.d.comb += [
-            expiring.eq((self.expired & tiles.filled).any()),
-            expiring_channel.eq(_lowest(self.expired & tiles.filled)),
-            expires.eq(expiring & room & ~self.busy),
+            overdue.eq(self.expired & tiles.filled),
+            expires.eq(
+                expiring & room & ~self.busy & tiles.filled.bit_select(expiring_channel, 1)
+            ),
         ]
+        m.d.sync += [
+            expiring.eq(
+                Mux(
+                    expiring,
+                    ~expires & tiles.filled.bit_select(expiring_channel, 1),
+                    overdue.any(),
+                )
+            )
+        ]
+        with m.If(~expiring):
+            m.d.sync += expiring_channel.eq(_lowest(overdue))
         for c in channels:
             now = expires & (expiring_channel == c)
             came = beat_go & (beat.channel == c)
