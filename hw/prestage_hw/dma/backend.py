@@ -140,11 +140,16 @@ class BackEnd(wiring.Component):
 
         # --- address channel ---
         m.submodules.bursts = bursts = OrderLists(lists=ids, entries=credits)
-        burst_write, burst_read = small("burst_table", self.burst.shape(), credits)
+        # Whether a burst is a single beat is looked at ahead of time.
+        burst_write, burst_read = small(
+            "burst_table", data.StructLayout({"burst": self.burst.shape(), "single": 1}), credits
+        )
+        read = burst_read.data.burst
         used = Signal(credits)
         place = Signal(range(max(2, credits)))
         taken = Signal(credits)
         freed = Signal(credits)
+        freed_place = Signal.like(place)
         arid = Signal(range(max(2, ids)))
         m.d.comb += [
             place.eq(_lowest(~used)),
@@ -153,7 +158,8 @@ class BackEnd(wiring.Component):
             self.burst_room.eq(~bus.arvalid | bus.arready),
             taken.eq(Mux(self.issue, 1 << place, 0)),
             burst_write.addr.eq(place),
-            burst_write.data.eq(self.burst),
+            burst_write.data.burst.eq(self.burst),
+            burst_write.data.single.eq(self.burst.length == 0),
             burst_write.en.eq(self.issue),
             bursts.push.eq(self.issue),
             bursts.push_list.eq(arid),
@@ -254,8 +260,9 @@ class BackEnd(wiring.Component):
 
         # --- data channel: the burst that a beat belongs to ---
         count_write, count_read = small("beat_counts", unsigned(8), ids)
-        count = Signal(8)
-        counting = Signal(ids)  # IDs within a burst.
+        left = Signal(8)
+        counting = Signal(ids)  # IDs within a burst,
+        ending = Signal(ids)  # and before its last beat.
         known = Signal()
         burst_end = Signal()
         beat = Signal(
@@ -279,11 +286,20 @@ class BackEnd(wiring.Component):
             burst_read.addr.eq(bursts.head),
             count_read.addr.eq(arrived.id),
             count_write.addr.eq(arrived.id),
-            count_write.data.eq(count + 1),
-            count.eq(Mux(counting.bit_select(arrived.id, 1), count_read.data, 0)),
-            burst_end.eq(count == burst_read.data.length),
+            count_write.data.eq(left - 1),
+            left.eq(Mux(counting.bit_select(arrived.id, 1), count_read.data, read.length)),
+            burst_end.eq(
+                Mux(
+                    counting.bit_select(arrived.id, 1),
+                    ending.bit_select(arrived.id, 1),
+                    burst_read.data.single,
+                )
+            ),
             arrived_go.eq(~beat_valid | beat_go),
         ]
+        # Places become free a cycle later, before anybody could need them.
+        m.d.sync += [self.returned.eq(bursts.pop), freed_place.eq(bursts.head)]
+        m.d.comb += freed.eq(Mux(self.returned, 1 << freed_place, 0))
         with m.If(arrived_go):
             m.d.sync += [
                 beat_valid.eq(arrived_valid & known),
@@ -291,22 +307,18 @@ class BackEnd(wiring.Component):
                 beat.data.eq(arrived.data),
                 beat.bad.eq(arrived.bad | (arrived.last != burst_end)),
                 beat.burst_end.eq(burst_end),
-                beat.tile_end.eq(burst_end & burst_read.data.last),
-                beat.channel.eq(burst_read.data.channel),
-                beat.entry.eq(burst_read.data.entry),
-                beat.address.eq(burst_read.data.address),
+                beat.tile_end.eq(burst_end & read.last),
+                beat.channel.eq(read.channel),
+                beat.entry.eq(read.entry),
+                beat.address.eq(read.address),
             ]
             with m.If(arrived_valid & known):
                 m.d.comb += count_write.en.eq(1)
                 for i in range(ids):
                     with m.If(arrived.id == i):
-                        m.d.sync += counting[i].eq(~burst_end)
+                        m.d.sync += [counting[i].eq(~burst_end), ending[i].eq(left == 1)]
                 with m.If(burst_end):
-                    m.d.comb += [
-                        bursts.pop.eq(1),
-                        freed.eq(1 << bursts.head),
-                        self.returned.eq(1),
-                    ]
+                    m.d.comb += bursts.pop.eq(1)
         with m.Else():
             m.d.sync += self.stray.eq(0)
 

@@ -159,14 +159,19 @@ class FrontEnd(wiring.Component):
             empty = Signal(depth, name=f"empty_{c}")
             null = Signal(depth, name=f"null_{c}")
             m.d.sync += levels[c].eq(levels[c] + pushed - popped)
+            filled = Signal(name=f"filled_{c}")
+            with m.If(pushed):
+                m.d.sync += filled.eq(1)
+            with m.Elif(popped & (levels[c] == 1)):
+                m.d.sync += filled.eq(0)
             m.d.comb += [
-                self.waiting[c].eq((levels[c] != 0) | incoming_to[c]),
+                self.waiting[c].eq(filled | incoming_to[c]),
                 self.room[c].eq(
                     (levels[c] != depth) & ~((levels[c] == depth - 1) & incoming_to[c])
                 ),
                 firsts_aborted[c].eq(aborted.bit_select(read_at[c], 1)),
                 firsts_empty[c].eq(empty.bit_select(read_at[c], 1)),
-                self.null[c].eq((levels[c] != 0) & null.bit_select(read_at[c], 1)),
+                self.null[c].eq(filled & null.bit_select(read_at[c], 1)),
             ]
             with m.If(popped):
                 m.d.sync += read_at[c].eq(read_at[c] + 1)

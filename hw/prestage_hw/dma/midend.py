@@ -231,7 +231,7 @@ class MidEnd(wiring.Component):
         all_outstanding = Signal(5)
         lower = Signal(len(channels))
         lower_room = Signal()
-        lower_issue = Signal()
+        pending = Signal()
         wants = Signal(len(channels))
         wants_null = Signal(len(channels))
         wants_turn = Signal(len(channels))
@@ -243,7 +243,6 @@ class MidEnd(wiring.Component):
             wants_burst = Signal(name=f"wants_burst_{c}")
             begins = Signal(name=f"begins_{c}")
             m.d.comb += [
-                lower[c].eq(settings.traffic != TrafficClass.DEMAND),
                 begins.eq(
                     self.waiting[c] & settings.enable & ~self.null[c] & self.tile_room
                 ),
@@ -267,17 +266,18 @@ class MidEnd(wiring.Component):
                 arbiter.weight[c].eq(settings.weight),
             ]
             m.d.sync += credit[c].eq(
-                (self.outstanding[c] + (self.issue & (self.channel == c)) < settings.credits)
-                & (all_outstanding + self.issue < config.outstanding_bursts)
-                & (~lower[c] | (lower_room & ~lower_issue))
+                (self.outstanding[c] + (pending & (self.channel == c)) < settings.credits)
+                & (all_outstanding + pending < config.outstanding_bursts)
+                & (~lower[c] | lower_room)
             )
-        # A burst that leaves in this cycle is not in the counts yet. Where that is laborious to
-        # add, nothing may leave in the next one.
-        m.d.comb += [
+        # A burst counts from its choice on, so that the next choice knows of it.
+        m.d.comb += pending.eq(read | (step & ~null & ~turn))
+        m.d.sync += [
+            lower.eq(Cat(self.active[c].traffic != TrafficClass.DEMAND for c in channels)),
             lower_room.eq(
-                sum(Mux(lower[c], self.live[c], 0) for c in channels) < self.lower_credits
+                sum((Mux(lower[c], self.live[c], 0) for c in channels), pending)
+                < self.lower_credits
             ),
-            lower_issue.eq(self.issue & lower.bit_select(self.channel, 1)),
         ]
         m.d.sync += all_outstanding.eq(all_outstanding + self.issue - self.returned)
         m.d.comb += [
@@ -285,18 +285,30 @@ class MidEnd(wiring.Component):
             arbiter.take.eq(~read & ~step),
             self.busy.eq(read | step),
         ]
+        chosen = Signal(len(channels))
+        chosen_null = Signal(len(channels))
+        chosen_turn = Signal(len(channels))
+        fresh_now = Signal()
+        null_now = Signal()
+        m.d.comb += [
+            fresh_now.eq((chosen & ~self.begun).any()),
+            null_now.eq((chosen & chosen_null).any()),
+        ]
         with m.If(read):
             # A request that was chosen as it came in may turn out to move nothing.
             m.d.sync += [
                 read.eq(0),
-                step.eq(~(fresh & ~null & self.null.bit_select(self.channel, 1))),
+                step.eq(~(fresh_now & ~null_now & self.null.bit_select(self.channel, 1))),
+                fresh.eq(fresh_now),
+                null.eq(null_now),
+                turn.eq((chosen & chosen_turn).any()),
             ]
         with m.Elif(~step):
             m.d.sync += [
                 read.eq(wants.any()),
-                fresh.eq((arbiter.choice & ~self.begun).any()),
-                null.eq((arbiter.choice & wants_null).any()),
-                turn.eq((arbiter.choice & wants_turn).any()),
+                chosen.eq(arbiter.choice),
+                chosen_null.eq(wants_null),
+                chosen_turn.eq(wants_turn),
             ]
             for c in channels:
                 with m.If(arbiter.choice[c]):
@@ -326,17 +338,17 @@ class MidEnd(wiring.Component):
             settings.eq(self.active[channel]),
             place_read.addr.eq(channel),
             row_read.addr.eq(channel),
-            at_read.eq(Mux(fresh, self.first.address >> low, place.at)),
+            at_read.eq(Mux(fresh_now, self.first.address >> low, place.at)),
         ]
         with m.If(read):
             m.d.sync += [
                 first.eq(self.first),
                 at.eq(at_read),
                 fits.eq(~at_read[:8] & settings.mask),
-                left.eq(Mux(fresh, self.first.left, place.left)),
-                entry.eq(Mux(fresh, self.tile_entry, place.entry)),
-                cut.eq(Mux(fresh, self.first_aborted, aborted.bit_select(channel, 1))),
-                has_more.eq(~fresh & more.bit_select(channel, 1)),
+                left.eq(Mux(fresh_now, self.first.left, place.left)),
+                entry.eq(Mux(fresh_now, self.tile_entry, place.entry)),
+                cut.eq(Mux(fresh_now, self.first_aborted, aborted.bit_select(channel, 1))),
+                has_more.eq(~fresh_now & more.bit_select(channel, 1)),
                 mask.eq(settings.mask),
                 stride.eq(settings.stride),
                 this_row_left.eq(settings.row_left),
