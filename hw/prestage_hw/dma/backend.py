@@ -353,8 +353,11 @@ class BackEnd(wiring.Component):
         m.submodules.done = done = fifo.SyncFIFOBuffered(
             width=self.completions.payload.shape().size, depth=self.tiles
         )
+        # From a register: what may come in the two cycles until it is seen has a place.
+        done_room = Signal()
+        m.d.sync += done_room.eq(done.level <= self.tiles - 3)
         m.d.comb += [
-            room.eq((~write_valid | self.writes.ready) & (~final | done.w_rdy)),
+            room.eq((~write_valid | self.writes.ready) & (~final | done_room)),
             dead.eq(Cat(dead_counts[c] != 0 for c in channels).bit_select(beat.channel, 1)),
             answering.eq(held_valid & room & ~expiring),
             beat_go.eq(beat_valid & room & ~expiring & ~held_valid),
@@ -420,7 +423,7 @@ class BackEnd(wiring.Component):
 
         with m.If(self.writes.ready):
             m.d.sync += write_valid.eq(0)
-        with m.If(done.w_en & done.w_rdy):
+        with m.If(done.w_en):
             m.d.sync += final.eq(0)
         with m.If(room):
             m.d.sync += [
@@ -448,7 +451,7 @@ class BackEnd(wiring.Component):
             ended.reason.eq(reason),
             ended.failed.eq(reason != FetchReason.OK),
             done.w_data.eq(ended),
-            done.w_en.eq(final & (~write_valid | self.writes.ready)),
+            done.w_en.eq(final & done_room & (~write_valid | self.writes.ready)),
             self.completions.payload.eq(done.r_data),
             self.completions.valid.eq(done.r_rdy),
             done.r_en.eq(self.completions.ready),

@@ -170,7 +170,7 @@ class DMA(wiring.Component):
             self.stray.eq(backend.stray),
             self.expired.eq(backend.expired),
         ]
-        for name in ("waiting", "null", "first", "first_aborted", "first_empty"):
+        for name in ("waiting", "startable", "null", "first", "first_aborted", "first_empty"):
             m.d.comb += getattr(midend, name).eq(getattr(frontend, name))
         for name in (
             *("tile_room", "tile_entry", "burst_room", "answer_room", "hold", "outstanding"),

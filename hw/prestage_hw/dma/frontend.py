@@ -56,6 +56,9 @@ class FrontEnd(wiring.Component):
         Channels that have a request; those whose first one moves nothing: it was refused or
         aborted, or has no bytes. Of a request that comes to an empty queue ``null`` tells a cycle
         later, with ``first``.
+    startable : ``Out(config.dma_channels)``
+        Channels whose first request may move something: like ``waiting`` without ``null``, but told
+        without looking at ``null``, which has the last word.
     channel : ``In``
         Channel whose first request is shown as ``first``, with ``first_aborted`` and
         ``first_empty``.
@@ -75,6 +78,7 @@ class FrontEnd(wiring.Component):
                 "abort_all": In(1),
                 "abort_tag": In(config.bits("tag")),
                 "waiting": Out(channels),
+                "startable": Out(channels),
                 "null": Out(channels),
                 "channel": In(config.bits("channel")),
                 "first": Out(TransferLayout(config=config)),
@@ -173,6 +177,11 @@ class FrontEnd(wiring.Component):
                 firsts_empty[c].eq(empty.bit_select(read_at[c], 1)),
                 self.null[c].eq(filled & null.bit_select(read_at[c], 1)),
             ]
+            # From registers, but for the request that comes to an empty queue. What follows a
+            # request that was taken is not known at once.
+            movable = Signal(name=f"movable_{c}")
+            m.d.sync += movable.eq(filled & ~popped & ~null.bit_select(read_at[c], 1))
+            m.d.comb += self.startable[c].eq(movable | (incoming_to[c] & ~filled))
             with m.If(popped):
                 m.d.sync += read_at[c].eq(read_at[c] + 1)
             with m.If(pushed):

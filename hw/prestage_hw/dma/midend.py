@@ -100,7 +100,7 @@ class MidEnd(wiring.Component):
     -------
     active, lower_credits : ``In``
         As of :class:`Settings`.
-    waiting, null, first, first_aborted, first_empty : ``In``
+    waiting, startable, null, first, first_aborted, first_empty : ``In``
         As of :class:`FrontEnd`.
     channel, pop : ``Out``
         As of :class:`FrontEnd`. In a step ``channel`` is the channel it is for.
@@ -152,6 +152,7 @@ class MidEnd(wiring.Component):
                 "active": In(data.ArrayLayout(ActiveLayout(config=config), channels)),
                 "lower_credits": In(5),
                 "waiting": In(channels),
+                "startable": In(channels),
                 "null": In(channels),
                 "first": In(TransferLayout(config=config)),
                 "first_aborted": In(1),
@@ -240,28 +241,23 @@ class MidEnd(wiring.Component):
         m.d.comb += done.eq(step & ~self.hold & (~turn | prepared))
         for c in channels:
             settings = self.active[c]
-            wants_burst = Signal(name=f"wants_burst_{c}")
             begins = Signal(name=f"begins_{c}")
             m.d.comb += [
-                begins.eq(
-                    self.waiting[c] & settings.enable & ~self.null[c] & self.tile_room
-                ),
-                wants_burst.eq(
-                    self.burst_room
-                    & credit[c]
-                    & Mux(self.begun[c], ~turning[c], begins & ~settings.rows)
-                ),
+                begins.eq(self.startable[c] & settings.enable & self.tile_room),
                 wants_turn[c].eq(
-                    ~self.expired[c] & Mux(self.begun[c], turning[c], begins & settings.rows)
+                    Mux(self.begun[c], turning[c], begins & settings.rows) & ~self.expired[c]
                 ),
-                wants_null[c].eq(
-                    self.waiting[c]
-                    & ~self.begun[c]
-                    & (self.null[c] | self.expired[c])
-                    & self.quiet[c]
-                    & self.answer_room
+                wants[c].eq(
+                    wants_null[c]
+                    | (
+                        ~self.expired[c]
+                        & Mux(
+                            self.begun[c],
+                            turning[c] | (self.burst_room & credit[c]),
+                            begins & (settings.rows | (self.burst_room & credit[c])),
+                        )
+                    )
                 ),
-                wants[c].eq((wants_burst & ~self.expired[c]) | wants_turn[c] | wants_null[c]),
                 arbiter.traffic[c].eq(settings.traffic),
                 arbiter.weight[c].eq(settings.weight),
             ]
@@ -269,6 +265,15 @@ class MidEnd(wiring.Component):
                 (self.outstanding[c] + (pending & (self.channel == c)) < settings.credits)
                 & (all_outstanding + pending < config.outstanding_bursts)
                 & (~lower[c] | lower_room)
+            )
+            # Only a step for the channel, or an answer, can change this.
+            m.d.sync += wants_null[c].eq(
+                self.waiting[c]
+                & ~self.begun[c]
+                & (self.null[c] | self.expired[c])
+                & self.quiet[c]
+                & self.answer_room
+                & ~(step & (null | (self.channel == c)))
             )
         # A burst counts from its choice on, so that the next choice knows of it.
         m.d.comb += pending.eq(read | (step & ~null & ~turn))
@@ -310,9 +315,10 @@ class MidEnd(wiring.Component):
                 chosen_null.eq(wants_null),
                 chosen_turn.eq(wants_turn),
             ]
+            number = 0
             for c in channels:
-                with m.If(arbiter.choice[c]):
-                    m.d.sync += self.channel.eq(c)
+                number |= Mux(arbiter.choice[c], c, 0)
+            m.d.sync += self.channel.eq(number)
         with m.Elif(done):
             m.d.sync += step.eq(0)
 

@@ -44,6 +44,7 @@ class DMA:
 
     def bursts(self, address: int) -> list[tuple[int, int]]:
         """Address and beats of each burst of the tile at ``address``, in order."""
+        address %= 1 << self.config.address_bits
         if refused(self.config, address, self.config.tile_bytes):
             return []
         return bursts(self.config, address)
@@ -59,6 +60,7 @@ class DMA:
             Addresses of beats that the memory answers with an error.
         """
         size = self.config.data_bytes
+        address %= 1 << self.config.address_bits
         if refused(self.config, address, self.config.tile_bytes):
             return Completion(FetchReason.ADDRESS, address)
         return complete(
