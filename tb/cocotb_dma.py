@@ -34,7 +34,8 @@ from prestage_tb.bench import (
 from prestage_tb.coverage import hit
 
 # Cycles from a strobe to the first new ``arvalid`` that it has an effect on.
-_EFFECT = Settings.latency + 2
+_COMMITTED = Settings.latency + 2
+_ABORTED = 4
 
 
 class TB:
@@ -104,7 +105,7 @@ class TB:
         self.strobes = Counter()
         self.refusals = []
         self.strays = 0
-        self._effects = deque()
+        self._effects = []
         self._offered = None
         self._expired = 0
         self._told = 0
@@ -138,8 +139,9 @@ class TB:
         """Tell the model what happens in this cycle, and compare."""
         engine, config = self.engine, self.config
         assert self._high("idle") == (self.inside == 0), f"{self.inside} tiles are inside"
-        while self._effects and self._effects[0][0] <= self.cycle:
-            self._effects.popleft()[1]()
+        for effect in [e for e in self._effects if e[0] <= self.cycle]:
+            self._effects.remove(effect)
+            effect[1]()
         expired = self._number("expired")
         for channel in self.channels:
             if (self._expired & ~expired) >> channel & 1:
@@ -202,11 +204,11 @@ class TB:
                 engine.settings.lower_credits = lower or config.lower_credits
                 self._relaxed_until = self.cycle + 4
 
-            self._effects.append((self.cycle + _EFFECT, commit))
+            self._effect(_COMMITTED, commit)
         if self._high("abort") or self._high("abort_all"):
             tag = None if self._high("abort_all") else self._number("abort_tag")
             meant = engine.requests(tag)
-            self._effects.append((self.cycle + _EFFECT, lambda: engine.abort(meant)))
+            self._effect(_ABORTED, lambda: engine.abort(meant))
         self.strays += self._high("stray")
         strobes = self._number("strobes")
         width = ChannelStrobes().size
@@ -214,6 +216,9 @@ class TB:
             for name, field in ChannelStrobes():
                 at = channel * width + field.offset
                 self.strobes[name, channel] += strobes >> at & 1
+
+    def _effect(self, delay, action):
+        self._effects.append((self.cycle + delay, action))
 
     def _expire(self, channel):
         """Tell the model once, at the latest when the channel is over it."""

@@ -27,9 +27,9 @@ class Arbiter(wiring.Component):
     wants : ``In(config.dma_channels)``
         Channels that want to, a bit each.
     traffic, weight : ``In(array)``
-        Class and weight of each channel. A class counts from the cycle after.
+        Class and weight of each channel. A class counts two cycles later.
     take : ``In(1)``
-        The choice counts. Not in two cycles in a row: the grants are counted in the cycle after.
+        The choice counts. Not in the two cycles after that: grants are counted meanwhile.
     choice : ``Out(config.dma_channels)``
         The chosen channel's bit, 0 if none wants to. In the same cycle as ``wants``.
     """
@@ -51,36 +51,36 @@ class Arbiter(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         channels = range(self.config.dma_channels)
+        count = len(channels)
         left = [Signal(4, name=f"left_{c}") for c in channels]
-        has_left = Signal(len(channels))
-        best = Signal(len(channels))
-        kept = Signal(len(channels))
-        # From a register, since the choice is what the engine's clock hangs on.
-        in_class = {t: Signal(len(channels), name=f"in_{t.name.lower()}") for t in TrafficClass}
-        for traffic, bits in in_class.items():
-            m.d.sync += bits.eq(Cat(self.traffic[c] == traffic for c in channels))
-        demand = self.wants & in_class[TrafficClass.DEMAND]
-        prefetch = self.wants & in_class[TrafficClass.PREFETCH]
-        m.d.comb += [
-            has_left.eq(Cat(left[c] != 0 for c in channels)),
-            best.eq(Mux(demand.any(), demand, Mux(prefetch.any(), prefetch, self.wants))),
-            kept.eq(best & has_left),
-            # Both choices are made before it is known which one counts.
-            self.choice.eq(Mux(kept.any(), kept & -kept, best & -best)[: len(channels)]),
-        ]
+        has_left = Signal(count)
+        m.d.comb += has_left.eq(Cat(left[c] != 0 for c in channels))
+        # The engine's clock hangs on the choice, so that everything but the wishes is compared ahead
+        # of time: who goes before whom.
+        for c in channels:
+            before = Signal(count, name=f"before_{c}")
+            for d in channels:
+                if d == c:
+                    continue
+                # With as much right, the lower number.
+                rights = (has_left[d] | ~has_left[c]) if d < c else (has_left[d] & ~has_left[c])
+                m.d.sync += before[d].eq(
+                    (self.traffic[d] < self.traffic[c])
+                    | ((self.traffic[d] == self.traffic[c]) & rights)
+                )
+            m.d.comb += self.choice[c].eq(self.wants[c] & ~(self.wants & before).any())
 
-        chosen = Signal(len(channels))
+        chosen = Signal(count)
+        m.d.sync += chosen.eq(Mux(self.take, self.choice, 0))
+        # Who is chosen without a grant begins a turn of its class.
         anew = Signal()
-        m.d.sync += [
-            chosen.eq(Mux(self.take, self.choice, 0)),
-            anew.eq(~kept.any()),
-        ]
-        turn = Signal(len(channels))  # Channels of the class that was served.
-        for bits in in_class.values():
-            with m.If((chosen & bits).any()):
-                m.d.comb += turn.eq(bits)
+        turn = Signal(TrafficClass)
+        m.d.comb += anew.eq(~(chosen & has_left).any())
+        for c in channels:
+            with m.If(chosen[c]):
+                m.d.comb += turn.eq(self.traffic[c])
         with m.If(chosen.any()):
             for c in channels:
-                base = Mux(anew & turn[c], self.weight[c], left[c])
+                base = Mux(anew & (self.traffic[c] == turn), self.weight[c], left[c])
                 m.d.sync += left[c].eq(base - chosen[c])
         return m

@@ -1,6 +1,6 @@
 """Settings of the DMA engine's channels: written at leisure, active all at once."""
 
-from amaranth import Const, Module, Mux, Signal, unsigned
+from amaranth import Cat, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -76,7 +76,7 @@ class Settings(wiring.Component):
     """
 
     #: Cycles from ``commit`` to ``active``.
-    latency = 2
+    latency = 3
 
     def __init__(self, *, config):
         require_config(config)
@@ -111,47 +111,55 @@ class Settings(wiring.Component):
         config = self.config
         layout = ActiveLayout(config=config)
         low = config.data_bytes.bit_length() - 1
-        # Checked from a register, so that the writer's path ends here.
+        # Checked from one register into the next.
+        offered = Signal(self.settings.payload.shape())
         write = Signal(self.settings.payload.shape())
-        written = Signal()
-        committed = Signal()
+        arrived = Signal()
+        good = Signal()
+        commits = Signal(2)
         lower_credits = Signal(5)
         m.d.comb += self.settings.ready.eq(1)
         m.d.sync += [
-            write.eq(self.settings.payload),
-            written.eq(self.settings.valid),
-            committed.eq(self.commit),
-            lower_credits.eq(self.lower_credits),
+            offered.eq(self.settings.payload),
+            arrived.eq(self.settings.valid),
+            write.eq(offered),
+            commits.eq(Cat(self.commit, commits)),
         ]
+        with m.If(self.commit):
+            m.d.sync += lower_credits.eq(self.lower_credits)
+        committed = commits[-1]
 
-        beats = write.burst_beats
+        beats = offered.burst_beats
         part_of_beat = (1 << low) - 1
         refusal = Signal(SettingsRefusal)
         for bad, reason in reversed(
             (
-                (write.channel >= config.dma_channels, SettingsRefusal.CHANNEL),
-                (write.traffic > max(TrafficClass), SettingsRefusal.TRAFFIC),
-                (write.weight == 0, SettingsRefusal.WEIGHT),
+                (offered.channel >= config.dma_channels, SettingsRefusal.CHANNEL),
+                (offered.traffic > max(TrafficClass), SettingsRefusal.TRAFFIC),
+                (offered.weight == 0, SettingsRefusal.WEIGHT),
                 (
                     (beats == 0) | (beats & (beats - 1)).any() | (beats > config.longest_burst),
                     SettingsRefusal.BURST,
                 ),
                 (
-                    (write.credits == 0) | (write.credits > config.outstanding_bursts),
+                    (offered.credits == 0) | (offered.credits > config.outstanding_bursts),
                     SettingsRefusal.CREDITS,
                 ),
                 (
-                    (write.row_bytes & part_of_beat).any()
-                    | (write.row_stride & part_of_beat).any()
-                    | (write.row_bytes > config.tile_bytes),
+                    (offered.row_bytes & part_of_beat).any()
+                    | (offered.row_stride & part_of_beat).any()
+                    | (offered.row_bytes > config.tile_bytes),
                     SettingsRefusal.ROWS,
                 ),
             )
         ):
             with m.If(bad):
                 m.d.comb += refusal.eq(reason)
-        m.d.sync += self.refused.eq(written & (refusal != SettingsRefusal.NONE))
-        with m.If(written):
+        m.d.sync += [
+            self.refused.eq(arrived & (refusal != SettingsRefusal.NONE)),
+            good.eq(arrived & (refusal == SettingsRefusal.NONE)),
+        ]
+        with m.If(arrived):
             m.d.sync += self.refusal.eq(refusal)
 
         for channel in range(config.dma_channels):
@@ -159,12 +167,12 @@ class Settings(wiring.Component):
             active = Signal(layout, init=self._reset(channel), name=f"active_{channel}")
             following = Signal(layout, name=f"following_{channel}")
             m.d.comb += following.eq(shadow)
-            with m.If(written & (refusal == SettingsRefusal.NONE) & (write.channel == channel)):
+            with m.If(good & (write.channel == channel)):
                 m.d.comb += [
                     following.enable.eq(write.enable),
                     following.traffic.eq(write.traffic),
                     following.weight.eq(write.weight),
-                    following.mask.eq(beats - 1),
+                    following.mask.eq(write.burst_beats - 1),
                     following.credits.eq(write.credits),
                     following.rows.eq(write.row_bytes != 0),
                     following.row_left.eq((write.row_bytes >> low) - 1),
