@@ -292,9 +292,11 @@ class TB:
         elif fault < 0.06:
             fetch.update(sized=1, bytes=r.randrange(config.tile_bytes) | 1)
         elif fault < 0.09:
-            fetch["address"] = (1 << config.address_bits) - r.randrange(
-                config.tile_beats
-            ) * config.data_bytes - config.data_bytes
+            fetch["address"] = (
+                (1 << config.address_bits)
+                - r.randrange(config.tile_beats) * config.data_bytes
+                - config.data_bytes
+            )
         return fetch
 
     def break_a_beat(self, fetch):
@@ -374,9 +376,7 @@ STALLS = {
 @cocotb.test()
 @cocotb.parametrize(stall=list(STALLS), reorder=[0.0, 0.1, 0.6])
 async def lockstep(dut, stall, reorder):
-    tb = TB(
-        dut, stall=STALLS[stall], latency=30 if reorder == 0.1 else 3, reorder=reorder
-    )
+    tb = TB(dut, stall=STALLS[stall], latency=30 if reorder == 0.1 else 3, reorder=reorder)
     await reset(dut)
     count = max(20, 2400 // tb.config.tile_beats)
     fetches = [tb.any_fetch() for _ in range(count)]
@@ -388,8 +388,11 @@ async def lockstep(dut, stall, reorder):
     records = await tb.run(fetches)
     hit("dma.lockstep")
     hit("dma.counters")
-    if any(t.address // 4096 != (t.address + t.beats * tb.config.data_bytes - 1) // 4096
-           for _, t in tb.accepted if not t.refused):
+    if any(
+        t.address // 4096 != (t.address + t.beats * tb.config.data_bytes - 1) // 4096
+        for _, t in tb.accepted
+        if not t.refused
+    ):
         hit("dma.edges")
     reasons = Counter(record["reason"] for record in records)
     if reasons[FetchReason.BUS]:
@@ -495,9 +498,7 @@ async def channels_overtake(dut):
     await reset(dut)
     if config.axi_ids < 2 or config.outstanding_bursts < 2:
         return
-    await tb.configure(
-        *(tb.channel_settings(c, traffic=0, credits=1) for c in tb.channels)
-    )
+    await tb.configure(*(tb.channel_settings(c, traffic=0, credits=1) for c in tb.channels))
     tb.memory.silent.append((0, config.tile_bytes))
     slow = tb.fetch(0, channel=0, tag=1)
     fast = [tb.fetch(0x4000 + n * config.tile_bytes, channel=1, tag=2) for n in range(4)]
@@ -587,8 +588,9 @@ async def aborts(dut, stall):
     assert reasons[FetchReason.ABORTED] and set(reasons) == {FetchReason.OK, FetchReason.ABORTED}
     hit("dma.abort_tag")
     hit("dma.abort_all")
-    if any(not tb.written[id(t)] and r["reason"] == FetchReason.ABORTED
-           for _, t, r in tb.completed):
+    if any(
+        not tb.written[id(t)] and r["reason"] == FetchReason.ABORTED for _, t, r in tb.completed
+    ):
         hit("dma.abort_queued")
 
 
@@ -820,9 +822,7 @@ async def demand_first(dut):
         starts = {t.address: t for t in tb.memory.transfers}
         demand = starts[first[2]]
         offset = tb.cycle - tb.memory.cycle
-        between = sum(
-            accepted - offset < at <= demand.start for at in tb.memory.beat_cycles
-        )
+        between = sum(accepted - offset < at <= demand.start for at in tb.memory.beat_cycles)
         worst = max(worst, between)
     dut._log.info("demand waits for %d of at most %d beats", worst, config.tile_beats)
     assert worst <= config.tile_beats + 1
@@ -867,9 +867,7 @@ async def classes_and_weights(dut):
         hit("dma.weights")
     # All classes: a lower one gets nothing while a higher one has bursts to send.
     order = [c % 3 for c in tb.channels]
-    settings = [
-        tb.channel_settings(c, traffic=order[c], enable=0) for c in tb.channels
-    ]
+    settings = [tb.channel_settings(c, traffic=order[c], enable=0) for c in tb.channels]
     await tb.configure(*settings, lower_credits=config.outstanding_bursts)
     tb.fetches.send(
         *(

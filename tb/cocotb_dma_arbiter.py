@@ -53,6 +53,8 @@ async def choices(dut):
         if not take:
             golden.left = before
         expected = 0 if chosen is None else 1 << chosen
-        assert since < 2 or int(dut.choice.value) == expected, f"cycle {cycle}: {wants} of {traffic}"
+        assert since < 2 or int(dut.choice.value) == expected, (
+            f"cycle {cycle}: {wants} of {traffic}"
+        )
         await RisingEdge(dut.clk)
     hit("dma.arbiter")

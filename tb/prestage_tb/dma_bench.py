@@ -163,9 +163,7 @@ class _Device:
             dut, "settings", RecordLayout("ChannelSettings", config=config)
         )
         self.writes = StreamSink(dut, "writes", RecordLayout("BufferWrite", config=config))
-        self.completions = StreamSink(
-            dut, "completions", RecordLayout("Completion", config=config)
-        )
+        self.completions = StreamSink(dut, "completions", RecordLayout("Completion", config=config))
         self.memory = AXIMemory(
             dut,
             data=lambda address, size: bytes(size),

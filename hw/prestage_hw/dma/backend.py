@@ -337,6 +337,8 @@ class BackEnd(wiring.Component):
         expiring = Signal()  # A tile is to be timed out,
         expires = Signal()  # and is in this cycle.
         expiring_channel = Signal(channel_bits)
+        expiring_entry = Signal(self.entry_bits)
+        looked_up = Signal()
         overdue = Signal(len(channels))
         answering = Signal()
         room = Signal()
@@ -364,7 +366,7 @@ class BackEnd(wiring.Component):
             live.eq(beat_go & ~dead),
             channel.eq(Mux(expiring, expiring_channel, beat.channel)),
             tiles.look_list.eq(channel),
-            entry.eq(Mux(expiring, tiles.head, beat.entry)),
+            entry.eq(Mux(expiring, expiring_entry, beat.entry)),
             tiles.pop.eq(expires | (live & beat.tile_end)),
             tile_freed.eq(Mux(tiles.pop, 1 << entry, 0)),
             tile_read.addr.eq(entry),
@@ -372,9 +374,7 @@ class BackEnd(wiring.Component):
             was_failed.eq(failed.bit_select(beat.channel, 1)),
             position_read.addr.eq(beat.channel),
             position_write.addr.eq(beat.channel),
-            position.eq(
-                Mux(within.bit_select(beat.channel, 1), position_read.data, 0)
-            ),
+            position.eq(Mux(within.bit_select(beat.channel, 1), position_read.data, 0)),
             position_write.data.eq(position + 1),
             position_write.en.eq(live),
             # A tile's first failure replaces its address: steps of the mid end, which write there
@@ -462,7 +462,7 @@ class BackEnd(wiring.Component):
         m.d.comb += [
             overdue.eq(self.expired & tiles.filled),
             expires.eq(
-                expiring & room & ~self.busy & tiles.filled.bit_select(expiring_channel, 1)
+                looked_up & room & ~self.busy & tiles.filled.bit_select(expiring_channel, 1)
             ),
         ]
         m.d.sync += [
@@ -473,6 +473,10 @@ class BackEnd(wiring.Component):
                     overdue.any(),
                 )
             )
+        ]
+        m.d.sync += [
+            expiring_entry.eq(tiles.head),
+            looked_up.eq(expiring & ~expires),
         ]
         with m.If(~expiring):
             m.d.sync += expiring_channel.eq(_lowest(overdue))

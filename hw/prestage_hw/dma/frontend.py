@@ -127,9 +127,7 @@ class FrontEnd(wiring.Component):
             incoming.slot.eq(fetch.slot),
             incoming.tile.eq(fetch.tile),
             incoming.address.eq(fetch.address),
-            incoming.left.eq(
-                Mux(fetch.sized, (fetch.bytes >> low) - 1, config.tile_beats - 1)
-            ),
+            incoming.left.eq(Mux(fetch.sized, (fetch.bytes >> low) - 1, config.tile_beats - 1)),
             incoming.refused.eq(
                 (fetch.address & part_of_beat).any()
                 | (

@@ -426,9 +426,7 @@ class MidEnd(wiring.Component):
         with m.If(turn):
             m.d.comb += [
                 place_write.data.at.eq(row_start),
-                place_write.data.left.eq(
-                    Mux(too_high, 0, Mux(row_after < 0, row_rest, row_left))
-                ),
+                place_write.data.left.eq(Mux(too_high, 0, Mux(row_after < 0, row_rest, row_left))),
             ]
         with m.Else():
             m.d.comb += [
