@@ -1,4 +1,4 @@
-"""The DMA engine's arbiter in lockstep with its golden model (the half that runs in the simulator)."""
+"""Arbiter of the DMA engine in lockstep with its golden model (the simulator's half)."""
 
 import random
 

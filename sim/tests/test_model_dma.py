@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prestage_hw.contract import DeviceConfig, preset
-from prestage_hw.contract.records import FetchReason, SettingsRefusal
+from prestage_hw.contract.records import FetchReason
 from prestage_sim.model.dma import DMA, BusError, Completion, Memory
 
 CONFIG = DeviceConfig(model=preset("gpt-oss-20b"), slots=64)

@@ -340,8 +340,9 @@ class DeviceConfig:
 
         Kinds: ``ctx``, ``layer``, ``expert``, ``slot``, ``tile``, ``beat`` (beat within an
         expert), ``tag`` (in-flight entry), ``index`` (position in a routing decision),
-        ``lane_beat`` (beat of a value for each expert), ``channel`` (of the DMA engine), ``axi_id``,
-        ``tile_bytes`` (size of a transfer, a whole tile at most), ``address``, ``data``.
+        ``lane_beat`` (beat of a value for each expert), ``channel`` (of the DMA engine),
+        ``axi_id``, ``tile_bytes`` (size of a transfer, a whole tile at most), ``address``,
+        ``data``.
 
         Raises
         ------

@@ -55,8 +55,8 @@ class Arbiter(wiring.Component):
         left = [Signal(4, name=f"left_{c}") for c in channels]
         has_left = Signal(count)
         m.d.comb += has_left.eq(Cat(left[c] != 0 for c in channels))
-        # The engine's clock hangs on the choice, so that everything but the wishes is compared ahead
-        # of time: who goes before whom.
+        # The engine's clock hangs on the choice, so that everything but the wishes is compared
+        # ahead of time: who goes before whom.
         for c in channels:
             before = Signal(count, name=f"before_{c}")
             for d in channels:

@@ -48,7 +48,9 @@ class BackEnd(wiring.Component):
     -------
     open, tile, issue, burst, wrap, wrap_entry, answer, answered, busy : ``In``
         As of :class:`MidEnd`.
-    tile_room, tile_entry, burst_room, answer_room, hold, outstanding, live, returned, quiet, drop : ``Out``
+    tile_room, tile_entry, burst_room, answer_room, hold : ``Out``
+        As of :class:`MidEnd`.
+    outstanding, live, returned, quiet, drop : ``Out``
         As of :class:`MidEnd`.
     waiting : ``In(config.dma_channels)``
         Channels with a request that was not begun.

@@ -39,8 +39,8 @@ class DMA(wiring.Component):
 
     From a fetch being accepted to ``arvalid`` it takes ``launch_latency`` cycles if nothing else
     waits and its channel is not set to rows. Data flows at one beat a cycle, also from tile to tile
-    and between channels, while requests, memory and buffer keep up and bursts have four beats or
-    more: a burst leaves at most every third cycle, one below demand every fourth. A reset forgets outstanding bursts, so the
+    and between channels, while requests, memory and buffer keep up and bursts have three beats or
+    more: a burst leaves at most every third cycle. A reset forgets outstanding bursts, so the
     memory must be reset along with the engine.
 
     Parameters
@@ -83,7 +83,7 @@ class DMA(wiring.Component):
     launch_latency = 4
 
     #: Cycles from a burst's last beat to the ``arvalid`` of one that waits for its credit.
-    credit_latency = 6
+    credit_latency = 7
 
     def __init__(self, *, config):
         require_config(config)
