@@ -15,6 +15,7 @@ from prestage_hw.dma.midend import MidEnd
 from prestage_hw.dma.order import OrderLists
 from prestage_hw.dma.settings import Settings
 from prestage_hw.dma.watchdog import Watchdog
+from prestage_tb import dma_bench
 from prestage_tb.axi import pattern
 from prestage_tb.bench import run_bench
 
@@ -140,3 +141,11 @@ def test_axi_signature():
         AXI4ReadSignature(address_bits=32, data_bits=24)
     with pytest.raises(ValueError, match="ID width must be at least 1 bit, not 0"):
         AXI4ReadSignature(address_bits=32, data_bits=32, id_bits=0)
+
+
+def test_bars(tmp_path):
+    """What the benchmark measures keeps its bars."""
+    result = dma_bench.measure(quick=True, output=tmp_path / "dma_bench.json")
+    assert dma_bench.missed(result) == []
+    result["launch_cycles"] = 5
+    assert dma_bench.missed(result) == ["Launch must take at most 4 cycles, not 5"]
