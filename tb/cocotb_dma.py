@@ -2,19 +2,25 @@
 
 ::
 
-    fetches ─▶ DMA ─▶ writes
+    fetches ─▶ DMA ─▶ writes          every event, in its cycle ─▶ golden Engine
                 │  ─▶ completions
                bus ─▶ AXIMemory
 """
 
 import random
+from collections import Counter, deque
 
 import cocotb
 from cocotb.triggers import FallingEdge, RisingEdge
 
+from prestage_hw.contract.records import FetchReason, SettingsRefusal, TrafficClass
 from prestage_hw.dma import DMA
+from prestage_hw.dma.dma import ChannelStrobes
+from prestage_hw.dma.settings import Settings
 from prestage_hw.layouts import RecordLayout
 from prestage_sim.model.dma import DMA as GoldenDMA
+from prestage_sim.model.dma import Engine
+from prestage_sim.model.dma.watchdog import bounds
 from prestage_tb.axi import DECERR, SLVERR, AXIMemory, pattern, random_address
 from prestage_tb.bench import (
     Stall,
@@ -25,18 +31,32 @@ from prestage_tb.bench import (
     reset,
     start_clock,
 )
+from prestage_tb.coverage import hit
+
+# Cycles from a strobe to the first new ``arvalid`` that it has an effect on.
+_COMMITTED = Settings.latency + 2
+_ABORTED = 4
 
 
 class TB:
-    """Clock, reset, streams, memory, scoreboard."""
+    """Clock, reset, streams, memory, and the model that follows every cycle."""
 
     def __init__(
-        self, dut, *, stall=0.0, fault=None, latency=4, bytes_per_cycle=None, memory_stall=None
+        self,
+        dut,
+        *,
+        stall=0.0,
+        memory_stall=None,
+        fault=None,
+        latency=4,
+        bytes_per_cycle=None,
+        reorder=0.0,
     ):
         self.dut = dut
         self.config = config = parameters()["config"]
         self.golden = GoldenDMA(config)
         self.random = random.Random(cocotb.RANDOM_SEED)
+        self.channels = range(config.dma_channels)
         start_clock(dut)
         if memory_stall is None:
             memory_stall = stall
@@ -49,6 +69,9 @@ class TB:
         self.completions = StreamSink(
             dut, "completions", RecordLayout("Completion", config=config), stall=stall
         )
+        self.settings = StreamSource(
+            dut, "settings", RecordLayout("ChannelSettings", config=config), stall=stall
+        )
         self.memory = AXIMemory(
             dut,
             data_bytes=config.data_bytes,
@@ -60,105 +83,297 @@ class TB:
             outstanding=config.outstanding_bursts,
             burst_beats=config.burst_beats,
             fault=fault,
+            reorder=reorder,
         )
-        self.failing = set()
-        self.launched = []
+        for name in ("commit", "abort", "abort_all", "abort_tag", "timeout", "lower_credits"):
+            getattr(dut, name).value = 0
+        self.check_rows = True  # Settings of rows hold for all that is inside.
+        self.cycle = 0
+        self.forget()
         cocotb.start_soon(self._watch())
 
+    def forget(self):
+        """Begin anew, after a reset."""
+        self.engine = Engine(self.config)
+        self.inside = 0
+        self.accepted = []  # Cycle and request of each fetch.
+        self.launched = []  # Cycle, channel, address and beats of each burst.
+        self.completed = []  # Cycle, request and record of each completion.
+        self.expected = deque()  # Writes to come.
+        self.written = Counter()  # Beats by request.
+        self.counts = Counter()
+        self.strobes = Counter()
+        self.refusals = []
+        self.strays = 0
+        self._effects = []
+        self._offered = None
+        self._expired = 0
+        self._told = 0
+        self._relaxed_until = 0
+
+    def _high(self, name):
+        return str(getattr(self.dut, name).value) == "1"
+
+    def _number(self, name):
+        return int(str(getattr(self.dut, name).value), 2)
+
+    def _moves(self, stream):
+        return self._high(f"{stream}__valid") and self._high(f"{stream}__ready")
+
+    def _payload(self, driver):
+        return driver._unpack(int(str(driver.payload.value), 2))
+
     async def _watch(self):
-        """Check ``idle`` in every cycle and note when tiles come in and addresses go out."""
-        inside = 0
-        cycle = 0
-        waits = False
-        self.accepted = []
         dut = self.dut
+        await RisingEdge(dut.clk)
         while True:
             await FallingEdge(dut.clk)
             if str(dut.rst.value) != "0":
-                inside = 0
-                await RisingEdge(dut.clk)
-                continue
-            assert str(dut.idle.value) == str(int(inside == 0)), f"{inside} tiles are inside"
-            if str(dut.bus__arvalid.value) == "1" and not waits:
-                self.launched.append(cycle)
-            waits = str(dut.bus__arvalid.value) == "1" and str(dut.bus__arready.value) == "0"
-            came = str(dut.fetches__valid.value) == "1" and str(dut.fetches__ready.value) == "1"
-            went = (
-                str(dut.completions__valid.value) == "1"
-                and str(dut.completions__ready.value) == "1"
-            )
-            if came:
-                self.accepted.append(cycle)
-            inside += came - went
+                self.forget()
+            else:
+                self._follow()
             await RisingEdge(dut.clk)
-            cycle += 1
+            self.cycle += 1
 
-    def fetch(self, address):
+    def _follow(self):
+        """Tell the model what happens in this cycle, and compare."""
+        engine, config = self.engine, self.config
+        assert self._high("idle") == (self.inside == 0), f"{self.inside} tiles are inside"
+        for effect in [e for e in self._effects if e[0] <= self.cycle]:
+            self._effects.remove(effect)
+            effect[1]()
+        expired = self._number("expired")
+        for channel in self.channels:
+            if (self._expired & ~expired) >> channel & 1:
+                self._expire(channel)
+        self._told &= expired
+        self._expired = expired
+        # Bursts, as soon as they are offered.
+        if self._high("bus__arvalid"):
+            if self._offered is None:
+                burst = tuple(self._number(f"bus__{m}") for m in ("arid", "araddr", "arlen"))
+                channel = engine.issue(burst[0], burst[1], burst[2] + 1)
+                self.launched.append((self.cycle, channel, burst[1], burst[2] + 1))
+                self._check_credits(channel)
+            self._offered = None if self._high("bus__arready") else True
+        # Beats, as soon as they are taken.
+        if self._high("bus__rvalid") and self._high("bus__rready"):
+            write = engine.beat(
+                self._number("bus__rid"),
+                error=self._number("bus__rresp") >= 2,
+                last=self._high("bus__rlast"),
+            )
+            if write is not None:
+                self.expected.append(write)
+        if self._moves("writes"):
+            got = self._payload(self.writes)
+            assert self.expected, f"no beat may be written, but {got} was"
+            write = self.expected.popleft()
+            assert got == {
+                "slot": write.slot,
+                "beat": write.beat % (1 << config.bits("beat")),
+                "data": list(pattern(write.address, config.data_bytes)),
+            }
+            self.written[id(write.transfer)] += 1
+            self.counts["beats", write.transfer.channel] += 1
+        if self._moves("completions"):
+            record = self._payload(self.completions)
+            if record["reason"] == FetchReason.TIMEOUT and expired >> record["channel"] & 1:
+                self._expire(record["channel"])
+            transfer = engine.complete(record)
+            if record["reason"] in (FetchReason.OK, FetchReason.BUS):
+                taken = self.written[id(transfer)]
+                assert taken == transfer.beats or transfer.null or transfer.aborted, (
+                    f"{record} came after {taken} of {transfer.beats} beats"
+                )
+            name = {FetchReason.OK: "tiles", FetchReason.ABORTED: "aborted"}
+            self.counts[name.get(record["reason"], "errors"), transfer.channel] += 1
+            self.completed.append((self.cycle, transfer, record))
+            self.inside -= 1
+        if self._moves("fetches"):
+            request = self._payload(self.fetches)
+            self.accepted.append((self.cycle, engine.accept(request)))
+            self.inside += 1
+        if self._moves("settings"):
+            self.refusals.append(engine.settings.write(self._payload(self.settings)))
+        if self._high("commit"):
+            shadow, lower = list(engine.settings.shadow), self._number("lower_credits")
+
+            def commit():
+                engine.settings.active = shadow
+                engine.settings.lower_credits = lower or config.lower_credits
+                self._relaxed_until = self.cycle + 4
+
+            self._effect(_COMMITTED, commit)
+        if self._high("abort") or self._high("abort_all"):
+            tag = None if self._high("abort_all") else self._number("abort_tag")
+            meant = engine.requests(tag)
+            self._effect(_ABORTED, lambda: engine.abort(meant))
+        self.strays += self._high("stray")
+        strobes = self._number("strobes")
+        width = ChannelStrobes().size
+        for channel in self.channels:
+            for name, field in ChannelStrobes():
+                at = channel * width + field.offset
+                self.strobes[name, channel] += strobes >> at & 1
+
+    def _effect(self, delay, action):
+        self._effects.append((self.cycle + delay, action))
+
+    def _expire(self, channel):
+        """Tell the model once, at the latest when the channel is over it."""
+        if not self._told >> channel & 1:
+            self._told |= 1 << channel
+            self.engine.expire(channel)
+
+    def _check_credits(self, channel):
+        """A burst that is new must have had a credit."""
+        if self.cycle < self._relaxed_until:
+            return
+        settings = self.engine.settings
+        held = Counter(
+            burst.tile.transfer.channel
+            for bursts in self.engine.bursts
+            for burst in bursts
+            if not burst.dead
+        )
+        assert held[channel] <= settings.active[channel].credits
+        if settings.active[channel].traffic != TrafficClass.DEMAND:
+            lower = sum(
+                count
+                for c, count in held.items()
+                if settings.active[c].traffic != TrafficClass.DEMAND
+            )
+            assert lower <= settings.lower_credits, f"{lower} bursts are below demand"
+
+    # --- what to do ---
+
+    def fetch(self, address, *, channel=0, size=None, tag=None):
         """A request for a tile at ``address``, with random numbers otherwise."""
         config = self.config
         return {
-            "tag": self.random.randrange(config.inflight),
+            "tag": self.random.randrange(config.inflight) if tag is None else tag,
             "demand": self.random.randrange(2),
             "slot": self.random.randrange(config.slots),
             "tile": self.random.randrange(config.tiles),
             "address": address,
+            "channel": channel,
+            "sized": int(size is not None),
+            "bytes": self.random.randrange(config.tile_bytes) if size is None else size,
         }
 
     def address(self):
         config = self.config
-        return random_address(
+        address = random_address(
             self.random,
             address_bits=config.address_bits,
             tile_bytes=config.tile_bytes,
             data_bytes=config.data_bytes,
         )
+        return address // config.data_bytes * config.data_bytes
 
-    def break_a_beat(self, address):
+    def spread(self, address, channel):
+        """An address in the channel's own part of memory.
+
+        Channels may share an ID, so that only the address tells whose burst it is.
+        """
+        config = self.config
+        part = 1 << (config.address_bits - (config.dma_channels - 1).bit_length())
+        return min(address % part, part - config.tile_bytes) + channel * part
+
+    def size(self):
+        """None for a whole tile, or a number of bytes."""
+        config = self.config
+        if self.random.random() < 0.6:
+            return None
+        beats = self.random.choice((0, 1, 2, 3, self.random.randrange(config.tile_beats + 1)))
+        return beats * config.data_bytes
+
+    def any_fetch(self, **keywords):
+        """A request of any kind: of each fault sometimes."""
+        config, r = self.config, self.random
+        channel = r.choice(self.channels)
+        fetch = self.fetch(
+            self.spread(self.address(), channel), channel=channel, size=self.size(), **keywords
+        )
+        fault = r.random()
+        if fault < 0.03:
+            fetch["address"] += r.randrange(1, config.data_bytes)
+        elif fault < 0.06:
+            fetch.update(sized=1, bytes=r.randrange(config.tile_bytes) | 1)
+        elif fault < 0.09:
+            fetch["address"] = (
+                (1 << config.address_bits)
+                - r.randrange(config.tile_beats) * config.data_bytes
+                - config.data_bytes
+            )
+        return fetch
+
+    def break_a_beat(self, fetch):
         """Let the memory answer an error for a random beat of the tile."""
-        at, beats = self.random.choice(self.golden.bursts(address))
+        bursts = self.golden.bursts(fetch["address"])
+        if not bursts:
+            return
+        at, beats = self.random.choice(bursts)
         beat = at + self.random.randrange(beats) * self.config.data_bytes
-        self.failing.add(beat)
         response = self.random.choice((SLVERR, DECERR))
         self.memory.failing.append((beat, beat + self.config.data_bytes, response))
 
-    async def check(self, fetches):
-        """Wait for what ``fetches`` must bring and compare all of it with the golden model."""
-        config, golden = self.config, self.golden
-        bursts = [burst for f in fetches for burst in golden.bursts(f["address"])]
-        first_burst = len(self.memory.transfers)
-        first_write = len(self.writes.received)
-        first_completion = len(self.completions.received)
+    async def done(self, count=None, *, limit=None):
+        """Wait until everything that was sent is complete; check that all of it has come."""
+        count = count or 1
+        limit = limit or 2000 + count * 5000
+        while self.fetches.pending or self.inside:
+            await RisingEdge(self.dut.clk)
+            limit -= 1
+            assert limit, f"{self.inside} tiles are still inside"
+        await cycles(self.dut, 8)
+        assert not self.expected and not self.engine.inside
+        assert str(self.dut.writes__valid.value) == "0"
+        for (name, channel), count in sorted(self.counts.items()):
+            assert self.strobes[name, channel] == count, (name, channel)
+
+    async def run(self, fetches):
+        """Send requests and wait for them; gives the records of their completions."""
+        first = len(self.completed)
         self.fetches.send(*fetches)
-        completions = await self.completions.receive(len(fetches), limit=len(fetches) * 20_000)
-        await cycles(self.dut, 3)
-        transfers = self.memory.transfers[first_burst:]
-        assert [(t.address, t.beats) for t in transfers] == bursts
-        writes = self.writes.received[first_write:]
-        arrival = self.writes.arrival[first_write:]
-        assert len(writes) == len(fetches) * config.tile_beats
-        at = 0
-        for n, (fetch, completion) in enumerate(zip(fetches, completions, strict=True)):
-            expected = golden.completion(fetch["address"], self.failing)
-            assert completion == {
-                "tag": fetch["tag"],
-                "tile": fetch["tile"],
-                "failed": int(expected.failed),
-                "address": expected.address,
-            }, f"tile {n}"
-            data = b"".join(
-                pattern(address, beats * config.data_bytes)
-                for address, beats in golden.bursts(fetch["address"])
-            )
-            for beat in range(config.tile_beats):
-                assert writes[at] == {
-                    "slot": fetch["slot"],
-                    "beat": fetch["tile"] * config.tile_beats + beat,
-                    "data": list(data[beat * config.data_bytes : (beat + 1) * config.data_bytes]),
-                }, f"tile {n}, beat {beat}"
-                at += 1
-            taken = self.completions.arrival[first_completion + n]
-            assert taken > arrival[at - 1], f"tile {n} was complete before its last write"
-        assert str(self.dut.idle.value) == "1"
+        await self.done(len(fetches))
+        return [record for _, _, record in self.completed[first:]]
+
+    async def pulse(self, name, **values):
+        """Set an input for one cycle."""
+        for key, value in values.items():
+            getattr(self.dut, key).value = value
+        getattr(self.dut, name).value = 1
+        await RisingEdge(self.dut.clk)
+        getattr(self.dut, name).value = 0
+
+    def channel_settings(self, channel, **changes):
+        """Settings of a channel as after reset, but for what is given."""
+        config = self.config
+        traffic = TrafficClass.PREFETCH
+        if channel == 0:
+            traffic = TrafficClass.DEMAND
+        elif channel == config.dma_channels - 1 >= 2:
+            traffic = TrafficClass.STREAM
+        return {
+            "channel": channel,
+            "enable": 1,
+            "traffic": traffic,
+            "weight": 1,
+            "burst_beats": config.longest_burst,
+            "credits": config.outstanding_bursts,
+            "row_bytes": 0,
+            "row_stride": 0,
+            **changes,
+        }
+
+    async def configure(self, *settings, lower_credits=0):
+        """Write settings and commit them."""
+        self.settings.send(*settings)
+        await self.settings.sent()
+        await self.pulse("commit", lower_credits=lower_credits)
+        await cycles(self.dut, 6)
 
 
 STALLS = {
@@ -169,27 +384,79 @@ STALLS = {
 
 
 @cocotb.test()
-@cocotb.parametrize(stall=list(STALLS), latency=[1, 30])
-async def lockstep(dut, stall, latency):
-    tb = TB(dut, stall=STALLS[stall], latency=latency)
+@cocotb.parametrize(stall=list(STALLS), reorder=[0.0, 0.1, 0.6])
+async def lockstep(dut, stall, reorder):
+    tb = TB(dut, stall=STALLS[stall], latency=30 if reorder == 0.1 else 3, reorder=reorder)
     await reset(dut)
-    count = max(4, 1200 // tb.config.tile_beats)
-    fetches = [tb.fetch(tb.address()) for _ in range(count)]
+    count = max(20, 1600 // tb.config.tile_beats)
+    fetches = [tb.any_fetch() for _ in range(count)]
     for fetch in fetches:
-        if tb.random.random() < 0.4:
+        if tb.random.random() < 0.2:
             # Several, so that the first failing burst is not always the only one.
             for _ in range(tb.random.choice((1, 4))):
-                tb.break_a_beat(fetch["address"])
-    await tb.check(fetches)
+                tb.break_a_beat(fetch)
+    records = await tb.run(fetches)
+    hit("dma.lockstep")
+    hit("dma.counters")
+    if any(
+        t.address // 4096 != (t.address + t.beats * tb.config.data_bytes - 1) // 4096
+        for _, t in tb.accepted
+        if not t.refused
+    ):
+        hit("dma.edges")
+    reasons = Counter(record["reason"] for record in records)
+    if reasons[FetchReason.BUS]:
+        responses = {code for _, _, code in tb.memory.failing}
+        for code, name in ((SLVERR, "dma.slverr"), (DECERR, "dma.decerr")):
+            if code in responses:
+                hit(name)
+    order = [t.identifier for t in sorted(tb.memory.transfers, key=lambda t: t.start)]
+    if reorder and order != [t.identifier for t in tb.memory.transfers]:
+        hit("dma.out_of_order")
+    spans = sorted((t.start, t.end) for t in tb.memory.transfers)
+    if any(b[0] < a[1] for a, b in zip(spans, spans[1:], strict=False)):
+        assert reorder
+        hit("dma.interleaved")
+    if any(0 < t.beats < tb.config.tile_beats for _, t in tb.accepted if not t.null):
+        hit("dma.short")
 
 
 @cocotb.test()
-async def address_wraps(dut):
-    """A tile at the end of the address space goes on at its start."""
+async def refused(dut):
+    """What can't be moved is answered in its turn, with its address and without a burst."""
     tb = TB(dut, stall=0.2)
     await reset(dut)
     config = tb.config
-    await tb.check([tb.fetch((1 << config.address_bits) - config.tile_bytes // 2)])
+    top = 1 << config.address_bits
+    beat = config.data_bytes
+    cases = [
+        ("dma.unaligned_address", tb.fetch(0x1000 + beat - 1), FetchReason.ADDRESS),
+        ("dma.unaligned_size", tb.fetch(0x1000, size=beat + 1), FetchReason.ADDRESS),
+        ("dma.address_wrap", tb.fetch(top - config.tile_bytes + beat), FetchReason.ADDRESS),
+        ("dma.top_of_space", tb.fetch(top - config.tile_bytes), FetchReason.OK),
+        ("dma.top_of_space", tb.fetch(top - beat, size=beat), FetchReason.OK),
+        ("dma.zero_length", tb.fetch(0x1000, size=0), FetchReason.OK),
+        ("dma.zero_length", tb.fetch(top - beat, size=0), FetchReason.OK),
+    ]
+    limit = (1 << config.bits("tile_bytes")) - beat
+    if limit > config.tile_bytes:
+        cases.append(("dma.too_long", tb.fetch(0, size=limit), FetchReason.ADDRESS))
+        cases.append(
+            ("dma.too_long", tb.fetch(0, size=config.tile_bytes + beat), FetchReason.ADDRESS)
+        )
+    for name, fetch, reason in cases:
+        for channel in tb.channels:
+            before = len(tb.launched)
+            fetch = {**fetch, "channel": channel}
+            (record,) = await tb.run([fetch])
+            assert record["reason"] == reason, name
+            assert record["address"] == fetch["address"]
+            if reason != FetchReason.OK or fetch["sized"] and fetch["bytes"] == 0:
+                assert len(tb.launched) == before
+            hit(name)
+    # In turn with others.
+    fetches = [{**tb.random.choice(cases)[1], "channel": 0} for _ in range(20)]
+    await tb.run([f for fetch in fetches for f in (fetch, tb.fetch(tb.address()))])
 
 
 @cocotb.test()
@@ -202,19 +469,436 @@ async def rlast_in_the_wrong_place(dut, kind):
         last = beat == beats - 1
         if address in broken:
             last = False if kind == "missing" else beat in (beats // 2, beats - 1)
-            if kind == "early" and beats == 1:
-                last = False
         return 0, last
 
-    tb = TB(dut, stall=0.2, fault=fault)
+    tb = TB(dut, stall=0.2, fault=fault, reorder=0.3)
     await reset(dut)
-    fetches = [tb.fetch(tb.address()) for _ in range(12)]
+    channels = [tb.random.choice(tb.channels) for _ in range(16)]
+    fetches = [tb.fetch(tb.spread(tb.address(), c), channel=c) for c in channels]
     for fetch in fetches[1::3]:
         address, beats = tb.random.choice(tb.golden.bursts(fetch["address"]))
         if kind == "missing" or beats > 2:
             broken.add(address)
-            tb.failing.add(address)
-    await tb.check(fetches)
+    records = await tb.run(fetches)
+    failing = sum(record["reason"] == FetchReason.BUS for record in records)
+    if broken:
+        assert failing
+        hit(f"dma.rlast_{kind}")
+
+
+@cocotb.test()
+async def stray_beats(dut):
+    """Beats that nobody asked for are dropped."""
+    tb = TB(dut, stall=0.2)
+    await reset(dut)
+    await cycles(dut, 2)
+    for _ in range(5):
+        for identifier in range(1 << tb.config.bits("axi_id")):
+            tb.memory.send_stray(identifier, response=tb.random.choice((0, SLVERR)))
+        await cycles(dut, 40)
+        await tb.run([tb.fetch(tb.address())])
+    assert tb.strays == 5 << tb.config.bits("axi_id")
+    hit("dma.stray_beat")
+
+
+@cocotb.test()
+async def channels_overtake(dut):
+    """A channel whose memory is silent holds no other one up."""
+    tb = TB(dut)
+    config = tb.config
+    await reset(dut)
+    if config.axi_ids < 2 or config.outstanding_bursts < 2:
+        return
+    await tb.configure(*(tb.channel_settings(c, traffic=0, credits=1) for c in tb.channels))
+    tb.memory.silent.append((0, config.tile_bytes))
+    slow = tb.fetch(0, channel=0, tag=1)
+    fast = [tb.fetch(0x4000 + n * config.tile_bytes, channel=1, tag=2) for n in range(4)]
+    tb.fetches.send(slow, *fast)
+    for _ in range(config.tile_beats * 8 + 200):
+        await RisingEdge(dut.clk)
+    assert [record["tag"] for _, _, record in tb.completed] == [2] * 4
+    tb.memory.silent.clear()
+    await tb.done()
+    hit("dma.channels_overtake")
+
+
+def row_settings(tb, channel):
+    """Random rows of a whole number of beats, not longer than a tile."""
+    config, size = tb.config, tb.config.data_bytes
+    beats = tb.random.choice((1, 2, 3, 5, 8, tb.random.randrange(1, config.tile_beats + 1)))
+    return tb.channel_settings(
+        channel,
+        row_bytes=beats * size,
+        row_stride=tb.random.randrange(1, min((1 << 24) // size, 4000)) * size,
+    )
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=["none", "some"])
+async def rows(dut, stall):
+    """Tiles that are gathered from rows, on some channels."""
+    tb = TB(dut, stall=STALLS[stall], reorder=0.2)
+    await reset(dut)
+    config = tb.config
+    for _ in range(4):
+        await tb.configure(
+            *(
+                row_settings(tb, c) if tb.random.random() < 0.8 else tb.channel_settings(c)
+                for c in tb.channels
+            )
+        )
+        count = max(5, 400 // config.tile_beats)
+        fetches = [tb.any_fetch() for _ in range(count)]
+        for fetch in fetches:
+            # Room for the rows, but for some.
+            if tb.random.random() < 0.9:
+                fetch["address"] %= 1 << (config.address_bits - 1)
+        await tb.run(fetches)
+    hit("dma.rows")
+
+
+@cocotb.test()
+async def rows_wrap(dut):
+    """Rows that go past the top of the address space."""
+    tb = TB(dut, stall=0.2)
+    await reset(dut)
+    config = tb.config
+    size = config.data_bytes
+    top = 1 << config.address_bits
+    await tb.configure(tb.channel_settings(0, row_bytes=size * 2, row_stride=config.tile_bytes))
+    for rows_below in range(1, 4):
+        fetch = tb.fetch(top - (rows_below + 1) * config.tile_bytes)
+        (record,) = await tb.run([fetch])
+        assert record["reason"] == FetchReason.ADDRESS
+        assert record["address"] == fetch["address"]
+    hit("dma.rows_wrap")
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=["none", "some", "long"])
+async def aborts(dut, stall):
+    """Tags, or all, are aborted at random moments under traffic."""
+    tb = TB(dut, stall=STALLS[stall], latency=12, reorder=0.2)
+    await reset(dut)
+    config = tb.config
+    # Aligned, so that a burst of one beat is always the one that ends an aborted tile.
+    if config.longest_burst < 2:
+        return
+    for _ in range(6):
+        for _ in range(10):
+            channel = tb.random.choice(tb.channels)
+            address = tb.spread(tb.random.randrange(1 << config.address_bits) >> 13 << 13, channel)
+            tb.fetches.send(tb.fetch(address, channel=channel))
+        for _ in range(3):
+            await cycles(dut, tb.random.randrange(1, 120))
+            if tb.random.random() < 0.7:
+                await tb.pulse("abort", abort_tag=tb.random.randrange(config.inflight))
+            else:
+                await tb.pulse("abort_all")
+        await tb.done(10)
+    reasons = Counter(record["reason"] for _, _, record in tb.completed)
+    assert reasons[FetchReason.ABORTED] and set(reasons) == {FetchReason.OK, FetchReason.ABORTED}
+    hit("dma.abort_tag")
+    hit("dma.abort_all")
+    if any(
+        not tb.written[id(t)] and r["reason"] == FetchReason.ABORTED for _, t, r in tb.completed
+    ):
+        hit("dma.abort_queued")
+
+
+@cocotb.test()
+async def time_out(dut):
+    """The memory is silent, then late; others go on, and the engine stays usable."""
+    tb = TB(dut, latency=3)
+    await reset(dut)
+    config = tb.config
+    # Longer than the memory takes for a tile of each channel.
+    limit = 300 + 8 * config.tile_beats
+    dut.timeout.value = limit
+    least, most = bounds(limit)
+    slack = 20
+    silent = (0x8000, 0x8000 + 3 * config.tile_bytes)
+    tb.memory.silent.append(silent)
+    # Every tile of channel 0 that is begun fails after the time, then those that waited.
+    count = 3
+    start = tb.cycle
+    tb.fetches.send(*(tb.fetch(0x8000 + n * config.tile_bytes) for n in range(count)))
+    others = [c for c in tb.channels if c % config.axi_ids != 0]
+    # Bursts that are never answered must not take all credits.
+    alone = config.outstanding_bursts > count * -(-config.tile_beats // config.longest_burst)
+    if others and alone:
+        fetches = [tb.fetch(tb.spread(n << 14, c), channel=c) for n, c in enumerate(others * 3)][:6]
+        tb.fetches.send(*fetches)
+    await tb.done(limit=(most + slack) * (count + 1) + 20_000)
+    failed = [c for c in tb.completed if c[2]["reason"] == FetchReason.TIMEOUT]
+    assert [r["address"] for _, _, r in failed] == [
+        0x8000 + n * config.tile_bytes for n in range(count)
+    ]
+    assert len(tb.completed) - len(failed) == (min(6, 3 * len(others)) if others and alone else 0)
+    if others and alone:
+        hit("dma.timeout_of_one")
+    first = failed[0][0] - start
+    assert least <= first <= most + slack + config.tile_beats * 8, first
+    hit("dma.timeout")
+    if failed[-1][0] - failed[0][0] > least - 2:
+        assert least - 2 <= failed[-1][0] - failed[0][0]
+        hit("dma.timeout_of_queued")
+    # Late beats go nowhere.
+    before = sum(tb.written.values())
+    tb.memory.silent.clear()
+    while tb.memory.waiting:
+        await RisingEdge(dut.clk)
+    await cycles(dut, 10)
+    assert sum(tb.written.values()) == before
+    hit("dma.late_beats")
+    again = [tb.fetch(tb.spread(0x8000, c), channel=c) for c in tb.channels]
+    records = await tb.run(again)
+    assert all(record["reason"] == FetchReason.OK for record in records)
+    hit("dma.retry_after_timeout")
+    # Nothing expires while memory answers, however slow the buffer is.
+    tb.writes.stall = Stall(0.8, burst=(limit, 2 * limit))
+    await tb.run(again[:2])
+
+
+@cocotb.test()
+async def address_stuck(dut):
+    """``arready`` stays low past the time-out."""
+    tb = TB(dut, latency=3)
+    await reset(dut)
+    dut.timeout.value = 200 + 8 * tb.config.tile_beats
+    tb.memory.address_paused = True
+    records = await tb.run([tb.fetch(tb.spread(tb.address(), c), channel=c) for c in tb.channels])
+    assert all(record["reason"] == FetchReason.TIMEOUT for record in records)
+    assert str(dut.bus__arvalid.value) == "1"
+    tb.memory.address_paused = False
+    await cycles(dut, 2 * tb.config.tile_beats + 50)
+    records = await tb.run([tb.fetch(tb.spread(tb.address(), c), channel=c) for c in tb.channels])
+    assert all(record["reason"] == FetchReason.OK for record in records)
+    hit("dma.address_stuck")
+
+
+@cocotb.test()
+async def settings_refused(dut):
+    tb = TB(dut, stall=0.2)
+    await reset(dut)
+    config = tb.config
+    size = config.data_bytes
+    good = tb.channel_settings(0)
+    cases = [
+        (SettingsRefusal.TRAFFIC, {"traffic": 3}),
+        (SettingsRefusal.WEIGHT, {"weight": 0}),
+        (SettingsRefusal.BURST, {"burst_beats": 0}),
+        (SettingsRefusal.BURST, {"burst_beats": config.longest_burst * 2 % 512 or 3}),
+        (SettingsRefusal.BURST, {"burst_beats": 3}),
+        (SettingsRefusal.CREDITS, {"credits": 0}),
+        (SettingsRefusal.CREDITS, {"credits": config.outstanding_bursts + 1}),
+        (SettingsRefusal.ROWS, {"row_bytes": size + 1}),
+        (SettingsRefusal.ROWS, {"row_stride": size - 1}),
+        (SettingsRefusal.ROWS, {"row_bytes": config.tile_bytes + size}),
+        (SettingsRefusal.NONE, {"weight": 15}),
+    ]
+    if config.dma_channels < 1 << config.bits("channel"):
+        cases.append((SettingsRefusal.CHANNEL, {"channel": config.dma_channels}))
+    for reason, change in cases:
+        tb.settings.send({**good, **change})
+        await tb.settings.sent()
+        await cycles(dut, 1)
+        await FallingEdge(dut.clk)
+        assert tb.refusals[-1] == reason
+        assert int(dut.refused.value) == (reason != SettingsRefusal.NONE), reason
+        assert int(dut.refusal.value) == reason
+        await FallingEdge(dut.clk)
+        assert int(dut.refused.value) == 0
+        assert int(dut.refusal.value) == reason
+    await tb.pulse("commit")
+    await tb.run([tb.any_fetch() for _ in range(10)])
+    hit("dma.settings_refused")
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=["none", "some"])
+async def reconfigured(dut, stall):
+    """Settings change at random moments under traffic; nothing is lost."""
+    tb = TB(dut, stall=STALLS[stall], latency=10, reorder=0.2)
+    await reset(dut)
+    config, r = tb.config, tb.random
+    count = max(40, 2500 // config.tile_beats)
+    tb.fetches.send(*(tb.any_fetch() for _ in range(count)))
+    longest = config.longest_burst.bit_length()
+    disabled = 0
+    while tb.fetches.pending or tb.inside:
+        for channel in r.sample(list(tb.channels), r.randint(1, config.dma_channels)):
+            enable = r.random() < 0.8
+            disabled += not enable
+            tb.settings.send(
+                tb.channel_settings(
+                    channel,
+                    enable=int(enable),
+                    traffic=r.randrange(3),
+                    weight=r.randrange(1, 16),
+                    burst_beats=1 << r.randrange(longest),
+                    credits=r.randint(1, config.outstanding_bursts),
+                )
+            )
+            await cycles(dut, r.randrange(30))
+        await tb.pulse("commit", lower_credits=r.randint(0, config.outstanding_bursts))
+        await cycles(dut, r.randrange(1, 150))
+        if disabled > 200:
+            break
+    await tb.configure(*(tb.channel_settings(c) for c in tb.channels))
+    await tb.done(count)
+    assert len(tb.completed) == count
+    hit("dma.reconfigured")
+
+
+@cocotb.test()
+async def shadow_and_disabled(dut):
+    tb = TB(dut, latency=10)
+    await reset(dut)
+    config = tb.config
+    fetches = [tb.fetch(n * config.tile_bytes) for n in range(config.dma_queue_depth)]
+    tb.settings.send(tb.channel_settings(0, enable=0))
+    await tb.settings.sent()
+    await tb.run(fetches)
+    hit("dma.shadow")
+    await tb.pulse("commit")
+    await cycles(dut, 5)
+    before = len(tb.launched)
+    tb.fetches.send(*fetches)
+    await cycles(dut, 200)
+    assert len(tb.launched) == before and tb.inside == len(fetches)
+    await tb.configure(tb.channel_settings(0, credits=1))
+    # What is begun ends.
+    while len(tb.launched) == before:
+        await RisingEdge(dut.clk)
+    await tb.configure(tb.channel_settings(0, enable=0))
+    await cycles(dut, 100 + 3 * config.tile_beats)
+    assert 0 < tb.inside < len(fetches) or config.tile_beats < 64
+    await tb.configure(tb.channel_settings(0))
+    await tb.done(len(fetches))
+    hit("dma.disabled")
+
+
+@cocotb.test()
+async def credits(dut):
+    """The most bursts that a channel has outstanding are its credits; see ``_check_credits``."""
+    tb = TB(dut, latency=60)
+    await reset(dut)
+    config = tb.config
+    size = min(config.tile_beats, 24) * config.data_bytes
+    for limit in {1, 2, config.outstanding_bursts}:
+        if limit > config.outstanding_bursts:
+            continue
+        await tb.configure(tb.channel_settings(0, credits=limit, burst_beats=1))
+        most = 0
+        tb.fetches.send(*(tb.fetch(n * config.tile_bytes, size=size) for n in range(2)))
+        while tb.fetches.pending or tb.inside:
+            await RisingEdge(dut.clk)
+            most = max(most, tb.engine.outstanding)
+        assert most == limit
+    hit("dma.credits")
+
+
+@cocotb.test()
+async def demand_first(dut):
+    """A demand among saturating prefetches waits for a tile of lower class at most."""
+    tb = TB(dut, latency=20)
+    await reset(dut)
+    config = tb.config
+    if config.dma_channels < 2:
+        return
+    rounds = 6
+    others = [c for c in tb.channels if c]
+    size = config.data_bytes
+    space = (1 << config.address_bits) // config.tile_bytes
+    worst = 0
+    for n in range(rounds):
+        tb.fetches.send(
+            *(
+                tb.fetch(
+                    (0x40 + n * 32 + i) % space * config.tile_bytes,
+                    channel=others[i % len(others)],
+                )
+                for i in range(len(others) * config.dma_queue_depth)
+            )
+        )
+        await cycles(dut, 60 + tb.random.randrange(60 + config.tile_beats))
+        while tb.fetches.pending:
+            await RisingEdge(dut.clk)
+        tb.fetches.send(tb.fetch(n * config.tile_bytes, channel=0))
+        seen = len(tb.accepted)
+        while len(tb.accepted) == seen:
+            await RisingEdge(dut.clk)
+        accepted = tb.accepted[-1][0]
+        await tb.done(20)
+        first = next(b for b in tb.launched if b[0] > accepted and b[1] == 0)
+        # Beats of lower class that came between, and so were before it at the memory.
+        starts = {t.address: t for t in tb.memory.transfers}
+        demand = starts[first[2]]
+        offset = tb.cycle - tb.memory.cycle
+        between = sum(accepted - offset < at <= demand.start for at in tb.memory.beat_cycles)
+        worst = max(worst, between)
+    dut._log.info("demand waits for %d of at most %d beats", worst, config.tile_beats)
+    assert worst <= config.tile_beats + 1
+    assert worst * size <= config.tile_bytes + size
+    hit("dma.demand_first")
+    hit("dma.lower_credits")
+
+
+@cocotb.test()
+async def classes_and_weights(dut):
+    """Saturated channels: strict priority between classes, shares by weight within one."""
+    tb = TB(dut, latency=2)
+    await reset(dut)
+    config = tb.config
+    if config.dma_channels < 2 or config.tile_beats < 8 or config.longest_burst < 4:
+        return
+    weights = [1 + 2 * c for c in tb.channels]
+    settings = [
+        tb.channel_settings(c, traffic=1, weight=weights[c], burst_beats=4, enable=0)
+        for c in tb.channels
+    ]
+    await tb.configure(*settings, lower_credits=config.outstanding_bursts)
+    tb.fetches.send(
+        *(
+            tb.fetch((c * 64 + n) * config.tile_bytes, channel=c)
+            for n in range(config.dma_queue_depth)
+            for c in tb.channels
+        )
+    )
+    await tb.fetches.sent()
+    # Full queues begin at once.
+    for setting in settings:
+        setting["enable"] = 1
+    first = len(tb.launched)
+    await tb.configure(*settings, lower_credits=config.outstanding_bursts)
+    await tb.done(len(tb.channels) * 4)
+    shares = Counter(b[1] for b in tb.launched[first : first + 3 * sum(weights)])
+    if min(config.outstanding_bursts, config.tile_beats * config.dma_queue_depth // 4) >= 8:
+        for c in tb.channels:
+            least = min(3 * weights[c], config.tile_beats * config.dma_queue_depth // 4)
+            assert abs(shares[c] - least) <= 2 + least // 5, (shares, weights)
+        hit("dma.weights")
+    # All classes: a lower one gets nothing while a higher one has bursts to send.
+    order = [c % 3 for c in tb.channels]
+    settings = [tb.channel_settings(c, traffic=order[c], enable=0) for c in tb.channels]
+    await tb.configure(*settings, lower_credits=config.outstanding_bursts)
+    tb.fetches.send(
+        *(
+            tb.fetch((c * 64 + n) * config.tile_bytes, channel=c)
+            for n in range(config.dma_queue_depth)
+            for c in tb.channels
+        )
+    )
+    await tb.fetches.sent()
+    for setting in settings:
+        setting["enable"] = 1
+    first = len(tb.launched)
+    await tb.configure(*settings, lower_credits=config.outstanding_bursts)
+    await tb.done(len(tb.channels) * 4)
+    served = [order[b[1]] for b in tb.launched[first:]]
+    assert served == sorted(served)
+    hit("dma.classes")
 
 
 @cocotb.test()
@@ -223,10 +907,12 @@ async def launch_latency(dut):
     tb = TB(dut)
     await reset(dut)
     await cycles(dut, 5)
-    await tb.check([tb.fetch(0)])
-    latency = tb.launched[0] - tb.accepted[0]
-    dut._log.info("launch latency: %d cycles", latency)
-    assert latency == DMA.launch_latency <= 4
+    for channel in tb.channels:
+        await tb.run([tb.fetch(0, channel=channel)])
+        latency = next(b[0] for b in tb.launched if b[1] == channel) - tb.accepted[-1][0]
+        dut._log.info("launch latency: %d cycles", latency)
+        assert latency == DMA.launch_latency <= 4
+    hit("dma.launch")
 
 
 @cocotb.test()
@@ -235,17 +921,17 @@ async def no_bubbles(dut):
     tb = TB(dut, latency=2)
     await reset(dut)
     config = tb.config
-    start = 4096 - config.data_bytes * 3
+    start = 4096 - config.data_bytes * 8
     count = max(6, 600 // config.tile_beats)
-    await tb.check([tb.fetch(start + n * config.tile_bytes) for n in range(count)])
+    await tb.run([tb.fetch(start + n * config.tile_bytes) for n in range(count)])
     beats = tb.memory.beat_cycles
     gaps = [b - a - 1 for a, b in zip(beats, beats[1:], strict=False) if b != a + 1]
     shortest = min(t.beats for t in tb.memory.transfers)
-    covered = config.outstanding_bursts * min(config.burst_beats, config.tile_beats)
+    covered = config.outstanding_bursts * min(config.longest_burst, config.tile_beats)
     dut._log.info("gaps: %s, shortest burst %d beats", gaps, shortest)
-    # An address is on its way for 4 cycles: credit back, address register, the memory's latency.
-    if covered >= 16 and config.outstanding_bursts >= 4:
+    if covered >= 20 and config.outstanding_bursts >= 4 and shortest >= 3:
         assert not gaps
+        hit("dma.no_bubbles")
 
 
 @cocotb.test()
@@ -256,12 +942,16 @@ async def utilisation(dut, latency):
     await reset(dut)
     config = tb.config
     count = max(12, (2000 if config.outstanding_bursts > 1 else 400) // config.tile_beats)
-    await tb.check([tb.fetch(n * config.tile_bytes) for n in range(count)])
+    await tb.run([tb.fetch(n * config.tile_bytes) for n in range(count)])
     beats = tb.memory.beat_cycles
     share = len(beats) / (beats[-1] - beats[0] + 1)
     burst = tb.memory.transfers[0].beats
-    # A burst's credit comes back with its last beat; the next address is out three cycles later.
-    bound = min(1.0, config.outstanding_bursts * burst / (latency + burst + 3))
+    # A burst's credit comes back with its last beat; a burst leaves every third cycle at most.
+    bound = min(
+        1.0,
+        burst / 3,
+        config.outstanding_bursts * burst / (latency + burst + DMA.credit_latency - 1),
+    )
     dut._log.info(
         "utilisation: %d B tiles, %d B beats, %d-beat bursts, latency %d: %.3f of %.3f",
         config.tile_bytes,
@@ -272,6 +962,7 @@ async def utilisation(dut, latency):
         bound,
     )
     assert share >= 0.97 * bound
+    hit("dma.utilisation")
 
 
 @cocotb.test()
@@ -280,42 +971,73 @@ async def bandwidth_of_the_memory(dut):
     config = parameters()["config"]
     tb = TB(dut, latency=8, bytes_per_cycle=config.data_bytes / 4)
     await reset(dut)
-    await tb.check([tb.fetch(n * config.tile_bytes) for n in range(4)])
+    await tb.run([tb.fetch(n * config.tile_bytes) for n in range(4)])
     beats = tb.memory.beat_cycles
     assert beats[-1] - beats[0] >= (len(beats) - 1) * 4
     if config.outstanding_bursts > 1:
         # With one credit the memory's latency shows after each burst.
         assert beats[-1] - beats[0] <= (len(beats) - 1) * 4.2 + 4
+        hit("dma.slow_memory")
 
 
 @cocotb.test()
 async def completions_wait(dut):
-    """Tiles that nobody collects stop the engine without harm; then all come, in order."""
+    """Tiles that nobody collects stop the engine without harm; then all come."""
     tb = TB(dut)
     await reset(dut)
+    config = tb.config
     tb.completions.paused = True
-    tiles = tb.config.outstanding_bursts + 4
-    count = tiles + 6
-    fetches = [tb.fetch(tb.address()) for _ in range(count)]
-    task = cocotb.start_soon(tb.check(fetches))
-    await cycles(dut, count * (tb.config.tile_beats + 20) * 2)
-    assert len(tb.accepted) == tiles
+    count = config.dma_channels * config.dma_queue_depth + 30
+    fetches = [tb.any_fetch() for _ in range(count)]
+    tb.fetches.send(*fetches)
+    await cycles(dut, 16 * (config.tile_beats + 20))
+    before = tb.inside
+    await cycles(dut, 10 * config.tile_beats)
+    assert tb.inside == before and tb.fetches.pending
     tb.completions.paused = False
-    await task
+    await tb.done(count)
+    hit("dma.completions_wait")
+
+
+@cocotb.test()
+async def queue_full(dut):
+    """A full queue stops its own channel only."""
+    tb = TB(dut)
+    await reset(dut)
+    config = tb.config
+    depth = config.dma_queue_depth
+    await tb.configure(*(tb.channel_settings(c, enable=0) for c in tb.channels))
+    for full in tb.channels:
+        tb.fetches.send(
+            *(tb.fetch(tb.spread(n * config.tile_bytes, full), channel=full) for n in range(depth))
+        )
+        await tb.fetches.sent()
+        await cycles(dut, 2)
+        assert int(dut.room.value) == (1 << config.dma_channels) - (2 << full)
+    await tb.configure(*(tb.channel_settings(c) for c in tb.channels))
+    await tb.done(depth * config.dma_channels)
+    hit("dma.queue_full")
 
 
 @cocotb.test()
 async def reset_in_flight(dut):
     """After a reset at any moment nothing of before comes out."""
-    tb = TB(dut, stall=0.2, latency=6)
+    tb = TB(dut, stall=0.2, latency=6, reorder=0.2)
     await reset(dut)
+    drivers = [tb.fetches, tb.writes, tb.completions, tb.settings]
     for _ in range(12):
         for _ in range(6):
-            fetch = tb.fetch(tb.address())
+            fetch = tb.any_fetch()
             if tb.random.random() < 0.3:
-                tb.break_a_beat(fetch["address"])
+                tb.break_a_beat(fetch)
             tb.fetches.send(fetch)
+        tb.settings.send(tb.channel_settings(0, credits=1))
         await cycles(dut, tb.random.randrange(1, 150))
-        await reset(dut, drivers=[tb.fetches, tb.writes, tb.completions])
+        if tb.random.random() < 0.3:
+            await tb.pulse("abort_all")
+        if tb.random.random() < 0.3:
+            await tb.pulse("commit")
+        await reset(dut, drivers=drivers)
         assert str(dut.writes__valid.value) in "0"
-        await tb.check([tb.fetch(tb.address()) for _ in range(2)])
+        await tb.run([tb.any_fetch() for _ in range(3)])
+    hit("dma.reset")

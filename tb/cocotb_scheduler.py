@@ -339,6 +339,8 @@ class TB:
             "tile": fetch["tile"],
             "failed": int(failing),
             "address": address,
+            "channel": fetch["channel"],
+            "reason": int(failing),
         }
         due = self.cycle + self.random.randint(*self.latency)
         if self.memory_queue:

@@ -8,9 +8,14 @@ import pytest
 from prestage_hw.contract import DeviceConfig, preset
 from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.dma import DMA, AXI4ReadSignature, AXIBlockMemory
+from prestage_hw.dma.arbiter import Arbiter
 from prestage_hw.dma.backend import BackEnd
 from prestage_hw.dma.frontend import FrontEnd
 from prestage_hw.dma.midend import MidEnd
+from prestage_hw.dma.order import OrderLists
+from prestage_hw.dma.settings import Settings
+from prestage_hw.dma.watchdog import Watchdog
+from prestage_tb import dma_bench
 from prestage_tb.axi import pattern
 from prestage_tb.bench import run_bench
 
@@ -28,6 +33,9 @@ CONFIGS = {
         burst_beats=256,
         expert_bytes=3 * 8192,
         tile_bytes=8192,
+        dma_channels=7,
+        axi_ids=3,
+        dma_queue_depth=2,
     ),
     "short-bursts": DeviceConfig(
         model=preset("tiny"),
@@ -37,6 +45,8 @@ CONFIGS = {
         outstanding_bursts=16,
         burst_beats=1,
         expert_bytes=512,
+        dma_channels=2,
+        axi_ids=1,
     ),
     "one-credit": DeviceConfig(
         model=preset("tiny"),
@@ -46,6 +56,7 @@ CONFIGS = {
         outstanding_bursts=1,
         burst_beats=8,
         expert_bytes=1536,
+        dma_channels=1,
     ),
 }
 
@@ -57,6 +68,17 @@ def test_dma(name):
         DMA(config=config),
         module=HERE / "cocotb_dma.py",
         name="dma",
+        parameters={"config": config},
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny", "wide"])
+def test_arbiter(name):
+    config = CONFIGS[name]
+    run_bench(
+        Arbiter(config=config),
+        module=HERE / "cocotb_dma_arbiter.py",
+        name="dma_arbiter",
         parameters={"config": config},
     )
 
@@ -73,18 +95,25 @@ def test_block_memory(name):
     )
 
 
-@pytest.mark.parametrize("block", [DMA, MidEnd])
+@pytest.mark.parametrize("block", [DMA, FrontEnd, Settings, Arbiter, Watchdog])
 def test_bad_config(block):
     with pytest.raises(TypeError, match="Configuration must be a DeviceConfig, not 'tiny'"):
         block(config="tiny")
 
 
-@pytest.mark.parametrize("block", [FrontEnd, BackEnd])
+@pytest.mark.parametrize("block", [MidEnd, BackEnd])
 def test_bad_tile_limit(block):
     with pytest.raises(TypeError, match="Configuration must be a DeviceConfig, not None"):
         block(config=None, tiles=4)
     with pytest.raises(ValueError, match="Tile limit must be a positive integer, not 0"):
         block(config=TINY_DEVICE, tiles=0)
+
+
+def test_bad_lists():
+    with pytest.raises(TypeError, match="List count must be an integer, not '2'"):
+        OrderLists(lists="2", entries=4)
+    with pytest.raises(ValueError, match="Entry count must be a positive integer, not 0"):
+        OrderLists(lists=2, entries=0)
 
 
 def test_bad_block_memory():
@@ -112,3 +141,11 @@ def test_axi_signature():
         AXI4ReadSignature(address_bits=32, data_bits=24)
     with pytest.raises(ValueError, match="ID width must be at least 1 bit, not 0"):
         AXI4ReadSignature(address_bits=32, data_bits=32, id_bits=0)
+
+
+def test_bars(tmp_path):
+    """What the benchmark measures keeps its bars."""
+    result = dma_bench.measure(quick=True, output=tmp_path / "dma_bench.json")
+    assert dma_bench.missed(result) == []
+    result["launch_cycles"] = 5
+    assert dma_bench.missed(result) == ["Launch must take at most 4 cycles, not 5"]

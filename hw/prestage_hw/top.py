@@ -67,7 +67,9 @@ class Top(wiring.Component):
                 "tx": Out(stream.Signature(8)),
                 "bus": Out(
                     AXI4ReadSignature(
-                        address_bits=config.address_bits, data_bits=config.data_bytes * 8
+                        address_bits=config.address_bits,
+                        data_bits=config.bits("data"),
+                        id_bits=config.bits("axi_id"),
                     )
                 ),
                 "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),

@@ -279,7 +279,7 @@ def test_unknown_kinds():
     with raises(
         ValueError,
         "Field kind must be one of ctx, layer, expert, slot, tile, beat, tag, index,"
-        " lane_beat, address, data, not 'colour'",
+        " lane_beat, channel, axi_id, tile_bytes, address, data, not 'colour'",
     ):
         device().bits("colour")
     with raises(ValueError, "Array kind must be top_k, data_bytes or lanes, not 'experts'"):

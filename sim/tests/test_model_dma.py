@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from prestage_hw.contract import DeviceConfig, preset
+from prestage_hw.contract.records import FetchReason
 from prestage_sim.model.dma import DMA, BusError, Completion, Memory
 
 CONFIG = DeviceConfig(model=preset("gpt-oss-20b"), slots=64)
@@ -23,18 +24,17 @@ def test_bursts_end_at_edges():
 
 def test_bursts_are_short():
     config = CONFIG.replace(burst_beats=16)
-    assert DMA(config).bursts(0x10) == [(0x10, 16), (0x110, 16)]
+    assert DMA(config).bursts(0x10) == [(0x10, 15), (0x100, 16), (0x200, 1)]
     assert DMA(config).bursts(0xF90) == [(0xF90, 7), (0x1000, 16), (0x1100, 9)]
 
 
-def test_low_address_bits_are_ignored():
-    assert DMA(CONFIG).bursts(0x100F) == [(0x1000, 32)]
-    assert DMA(CONFIG).completion(0x100F) == Completion(False, 0x1000)
-
-
-def test_address_wraps():
+def test_what_cannot_be_moved():
     config = CONFIG.replace(address_bits=30)
-    assert DMA(config).bursts((1 << 30) - 16) == [((1 << 30) - 16, 1), (0, 31)]
+    for address in (0x100F, (1 << 30) - 16):
+        assert DMA(config).bursts(address) == []
+        assert DMA(config).completion(address) == Completion(FetchReason.ADDRESS, address)
+        assert DMA(config).completion(address).failed
+    assert DMA(config).bursts((1 << 30) - 512) == [((1 << 30) - 512, 32)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -61,8 +61,8 @@ def test_bursts_keep_the_rules(seed):
 def test_first_failing_burst_is_named():
     config = CONFIG.replace(burst_beats=8)
     dma = DMA(config)
-    assert dma.completion(0x1000) == Completion(False, 0x1000)
-    assert dma.completion(0x1000, {0x1110, 0x1190}) == Completion(True, 0x1100)
+    assert dma.completion(0x1000) == Completion(FetchReason.OK, 0x1000)
+    assert dma.completion(0x1000, {0x1110, 0x1190}) == Completion(FetchReason.BUS, 0x1100)
 
 
 def test_transfer():
@@ -70,13 +70,13 @@ def test_transfer():
     memory = Memory(data, failing=[(0x1100, 0x1101)])
     dma = DMA(CONFIG.replace(burst_beats=8))
     completion, got = dma.transfer(0x200, memory)
-    assert completion == Completion(False, 0x200)
+    assert completion == Completion(FetchReason.OK, 0x200)
     assert got == data[0x200:0x400].tobytes()
     completion, got = dma.transfer(0x1000, memory)
-    assert completion == Completion(True, 0x1100)
+    assert completion == Completion(FetchReason.BUS, 0x1100)
     assert got[:0x100] == data[0x1000:0x1100].tobytes()
     memory.failing.clear()
-    assert dma.transfer(0x1000, memory)[0] == Completion(False, 0x1000)
+    assert dma.transfer(0x1000, memory)[0] == Completion(FetchReason.OK, 0x1000)
 
 
 def test_memory_ends():

@@ -37,6 +37,8 @@ class Transfer:
     ----------
     address, beats : :class:`int`
         The burst.
+    identifier : :class:`int`
+        Its ID.
     asked : :class:`int`
         Cycle in which its address was taken.
     start, end : :class:`int`
@@ -48,6 +50,16 @@ class Transfer:
     asked: int
     start: int = -1
     end: int = -1
+    identifier: int = 0
+
+
+@dataclass
+class _Waiting:
+    """A burst that was asked for: when its next beat may be offered, and which it is."""
+
+    transfer: Transfer
+    earliest: int
+    beat: int = 0
 
 
 class AXIMemory:
@@ -78,9 +90,15 @@ class AXIMemory:
     fault : callable or None
         ``fault(address, beat, beats)`` of a burst gives the beat's response and ``rlast``; None
         stands for a memory without faults. See :attr:`failing` for the simple case.
+    reorder : :class:`float`
+        How likely the memory turns to another ID before a beat, so that bursts of different IDs
+        come out of order and beat by beat in turns; 0 answers in the order of the addresses.
 
     Members
     -------
+    silent : list of (first, one past the last)
+        Bursts that begin at these addresses are not answered, nor are those behind them with the
+        same ID, until they are taken off this list.
     failing : list of (first, one past the last, response)
         Addresses of beats that answer an error.
     transfers : list of :class:`Transfer`
@@ -106,6 +124,7 @@ class AXIMemory:
         outstanding: int | None = None,
         burst_beats: int = 256,
         fault: Callable[[int, int, int], tuple[int, bool]] | None = None,
+        reorder: float = 0.0,
         seed: object = None,
     ) -> None:
         import cocotb
@@ -149,7 +168,11 @@ class AXIMemory:
         #: True keeps the address channel or the data channel stalled.
         self.address_paused = False
         self.data_paused = False
-        self._queue: deque[tuple[Transfer, int]] = deque()
+        self._queues: dict[int, deque[_Waiting]] = {}
+        self._reorder = reorder
+        self._random = random.Random(f"{cocotb.RANDOM_SEED if seed is None else seed}/{name}")
+        self.silent: list[tuple[int, int]] = []
+        self._strays: deque[tuple[int, int, int, bool]] = deque()
         for member in ("arready", "rvalid", "rdata", "rresp", "rlast", "rid"):
             self._signals[member].value = 0
         self._task = cocotb.start_soon(self._run())
@@ -157,7 +180,11 @@ class AXIMemory:
     @property
     def waiting(self) -> int:
         """Bursts whose last beat was not taken yet."""
-        return len(self._queue)
+        return sum(map(len, self._queues.values()))
+
+    def send_stray(self, identifier: int, *, response: int = OKAY, last: bool = True) -> None:
+        """Send a beat that nobody asked for as soon as there is nothing else to send."""
+        self._strays.append((identifier, 0, response, last))
 
     def _in_reset(self) -> bool:
         return self._rst is not None and str(self._rst.value) != "0"
@@ -194,7 +221,7 @@ class AXIMemory:
         )
         if self._outstanding is not None:
             self._require(
-                len(self._queue) < self._outstanding,
+                self.waiting < self._outstanding,
                 f"at most {self._outstanding} bursts may be outstanding",
             )
 
@@ -214,49 +241,77 @@ class AXIMemory:
     def _pauses_now(pause: Iterator[bool] | None) -> bool:
         return pause is not None and next(pause, False)
 
+    def _choose(self, current: int | None) -> _Waiting | None:
+        """The burst that the next beat is of."""
+        ready = {
+            identifier: queue[0]
+            for identifier, queue in self._queues.items()
+            if queue
+            and self.cycle >= queue[0].earliest
+            and not any(a <= queue[0].transfer.address < b for a, b in self.silent)
+        }
+        if not ready:
+            return None
+        if self._reorder and self._random.random() < self._reorder:
+            return ready[self._random.choice(list(ready))]
+        if current in ready and ready[current].beat:
+            return ready[current]
+        return min(ready.values(), key=lambda waiting: waiting.transfer.asked)
+
     async def _run(self) -> None:
         from cocotb.triggers import FallingEdge, RisingEdge
 
         rising, falling = RisingEdge(self._clk), FallingEdge(self._clk)
         signals = self._signals
-        held: tuple[int, int, int, int] | None = None
-        beat = 0
+        held: tuple[int, ...] | None = None
+        chosen: _Waiting | None = None
+        current: int | None = None
         offering = False
         next_beat = 0.0
         await rising
         while True:
             accepting = not self.address_paused and not self._pauses_now(self._address_pause)
             signals["arready"].value = int(accepting)
-            if not offering and self._queue:
-                transfer, earliest = self._queue[0]
+            if not offering and (self._strays or any(self._queues.values())):
                 if (
-                    self.cycle >= max(earliest, next_beat)
+                    self.cycle >= next_beat
+                    and (chosen := self._choose(current)) is not None
                     and not self.data_paused
                     and not self._pauses_now(self._data_pause)
                 ):
-                    data, response, last = self._beat(transfer, beat)
+                    identifier = chosen.transfer.identifier
+                    data, response, last = self._beat(chosen.transfer, chosen.beat)
+                    current = identifier
+                    offering = True
+                elif chosen is None and self._strays:
+                    identifier, data, response, last = self._strays.popleft()
+                    offering = True
+                if offering:
                     signals["rdata"].value = data
                     signals["rresp"].value = response
                     signals["rlast"].value = int(last)
+                    signals["rid"].value = identifier
                     signals["rvalid"].value = 1
-                    offering = True
             if not offering:
                 signals["rvalid"].value = 0
             await falling
             if self._in_reset():
                 await rising
                 self.cycle += 1
-                self._queue.clear()
-                held, beat, offering = None, 0, False
+                self._queues.clear()
+                self._strays.clear()
+                held, current, chosen, offering = None, None, None, False
                 continue
             asked = None
             if self._bit("arvalid"):
-                asked = tuple(self._number(m) for m in ("araddr", "arlen", "arsize", "arburst"))
+                asked = tuple(
+                    self._number(m) for m in ("araddr", "arlen", "arsize", "arburst", "arid")
+                )
                 self._require(
                     held is None or held == asked,
                     f"the address channel must not change while it waits: {held} to {asked}",
                 )
-                self._check(*asked)
+                self._check(*asked[:4])
                 held = None if accepting else asked
             else:
                 self._require(held is None, "arvalid must not fall before arready")
@@ -264,22 +319,25 @@ class AXIMemory:
             await rising
             self.cycle += 1
             if asked is not None and accepting:
-                transfer = Transfer(asked[0], asked[1] + 1, self.cycle)
+                transfer = Transfer(asked[0], asked[1] + 1, self.cycle, identifier=asked[4])
                 self.transfers.append(transfer)
                 # Offered from this cycle's start on, it can be taken one cycle later.
-                self._queue.append((transfer, self.cycle + self.latency - 1))
+                self._queues.setdefault(asked[4], deque()).append(
+                    _Waiting(transfer, self.cycle + self.latency - 1)
+                )
             if taken:
-                transfer = self._queue[0][0]
-                self.beat_cycles.append(self.cycle)
-                if beat == 0:
-                    transfer.start = self.cycle
-                next_beat = max(next_beat, self.cycle - 1) + self._interval
                 offering = False
-                beat += 1
-                if beat == transfer.beats:
-                    transfer.end = self.cycle
-                    self._queue.popleft()
-                    beat = 0
+                if chosen is not None:
+                    transfer = chosen.transfer
+                    self.beat_cycles.append(self.cycle)
+                    if chosen.beat == 0:
+                        transfer.start = self.cycle
+                    next_beat = max(next_beat, self.cycle - 1) + self._interval
+                    chosen.beat += 1
+                    if chosen.beat == transfer.beats:
+                        transfer.end = self.cycle
+                        self._queues[transfer.identifier].popleft()
+                    chosen = None
 
 
 class AXIWritableMemory(AXIMemory):

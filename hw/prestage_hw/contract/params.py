@@ -172,6 +172,13 @@ class DeviceConfig:
         Read bursts that the memory port may have outstanding, 1 to 16.
     burst_beats : :class:`int`
         Longest read burst, in beats: a power of two from 1 to 256.
+    dma_channels : :class:`int`
+        Request channels of the DMA engine, 1 to 8.
+    dma_queue_depth : :class:`int`
+        Requests that wait in a channel: a power of two from 2 to 16.
+    axi_ids : :class:`int`
+        IDs of read bursts, 1 to ``dma_channels``; channel c has ID c modulo ``axi_ids``. 0 stands
+        for one a channel.
 
     Raises
     ------
@@ -196,6 +203,9 @@ class DeviceConfig:
     prefetch_inflight: int = 2
     outstanding_bursts: int = 4
     burst_beats: int = 64
+    dma_channels: int = 4
+    dma_queue_depth: int = 4
+    axi_ids: int = 0
 
     PREDICTORS = ("none", "st_moe", "perceptron")
 
@@ -250,6 +260,11 @@ class DeviceConfig:
         )
         require_integer("Outstanding burst limit", self.outstanding_bursts, low=1, high=16)
         require_power_of_two("Burst length in beats", self.burst_beats, low=1, high=256)
+        require_integer("DMA channel count", self.dma_channels, low=1, high=8)
+        require_power_of_two("DMA queue depth", self.dma_queue_depth, low=2, high=16)
+        require_integer("AXI ID count", self.axi_ids, low=0, high=self.dma_channels)
+        if self.axi_ids == 0:
+            object.__setattr__(self, "axi_ids", self.dma_channels)
 
     def _check_perceptron(self) -> None:
         """Refuse parameters of the perceptron that do not fit the model."""
@@ -306,6 +321,16 @@ class DeviceConfig:
         return self.expert_bytes // self.data_bytes
 
     @property
+    def longest_burst(self) -> int:
+        """Beats of the longest burst that a 4 KiB edge allows, at most ``burst_beats``."""
+        return min(self.burst_beats, 4096 // self.data_bytes)
+
+    @property
+    def lower_credits(self) -> int:
+        """Bursts that hold about a tile: reset value of what a demand may find before it."""
+        return min(self.outstanding_bursts, max(1, self.tile_beats // self.longest_burst))
+
+    @property
     def candidate_depth(self) -> int:
         """Capacity of the candidate queue: a layer's experts for each context, at least 64."""
         return max(64, self.model.experts * self.contexts)
@@ -315,7 +340,9 @@ class DeviceConfig:
 
         Kinds: ``ctx``, ``layer``, ``expert``, ``slot``, ``tile``, ``beat`` (beat within an
         expert), ``tag`` (in-flight entry), ``index`` (position in a routing decision),
-        ``lane_beat`` (beat of a value for each expert), ``address``, ``data``.
+        ``lane_beat`` (beat of a value for each expert), ``channel`` (of the DMA engine),
+        ``axi_id``, ``tile_bytes`` (size of a transfer, a whole tile at most), ``address``,
+        ``data``.
 
         Raises
         ------
@@ -332,6 +359,9 @@ class DeviceConfig:
             "tag": self.inflight,
             "index": self.model.top_k,
             "lane_beat": self.lane_beats,
+            "channel": self.dma_channels,
+            "axi_id": self.axi_ids,
+            "tile_bytes": self.tile_bytes + 1,
         }
         if kind in counts:
             return _bits_for_count(counts[kind])

@@ -28,11 +28,14 @@ __all__ = [
     "BufferCode",
     "BufferOp",
     "ErrorCode",
+    "FetchReason",
     "Field",
     "Message",
     "Phase",
     "Record",
+    "SettingsRefusal",
     "Source",
+    "TrafficClass",
     "message_by_code",
     "message_by_name",
 ]
@@ -79,6 +82,37 @@ class BufferCode(IntEnum):
     FILLING = 1  # DEMAND, PREFETCH: in flight to the slot.
     ALLOCATED = 2  # DEMAND, PREFETCH: the slot is now filling; fetch it.
     NO_SLOT = 3  # DEMAND, PREFETCH: no slot may be taken.
+
+
+class TrafficClass(IntEnum):
+    """Class of a channel of the DMA engine: the lower the number, the sooner it is served."""
+
+    DEMAND = 0
+    PREFETCH = 1
+    STREAM = 2
+
+
+class FetchReason(IntEnum):
+    """How a tile's transfer ended."""
+
+    OK = 0
+    BUS = 1  # The memory answered an error, or ended a burst in the wrong place.
+    TIMEOUT = 2  # The memory did not answer in time.
+    ABORTED = 3  # The tile was aborted before its last beat came.
+    CRC = 4  # The expert's bytes do not have the checksum that the request names.
+    ADDRESS = 5  # Address or size is no whole number of beats or goes past the top of memory.
+
+
+class SettingsRefusal(IntEnum):
+    """Why settings of a channel were refused."""
+
+    NONE = 0  # Accepted.
+    CHANNEL = 1  # No such channel.
+    TRAFFIC = 2  # No such class.
+    WEIGHT = 3  # Weight 0.
+    BURST = 4  # Burst length no power of two, or longer than the device's longest.
+    CREDITS = 5  # No credit, or more than the device has.
+    ROWS = 6  # Size or stride of a row no whole number of beats, or the row longer than a tile.
 
 
 class ErrorCode(IntEnum):
@@ -241,6 +275,9 @@ _EXPERT = Field(name="expert", kind="expert", wire_bits=16, description="Expert 
 _SLOT = Field(name="slot", kind="slot", wire_bits=16, description="Slot of the expert buffer.")
 _TILE = Field(name="tile", kind="tile", wire_bits=16, description="Tile within the expert.")
 _TAG = Field(name="tag", kind="tag", wire_bits=8, description="Entry of the in-flight table.")
+_CHANNEL = Field(
+    name="channel", kind="channel", wire_bits=8, description="Channel of the DMA engine."
+)
 _STAMP = Field(
     name="stamp",
     kind=8,
@@ -401,6 +438,19 @@ RECORDS: dict[str, Record] = {
                 _SLOT,
                 _TILE,
                 _ADDRESS,
+                _CHANNEL,
+                Field(
+                    name="sized",
+                    kind=1,
+                    wire_bits=8,
+                    description="0: a whole tile, 1: as much as `bytes` says.",
+                ),
+                Field(
+                    name="bytes",
+                    kind="tile_bytes",
+                    wire_bits=32,
+                    description="Size of the transfer if it is `sized`; 0 moves nothing.",
+                ),
             ),
         ),
         Record(
@@ -413,13 +463,59 @@ RECORDS: dict[str, Record] = {
                     name="failed",
                     kind=1,
                     wire_bits=8,
-                    description="1: the memory answered an error.",
+                    description="1: the reason is not OK.",
                 ),
                 Field(
                     name="address",
                     kind="address",
                     wire_bits=64,
                     description="Address of the first burst that failed, else of the tile.",
+                ),
+                _CHANNEL,
+                Field(name="reason", kind=3, wire_bits=8, description="A FetchReason."),
+            ),
+        ),
+        Record(
+            name="ChannelSettings",
+            description="How a channel of the DMA engine works from the next commit on.",
+            fields=(
+                _CHANNEL,
+                Field(
+                    name="enable",
+                    kind=1,
+                    wire_bits=8,
+                    description="1: requests are begun; 0: they wait.",
+                ),
+                Field(name="traffic", kind=2, wire_bits=8, description="A TrafficClass."),
+                Field(
+                    name="weight",
+                    kind=4,
+                    wire_bits=8,
+                    description="Bursts in a turn among the channels of its class, 1 to 15.",
+                ),
+                Field(
+                    name="burst_beats",
+                    kind=9,
+                    wire_bits=16,
+                    description="Longest burst, in beats: a power of two.",
+                ),
+                Field(
+                    name="credits",
+                    kind=5,
+                    wire_bits=8,
+                    description="Most bursts that may be outstanding.",
+                ),
+                Field(
+                    name="row_bytes",
+                    kind="tile_bytes",
+                    wire_bits=32,
+                    description="Bytes of a row if tiles are gathered from rows, else 0.",
+                ),
+                Field(
+                    name="row_stride",
+                    kind=24,
+                    wire_bits=32,
+                    description="Bytes from the start of a row to the start of the next.",
                 ),
             ),
         ),

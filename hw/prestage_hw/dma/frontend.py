@@ -1,17 +1,17 @@
-"""Front end of the DMA engine: takes requests and counts the tiles inside."""
+"""Front end of the DMA engine: checks requests and queues them, a queue a channel."""
 
-from amaranth import Module, Signal, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth import Array, Cat, Module, Mux, Signal, unsigned
+from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
 from prestage_hw.layouts import RecordLayout
 
-__all__ = ["FrontEnd", "TileLayout"]
+__all__ = ["FrontEnd", "TransferLayout"]
 
 
-class TileLayout(data.StructLayout):
-    """What the back end must know of a tile until its last beat has arrived.
+class TransferLayout(data.StructLayout):
+    """A request that was checked.
 
     Parameters
     ----------
@@ -26,73 +26,177 @@ class TileLayout(data.StructLayout):
                 "slot": unsigned(config.bits("slot")),
                 "tile": unsigned(config.bits("tile")),
                 "address": unsigned(config.bits("address")),
+                "left": unsigned((config.tile_beats - 1).bit_length()),  # Beats - 1.
+                "refused": unsigned(1),
             }
         )
 
 
 class FrontEnd(wiring.Component):
-    """Admit a tile when there is room for its completion.
+    """Check requests and keep ``config.dma_queue_depth`` of them for each channel.
+
+    A request is refused if its address or its size is no whole number of beats, if it is longer
+    than a tile, or if it goes past the top of the address space. It takes its turn like any other
+    and is answered without a transfer, and so is one of no bytes.
 
     Parameters
     ----------
     config : :class:`DeviceConfig`
         Parameters of the device.
-    tiles : :class:`int`
-        Tiles that the engine may hold, from their request to their completion being taken. At least
-        1.
 
     Members
     -------
     fetches : ``In(stream.Signature(RecordLayout("FetchRequest")))``
-        Requests. Address bits below a beat are ignored.
-    jobs : ``Out(stream.Signature(TileLayout(config=config)))``
-        Tiles to the mid end, registered.
-    completed : ``In(1)``
-        A completion was taken.
-    idle : ``Out(1)``
-        No tile is inside the engine.
-
-    Raises
-    ------
-    ValueError
-        If ``tiles`` is less than 1.
+        Requests. ``ready`` says whether the offered request's channel has room.
+    room : ``Out(config.dma_channels)``
+        Channels that have room.
+    abort, abort_all, abort_tag : ``In``
+        Requests with this tag, or all that are in the queues, are aborted.
+    waiting, null : ``Out(config.dma_channels)``
+        Channels that have a request; those whose first one moves nothing: it was refused or
+        aborted, or has no bytes. Of a request that comes to an empty queue ``null`` tells a cycle
+        later, with ``first``.
+    startable : ``Out(config.dma_channels)``
+        Channels whose first request may move something: like ``waiting`` without ``null``, but told
+        without looking at ``null``, which has the last word.
+    channel : ``In``
+        Channel whose first request is shown as ``first``, with ``first_aborted`` and
+        ``first_empty``.
+    pop : ``In(1)``
+        Remove it.
     """
 
-    def __init__(self, *, config, tiles):
+    def __init__(self, *, config):
         require_config(config)
-        if tiles < 1:
-            raise ValueError(f"Tile limit must be a positive integer, not {tiles}")
         self.config = config
-        self.tiles = tiles
+        channels = config.dma_channels
         super().__init__(
             {
                 "fetches": In(stream.Signature(RecordLayout("FetchRequest", config=config))),
-                "jobs": Out(stream.Signature(TileLayout(config=config))),
-                "completed": In(1),
-                "idle": Out(1),
+                "room": Out(channels),
+                "abort": In(1),
+                "abort_all": In(1),
+                "abort_tag": In(config.bits("tag")),
+                "waiting": Out(channels),
+                "startable": Out(channels),
+                "null": Out(channels),
+                "channel": In(config.bits("channel")),
+                "first": Out(TransferLayout(config=config)),
+                "first_aborted": Out(1),
+                "first_empty": Out(1),
+                "pop": In(1),
             }
         )
 
     def elaborate(self, platform):
         m = Module()
-        count = Signal(range(self.tiles + 1))
-        accept = Signal()
+        config = self.config
+        channels, depth = config.dma_channels, config.dma_queue_depth
+        low = config.data_bytes.bit_length() - 1
         fetch = self.fetches.payload
-        low = self.config.data_bytes.bit_length() - 1
+        layout = TransferLayout(config=config)
+
+        # One memory holds all queues, a depth after the other.
+        m.submodules.queue = queue = memory.Memory(shape=layout, depth=channels * depth, init=[])
+        queue_write = queue.write_port()
+        queue_read = queue.read_port(domain="comb")
+        write_at = Array(Signal(range(depth), name=f"write_at_{c}") for c in range(channels))
+        read_at = Array(Signal(range(depth), name=f"read_at_{c}") for c in range(channels))
+        levels = [Signal(range(depth + 1), name=f"level_{c}") for c in range(channels)]
+
+        # --- checks: sizes before a register, the end of the transfer after it ---
+        offered = Signal(channels)
+        accept = Signal()
+        part_of_beat = (1 << low) - 1
+        incoming = Signal(layout)
+        incoming_channel = Signal(config.bits("channel"))
+        incoming_valid = Signal()
+        incoming_to = Signal(channels)
+        incoming_empty = Signal()
         m.d.comb += [
-            self.fetches.ready.eq(~self.jobs.valid & (count != self.tiles)),
+            offered.eq(1 << fetch.channel),
+            self.fetches.ready.eq((self.room & offered).any()),
             accept.eq(self.fetches.valid & self.fetches.ready),
-            self.idle.eq(count == 0),
         ]
-        m.d.sync += count.eq(count + accept - self.completed)
-        with m.If(accept):
-            m.d.sync += [
-                self.jobs.valid.eq(1),
-                self.jobs.payload.tag.eq(fetch.tag),
-                self.jobs.payload.slot.eq(fetch.slot),
-                self.jobs.payload.tile.eq(fetch.tile),
-                self.jobs.payload.address.eq(fetch.address & ~((1 << low) - 1)),
+        m.d.sync += [
+            incoming_valid.eq(accept),
+            incoming_to.eq(Mux(accept, offered, 0)),
+            incoming_channel.eq(fetch.channel),
+            incoming_empty.eq(fetch.sized & (fetch.bytes == 0)),
+            incoming.tag.eq(fetch.tag),
+            incoming.slot.eq(fetch.slot),
+            incoming.tile.eq(fetch.tile),
+            incoming.address.eq(fetch.address),
+            incoming.left.eq(Mux(fetch.sized, (fetch.bytes >> low) - 1, config.tile_beats - 1)),
+            incoming.refused.eq(
+                (fetch.address & part_of_beat).any()
+                | (
+                    fetch.sized
+                    & ((fetch.bytes & part_of_beat).any() | (fetch.bytes > config.tile_bytes))
+                )
+            ),
+        ]
+        last_beat = Signal(config.address_bits - low + 1)
+        refused = Signal()
+        hit = Signal()
+        m.d.comb += [
+            last_beat.eq((incoming.address >> low) + incoming.left),
+            refused.eq(incoming.refused | (last_beat[-1] & ~incoming_empty)),
+            hit.eq(self.abort_all | (self.abort & (self.abort_tag == incoming.tag))),
+            queue_write.addr.eq(Cat(write_at[incoming_channel], incoming_channel)),
+            queue_write.data.eq(incoming),
+            queue_write.data.refused.eq(refused),
+            queue_write.en.eq(incoming_valid),
+            queue_read.addr.eq(Cat(read_at[self.channel], self.channel)),
+            self.first.eq(queue_read.data),
+        ]
+
+        # --- queues ---
+        firsts_aborted = Signal(channels)
+        firsts_empty = Signal(channels)
+        for c in range(channels):
+            pushed = incoming_to[c]
+            popped = self.pop & (self.channel == c)
+            aborted = Signal(depth, name=f"aborted_{c}")
+            empty = Signal(depth, name=f"empty_{c}")
+            null = Signal(depth, name=f"null_{c}")
+            m.d.sync += levels[c].eq(levels[c] + pushed - popped)
+            filled = Signal(name=f"filled_{c}")
+            with m.If(pushed):
+                m.d.sync += filled.eq(1)
+            with m.Elif(popped & (levels[c] == 1)):
+                m.d.sync += filled.eq(0)
+            m.d.comb += [
+                self.waiting[c].eq(filled | incoming_to[c]),
+                self.room[c].eq(
+                    (levels[c] != depth) & ~((levels[c] == depth - 1) & incoming_to[c])
+                ),
+                firsts_aborted[c].eq(aborted.bit_select(read_at[c], 1)),
+                firsts_empty[c].eq(empty.bit_select(read_at[c], 1)),
+                self.null[c].eq(filled & null.bit_select(read_at[c], 1)),
             ]
-        with m.Elif(self.jobs.ready):
-            m.d.sync += self.jobs.valid.eq(0)
+            # From registers, but for the request that comes to an empty queue. What follows a
+            # request that was taken is not known at once.
+            movable = Signal(name=f"movable_{c}")
+            m.d.sync += movable.eq(filled & ~popped & ~null.bit_select(read_at[c], 1))
+            m.d.comb += self.startable[c].eq(movable | (incoming_to[c] & ~filled))
+            with m.If(popped):
+                m.d.sync += read_at[c].eq(read_at[c] + 1)
+            with m.If(pushed):
+                m.d.sync += write_at[c].eq(write_at[c] + 1)
+            for i in range(depth):
+                tag = Signal(config.bits("tag"), name=f"tag_{c}_{i}")
+                with m.If(pushed & (write_at[c] == i)):
+                    m.d.sync += [
+                        tag.eq(incoming.tag),
+                        aborted[i].eq(hit),
+                        empty[i].eq(incoming_empty),
+                        null[i].eq(incoming_empty | refused | hit),
+                    ]
+                with m.Elif(self.abort_all | (self.abort & (tag == self.abort_tag))):
+                    m.d.sync += [aborted[i].eq(1), null[i].eq(1)]
+        m.d.comb += [
+            self.first_aborted.eq(firsts_aborted.bit_select(self.channel, 1)),
+            self.first_empty.eq(firsts_empty.bit_select(self.channel, 1)),
+        ]
         return m

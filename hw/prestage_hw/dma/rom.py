@@ -61,7 +61,9 @@ class AXIBlockMemory(wiring.Component):
             {
                 "bus": In(
                     AXI4ReadSignature(
-                        address_bits=config.address_bits, data_bits=config.bits("data")
+                        address_bits=config.address_bits,
+                        data_bits=config.bits("data"),
+                        id_bits=config.bits("axi_id"),
                     )
                 )
             }

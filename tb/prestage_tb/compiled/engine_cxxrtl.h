@@ -26,11 +26,12 @@ class Design {
         top_.p_rx____payload.set(payload);
     }
     void r_idle() { top_.p_bus____rvalid.set(false); }
-    void r_beat(const uint8_t *data, uint8_t resp, bool last) {
+    void r_beat(const uint8_t *data, uint8_t resp, bool last, uint8_t id) {
         top_.p_bus____rvalid.set(true);
         std::memcpy(top_.p_bus____rdata.data, data, PRESTAGE_DATA_BYTES);
         top_.p_bus____rresp.set(resp);
         top_.p_bus____rlast.set(last);
+        top_.p_bus____rid.set(id);
     }
     void reads(bool valid, uint64_t payload) {
         top_.p_reads____valid.set(valid);
@@ -46,6 +47,7 @@ class Design {
     uint8_t arlen() const { return number<uint8_t>(top_.p_bus____arlen); }
     uint8_t arsize() const { return number<uint8_t>(top_.p_bus____arsize); }
     uint8_t arburst() const { return number<uint8_t>(top_.p_bus____arburst); }
+    uint8_t arid() const { return number<uint8_t>(top_.p_bus____arid); }
     bool rready() const { return bit(top_.p_bus____rready); }
     bool reads_ready() const { return bit(top_.p_reads____ready); }
     bool beats_valid() const { return bit(top_.p_beats____valid); }

@@ -34,11 +34,12 @@ class Design {
         top_->rx___05Fpayload = payload;
     }
     void r_idle() { top_->bus___05Frvalid = 0; }
-    void r_beat(const uint8_t *data, uint8_t resp, bool last) {
+    void r_beat(const uint8_t *data, uint8_t resp, bool last, uint8_t id) {
         top_->bus___05Frvalid = 1;
         std::memcpy(&top_->bus___05Frdata, data, PRESTAGE_DATA_BYTES);
         top_->bus___05Frresp = resp;
         top_->bus___05Frlast = last;
+        top_->bus___05Frid = id;
     }
     void reads(bool valid, uint64_t payload) {
         top_->reads___05Fvalid = valid;
@@ -54,6 +55,7 @@ class Design {
     uint8_t arlen() const { return top_->bus___05Farlen; }
     uint8_t arsize() const { return top_->bus___05Farsize; }
     uint8_t arburst() const { return top_->bus___05Farburst; }
+    uint8_t arid() const { return top_->bus___05Farid; }
     bool rready() const { return top_->bus___05Frready; }
     bool reads_ready() const { return top_->reads___05Fready; }
     bool beats_valid() const { return top_->beats___05Fvalid; }

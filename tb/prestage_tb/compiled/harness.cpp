@@ -30,6 +30,7 @@ struct Burst {
     uint64_t start, address;
     uint32_t beats, beat, beat_bytes;
     bool fixed, failed;
+    uint8_t id;
 };
 
 struct Range {
@@ -124,10 +125,10 @@ struct prestage {
         burst.failed |= resp != kOkay;
         const bool last = burst.beat + 1 == burst.beats;
         if (resp == kOkay) {
-            design.r_beat(memory + aligned, resp, last);
+            design.r_beat(memory + aligned, resp, last, burst.id);
         } else {
             std::memset(beat_buffer, 0, sizeof beat_buffer);
-            design.r_beat(beat_buffer, resp, last);
+            design.r_beat(beat_buffer, resp, last, burst.id);
         }
         r_valid = true;
     }
@@ -183,7 +184,8 @@ struct prestage {
                 0,
                 1u << design.arsize(),
                 design.arburst() == kFixed,
-                false};
+                false,
+                design.arid()};
 
         if (took_rx) ++unsent_at;
         if (took_rx || !rx_valid) {

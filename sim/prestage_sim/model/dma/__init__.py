@@ -1,6 +1,18 @@
 """Golden model of stage 4: the DMA engine."""
 
+from .arbiter import Arbiter
 from .axi import BusError, Memory
-from .dma import DMA, Completion
+from .dma import DMA, Completion, Engine, Mismatch, Write
+from .settings import Settings
 
-__all__ = ["DMA", "BusError", "Completion", "Memory"]
+__all__ = [
+    "DMA",
+    "Arbiter",
+    "BusError",
+    "Completion",
+    "Engine",
+    "Memory",
+    "Mismatch",
+    "Settings",
+    "Write",
+]
