@@ -6,11 +6,13 @@ import pytest
 
 from prestage_hw.contract import DeviceConfig, ModelConfig, preset
 from prestage_hw.contract.params import TINY_DEVICE
-from prestage_hw.contract.records import BufferCode, BufferOp
+from prestage_hw.contract.records import BufferCode, BufferOp, Policy, ValueKind
 from prestage_sim.model.buffer import BufferResult, ExpertBuffer
 
-DEMAND, PREFETCH, FILL, RELEASE = BufferOp
-RESIDENT, FILLING, ALLOCATED, NO_SLOT = BufferCode
+DEMAND, PREFETCH, FILL, RELEASE, CANCEL, LOCK, UNLOCK = BufferOp
+RESIDENT, FILLING, ALLOCATED, NO_SLOT, OUTBID, REFUSED, _ = BufferCode
+CHANCE, REUSE = ValueKind
+LRU, LFU, NEXT_USE = Policy
 
 #: Three slots, one layer more than needed, two tiles an expert: small enough to work out by hand.
 SMALL = DeviceConfig(
@@ -302,6 +304,8 @@ class ScanningBuffer:
         return BufferResult(RESIDENT, number)
 
     def release(self, ctx, layer):
+        if not any(pin[:2] == (ctx, layer) for pin in self.pinned):
+            return BufferResult(REFUSED)
         self.pinned = [pin for pin in self.pinned if pin[:2] != (ctx, layer)]
         return BufferResult(RESIDENT)
 
@@ -399,7 +403,8 @@ def test_agrees_with_the_second_model(name, seed):
                 for tile in range(config.tiles):
                     ok = buffer.read_beat(slot, tile * config.tile_beats)[1]
                     assert ok == (tile in witness.slots[slot].tiles)
-    expected = {(op, code) for op in (DEMAND, PREFETCH) for code in BufferCode}
+    codes = (RESIDENT, FILLING, ALLOCATED, NO_SLOT)
+    expected = {(op, code) for op in (DEMAND, PREFETCH) for code in codes}
     if name == "gpt-oss-20b":
         expected -= {(DEMAND, NO_SLOT), (PREFETCH, NO_SLOT)}
     assert seen >= expected | {(FILL, RESIDENT), (RELEASE, RESIDENT)}
@@ -443,7 +448,7 @@ def test_invariants_notice_damage():
         (DEMAND, {"index": 2}, "Index must be between 0 and 1, not 2"),
         (FILL, {"slot": 3}, "Slot must be between 0 and 2, not 3"),
         (FILL, {"tile": 2}, "Tile must be between 0 and 1, not 2"),
-        (4, {}, "Operation must be a BufferOp, not 4"),
+        (7, {}, "Operation must be a BufferOp, not 7"),
     ],
 )
 def test_refuses_what_is_out_of_range(op, fields, message):

@@ -500,7 +500,7 @@ RECORDS: dict[str, Record] = {
                     name="value",
                     kind=8,
                     wire_bits=8,
-                    description="PREFETCH: confidence in 1/256; 0 takes any slot that may be taken.",
+                    description="PREFETCH: confidence in 1/256; 0 takes whatever slot is found.",
                 ),
             ),
         ),

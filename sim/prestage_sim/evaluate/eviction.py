@@ -215,7 +215,7 @@ def _misses(
     pool = np.full(remembered + 1, -1, np.int64)
     best = np.zeros(remembered + 1, np.int64)
     best_keep = np.zeros(remembered + 1, np.int64)
-    pointer, clock, used = 0, 0, 0
+    pointer, clock = 0, 0
     lfsr = 0xACE1
     demands = misses = 0
     for t in range(tokens):
@@ -230,10 +230,7 @@ def _misses(
                 if t >= first:
                     demands += 1
                     misses += s < 0
-                if s < 0 and used < slots:
-                    s = used
-                    used += 1
-                elif s < 0:
+                if s < 0:
                     found = 0
                     step = 0
                     kept = 0
@@ -258,7 +255,9 @@ def _misses(
                         if again:
                             continue
                         n, x = layer_of[c], expert_of[c]
-                        if policy == _LRU:
+                        if n < 0:
+                            keep = np.int64(-1) << 50  # free
+                        elif policy == _LRU:
                             keep = last[c]
                         elif policy == _LAYER_LRU:
                             keep = last[c] + (0 if n == m else 1 << 40)
@@ -286,7 +285,8 @@ def _misses(
                     s = best[0]
                     for q in range(remembered):
                         pool[q] = best[q + 1] if q + 1 < found else -1
-                    place[layer_of[s], expert_of[s]] = -1
+                    if layer_of[s] >= 0:
+                        place[layer_of[s], expert_of[s]] = -1
                 if place[m, e] < 0:
                     layer_of[s], expert_of[s] = m, e
                     place[m, e] = s
