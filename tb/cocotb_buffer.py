@@ -257,6 +257,8 @@ class TB:
 
     async def operate(self, op, *, clear=False, **fields):
         """Do one operation, and clear just after it was taken if wanted."""
+        if op == PREFETCH:
+            fields.setdefault("value", 0)
         if clear:
             await self.finish_values()
         self.settle_writes()
@@ -619,6 +621,7 @@ async def lasts(dut):
     expected = {(op.name, code.name) for op in (DEMAND, PREFETCH) for code in codes}
     if tb.config.slots > 100:
         expected -= {("DEMAND", "NO_SLOT"), ("PREFETCH", "NO_SLOT")}
+    cocotb.log.info(f"{tb.seen} {max(tb.passes, default=0)} passes")
     assert tb.seen.keys() >= expected | {("FILL", "RESIDENT"), ("RELEASE", "RESIDENT")}
 
 
