@@ -118,18 +118,23 @@ class Values:
         V: chance in 1/256 that the expert is chosen.
     reuse : array of :class:`int`, ``[T, L, E]``
         R: reuse value in 1/256 after the layer was routed.
+    given : :class:`bool`
+        Whether the buffer gets them; else it knows of use rates alone.
     """
 
     horizons: NDArray[np.int64]
     chances: NDArray[np.int16]
     reuse: NDArray[np.int16]
+    given: bool = True
 
     @classmethod
     def none(cls, trace: Trace) -> Values:
         """No values at all, as with a predictor that has none."""
         shape = (trace.tokens, trace.layers, trace.experts_per_layer)
         nothing = np.zeros(shape, np.int16)
-        return cls(horizons=np.zeros(1, np.int64), chances=nothing[None], reuse=nothing)
+        return cls(
+            horizons=np.zeros(1, np.int64), chances=nothing[None], reuse=nothing, given=False
+        )
 
     @classmethod
     def of(cls, trace: Trace, form: str) -> Values:
@@ -189,6 +194,7 @@ def _misses(
     horizons: Any,
     chances: Any,
     reuse: Any,
+    given: bool,
     first: int,
     slots: int,
     policy: int,
@@ -298,7 +304,7 @@ def _misses(
             for i in range(k):
                 pinned[place[m, chosen[t, m, i]]] = False
             r[m] = reuse[t, m]
-            visited[m] = True
+            visited[m] = given
             for h in range(1, horizons.shape[0]):
                 n = m + horizons[h]
                 if n < layers:
@@ -352,6 +358,7 @@ def _measure(
             values.horizons,
             values.chances,
             values.reuse,
+            values.given,
             trace.tokens // 2,
             slots,
             policy,
