@@ -228,7 +228,7 @@ class TB:
             return self.buffer.lookup_latency
         most = config.slots - config.contexts * config.model.top_k
         if op == UNLOCK or (op == LOCK and self.golden.locked >= most):
-            return 2
+            return 3
         if self.golden.policy != LRU:
             return None
         skipped = 0
@@ -237,9 +237,9 @@ class TB:
                 break
             held = directory.slots[slot]
             if not held.pins and not held.filling and not held.locked:
-                return self.buffer.lookup_latency + 2 * skipped
+                return self.buffer.lookup_latency + 3 * skipped
             skipped += 1
-        return self.buffer.lookup_latency + 2 * (skipped - 1) - 1 if skipped else 2
+        return self.buffer.lookup_latency + 3 * (skipped - 1) - 1 if skipped else 3
 
     def _golden(self, op, fields):
         """Answer of the golden model and the cycles that it takes."""
@@ -274,9 +274,11 @@ class TB:
         taken = self.requests.cycle
         self.dut.clear.value = clear
         await cycles(self.dut)
-        await ReadWrite()
         self.dut.clear.value = 0
-        # Values count up to the cycle after the request's, and no operation ends before.
+        await cycles(self.dut)
+        await ReadWrite()
+        # Values count up to two cycles after the request's, and no operation changes what is read
+        # before.
         self.settle_values()
         answer, expected_cycles = self._golden(op, fields)
         self._changed()
@@ -369,6 +371,7 @@ class Scheduler:
 
     def __init__(self, tb, *, clear=0.0, reset=0.0, beats=2):
         self.tb = tb
+        self.values = True
         self.random = tb.random
         self.clear = clear
         self.reset = reset
@@ -389,9 +392,12 @@ class Scheduler:
                 if len(tb.pending) < 20:
                     self._read()
             layer = min(int(self.random.expovariate(0.7)), config.model.layers - 1)
-            if self.random.random() < 0.3:
-                tb.send_values(whole=self.random.random() < 0.7)
+            # So many that some always wait: one may be taken in any cycle that allows it.
+            while tb.values.pending < 8 and self.values:
+                tb.send_values(whole=self.random.random() < 0.5)
             if step % 40 == 0:
+                # Without a change of values the prefetches in probation and use rates decide.
+                self.values = self.random.random() < 0.5
                 tb.set_policy(self.random.choice([LRU, LFU, NEXT_USE, NEXT_USE]))
             kind = self.random.random()
             if kind < self.clear:

@@ -26,19 +26,20 @@ class ExpertBuffer(wiring.Component):
     which the request is taken:
 
     - DEMAND, PREFETCH, LOCK, UNLOCK of an expert that has a slot: after ``lookup_latency``.
-    - DEMAND, PREFETCH, LOCK of another. Policy LRU: after ``lookup_latency``, plus 2 for each
+    - DEMAND, PREFETCH, LOCK of another. Policy LRU: after ``lookup_latency``, plus 3 for each
       pinned, filling or locked slot that the search for a victim skips. NO_SLOT comes one cycle
-      sooner than the allocation of the last slot searched would; for a PREFETCH after 2 if every
+      sooner than the allocation of the last slot searched would; for a PREFETCH after 3 if every
       slot was touched since the route began. Other policies: after ``search_latency``, plus
       ``pass_cycles`` for each pass after the first, of at most ``passes``; NO_SLOT and OUTBID two
       cycles sooner.
     - FILL, CANCEL: after ``fill_latency``.
     - RELEASE: after ``release_latency``.
-    - INVALID, LOCK of one expert more than may be locked, UNLOCK of one without a slot: after 2.
+    - LOCK of one expert more than may be locked, UNLOCK of one without a slot: after 3.
+    - INVALID: after 2.
 
     The next request is taken when the result was taken, at the earliest one cycle later. What a
     result says is visible on the read port for every read taken from the first cycle in which the
-    result is offered. A search sees the values taken up to the cycle after its request's.
+    result is offered. A search sees the values taken up to two cycles after its request.
 
     After reset and after ``clear`` the block clears itself, one row in each of ``clear_cycles``: no
     expert resident, no pin, no lock, no tile valid, no value, slot 0 least recent, and a route
@@ -113,10 +114,10 @@ class ExpertBuffer(wiring.Component):
         self._recency = RecencyList(config=config)
         self._storage = Storage(config=config)
         self._victims = Victims(config=config, valued=self.valued)
-        self.lookup_latency = 4
-        self.fill_latency = 3
-        self.release_latency = 2 * config.model.top_k + 3
-        self.search_latency = self._victims.search_cycles + 4
+        self.lookup_latency = 5
+        self.fill_latency = 4
+        self.release_latency = 3 * config.model.top_k + 3
+        self.search_latency = self._victims.search_cycles + 5
         self.pass_cycles = self._victims.pass_cycles
         self.passes = self._victims.passes
         self.read_latency = self._storage.read_latency
@@ -166,8 +167,10 @@ class ExpertBuffer(wiring.Component):
         slot = Signal(self.config.bits("slot"))  # slot under work
         row = Signal(self._row_bits)  # row under clearing
         clear_wanted = Signal()
-        entry = directory.entry
-        state = directory.state
+        # Block RAM is slow out of the clock edge: what it gives is looked at a cycle later.
+        entry = Signal.like(directory.entry)
+        state = Signal.like(directory.state)
+        m.d.sync += state.eq(directory.state)
 
         is_demand = Signal()
         is_prefetch = Signal()
@@ -296,7 +299,7 @@ class ExpertBuffer(wiring.Component):
             with m.State("IDLE"):
                 m.d.comb += [
                     self.idle.eq(~clear_wanted & ~self.results.valid),
-                    self.requests.ready.eq(~clear_wanted & ~self.results.valid & ~victims.busy),
+                    self.requests.ready.eq(~clear_wanted & ~self.results.valid),
                     directory.entry_read.eq(1),
                 ]
                 m.d.sync += request.eq(arriving)
@@ -312,28 +315,32 @@ class ExpertBuffer(wiring.Component):
                             m.d.sync += slot.eq(arriving.slot)
                         with m.Case(BufferOp.RELEASE):
                             m.d.sync += request.index.eq(0)
-                    m.next = "LOOKUP"
+                    m.next = "FETCH"
 
-            with m.State("LOOKUP"):
+            with m.State("FETCH"):
                 m.d.comb += [
                     directory.slot_read.eq(1),
                     directory.pin_read.eq(1),
-                    recency.read.eq(1),
-                ]
-                m.d.comb += [
                     recency.begin_route.eq(is_demand & (request.index == 0) & is_valid),
                     victims.count.eq(is_demand & is_valid),
                 ]
+                m.d.sync += entry.eq(directory.entry)
                 with m.If(~is_valid):
                     answer(BufferCode.INVALID)
                     m.next = "IDLE"
                 with m.Elif((request.op == BufferOp.FILL) | (request.op == BufferOp.CANCEL)):
-                    m.next = "FILL"
+                    m.next = "FILL READ"
                 with m.Elif(request.op == BufferOp.RELEASE):
                     m.next = "UNPIN"
-                with m.Elif(is_resident):
+                with m.Else():
+                    m.next = "LOOKUP"
+
+            with m.State("LOOKUP"):
+                m.d.comb += recency.read.eq(1)
+                with m.If(is_resident):
+                    m.d.comb += [directory.slot.eq(entry.slot), directory.slot_read.eq(1)]
                     m.d.sync += slot.eq(entry.slot)
-                    m.next = "READ"
+                    m.next = "CAPTURE"
                 with m.Elif(request.op == BufferOp.UNLOCK):
                     answer(BufferCode.REFUSED)
                     m.next = "IDLE"
@@ -360,13 +367,14 @@ class ExpertBuffer(wiring.Component):
                     with m.Elif(victims.outbid):
                         answer(BufferCode.OUTBID)
                     with m.Else():
-                        m.next = "READ"
+                        m.next = "CAPTURE"
 
             with m.State("READ"):
-                m.d.comb += [
-                    directory.slot_read.eq(1),
-                    recency.read.eq(1),
-                ]
+                m.d.comb += directory.slot_read.eq(1)
+                m.next = "CAPTURE"
+
+            with m.State("CAPTURE"):
+                m.d.comb += recency.read.eq(1)
                 m.next = "CHECK"
                 with m.If(is_resident | ~by_recency):
                     m.next = "TOUCH"
@@ -451,6 +459,9 @@ class ExpertBuffer(wiring.Component):
                 ]
                 m.next = "IDLE"
 
+            with m.State("FILL READ"):
+                m.next = "FILL"
+
             with m.State("FILL"):
                 is_cancel = Signal()
                 last = Signal()
@@ -528,6 +539,9 @@ class ExpertBuffer(wiring.Component):
                     directory.slot_read.eq(1),
                     directory.pin_read.eq(1),
                 ]
+                m.next = "UNPIN CAPTURE"
+
+            with m.State("UNPIN CAPTURE"):
                 m.next = "UNPIN"
 
         return m

@@ -68,8 +68,8 @@ class Victims(wiring.Component):
     values : ``In(stream.Signature(RecordLayout("ValueBeat", config=config)))``
         Values of experts. Taken at once unless a search or clearing is under way.
     layer, expert, ctx : ``In``
-        What ``look``, ``begin`` and ``visits`` are about; ``layer`` and ``expert`` stay the same
-        from ``look`` to the end of a search but for the cycle of ``look`` itself.
+        The request that arrived with ``look``, from the next cycle to the end of its search. The
+        next ``look`` comes five cycles later at the earliest if it counts.
     look : ``In(1)``
         Read the use rate of ``look_key``.
     look_key : ``In(StructLayout({"expert": ..., "layer": ...}))``
@@ -80,8 +80,6 @@ class Victims(wiring.Component):
         With ``count``: it starts a decision.
     mark : ``Out(MARK_BITS)``
         Visits of ``layer``, from two cycles after ``look`` on.
-    busy : ``Out(1)``
-        What was read by ``look`` in this cycle would be out of date.
     next_use : ``In(1)``
         Rank by predicted next use; else by use rate.
     begin : ``In(1)``
@@ -93,9 +91,9 @@ class Victims(wiring.Component):
     searching : ``Out(1)``
         A search is under way and ``slot`` counts.
     slot : ``Out(config.bits("slot"))``
-        Slot whose state is asked for.
+        Slot whose state is asked for; when ``done``, the victim.
     state : ``In(SlotLayout(config=config))``
-        State of the slot that was asked for one cycle ago.
+        State of the slot that was asked for two cycles ago.
     done : ``Out(1)``
         The search ends. The members below count in that cycle.
     found : ``Out(1)``
@@ -140,7 +138,6 @@ class Victims(wiring.Component):
                 "count": In(1),
                 "first": In(1),
                 "mark": Out(MARK_BITS),
-                "busy": Out(1),
                 "next_use": In(1),
                 "begin": In(1),
                 "bids": In(1),
@@ -210,7 +207,6 @@ class Victims(wiring.Component):
             left.eq((read_rate.rate * decay) >> 8),
         ]
         m.d.comb += [
-            self.busy.eq(writing),
             rate_write.addr.eq(key),
             rate_write.data.rate.eq(left + ((271 - left) >> 4)),
             rate_write.data.stamp.eq(read_visits),
@@ -304,8 +300,13 @@ class Victims(wiring.Component):
             is_remembered.eq(step == 1),
             last_ctx.eq(ctx == contexts - 1),
             last.eq(asking & last_ctx & (step == self.samples + 1)),
-            self.slot.eq(Mux(is_remembered, remembered, pointer)),
         ]
+        with m.If(~asking):
+            m.d.comb += self.slot.eq(self.victim)
+        with m.Elif(is_remembered):
+            m.d.comb += self.slot.eq(remembered)
+        with m.Else():
+            m.d.comb += self.slot.eq(pointer)
         with m.If(asking & last_ctx):
             m.d.sync += [ctx.eq(0), step.eq(step + 1)]
             with m.If(step >= 2):
@@ -316,8 +317,7 @@ class Victims(wiring.Component):
             m.d.sync += [asking.eq(0), passes.eq(passes + 1)]
 
         # Stage 1: the slot's state comes. Stage 2: whose values to read.
-        state = Signal.like(self.state)
-        m.d.sync += state.eq(self.state)
+        state = self.state
         candidate_2 = _delayed(m, is_candidate, 2)
         ctx_2 = _delayed(m, ctx, 2)
         layer = Signal(config.bits("layer"))
