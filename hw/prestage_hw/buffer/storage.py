@@ -28,7 +28,7 @@ class Storage(wiring.Component):
     ----------
     read_latency : :class:`int`
         Cycles from the cycle in which a read is taken to the first in which its beat is offered,
-        where ``beats`` never waits: 2, or 3 if an expert is not a power of two beats.
+        where ``beats`` never waits: 3.
 
     Members
     -------
@@ -58,7 +58,7 @@ class Storage(wiring.Component):
         require_config(config)
         self.config = config
         self._aligned = config.expert_beats & (config.expert_beats - 1) == 0
-        self.read_latency = 2 if self._aligned else 3
+        self.read_latency = 3
         super().__init__(
             {
                 "writes": In(stream.Signature(RecordLayout("BufferWrite", config=config))),
@@ -70,6 +70,12 @@ class Storage(wiring.Component):
                 "blank": In(1),
             }
         )
+
+    def _address(self, place):
+        """Row of a slot's beat."""
+        if self._aligned:
+            return Cat(place.beat, place.slot)
+        return place.slot * self.config.expert_beats + place.beat
 
     def elaborate(self, platform):
         m = Module()
@@ -107,42 +113,35 @@ class Storage(wiring.Component):
         with m.If(~waiting):
             m.d.sync += waiting_place.eq(self.reads.payload)
 
-        # First stage: address. Nothing to compute, and no cycle spent, where the slot and the beat
-        # are its bits.
+        # First stage: address. It is a register even where the slot and the beat are its bits: what
+        # depends on it goes to all block RAMs of the data, far apart.
         step_memory = Signal()
         address = Signal.like(read.addr)
         address_valid = Signal()
         slot = Signal.like(place.slot)
         tile = Signal(max(1, (config.expert_beats - 1) // config.tile_beats).bit_length())
-        place_tile = place.beat >> (config.tile_beats - 1).bit_length()
-        if self._aligned:
-            m.d.comb += [
-                take.eq(step_memory),
-                address.eq(Cat(place.beat, place.slot)),
+        m.d.comb += take.eq(~address_valid | step_memory)
+        with m.If(take):
+            m.d.sync += [
+                address.eq(self._address(place)),
                 address_valid.eq(place_valid),
                 slot.eq(place.slot),
-                tile.eq(place_tile),
-                write.addr.eq(Cat(self.writes.payload.beat, self.writes.payload.slot)),
-                write.data.eq(self.writes.payload.data),
+                tile.eq(place.beat >> (config.tile_beats - 1).bit_length()),
+            ]
+        arriving = self.writes.payload
+        if self._aligned:
+            m.d.comb += [
+                write.addr.eq(self._address(arriving)),
+                write.data.eq(arriving.data),
                 write.en.eq(self.writes.valid),
             ]
         else:
-            m.d.comb += take.eq(~address_valid | step_memory)
-            with m.If(take):
-                m.d.sync += [
-                    address.eq(place.slot * config.expert_beats + place.beat),
-                    address_valid.eq(place_valid),
-                    slot.eq(place.slot),
-                    tile.eq(place_tile),
-                ]
             write_address = Signal.like(write.addr)
             write_data = Signal.like(write.data)
             write_enable = Signal()
             m.d.sync += [
-                write_address.eq(
-                    self.writes.payload.slot * config.expert_beats + self.writes.payload.beat
-                ),
-                write_data.eq(self.writes.payload.data),
+                write_address.eq(self._address(arriving)),
+                write_data.eq(arriving.data),
                 write_enable.eq(self.writes.valid),
             ]
             m.d.comb += [
