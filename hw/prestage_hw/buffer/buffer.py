@@ -199,6 +199,7 @@ class ExpertBuffer(wiring.Component):
             directory.pin_key.ctx.eq(request.ctx),
             directory.row.eq(row),
             recency.slot.eq(slot),
+            storage.valid_slot.eq(slot),
             victims.layer.eq(request.layer),
             victims.expert.eq(request.expert),
             victims.ctx.eq(request.ctx),
@@ -210,24 +211,6 @@ class ExpertBuffer(wiring.Component):
             victims.state.eq(state),
             victims.free_slot.eq(slot),
             victims.row.eq(row),
-        ]
-
-        # A read that is taken while the bits change waits for the write that follows, so that they
-        # can change a cycle late.
-        valid_write = Signal()
-        valid_tiles = Signal(self.config.tiles)
-        valid_slot = Signal(self.config.bits("slot"))
-        valid_value = Signal(self.config.tiles)
-        valid_enable = Signal()
-        m.d.sync += [
-            valid_enable.eq(valid_write),
-            valid_slot.eq(slot),
-            valid_value.eq(valid_tiles),
-        ]
-        m.d.comb += [
-            storage.valid_write.eq(valid_enable),
-            storage.valid_slot.eq(valid_slot),
-            storage.valid_tiles.eq(valid_value),
         ]
 
         with m.If(self.clear):
@@ -285,7 +268,7 @@ class ExpertBuffer(wiring.Component):
                     directory.clear.eq(1),
                     recency.clear.eq(1),
                     victims.clear.eq(1),
-                    valid_write.eq(1),
+                    storage.valid_write.eq(1),
                     storage.blank.eq(1),
                 ]
                 m.d.sync += [
@@ -402,7 +385,7 @@ class ExpertBuffer(wiring.Component):
                     directory.write_key.layer.eq(state.layer),
                     directory.entry_value.evicted_by_prefetch.eq(is_prefetch),
                     directory.entry_write.eq(~is_resident & state.valid),
-                    valid_write.eq(~is_resident),
+                    storage.valid_write.eq(~is_resident),
                     # A demand pins a resident expert.
                     directory.slot_value.eq(state),
                     directory.slot_value.prefetched.eq(state.prefetched & ~is_demand),
@@ -481,7 +464,7 @@ class ExpertBuffer(wiring.Component):
                     directory.entry_write.eq(acts & last),
                     directory.slot_value.eq(state),
                     directory.slot_value.filling.eq(~last),
-                    valid_tiles.eq(directory.slot_value.tiles),
+                    storage.valid_tiles.eq(directory.slot_value.tiles),
                 ]
                 with m.If(dropped):
                     m.d.comb += [
@@ -496,7 +479,7 @@ class ExpertBuffer(wiring.Component):
                 with m.If(acts):
                     m.d.comb += [
                         directory.slot_write.eq(1),
-                        valid_write.eq(1),
+                        storage.valid_write.eq(1),
                         victims.free.eq(dropped & (state.pins == 0)),
                     ]
                     m.d.sync += [
