@@ -165,6 +165,7 @@ class ExpertBuffer(wiring.Component):
         request = Signal.like(arriving)
         result = self.results.payload
         slot = Signal(self.config.bits("slot"))  # slot under work
+        looked_at = Signal.like(slot)  # slot that the memories are asked for or given
         row = Signal(self._row_bits)  # row under clearing
         clear_wanted = Signal()
         # Block RAM is slow out of the clock edge: what it gives is looked at a cycle later.
@@ -191,14 +192,15 @@ class ExpertBuffer(wiring.Component):
             by_recency.eq(self.policy == Policy.LRU),
             may_lock.eq(locked != most_locked),
             may_take.eq((state.pins == 0) & ~state.filling & ~state.locked),
-            directory.slot.eq(Mux(victims.searching, victims.slot, slot)),
+            looked_at.eq(Mux(victims.searching, victims.slot, slot)),
+            directory.slot.eq(looked_at),
             directory.read_key.expert.eq(arriving.expert),
             directory.read_key.layer.eq(arriving.layer),
             directory.pin_key.index.eq(request.index),
             directory.pin_key.layer.eq(request.layer),
             directory.pin_key.ctx.eq(request.ctx),
             directory.row.eq(row),
-            recency.slot.eq(slot),
+            recency.slot.eq(looked_at),
             storage.valid_slot.eq(slot),
             victims.layer.eq(request.layer),
             victims.expert.eq(request.expert),
@@ -304,6 +306,7 @@ class ExpertBuffer(wiring.Component):
                 m.d.comb += [
                     directory.slot_read.eq(1),
                     directory.pin_read.eq(1),
+                    recency.read.eq(1),
                     recency.begin_route.eq(is_demand & (request.index == 0) & is_valid),
                     victims.count.eq(is_demand & is_valid),
                 ]
@@ -319,9 +322,12 @@ class ExpertBuffer(wiring.Component):
                     m.next = "LOOKUP"
 
             with m.State("LOOKUP"):
-                m.d.comb += recency.read.eq(1)
                 with m.If(is_resident):
-                    m.d.comb += [directory.slot.eq(entry.slot), directory.slot_read.eq(1)]
+                    m.d.comb += [
+                        looked_at.eq(entry.slot),
+                        directory.slot_read.eq(1),
+                        recency.read.eq(1),
+                    ]
                     m.d.sync += slot.eq(entry.slot)
                     m.next = "CAPTURE"
                 with m.Elif(request.op == BufferOp.UNLOCK):
@@ -340,7 +346,7 @@ class ExpertBuffer(wiring.Component):
                     m.next = "CHECK"
 
             with m.State("SEARCH"):
-                m.d.comb += directory.slot_read.eq(1)
+                m.d.comb += [directory.slot_read.eq(1), recency.read.eq(1)]
                 m.d.sync += slot.eq(victims.victim)
                 with m.If(victims.done):
                     m.next = "IDLE"
@@ -353,11 +359,10 @@ class ExpertBuffer(wiring.Component):
                         m.next = "CAPTURE"
 
             with m.State("READ"):
-                m.d.comb += directory.slot_read.eq(1)
+                m.d.comb += [directory.slot_read.eq(1), recency.read.eq(1)]
                 m.next = "CAPTURE"
 
             with m.State("CAPTURE"):
-                m.d.comb += recency.read.eq(1)
                 m.next = "CHECK"
                 with m.If(is_resident | ~by_recency):
                     m.next = "TOUCH"

@@ -203,7 +203,7 @@ class Victims(wiring.Component):
         left = Signal(8)
         writing = _delayed(m, counting, 2)
         m.d.sync += [
-            decay.eq(self._decay((visits_now - read_rate.stamp)[:_VISIT_BITS])),
+            decay.eq(self._decay((read_visits - read_rate.stamp)[:_VISIT_BITS], counting & first)),
             left.eq((read_rate.rate * decay) >> 8),
         ]
         m.d.comb += [
@@ -225,9 +225,13 @@ class Victims(wiring.Component):
         ]
         return rate_read, visit_read
 
-    def _decay(self, age):
-        """What is left of a use rate after so many visits, in 1/256."""
-        return Mux(age[6:].any(), 0, Array(Const(decay, 9) for decay in _DECAYS)[age[:6]])
+    def _decay(self, age, more=None):
+        """What is left of a use rate after so many visits, or one more, in 1/256."""
+        # An addition in front of the table would be too long a path.
+        table = [*_DECAYS, *_DECAYS[1:], 0]
+        index = age[:6] if more is None else Cat(age[:6], more)
+        values = Array(Const(decay, 9) for decay in table[: 1 << len(index)])
+        return Mux(age[6:].any(), 0, values[index])
 
     def _read_values(self, m, address, lane):
         """Memories of the values; V, R and which is newer, two cycles after ``address``."""

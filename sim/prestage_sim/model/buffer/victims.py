@@ -103,16 +103,14 @@ class Victims:
 
     def demand(self, ctx: int, layer: int, expert: int, *, first: bool) -> None:
         """Count a demand; the first one of a decision counts a visit of its layer."""
+        key = self.directory.key(layer, expert)
+        rate, stamp = self._rates[key]
+        age = (self.visits[layer] - stamp) % _VISITS + first
         if first:
             self.visits[layer] = (self.visits[layer] + 1) % _VISITS
             self.current[ctx] = layer
-        now = self.visits[layer]
-        key = self.directory.key(layer, expert)
-        rate, stamp = self._rates[key]
-        self._rates[key] = (
-            int(rate_after_use(rate, (now - stamp) % _VISITS, self._decays)),
-            now,
-        )
+        rate = int(rate_after_use(rate, age, self._decays))
+        self._rates[key] = rate, self.visits[layer]
 
     def mark(self, layer: int) -> int:
         """What a prefetch for that layer remembers of its visits."""
