@@ -380,7 +380,7 @@ class Scheduler:
 
     def forget(self):
         self.routes = {}  # (ctx, layer): demands to come
-        self.filling = {}  # slot: [tile, failed, writer and writes to wait for]
+        self.filling = {}  # slot: [tile, failed, writer and writes to wait for, tiles]
         self.holders = {}  # slot: number of pins
         self.locked = set()  # (layer, expert)
 
@@ -410,7 +410,8 @@ class Scheduler:
             elif kind < 0.55:
                 expert = self.random.randrange(config.model.experts)
                 value = self.random.choice([0, 1, 30, 200, self.random.randrange(256)])
-                self._allocated(await tb.operate(PREFETCH, layer=layer, expert=expert, value=value))
+                answer = await tb.operate(PREFETCH, layer=layer, expert=expert, value=value)
+                self._allocated(answer, layer)
             elif kind < 0.58:
                 await self._cancel()
             elif kind < 0.61:
@@ -438,11 +439,13 @@ class Scheduler:
                 beats = None if self.random.random() < 0.05 else self.random.randint(1, self.beats)
                 entry[2] = self.tb.write_tile(slot, entry[0], beats=beats)
 
-    def _allocated(self, answer):
+    def _allocated(self, answer, layer):
         if answer.code == ALLOCATED:
             assert answer.slot not in self.filling, "a filling slot was taken"
             assert not self.holders.get(answer.slot), "a pinned slot was taken"
-            self.filling[answer.slot] = [0, False, None]
+            # Experts of different layers have different sizes.
+            tiles = self.tb.config.tiles - layer % self.tb.config.tiles
+            self.filling[answer.slot] = [0, False, None, tiles]
 
     async def _demand(self, ctx, layer):
         model = self.tb.config.model
@@ -455,7 +458,7 @@ class Scheduler:
         while todo:
             index, expert = todo[0]
             answer = await self.tb.operate(DEMAND, ctx=ctx, layer=layer, expert=expert, index=index)
-            self._allocated(answer)
+            self._allocated(answer, layer)
             if answer.code != NO_SLOT:
                 held.append(answer.slot)
                 self.holders[answer.slot] = self.holders.get(answer.slot, 0) + 1
@@ -471,7 +474,7 @@ class Scheduler:
         tb = self.tb
         there = [
             slot
-            for slot, (_, _, wait) in self.filling.items()
+            for slot, (_, _, wait, _) in self.filling.items()
             if wait is not None and wait[0].sent_count >= wait[1]
         ]
         if not there:
@@ -479,12 +482,10 @@ class Scheduler:
             return
         slot = self.random.choice(there)
         entry = self.filling[slot]
-        tile, failed_before, _ = entry
+        tile, failed_before, _, tiles = entry
         failed = self.random.random() < 0.06
-        last = (
-            tile == tb.config.tiles - 1 or (failed or failed_before) and self.random.random() < 0.5
-        )
-        entry[:] = [tile + 1, failed or failed_before, None]
+        last = tile == tiles - 1 or (failed or failed_before) and self.random.random() < 0.5
+        entry[:] = [tile + 1, failed or failed_before, None, tiles]
         if last:
             failed = entry[1]
             del self.filling[slot]
@@ -498,7 +499,7 @@ class Scheduler:
         tb = self.tb
         slots = [
             slot
-            for slot, (_, _, wait) in self.filling.items()
+            for slot, (_, _, wait, _) in self.filling.items()
             if wait is None or wait[0].sent_count >= wait[1]
         ]
         if not slots or self.random.random() < 0.2:
@@ -523,7 +524,7 @@ class Scheduler:
             self.locked.discard((layer, expert))
             return
         answer = await tb.operate(LOCK, layer=layer, expert=expert)
-        self._allocated(answer)
+        self._allocated(answer, layer)
         if answer.code != NO_SLOT:
             self.locked.add((layer, expert))
 
@@ -627,8 +628,91 @@ async def lasts(dut):
     expected = {(op.name, code.name) for op in (DEMAND, PREFETCH) for code in codes}
     if tb.config.slots > 100:
         expected -= {("DEMAND", "NO_SLOT"), ("PREFETCH", "NO_SLOT")}
-    cocotb.log.info(f"{tb.seen} {max(tb.passes, default=0)} passes")
-    assert tb.seen.keys() >= expected | {("FILL", "RESIDENT"), ("RELEASE", "RESIDENT")}
+    expected |= {("FILL", "RESIDENT"), ("RELEASE", "RESIDENT"), ("RELEASE", "REFUSED")}
+    expected |= {("CANCEL", "REFUSED"), ("UNLOCK", "REFUSED")}
+    if tb.config.slots > 1:
+        expected |= {("CANCEL", "RESIDENT")}
+    if 1 < tb.config.slots < 100:
+        expected |= {("PREFETCH", "OUTBID")}
+    if tb.config.slots > tb.config.contexts * tb.config.model.top_k:
+        expected |= {("LOCK", "ALLOCATED"), ("UNLOCK", "RESIDENT")}
+    assert tb.seen.keys() >= expected, expected - tb.seen.keys()
+
+
+async def count_strobes(tb, counts):
+    """Count the strobes of every cycle."""
+    names = list(tb.buffer.strobes.shape().members)
+    while True:
+        await FallingEdge(tb.dut.clk)
+        bits = int(tb.dut.strobes.value)
+        for number, name in enumerate(names):
+            counts[name] = counts.get(name, 0) + (bits >> number & 1)
+
+
+@cocotb.test()
+async def strobes_with_every_refusal(dut):
+    tb = TB(dut, stall=0.2)
+    await tb.start()
+    counts = {}
+    cocotb.start_soon(count_strobes(tb, counts))
+    scheduler = Scheduler(tb, beats=1)
+    await scheduler.run(parameters()["steps"])
+    await cycles(dut, 3)
+    codes = {"outbid": OUTBID, "refused": REFUSED, "invalid": INVALID}
+    expected = {
+        name: sum(count for (_, code), count in tb.seen.items() if code == wanted.name)
+        for name, wanted in codes.items()
+    }
+    expected["cancelled"] = tb.seen.get(("CANCEL", "RESIDENT"), 0)
+    assert counts == expected
+    assert expected["refused"] > 0
+    await scheduler.release_all()
+    await tb.finish()
+
+
+@cocotb.test()
+async def finds_a_victim_in_bounded_cycles(dut):
+    """Also where all slots but one are pinned or filling; values wait no longer than that."""
+    tb = TB(dut)
+    await tb.start()
+    config, buffer = tb.config, tb.buffer
+    waited = longest = 0
+
+    async def watch():
+        nonlocal waited, longest
+        while True:
+            await FallingEdge(dut.clk)
+            waited = 0 if str(dut.values__ready.value) == "1" else waited + 1
+            longest = max(longest, waited)
+
+    tb.set_policy(NEXT_USE)
+    cocotb.start_soon(watch())
+    experts = [
+        (layer, expert)
+        for layer in range(config.model.layers)
+        for expert in range(config.model.experts)
+    ]
+    tb.random.shuffle(experts)
+    filling = []
+    while len(filling) < config.slots and experts:
+        layer, expert = experts.pop()
+        answer = await tb.operate(PREFETCH, layer=layer, expert=expert)
+        assert answer.code == ALLOCATED
+        filling.append(answer.slot)
+    assert sorted(filling) == sorted(set(filling))
+    if experts and len(filling) == config.slots:
+        layer, expert = experts.pop()
+        refused = await tb.operate(PREFETCH, layer=layer, expert=expert)
+        assert refused.code == NO_SLOT
+        assert tb.passes[-1] == buffer.passes
+        await tb.operate(CANCEL, slot=filling.pop())
+        await tb.operate(PREFETCH, layer=layer, expert=expert)
+    bound = buffer.search_latency + (buffer.passes - 1) * buffer.pass_cycles
+    assert 0 < longest < bound
+    # Within 48 cycles of its beginning where one slot of the pass may be taken.
+    assert config.contexts > 2 or buffer.search_latency - 5 <= 48
+    cocotb.log.info(f"victim after {buffer.search_latency} cycles, at most {bound}")
+    await tb.finish()
 
 
 @cocotb.test()

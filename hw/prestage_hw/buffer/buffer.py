@@ -116,7 +116,7 @@ class ExpertBuffer(wiring.Component):
         self._victims = Victims(config=config, valued=self.valued)
         self.lookup_latency = 5
         self.fill_latency = 4
-        self.release_latency = 3 * config.model.top_k + 3
+        self.release_latency = 3 * config.model.top_k + 4
         self.search_latency = self._victims.search_cycles + 5
         self.pass_cycles = self._victims.pass_cycles
         self.passes = self._victims.passes
@@ -171,7 +171,8 @@ class ExpertBuffer(wiring.Component):
         # Block RAM is slow out of the clock edge: what it gives is looked at a cycle later.
         entry = Signal.like(directory.entry)
         state = Signal.like(directory.state)
-        m.d.sync += state.eq(directory.state)
+        pin = Signal.like(directory.pin)
+        m.d.sync += [state.eq(directory.state), pin.eq(directory.pin)]
 
         is_demand = Signal()
         is_prefetch = Signal()
@@ -317,7 +318,7 @@ class ExpertBuffer(wiring.Component):
                 with m.Elif((request.op == BufferOp.FILL) | (request.op == BufferOp.CANCEL)):
                     m.next = "FILL READ"
                 with m.Elif(request.op == BufferOp.RELEASE):
-                    m.next = "UNPIN"
+                    m.next = "UNPIN CAPTURE"
                 with m.Else():
                     m.next = "LOOKUP"
 
@@ -506,8 +507,8 @@ class ExpertBuffer(wiring.Component):
                     directory.slot_write.eq(pinned),
                 ]
                 m.d.sync += [
-                    slot.eq(directory.pin.slot),
-                    pinned.eq(directory.pin.valid),
+                    slot.eq(pin.slot),
+                    pinned.eq(pin.valid),
                     any_pinned.eq(any_pinned | pinned),
                     request.index.eq(request.index + 1),
                     done.eq(request.index == self.config.model.top_k - 1),
