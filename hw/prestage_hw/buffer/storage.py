@@ -195,7 +195,8 @@ class Storage(wiring.Component):
             words.append(word)
             m.d.comb += [
                 bank_read.addr.eq(address),
-                bank_read.en.eq(step_data),
+                # Said for each bank: one signal to all of them is slow.
+                bank_read.en.eq(step_data & (address >> bank_bits == number)),
                 bank_write.addr.eq(write.addr),
                 bank_write.data.eq(write.data),
                 bank_write.en.eq(write.en & (write.addr >> bank_bits == number)),
