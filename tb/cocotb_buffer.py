@@ -671,6 +671,22 @@ async def strobes_with_every_refusal(dut):
 
 
 @cocotb.test()
+async def cancels_nothing_that_is_locked(dut):
+    tb = TB(dut)
+    await tb.start()
+    answer = await tb.operate(PREFETCH, layer=0, expert=1)
+    locked = await tb.operate(LOCK, layer=0, expert=1)
+    free = tb.config.slots > tb.config.contexts * tb.config.model.top_k
+    assert locked.code == (FILLING if free else NO_SLOT)
+    refused = await tb.operate(CANCEL, slot=answer.slot)
+    assert refused.code == (REFUSED if free else RESIDENT)
+    if free:
+        await tb.fetch(answer.slot)
+        await tb.operate(UNLOCK, layer=0, expert=1)
+    await tb.finish()
+
+
+@cocotb.test()
 async def finds_a_victim_in_bounded_cycles(dut):
     """Also where all slots but one are pinned or filling; values wait no longer than that."""
     tb = TB(dut)

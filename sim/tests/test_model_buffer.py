@@ -617,6 +617,10 @@ def test_only_a_prefetch_in_flight_is_cancelled():
     fill(buffer, slot)
     assert buffer.request(CANCEL, slot=slot) == result(REFUSED)
     buffer.check_invariants()
+    slot = buffer.request(PREFETCH, expert=1).slot
+    assert buffer.request(LOCK, expert=1) == result(FILLING, slot)
+    assert buffer.request(CANCEL, slot=slot) == result(REFUSED)
+    buffer.check_invariants()
 
 
 @pytest.mark.parametrize("policy", Policy)
