@@ -2,9 +2,11 @@
 
 ::
 
-    requests ─▶ ExpertBuffer ─▶ results
-      writes ─▶              ─▶ beats
-       reads ─▶
+       requests ─▶ ExpertBuffer ─▶ results
+         values ─▶              ─▶ beats
+         writes ─▶
+    host_writes ─▶
+          reads ─▶
 """
 
 import random
@@ -14,8 +16,9 @@ import cocotb
 from cocotb.triggers import FallingEdge, ReadWrite, RisingEdge
 
 from prestage_hw.buffer import ExpertBuffer
-from prestage_hw.contract.records import RECORDS, BufferCode, BufferOp
+from prestage_hw.contract.records import RECORDS, BufferCode, BufferOp, Policy, ValueKind
 from prestage_hw.layouts import RecordLayout
+from prestage_sim.model.buffer import BufferResult
 from prestage_sim.model.buffer import ExpertBuffer as GoldenBuffer
 from prestage_tb.bench import (
     Stall,
@@ -27,8 +30,9 @@ from prestage_tb.bench import (
     start_clock,
 )
 
-DEMAND, PREFETCH, FILL, RELEASE = BufferOp
-RESIDENT, FILLING, ALLOCATED, NO_SLOT = BufferCode
+DEMAND, PREFETCH, FILL, RELEASE, CANCEL, LOCK, UNLOCK = BufferOp
+RESIDENT, FILLING, ALLOCATED, NO_SLOT, OUTBID, REFUSED, INVALID = BufferCode
+LRU, LFU, NEXT_USE = Policy
 
 STALLS = {
     "none": 0.0,
@@ -50,11 +54,13 @@ class TB:
     def __init__(self, dut, *, stall=0.0):
         self.dut = dut
         self.config = config = parameters()["config"]
-        self.buffer = ExpertBuffer(config=config)
-        self.golden = GoldenBuffer(config)
+        valued, host_writes = parameters()["valued"], parameters()["host_writes"]
+        self.buffer = ExpertBuffer(config=config, valued=valued, host_writes=host_writes)
+        self.golden = GoldenBuffer(config, valued=valued)
         self.random = random.Random(f"{cocotb.RANDOM_SEED}/{stall}")
         self.exact_cycles = stall == 0.0
         self.seen = {}
+        self.passes = []
         start_clock(dut)
 
         def layout(name):
@@ -63,10 +69,17 @@ class TB:
         self.requests = StreamSource(dut, "requests", layout("BufferRequest"), stall=stall)
         self.results = StreamSink(dut, "results", layout("BufferResult"), stall=stall)
         self.writes = StreamSource(dut, "writes", layout("BufferWrite"), stall=stall)
+        self.host_writes = None
+        if host_writes:
+            self.host_writes = StreamSource(dut, "host_writes", layout("BufferWrite"), stall=stall)
+        self.values = StreamSource(dut, "values", layout("ValueBeat"), stall=stall)
         self.reads = StreamSource(dut, "reads", layout("ReadRequest"), stall=stall)
         self.beats = StreamSink(dut, "beats", layout("Beat"), stall=stall)
-        self.drivers = [self.requests, self.results, self.writes, self.reads, self.beats]
+        self.writers = [self.writes, *([self.host_writes] if host_writes else [])]
+        self.drivers = [self.requests, self.results, *self.writers]
+        self.drivers += [self.values, self.reads, self.beats]
         dut.clear.value = 0
+        self.set_policy(LRU)
         self.forget()
         cocotb.start_soon(self._check_beats())
 
@@ -74,8 +87,12 @@ class TB:
         """Know of no work under way."""
         self.window = []  # tile-valid bits that reads may still see
         self.pending = deque()  # reads: (slot, beat, allowed (ok, data))
-        self.queued = deque()  # writes that the golden model has not seen
-        self.queued_count = self.written_count = 0
+        # For each writer: writes that the golden model has not seen, how many were queued and seen.
+        self.queued = {writer: deque() for writer in self.writers}
+        self.queued_count = dict.fromkeys(self.writers, 0)
+        self.written_count = dict.fromkeys(self.writers, 0)
+        self.queued_values = deque()  # values that the golden model has not seen
+        self.valued_count = 0
 
     async def start(self):
         """Reset, and fill the slots unless their bytes are known."""
@@ -90,7 +107,8 @@ class TB:
 
     async def finish(self):
         """Wait for all writes and reads."""
-        await self.writes.sent()
+        for writer in self.writers:
+            await writer.sent()
         await cycles(self.dut, 3)
         self.settle_writes()
         while self.pending:
@@ -115,24 +133,62 @@ class TB:
     # --- data ---
 
     def write_tile(self, slot, tile, *, beats=None):
-        """Queue beats of a tile, all or a random few; return the count of writes to wait for."""
+        """Queue beats of a tile, all or a random few; return what to wait for."""
         numbers = range(self.config.tile_beats)
         if beats is not None:
             numbers = self.random.sample(numbers, min(beats, self.config.tile_beats))
+        writer = self.random.choice(self.writers)
         for number in numbers:
             beat = tile * self.config.tile_beats + number
             data = self.random.randbytes(self.config.data_bytes)
-            self.queued.append((slot, beat, data))
-            self.writes.send({"slot": slot, "beat": beat, "data": data})
-            self.queued_count += 1
-        return self.queued_count
+            self.queued[writer].append((slot, beat, data))
+            writer.send({"slot": slot, "beat": beat, "data": data})
+            self.queued_count[writer] += 1
+        return writer, self.queued_count[writer]
 
     def settle_writes(self):
         """Tell the golden model of the writes that were taken."""
         assert str(self.dut.writes__ready.value) == "1"
-        while self.written_count < self.writes.sent_count:
-            self.golden.write_beat(*self.queued.popleft())
-            self.written_count += 1
+        for writer in self.writers:
+            while self.written_count[writer] < writer.sent_count:
+                self.golden.write_beat(*self.queued[writer].popleft())
+                self.written_count[writer] += 1
+
+    # --- values and policy ---
+
+    def set_policy(self, policy):
+        """Switch the policy. No operation may be under way."""
+        self.golden.policy = policy
+        # 3 stands for predicted next use too.
+        self.dut.policy.value = policy if policy != NEXT_USE else self.random.choice([2, 3])
+
+    def send_values(self, *, whole=True):
+        """Queue values for experts of some layer, for all or a part of them."""
+        config = self.config
+        ctx = self.random.randrange(config.contexts)
+        layer = self.random.randrange(config.model.layers)
+        kind = self.random.choice(list(ValueKind))
+        beats = range(config.lane_beats)
+        most = self.random.choice([0, 3, 40, 255])
+        for beat in beats if whole else [self.random.choice(beats)]:
+            lanes = config.predictor_lanes
+            values = [min(int(self.random.expovariate(1 / (most + 1))), 255) for _ in range(lanes)]
+            self.queued_values.append((kind, ctx, layer, beat, values))
+            self.values.send(
+                {"kind": kind, "ctx": ctx, "layer": layer, "beat": beat, "values": values}
+            )
+
+    def settle_values(self):
+        """Tell the golden model of the values that were taken."""
+        while self.valued_count < self.values.sent_count:
+            self.golden.values(*self.queued_values.popleft())
+            self.valued_count += 1
+
+    async def finish_values(self):
+        """Wait until all values were taken."""
+        await self.values.sent()
+        await ReadWrite()
+        self.settle_values()
 
     def read(self, slot, beat):
         """Queue a read."""
@@ -159,57 +215,87 @@ class TB:
     # --- operations ---
 
     def expected_cycles(self, op, fields):
-        """Cycles from request to result by the documentation, before the golden model acts."""
-        if op == FILL:
+        """Cycles from request to result by the documentation, before the golden model acts; None
+        where it will have to search by value.
+        """
+        if op in (FILL, CANCEL):
             return self.buffer.fill_latency
         if op == RELEASE:
             return self.buffer.release_latency
         directory, recency = self.golden.directory, self.golden.recency
+        config = self.config
         if directory.state[directory.key(fields["layer"], fields["expert"])]:
             return self.buffer.lookup_latency
+        most = config.slots - config.contexts * config.model.top_k
+        if op == UNLOCK or (op == LOCK and self.golden.locked >= most):
+            return 3
+        if self.golden.policy != LRU:
+            return None
         skipped = 0
         for slot in recency:
             if op == PREFETCH and recency.touched(slot):
                 break
             held = directory.slots[slot]
-            if not held.pins and not held.filling:
-                return self.buffer.lookup_latency + 2 * skipped
+            if not held.pins and not held.filling and not held.locked:
+                return self.buffer.lookup_latency + 3 * skipped
             skipped += 1
-        return self.buffer.lookup_latency + 2 * (skipped - 1) - 1 if skipped else 2
+        return self.buffer.lookup_latency + 3 * (skipped - 1) - 1 if skipped else 3
+
+    def _golden(self, op, fields):
+        """Answer of the golden model and the cycles that it takes."""
+        before = self.golden.victims
+        try:
+            took = self.expected_cycles(op, fields)
+            answer = self.golden.request(op, **fields)
+        except ValueError:
+            return BufferResult(INVALID), 2
+        if took is None:
+            took = self.buffer.search_latency + (before.passes - 1) * self.buffer.pass_cycles
+            took -= 2 * (answer.code in (NO_SLOT, OUTBID))
+            self.passes.append(before.passes)
+        return answer, took
 
     async def operate(self, op, *, clear=False, **fields):
         """Do one operation, and clear just after it was taken if wanted."""
+        if op == PREFETCH:
+            fields.setdefault("value", 0)
+        if clear:
+            await self.finish_values()
         self.settle_writes()
-        expected_cycles = self.expected_cycles(op, fields)
         self.window.append(list(self.golden.storage.valid))
-        answer = self.golden.request(op, **fields)
-        self._changed()
         record = {field.name: 0 for field in RECORDS["BufferRequest"].fields}
         # Fields that an operation doesn't use are noise.
         for field in RECORDS["BufferRequest"].fields:
-            if field.name in ("ctx", "layer", "expert", "index", "slot", "tile", "last", "failed"):
+            if field.name != "op":
                 record[field.name] = self.random.getrandbits(field.bits(self.config))
         record.update({"op": op, **{name: int(value) for name, value in fields.items()}})
         self.requests.send(record)
         await self.requests.sent()
         taken = self.requests.cycle
+        self.dut.clear.value = clear
+        await cycles(self.dut)
+        self.dut.clear.value = 0
+        await cycles(self.dut)
+        await ReadWrite()
+        # Values count up to two cycles after the request's, and no operation changes what is read
+        # before.
+        self.settle_values()
+        answer, expected_cycles = self._golden(op, fields)
+        self._changed()
         if clear:
             self.window.append(list(self.golden.storage.valid))
             self.golden.clear()
             self._changed()
-            self.dut.clear.value = 1
-            await cycles(self.dut)
-            self.dut.clear.value = 0
         [got] = await self.results.receive(1, limit=8 * self.config.slots + 1000)
         expected = {name: int(value) for name, value in answer._asdict().items()}
-        assert got == expected, f"{op.name} {fields}: {got}, not {expected}"
+        assert got == expected, f"{BufferOp(op).name} {fields}: {got}, not {expected}"
         if self.exact_cycles:
             took = self.results.arrival[-1] - taken
-            assert took == expected_cycles, f"{op.name} {fields}: {took}, not {expected_cycles}"
+            assert took == expected_cycles, f"{op} {fields}: {took}, not {expected_cycles}"
         if clear:
             await self.until_idle()
         self.window.clear()
-        key = op.name, answer.code.name
+        key = BufferOp(op).name, answer.code.name
         self.seen[key] = self.seen.get(key, 0) + 1
         return answer
 
@@ -223,6 +309,7 @@ class TB:
 
     async def clear(self):
         """Clear with no operation under way."""
+        await self.finish_values()
         self.window.append(list(self.golden.storage.valid))
         self.golden.clear()
         self._changed()
@@ -237,8 +324,8 @@ class TB:
     async def fetch(self, slot, *, beats=None):
         """Write and fill all tiles of a slot."""
         for tile in range(self.config.tiles):
-            self.write_tile(slot, tile, beats=beats)
-            await self.writes.sent()
+            writer, _ = self.write_tile(slot, tile, beats=beats)
+            await writer.sent()
             await self.operate(
                 FILL, slot=slot, tile=tile, last=tile == self.config.tiles - 1, failed=0
             )
@@ -284,6 +371,7 @@ class Scheduler:
 
     def __init__(self, tb, *, clear=0.0, reset=0.0, beats=2):
         self.tb = tb
+        self.values = True
         self.random = tb.random
         self.clear = clear
         self.reset = reset
@@ -292,8 +380,9 @@ class Scheduler:
 
     def forget(self):
         self.routes = {}  # (ctx, layer): demands to come
-        self.filling = {}  # slot: [tile, failed, writes to wait for]
+        self.filling = {}  # slot: [tile, failed, writer and writes to wait for, tiles]
         self.holders = {}  # slot: number of pins
+        self.locked = set()  # (layer, expert)
 
     async def run(self, steps):
         tb, config = self.tb, self.tb.config
@@ -303,6 +392,13 @@ class Scheduler:
                 if len(tb.pending) < 20:
                     self._read()
             layer = min(int(self.random.expovariate(0.7)), config.model.layers - 1)
+            # So many that some always wait: one may be taken in any cycle that allows it.
+            while tb.values.pending < 8 and self.values:
+                tb.send_values(whole=self.random.random() < 0.5)
+            if step % 40 == 0:
+                # Without a change of values the prefetches in probation and use rates decide.
+                self.values = self.random.random() < 0.5
+                tb.set_policy(self.random.choice([LRU, LFU, NEXT_USE, NEXT_USE]))
             kind = self.random.random()
             if kind < self.clear:
                 await tb.clear()
@@ -313,7 +409,15 @@ class Scheduler:
                 await self._demand(self.random.randrange(config.contexts), layer)
             elif kind < 0.55:
                 expert = self.random.randrange(config.model.experts)
-                self._allocated(await tb.operate(PREFETCH, layer=layer, expert=expert))
+                value = self.random.choice([0, 1, 30, 200, self.random.randrange(256)])
+                answer = await tb.operate(PREFETCH, layer=layer, expert=expert, value=value)
+                self._allocated(answer, layer)
+            elif kind < 0.58:
+                await self._cancel()
+            elif kind < 0.61:
+                await self._lock(layer)
+            elif kind < 0.63:
+                await self._out_of_range()
             elif kind < 0.85:
                 await self._fill()
             else:
@@ -335,11 +439,13 @@ class Scheduler:
                 beats = None if self.random.random() < 0.05 else self.random.randint(1, self.beats)
                 entry[2] = self.tb.write_tile(slot, entry[0], beats=beats)
 
-    def _allocated(self, answer):
+    def _allocated(self, answer, layer):
         if answer.code == ALLOCATED:
             assert answer.slot not in self.filling, "a filling slot was taken"
             assert not self.holders.get(answer.slot), "a pinned slot was taken"
-            self.filling[answer.slot] = [0, False, None]
+            # Experts of different layers have different sizes.
+            tiles = self.tb.config.tiles - layer % self.tb.config.tiles
+            self.filling[answer.slot] = [0, False, None, tiles]
 
     async def _demand(self, ctx, layer):
         model = self.tb.config.model
@@ -352,7 +458,7 @@ class Scheduler:
         while todo:
             index, expert = todo[0]
             answer = await self.tb.operate(DEMAND, ctx=ctx, layer=layer, expert=expert, index=index)
-            self._allocated(answer)
+            self._allocated(answer, layer)
             if answer.code != NO_SLOT:
                 held.append(answer.slot)
                 self.holders[answer.slot] = self.holders.get(answer.slot, 0) + 1
@@ -368,20 +474,18 @@ class Scheduler:
         tb = self.tb
         there = [
             slot
-            for slot, (_, _, count) in self.filling.items()
-            if count is not None and tb.writes.sent_count >= count
+            for slot, (_, _, wait, _) in self.filling.items()
+            if wait is not None and wait[0].sent_count >= wait[1]
         ]
         if not there:
             await cycles(tb.dut)
             return
         slot = self.random.choice(there)
         entry = self.filling[slot]
-        tile, failed_before, _ = entry
+        tile, failed_before, _, tiles = entry
         failed = self.random.random() < 0.06
-        last = (
-            tile == tb.config.tiles - 1 or (failed or failed_before) and self.random.random() < 0.5
-        )
-        entry[:] = [tile + 1, failed or failed_before, None]
+        last = tile == tiles - 1 or (failed or failed_before) and self.random.random() < 0.5
+        entry[:] = [tile + 1, failed or failed_before, None, tiles]
         if last:
             failed = entry[1]
             del self.filling[slot]
@@ -390,9 +494,67 @@ class Scheduler:
         if clear:
             self.forget()
 
+    async def _cancel(self):
+        """Cancel a fill that waits for no write, or what is no fill at all."""
+        tb = self.tb
+        slots = [
+            slot
+            for slot, (_, _, wait, _) in self.filling.items()
+            if wait is None or wait[0].sent_count >= wait[1]
+        ]
+        if not slots or self.random.random() < 0.2:
+            slots = [slot for slot in range(tb.config.slots) if slot not in self.filling]
+        if slots:
+            slot = self.random.choice(slots)
+            answer = await tb.operate(CANCEL, slot=slot)
+            if answer.code == RESIDENT:
+                assert not self.holders.get(slot), "a pinned slot was cancelled"
+                del self.filling[slot]
+
+    async def _lock(self, layer):
+        tb = self.tb
+        if self.locked and self.random.random() < 0.5:
+            layer, expert = self.random.choice(sorted(self.locked))
+            self.locked.discard((layer, expert))
+            await tb.operate(UNLOCK, layer=layer, expert=expert)
+            return
+        expert = self.random.randrange(tb.config.model.experts)
+        if self.random.random() < 0.1:
+            await tb.operate(UNLOCK, layer=layer, expert=expert)
+            self.locked.discard((layer, expert))
+            return
+        answer = await tb.operate(LOCK, layer=layer, expert=expert)
+        self._allocated(answer, layer)
+        if answer.code != NO_SLOT:
+            self.locked.add((layer, expert))
+
+    async def _out_of_range(self):
+        """Use a number that is too great, if the fields can hold one."""
+        config, model = self.tb.config, self.tb.config.model
+        kinds = {
+            "ctx": (config.contexts, (DEMAND, RELEASE)),
+            "layer": (model.layers, (DEMAND, PREFETCH, RELEASE, LOCK, UNLOCK)),
+            "expert": (model.experts, (DEMAND, PREFETCH, LOCK, UNLOCK)),
+            "index": (model.top_k, (DEMAND,)),
+            "slot": (config.slots, (FILL, CANCEL)),
+            "tile": (config.tiles, (FILL,)),
+        }
+        used = dict.fromkeys(kinds, 0)
+        name = self.random.choice(list(kinds))
+        least, ops = kinds[name]
+        most = 1 << config.bits(name)
+        if least == most:
+            return
+        used[name] = self.random.randrange(least, most)
+        answer = await self.tb.operate(self.random.choice(ops), **used)
+        assert answer.code == INVALID
+
     async def _release(self):
-        if not self.routes:
-            await cycles(self.tb.dut)
+        if not self.routes or self.random.random() < 0.1:
+            ctx = self.random.randrange(self.tb.config.contexts)
+            layer = self.random.randrange(self.tb.config.model.layers)
+            if (ctx, layer) not in self.routes:
+                await self.tb.operate(RELEASE, ctx=ctx, layer=layer)
             return
         ctx, layer = self.random.choice(list(self.routes))
         _, held = self.routes.pop((ctx, layer))
@@ -407,22 +569,27 @@ class Scheduler:
         """Reset with a request, writes and reads under way."""
         tb = self.tb
         layer = self.random.randrange(tb.config.model.layers)
-        op = self.random.choice([DEMAND, PREFETCH, RELEASE])
+        op = self.random.choice([DEMAND, PREFETCH, RELEASE, LOCK])
+        for _ in range(3):
+            tb.send_values()
         record = dict.fromkeys((field.name for field in RECORDS["BufferRequest"].fields), 0)
         tb.requests.send({**record, "op": op, "layer": layer})
         for _ in range(4):
             self._read()
-        await cycles(tb.dut, self.random.randrange(9))
+        await cycles(tb.dut, self.random.choice([self.random.randrange(9), 40]))
         await tb.reset()
         self.forget()
 
     async def release_all(self):
-        """Finish all fills and release all routes."""
+        """Finish all fills and release all routes and locks."""
         while self.filling:
             self._start_tiles()
             await self._fill()
         while self.routes:
             await self._release()
+        for layer, expert in sorted(self.locked):
+            await self.tb.operate(UNLOCK, layer=layer, expert=expert)
+        await self.tb.finish_values()
 
 
 @cocotb.test()
@@ -457,10 +624,111 @@ async def lasts(dut):
     await scheduler.run(4 * parameters()["steps"])
     await scheduler.release_all()
     await tb.compare_all(most=100_000)
-    expected = {(op.name, code.name) for op in (DEMAND, PREFETCH) for code in BufferCode}
+    codes = (RESIDENT, FILLING, ALLOCATED, NO_SLOT)
+    expected = {(op.name, code.name) for op in (DEMAND, PREFETCH) for code in codes}
     if tb.config.slots > 100:
         expected -= {("DEMAND", "NO_SLOT"), ("PREFETCH", "NO_SLOT")}
-    assert tb.seen.keys() >= expected | {("FILL", "RESIDENT"), ("RELEASE", "RESIDENT")}
+    expected |= {("FILL", "RESIDENT"), ("RELEASE", "RESIDENT"), ("RELEASE", "REFUSED")}
+    expected |= {("CANCEL", "REFUSED"), ("UNLOCK", "REFUSED")}
+    if tb.config.slots > 1:
+        expected |= {("CANCEL", "RESIDENT")}
+    if 1 < tb.config.slots < 100:
+        expected |= {("PREFETCH", "OUTBID")}
+    if tb.config.slots > tb.config.contexts * tb.config.model.top_k:
+        expected |= {("LOCK", "ALLOCATED"), ("UNLOCK", "RESIDENT")}
+    assert tb.seen.keys() >= expected, expected - tb.seen.keys()
+
+
+async def count_strobes(tb, counts):
+    """Count the strobes of every cycle."""
+    names = list(tb.buffer.strobes.shape().members)
+    while True:
+        await FallingEdge(tb.dut.clk)
+        bits = int(tb.dut.strobes.value)
+        for number, name in enumerate(names):
+            counts[name] = counts.get(name, 0) + (bits >> number & 1)
+
+
+@cocotb.test()
+async def strobes_with_every_refusal(dut):
+    tb = TB(dut, stall=0.2)
+    await tb.start()
+    counts = {}
+    cocotb.start_soon(count_strobes(tb, counts))
+    scheduler = Scheduler(tb, beats=1)
+    await scheduler.run(parameters()["steps"])
+    await cycles(dut, 3)
+    codes = {"outbid": OUTBID, "refused": REFUSED, "invalid": INVALID}
+    expected = {
+        name: sum(count for (_, code), count in tb.seen.items() if code == wanted.name)
+        for name, wanted in codes.items()
+    }
+    expected["cancelled"] = tb.seen.get(("CANCEL", "RESIDENT"), 0)
+    assert counts == expected
+    assert expected["refused"] > 0
+    await scheduler.release_all()
+    await tb.finish()
+
+
+@cocotb.test()
+async def cancels_nothing_that_is_locked(dut):
+    tb = TB(dut)
+    await tb.start()
+    answer = await tb.operate(PREFETCH, layer=0, expert=1)
+    locked = await tb.operate(LOCK, layer=0, expert=1)
+    free = tb.config.slots > tb.config.contexts * tb.config.model.top_k
+    assert locked.code == (FILLING if free else NO_SLOT)
+    refused = await tb.operate(CANCEL, slot=answer.slot)
+    assert refused.code == (REFUSED if free else RESIDENT)
+    if free:
+        await tb.fetch(answer.slot)
+        await tb.operate(UNLOCK, layer=0, expert=1)
+    await tb.finish()
+
+
+@cocotb.test()
+async def finds_a_victim_in_bounded_cycles(dut):
+    """Also where all slots but one are pinned or filling; values wait no longer than that."""
+    tb = TB(dut)
+    await tb.start()
+    config, buffer = tb.config, tb.buffer
+    waited = longest = 0
+
+    async def watch():
+        nonlocal waited, longest
+        while True:
+            await FallingEdge(dut.clk)
+            waited = 0 if str(dut.values__ready.value) == "1" else waited + 1
+            longest = max(longest, waited)
+
+    tb.set_policy(NEXT_USE)
+    cocotb.start_soon(watch())
+    experts = [
+        (layer, expert)
+        for layer in range(config.model.layers)
+        for expert in range(config.model.experts)
+    ]
+    tb.random.shuffle(experts)
+    filling = []
+    while len(filling) < config.slots and experts:
+        layer, expert = experts.pop()
+        answer = await tb.operate(PREFETCH, layer=layer, expert=expert)
+        assert answer.code == ALLOCATED
+        filling.append(answer.slot)
+    assert sorted(filling) == sorted(set(filling))
+    if experts and len(filling) == config.slots:
+        layer, expert = experts.pop()
+        refused = await tb.operate(PREFETCH, layer=layer, expert=expert)
+        assert refused.code == NO_SLOT
+        assert tb.passes[-1] == buffer.passes
+        await tb.operate(CANCEL, slot=filling.pop())
+        await tb.operate(PREFETCH, layer=layer, expert=expert)
+    bound = buffer.search_latency + (buffer.passes - 1) * buffer.pass_cycles
+    assert 0 < longest < bound
+    # Within 48 cycles of its beginning where one slot of the pass may be taken.
+    assert config.contexts > 2 or buffer.search_latency - 5 <= 48
+    cocotb.log.info(f"victim after {buffer.search_latency} cycles, at most {bound}")
+    await tb.finish()
 
 
 @cocotb.test()

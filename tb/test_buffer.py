@@ -43,18 +43,28 @@ CONFIGS = {
         expert_bytes=512,
         data_bytes=64,
     ),
-    "gpt-oss-20b": DeviceConfig(model=preset("gpt-oss-20b"), slots=192),
+    "gpt-oss-20b": DeviceConfig(model=preset("gpt-oss-20b"), slots=192, predictor="perceptron"),
 }
+
+#: Configurations whose buffer takes no values, and those into which the host writes too.
+VALUELESS = ("one-slot",)
+HOST_WRITES = ("tiny", "odd")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_buffer(name):
     config = CONFIGS[name]
+    valued, host_writes = name not in VALUELESS, name in HOST_WRITES
     run_bench(
-        lambda: ExpertBuffer(config=config),
+        lambda: ExpertBuffer(config=config, valued=valued, host_writes=host_writes),
         module=HERE / "cocotb_buffer.py",
         name="buffer",
-        parameters={"config": config, "steps": STEPS},
+        parameters={
+            "config": config,
+            "steps": STEPS,
+            "valued": valued,
+            "host_writes": host_writes,
+        },
     )
 
 

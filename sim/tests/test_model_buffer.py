@@ -6,11 +6,12 @@ import pytest
 
 from prestage_hw.contract import DeviceConfig, ModelConfig, preset
 from prestage_hw.contract.params import TINY_DEVICE
-from prestage_hw.contract.records import BufferCode, BufferOp
+from prestage_hw.contract.records import BufferCode, BufferOp, Policy, ValueKind
 from prestage_sim.model.buffer import BufferResult, ExpertBuffer
 
-DEMAND, PREFETCH, FILL, RELEASE = BufferOp
-RESIDENT, FILLING, ALLOCATED, NO_SLOT = BufferCode
+DEMAND, PREFETCH, FILL, RELEASE, CANCEL, LOCK, UNLOCK = BufferOp
+RESIDENT, FILLING, ALLOCATED, NO_SLOT, OUTBID, REFUSED, _ = BufferCode
+LRU, LFU, NEXT_USE = Policy
 
 #: Three slots, one layer more than needed, two tiles an expert: small enough to work out by hand.
 SMALL = DeviceConfig(
@@ -302,6 +303,8 @@ class ScanningBuffer:
         return BufferResult(RESIDENT, number)
 
     def release(self, ctx, layer):
+        if not any(pin[:2] == (ctx, layer) for pin in self.pinned):
+            return BufferResult(REFUSED)
         self.pinned = [pin for pin in self.pinned if pin[:2] != (ctx, layer)]
         return BufferResult(RESIDENT)
 
@@ -399,10 +402,277 @@ def test_agrees_with_the_second_model(name, seed):
                 for tile in range(config.tiles):
                     ok = buffer.read_beat(slot, tile * config.tile_beats)[1]
                     assert ok == (tile in witness.slots[slot].tiles)
-    expected = {(op, code) for op in (DEMAND, PREFETCH) for code in BufferCode}
+    codes = (RESIDENT, FILLING, ALLOCATED, NO_SLOT)
+    expected = {(op, code) for op in (DEMAND, PREFETCH) for code in codes}
     if name == "gpt-oss-20b":
         expected -= {(DEMAND, NO_SLOT), (PREFETCH, NO_SLOT)}
     assert seen >= expected | {(FILL, RESIDENT), (RELEASE, RESIDENT)}
+
+
+# --- values and policies ----------------------------------------------------------------------
+
+#: Experts of SMALL are 0 to 4 in lanes of eight.
+LANES = SMALL.predictor_lanes
+
+
+def valued(policy, *, slots=3, contexts=1):
+    config = DeviceConfig(
+        model=ModelConfig(name="small", layers=4, experts=5, top_k=1),
+        slots=slots,
+        contexts=contexts,
+        expert_bytes=512,
+    )
+    buffer = ExpertBuffer(config, valued=True)
+    buffer.policy = policy
+    return buffer
+
+
+def tell(buffer, kind, layer, **values):
+    """Values of experts given as e0=..., e1=...; others 0."""
+    row = [0] * LANES
+    ctx = values.pop("ctx", 0)
+    for name, value in values.items():
+        row[int(name[1:])] = value
+    buffer.values(kind, ctx, layer, 0, row)
+
+
+def use(buffer, layer, expert, *, ctx=0):
+    """Demand an expert, fetch it if it's missing, and release it."""
+    answer = buffer.request(DEMAND, ctx=ctx, layer=layer, expert=expert)
+    if answer.code == ALLOCATED:
+        fill(buffer, answer.slot)
+    assert buffer.request(RELEASE, ctx=ctx, layer=layer) == result(RESIDENT)
+    return answer
+
+
+def residents(buffer):
+    experts = buffer.config.model.experts
+    return {divmod(slot.owner, experts) for slot in buffer.directory.slots if slot.owner >= 0}
+
+
+def test_lfu_evicts_what_was_used_least_often():
+    buffer = valued(LFU)
+    for expert in (0, 0, 1, 1, 2, 0, 1):
+        use(buffer, 0, expert)
+    assert residents(buffer) == {(0, 0), (0, 1), (0, 2)}
+    # LRU would give up expert 0 now.
+    use(buffer, 0, 3)
+    assert residents(buffer) == {(0, 0), (0, 1), (0, 3)}
+
+
+def test_use_rates_decay_with_the_visits_of_their_layer():
+    buffer = valued(LFU)
+    victims = buffer.victims
+    use(buffer, 0, 0)
+    assert victims.keep(LFU, 0, 0, 0) == 16 << 4
+    use(buffer, 1, 1)  # another layer's visits don't count
+    assert victims.keep(LFU, 0, 0, 0) == 16 << 4
+    use(buffer, 0, 1)
+    assert victims.keep(LFU, 0, 0, 0) == 15 << 4
+    for _ in range(63):
+        use(buffer, 0, 1)
+    assert victims.keep(LFU, 0, 0, 0) == 0
+    # Rounding down twice lets the rate of what is always used settle there.
+    assert victims.keep(LFU, 0, 1, 0) == 129 << 4
+
+
+def test_next_use_evicts_what_is_worth_least():
+    buffer = valued(NEXT_USE)
+    for expert in (0, 1, 2):
+        use(buffer, 0, expert)
+    tell(buffer, ValueKind.CHANCE, 0, e0=10, e1=90, e2=40)
+    use(buffer, 1, 0)
+    assert residents(buffer) == {(0, 1), (0, 2), (1, 0)}
+    # Expert 1 of layer 0 was not chosen this time, and R says that it won't be soon.
+    tell(buffer, ValueKind.REUSE, 0, e1=5, e2=200)
+    tell(buffer, ValueKind.CHANCE, 1, e0=100)
+    use(buffer, 1, 1)
+    assert residents(buffer) == {(0, 2), (1, 0), (1, 1)}
+
+
+def test_keep_value_by_hand():
+    buffer = valued(NEXT_USE)
+    use(buffer, 1, 4)
+    victims = buffer.victims
+    tell(buffer, ValueKind.CHANCE, 3, e0=100)
+    # Distance 2, no use, no R: 2 * 100 in 1/512.
+    assert victims.keep(NEXT_USE, 3, 0, 0) == 200 * round(256 * (63 / 64) ** 2) >> 5
+    tell(buffer, ValueKind.REUSE, 3, e0=64)
+    assert victims.keep(NEXT_USE, 3, 0, 0) == 64 * round(256 * (63 / 64) ** 2) >> 5
+    tell(buffer, ValueKind.CHANCE, 3, e0=100)
+    worth = 200 + (156 * 13 * 64 >> 12)
+    assert victims.keep(NEXT_USE, 3, 0, 0) == worth * round(256 * (63 / 64) ** 2) >> 5
+    # The layer under way comes round at once, or a whole token later if it was visited.
+    tell(buffer, ValueKind.CHANCE, 1, e0=100)
+    assert victims.keep(NEXT_USE, 1, 0, 0) == 200 * 255 >> 5
+    tell(buffer, ValueKind.REUSE, 1, e0=100)
+    assert victims.keep(NEXT_USE, 1, 0, 0) == 100 * round(256 * (63 / 64) ** 4) >> 5
+
+
+def test_the_greatest_keep_value_of_the_contexts_counts():
+    buffer = valued(NEXT_USE, contexts=2)
+    victims = buffer.victims
+    tell(buffer, ValueKind.CHANCE, 2, e0=50)
+    buffer.values(ValueKind.CHANCE, 1, 2, 0, [90] + [0] * (LANES - 1))
+    assert victims.keep(NEXT_USE, 2, 0, 0) == 0  # no context is under way
+    use(buffer, 2, 1)
+    assert victims.keep(NEXT_USE, 2, 0, 0) == 100 * 255 >> 5
+    use(buffer, 2, 1, ctx=1)
+    assert victims.keep(NEXT_USE, 2, 0, 0) == 180 * 255 >> 5
+
+
+def test_a_prefetch_has_to_be_worth_its_victim():
+    buffer = valued(NEXT_USE)
+    for expert in (0, 1, 2):
+        use(buffer, 0, expert)
+    tell(buffer, ValueKind.CHANCE, 0, e0=100, e1=150, e2=200)
+    assert buffer.request(PREFETCH, layer=1, expert=0, value=60) == result(OUTBID)
+    assert residents(buffer) == {(0, 0), (0, 1), (0, 2)}
+    taken = buffer.request(PREFETCH, layer=1, expert=0, value=140)
+    assert taken == result(ALLOCATED, 0, evicted=True)
+    # Without a value it takes whatever is found.
+    fill(buffer, 0)
+    assert buffer.request(PREFETCH, layer=1, expert=1).code == ALLOCATED
+
+
+def test_probation_ends_when_the_layer_is_routed():
+    buffer = valued(NEXT_USE)
+    use(buffer, 0, 0)
+    assert buffer.request(PREFETCH, layer=1, expert=1, value=140).code == ALLOCATED
+    assert buffer.request(PREFETCH, layer=1, expert=2, value=160).code == ALLOCATED
+    fill(buffer, 1)
+    fill(buffer, 2)
+    tell(buffer, ValueKind.CHANCE, 0, e0=255)
+    # No weaker candidate takes the place of a prefetch that waits.
+    assert buffer.request(PREFETCH, layer=1, expert=3, value=139) == result(OUTBID)
+    assert buffer.request(PREFETCH, layer=1, expert=3, value=140).code == ALLOCATED
+    fill(buffer, 1)
+    # Used: it counts by its use rate; not used in time: it counts for nothing.
+    first = buffer.request(DEMAND, layer=1, expert=2)
+    assert first == result(RESIDENT, 2, prefetched=True)
+    buffer.request(RELEASE, layer=1)
+    assert buffer.victims.worth(NEXT_USE, buffer.directory.slots[1]) == 0
+    assert buffer.victims.worth(NEXT_USE, buffer.directory.slots[2]) > 0
+    taken = buffer.request(PREFETCH, layer=2, expert=0, value=1)
+    assert taken == result(ALLOCATED, 1, evicted=True, evicted_unused=True)
+
+
+def test_searches_go_round_and_remember_the_runner_up():
+    buffer = valued(NEXT_USE, slots=20)
+    victims = buffer.victims
+    assert victims.samples == 20
+    victims.samples = 8
+    experts = [(layer, expert) for layer in range(4) for expert in range(5)]
+    for layer, expert in experts:
+        use(buffer, layer, expert)
+    where = {slot.owner: number for number, slot in enumerate(buffer.directory.slots)}
+    assert len(where) == 20
+    buffer.clear()
+    for number, slot in enumerate(buffer.directory.slots):
+        slot.owner = number
+    victims.current[0] = 0
+    chances = [50] * 20
+    chances[3], chances[6], chances[9] = 20, 30, 40
+    victims.chances[0] = [[chances[5 * layer + e] for e in range(5)] for layer in range(4)]
+    # Slots 0 to 7, then 8 to 15 beside slot 6, then 16 to 3 beside slot 9.
+    assert victims.search(NEXT_USE).slot == 3
+    assert victims.search(NEXT_USE).slot == 6
+    assert victims.search(NEXT_USE).slot == 3
+    # A pass in which no slot may be taken is followed by another.
+    for number, slot in enumerate(buffer.directory.slots):
+        slot.pins = number != 9
+    assert victims.search(NEXT_USE).slot == 9
+    for slot in buffer.directory.slots:
+        slot.pins = 1
+    assert victims.search(NEXT_USE).slot == -1
+    assert victims.passes == 3
+
+
+def test_what_is_freed_is_looked_at_first():
+    buffer = valued(LFU)
+    for expert in (0, 1):
+        use(buffer, 0, expert)
+    slot = buffer.request(PREFETCH, layer=1, expert=0, value=9).slot
+    assert buffer.request(CANCEL, slot=slot) == result(RESIDENT, slot)
+    assert buffer.request(PREFETCH, layer=2, expert=0, value=1) == result(ALLOCATED, slot)
+
+
+# --- cancel, locks, refusals ------------------------------------------------------------------
+
+
+def test_only_a_prefetch_in_flight_is_cancelled():
+    buffer = ExpertBuffer(SMALL)
+    slot = buffer.request(PREFETCH, expert=0).slot
+    buffer.request(FILL, slot=slot, tile=0)
+    assert buffer.read_beat(slot, 0)[1]
+    assert buffer.request(CANCEL, slot=slot) == result(RESIDENT, slot)
+    assert not buffer.read_beat(slot, 0)[1]
+    assert buffer.request(CANCEL, slot=slot) == result(REFUSED)
+    # A fill that arrives late changes nothing.
+    buffer.request(FILL, slot=slot, tile=1, last=True)
+    assert residents(buffer) == set()
+    slot = buffer.request(PREFETCH, expert=0).slot
+    buffer.request(DEMAND, expert=0)
+    assert buffer.request(CANCEL, slot=slot) == result(REFUSED)
+    fill(buffer, slot)
+    assert buffer.request(CANCEL, slot=slot) == result(REFUSED)
+    buffer.check_invariants()
+    slot = buffer.request(PREFETCH, expert=1).slot
+    assert buffer.request(LOCK, expert=1) == result(FILLING, slot)
+    assert buffer.request(CANCEL, slot=slot) == result(REFUSED)
+    buffer.check_invariants()
+
+
+@pytest.mark.parametrize("policy", Policy)
+def test_locked_experts_stay(policy):
+    buffer = valued(policy)
+    assert buffer.request(LOCK, layer=2, expert=4) == result(ALLOCATED, 0)
+    fill(buffer, 0)
+    assert buffer.request(LOCK, layer=2, expert=4) == result(RESIDENT, 0)
+    for layer in range(4):
+        for expert in range(4):
+            use(buffer, layer, expert)
+    assert (2, 4) in residents(buffer)
+    # One slot has to be left to each demand at a time.
+    assert buffer.request(LOCK, layer=3, expert=3).code == RESIDENT
+    assert buffer.request(LOCK, layer=0, expert=0) == result(NO_SLOT)
+    assert buffer.request(LOCK, layer=3, expert=2) == result(NO_SLOT)
+    assert buffer.request(UNLOCK, layer=2, expert=4) == result(RESIDENT, 0)
+    assert buffer.request(UNLOCK, layer=2, expert=4) == result(REFUSED)
+    assert buffer.request(UNLOCK, layer=0, expert=0) == result(REFUSED)
+    buffer.check_invariants()
+
+
+def test_a_failed_fill_of_a_locked_expert_ends_the_lock():
+    buffer = valued(LRU)
+    slot = buffer.request(LOCK, layer=0, expert=0).slot
+    buffer.request(FILL, slot=slot, last=True, failed=True)
+    assert buffer.locked == 0
+    assert buffer.request(UNLOCK, layer=0, expert=0) == result(REFUSED)
+    buffer.check_invariants()
+
+
+def test_a_release_without_a_pin_is_refused():
+    buffer = ExpertBuffer(SMALL)
+    assert buffer.request(RELEASE, layer=1) == result(REFUSED)
+    buffer.request(DEMAND, layer=1, expert=0)
+    assert buffer.request(RELEASE, layer=0) == result(REFUSED)
+    assert buffer.request(RELEASE, layer=1) == result(RESIDENT)
+    assert buffer.request(RELEASE, layer=1) == result(REFUSED)
+
+
+def test_refuses_bad_values():
+    buffer = valued(LRU)
+    with pytest.raises(ValueError, match="Layer must be between 0 and 3, not 4"):
+        tell(buffer, ValueKind.CHANCE, 4)
+    with pytest.raises(ValueError, match="Context must be between 0 and 0, not 1"):
+        tell(buffer, ValueKind.CHANCE, 0, ctx=1)
+    with pytest.raises(ValueError, match="Beat must be between 0 and 0, not 1"):
+        buffer.values(ValueKind.CHANCE, 0, 0, 1, [0] * LANES)
+    with pytest.raises(ValueError, match="Values must be 8 in number, not 1"):
+        buffer.values(ValueKind.CHANCE, 0, 0, 0, [0])
+    with pytest.raises(ValueError, match="Value must be between 0 and 255, not 256"):
+        buffer.request(PREFETCH, value=256)
 
 
 # --- invariants and refusals ------------------------------------------------------------------
@@ -443,7 +713,7 @@ def test_invariants_notice_damage():
         (DEMAND, {"index": 2}, "Index must be between 0 and 1, not 2"),
         (FILL, {"slot": 3}, "Slot must be between 0 and 2, not 3"),
         (FILL, {"tile": 2}, "Tile must be between 0 and 1, not 2"),
-        (4, {}, "Operation must be a BufferOp, not 4"),
+        (7, {}, "Operation must be a BufferOp, not 7"),
     ],
 )
 def test_refuses_what_is_out_of_range(op, fields, message):

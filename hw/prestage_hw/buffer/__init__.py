@@ -4,6 +4,7 @@ from .buffer import ExpertBuffer
 from .directory import Directory, EntryLayout, EntryState, PinLayout, SlotLayout
 from .recency import RecencyList
 from .storage import Storage
+from .victims import Victims
 
 __all__ = [
     "Directory",
@@ -14,4 +15,5 @@ __all__ = [
     "RecencyList",
     "SlotLayout",
     "Storage",
+    "Victims",
 ]

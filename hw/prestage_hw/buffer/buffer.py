@@ -1,18 +1,22 @@
 """Slots for experts: directory, replacement, pins, data."""
 
-from amaranth import Module, Mux, Signal
-from amaranth.lib import stream, wiring
+from amaranth import Const, Module, Mux, Signal
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import BufferCode, BufferOp
+from prestage_hw.contract.records import BufferCode, BufferOp, Policy
 from prestage_hw.layouts import RecordLayout
 
 from .directory import Directory, EntryState
 from .recency import RecencyList
 from .storage import Storage
+from .victims import Victims
 
 __all__ = ["ExpertBuffer"]
+
+#: Confidence that a prefetch without one is kept with.
+_CERTAIN = 255
 
 
 class ExpertBuffer(wiring.Component):
@@ -21,32 +25,46 @@ class ExpertBuffer(wiring.Component):
     One request is worked on at a time. Its result is offered, counted in cycles from the one in
     which the request is taken:
 
-    - DEMAND, PREFETCH: after ``lookup_latency``, plus 2 for each pinned or filling slot that the
-      search for a victim skips. NO_SLOT comes one cycle sooner than the allocation of the last slot
-      searched would; for a PREFETCH after 2 if every slot was touched since the route began.
-    - FILL: after ``fill_latency``.
+    - DEMAND, PREFETCH, LOCK, UNLOCK of an expert that has a slot: after ``lookup_latency``.
+    - DEMAND, PREFETCH, LOCK of another. Policy LRU: after ``lookup_latency``, plus 3 for each
+      pinned, filling or locked slot that the search for a victim skips. NO_SLOT comes one cycle
+      sooner than the allocation of the last slot searched would; for a PREFETCH after 3 if every
+      slot was touched since the route began. Other policies: after ``search_latency``, plus
+      ``pass_cycles`` for each pass after the first, of at most ``passes``; NO_SLOT and OUTBID two
+      cycles sooner.
+    - FILL, CANCEL: after ``fill_latency``.
     - RELEASE: after ``release_latency``.
+    - LOCK of one expert more than may be locked, UNLOCK of one without a slot: after 3.
+    - INVALID: after 2.
 
     The next request is taken when the result was taken, at the earliest one cycle later. What a
     result says is visible on the read port for every read taken from the first cycle in which the
-    result is offered.
+    result is offered. A search sees the values taken up to two cycles after its request.
 
     After reset and after ``clear`` the block clears itself, one row in each of ``clear_cycles``: no
-    expert resident, no pin, no tile valid, slot 0 least recent, and a route begun. The data stay. A
-    request that was taken before is answered first.
+    expert resident, no pin, no lock, no tile valid, no value, slot 0 least recent, and a route
+    begun. The data stay. A request that was taken before is answered first.
 
     Every tile of an expert is to be written before the FILL that reports it. Fills are to name a
-    slot that is filling (others change nothing), demands an entry of the pin list that is free.
+    slot that is filling (others change nothing), demands an entry of the pin list that is free. No
+    tile may be on its way to a slot whose prefetch is cancelled.
 
     Parameters
     ----------
     config : :class:`DeviceConfig`
         Device whose experts are kept.
+    valued : :class:`bool` or None
+        Whether values of the predictor are taken; else they are ignored. None stands for whether
+        the device's predictor gives any.
+    host_writes : :class:`bool`
+        Whether there is a port through which the host writes slots.
 
     Attributes
     ----------
-    lookup_latency, fill_latency, release_latency : :class:`int`
+    lookup_latency, fill_latency, release_latency, search_latency, pass_cycles : :class:`int`
         See above, in cycles.
+    passes : :class:`int`
+        See above.
     read_latency : :class:`int`
         Cycles from the cycle in which a read is taken to the first in which its beat is offered,
         where ``beats`` never waits.
@@ -58,15 +76,25 @@ class ExpertBuffer(wiring.Component):
     requests : ``In(stream.Signature(RecordLayout("BufferRequest", config=config)))``
         Operations, see :class:`prestage_hw.contract.records.BufferOp`.
     results : ``Out(stream.Signature(RecordLayout("BufferResult", config=config)))``
-        One result a request, in order. ``slot`` is 0 for NO_SLOT and RELEASE.
+        One result a request, in order. ``slot`` is 0 for NO_SLOT, OUTBID, REFUSED, INVALID and
+        RELEASE.
+    policy : ``In(2)``
+        A :class:`prestage_hw.contract.records.Policy`; 3 stands for NEXT_USE. May change while no
+        request is worked on.
+    values : ``In(stream.Signature(RecordLayout("ValueBeat", config=config)))``
+        What the predictor says of experts. Waits while a search is under way.
     writes : ``In(stream.Signature(RecordLayout("BufferWrite", config=config)))``
         Beats of arriving experts. Always ready.
+    host_writes : ``In(stream.Signature(RecordLayout("BufferWrite", config=config)))``
+        The same from the host, in cycles without a beat on ``writes``; only if asked for.
     reads : ``In(stream.Signature(RecordLayout("ReadRequest", config=config)))``
         Beats wanted by the consumer, one a cycle.
     beats : ``Out(stream.Signature(RecordLayout("Beat", config=config)))``
         The beats, in the order of the reads.
     clear : ``In(1)``
         A pulse forgets everything but the data.
+    strobes : ``Out(StructLayout({"cancelled": 1, "outbid": 1, "refused": 1, "invalid": 1}))``
+        High for one cycle with a CANCEL that was done, and with a result of that code.
     idle : ``Out(1)``
         No request, result or clearing is in the block. Low from the cycle after a pulse of
         ``clear``.
@@ -77,25 +105,39 @@ class ExpertBuffer(wiring.Component):
         If ``config`` is not a :class:`DeviceConfig`.
     """
 
-    def __init__(self, *, config):
+    def __init__(self, *, config, valued=None, host_writes=False):
         require_config(config)
         self.config = config
+        self.valued = config.predictor == "perceptron" if valued is None else valued
+        self._has_host_writes = host_writes
         self._directory = Directory(config=config)
         self._recency = RecencyList(config=config)
         self._storage = Storage(config=config)
-        self.lookup_latency = 4
-        self.fill_latency = 3
-        self.release_latency = 2 * config.model.top_k + 3
+        self._victims = Victims(config=config, valued=self.valued)
+        self.lookup_latency = 5
+        self.fill_latency = 4
+        self.release_latency = 3 * config.model.top_k + 4
+        self.search_latency = self._victims.search_cycles + 5
+        self.pass_cycles = self._victims.pass_cycles
+        self.passes = self._victims.passes
         self.read_latency = self._storage.read_latency
-        self.clear_cycles = 1 << self._directory.row_bits
+        self._row_bits = max(self._directory.row_bits, self._victims.row_bits)
+        self.clear_cycles = 1 << self._row_bits
+        writes = stream.Signature(RecordLayout("BufferWrite", config=config))
         super().__init__(
             {
                 "requests": In(stream.Signature(RecordLayout("BufferRequest", config=config))),
                 "results": Out(stream.Signature(RecordLayout("BufferResult", config=config))),
-                "writes": In(stream.Signature(RecordLayout("BufferWrite", config=config))),
+                "policy": In(2),
+                "values": In(stream.Signature(RecordLayout("ValueBeat", config=config))),
+                "writes": In(writes),
+                **({"host_writes": In(writes)} if host_writes else {}),
                 "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
                 "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
                 "clear": In(1),
+                "strobes": Out(
+                    data.StructLayout({"cancelled": 1, "outbid": 1, "refused": 1, "invalid": 1})
+                ),
                 "idle": Out(1),
             }
         )
@@ -105,7 +147,17 @@ class ExpertBuffer(wiring.Component):
         m.submodules.directory = directory = self._directory
         m.submodules.recency = recency = self._recency
         m.submodules.storage = storage = self._storage
-        wiring.connect(m, wiring.flipped(self.writes), storage.writes)
+        m.submodules.victims = victims = self._victims
+        wiring.connect(m, wiring.flipped(self.values), victims.values)
+        if self._has_host_writes:
+            m.d.comb += [
+                storage.writes.p.eq(Mux(self.writes.valid, self.writes.p, self.host_writes.p)),
+                storage.writes.valid.eq(self.writes.valid | self.host_writes.valid),
+                self.writes.ready.eq(1),
+                self.host_writes.ready.eq(~self.writes.valid),
+            ]
+        else:
+            wiring.connect(m, wiring.flipped(self.writes), storage.writes)
         wiring.connect(m, wiring.flipped(self.reads), storage.reads)
         wiring.connect(m, storage.beats, wiring.flipped(self.beats))
 
@@ -113,31 +165,71 @@ class ExpertBuffer(wiring.Component):
         request = Signal.like(arriving)
         result = self.results.payload
         slot = Signal(self.config.bits("slot"))  # slot under work
-        row = Signal(directory.row_bits)  # row under clearing
+        looked_at = Signal.like(slot)  # slot that the memories are asked for or given
+        row = Signal(self._row_bits)  # row under clearing
         clear_wanted = Signal()
-        entry = directory.entry
-        state = directory.state
+        # Block RAM is slow out of the clock edge: what it gives is looked at a cycle later.
+        entry = Signal.like(directory.entry)
+        state = Signal.like(directory.state)
+        pin = Signal.like(directory.pin)
+        m.d.sync += [state.eq(directory.state), pin.eq(directory.pin)]
 
         is_demand = Signal()
+        is_prefetch = Signal()
+        is_lock = Signal()
+        is_unlock = Signal()
         is_resident = Signal()
+        by_recency = Signal()
+        locked = Signal(range(self.config.slots + 1))
+        most_locked = self.config.slots - self.config.contexts * self.config.model.top_k
+        may_lock = Signal()
+        may_take = Signal()
         m.d.comb += [
             is_demand.eq(request.op == BufferOp.DEMAND),
+            is_prefetch.eq(request.op == BufferOp.PREFETCH),
+            is_lock.eq(request.op == BufferOp.LOCK),
+            is_unlock.eq(request.op == BufferOp.UNLOCK),
             is_resident.eq(entry.state != EntryState.EMPTY),
-            directory.slot.eq(slot),
+            by_recency.eq(self.policy == Policy.LRU),
+            may_lock.eq(locked != most_locked),
+            may_take.eq((state.pins == 0) & ~state.filling & ~state.locked),
+            looked_at.eq(Mux(victims.searching, victims.slot, slot)),
+            directory.slot.eq(looked_at),
             directory.read_key.expert.eq(arriving.expert),
             directory.read_key.layer.eq(arriving.layer),
             directory.pin_key.index.eq(request.index),
             directory.pin_key.layer.eq(request.layer),
             directory.pin_key.ctx.eq(request.ctx),
             directory.row.eq(row),
-            recency.slot.eq(slot),
+            recency.slot.eq(looked_at),
             storage.valid_slot.eq(slot),
+            victims.layer.eq(request.layer),
+            victims.expert.eq(request.expert),
+            victims.ctx.eq(request.ctx),
+            victims.look_key.eq(directory.read_key),
+            victims.first.eq(request.index == 0),
+            victims.next_use.eq(self.policy != Policy.LFU),
+            victims.bids.eq(is_prefetch & (request.value != 0)),
+            victims.value.eq(request.value),
+            victims.state.eq(state),
+            victims.free_slot.eq(slot),
+            victims.row.eq(row),
         ]
 
         with m.If(self.clear):
             m.d.sync += clear_wanted.eq(1)
         with m.If(self.results.valid & self.results.ready):
             m.d.sync += self.results.valid.eq(0)
+
+        taken = Signal()
+        cancelled = Signal()  # what the result says
+        m.d.comb += [
+            taken.eq(self.results.valid & self.results.ready),
+            self.strobes.cancelled.eq(taken & cancelled),
+            self.strobes.outbid.eq(taken & (result.code == BufferCode.OUTBID)),
+            self.strobes.refused.eq(taken & (result.code == BufferCode.REFUSED)),
+            self.strobes.invalid.eq(taken & (result.code == BufferCode.INVALID)),
+        ]
 
         def answer(code, *, slot=0):
             """Offer a result without flags."""
@@ -146,7 +238,30 @@ class ExpertBuffer(wiring.Component):
                 result.as_value().eq(0),
                 result.code.eq(code),
                 result.slot.eq(slot),
+                cancelled.eq(0),
             ]
+
+        # A number is checked only where its field can hold one that is out of range.
+        def below(name, count):
+            field = request[name]
+            return Const(1) if count == 1 << len(field) else field < count
+
+        model = self.config.model
+        names_expert = below("layer", model.layers) & below("expert", model.experts)
+        names_context = below("layer", model.layers) & below("ctx", self.config.contexts)
+        names_slot = below("slot", self.config.slots)
+        is_valid = Signal()
+        with m.Switch(request.op):
+            with m.Case(BufferOp.DEMAND):
+                m.d.comb += is_valid.eq(names_expert & names_context & below("index", model.top_k))
+            with m.Case(BufferOp.PREFETCH, BufferOp.LOCK, BufferOp.UNLOCK):
+                m.d.comb += is_valid.eq(names_expert)
+            with m.Case(BufferOp.RELEASE):
+                m.d.comb += is_valid.eq(names_context)
+            with m.Case(BufferOp.FILL):
+                m.d.comb += is_valid.eq(names_slot & below("tile", self.config.tiles))
+            with m.Case(BufferOp.CANCEL):
+                m.d.comb += is_valid.eq(names_slot)
 
         with m.FSM(init="CLEAR"):
             with m.State("CLEAR"):
@@ -155,12 +270,14 @@ class ExpertBuffer(wiring.Component):
                 m.d.comb += [
                     directory.clear.eq(1),
                     recency.clear.eq(1),
+                    victims.clear.eq(1),
                     storage.valid_write.eq(1),
                     storage.blank.eq(1),
                 ]
                 m.d.sync += [
                     row.eq(row + 1),
                     slot.eq(slot + 1),
+                    locked.eq(0),
                 ]
                 with m.If(row.all()):
                     m.next = "IDLE"
@@ -178,52 +295,86 @@ class ExpertBuffer(wiring.Component):
                 with m.Elif(self.requests.valid & self.requests.ready):
                     # Where the walk for a victim begins, should there be one.
                     m.d.sync += slot.eq(recency.oldest)
+                    m.d.comb += victims.look.eq(1)
                     with m.Switch(arriving.op):
-                        with m.Case(BufferOp.DEMAND):
-                            m.d.comb += recency.begin_route.eq(arriving.index == 0)
-                        with m.Case(BufferOp.FILL):
+                        with m.Case(BufferOp.FILL, BufferOp.CANCEL):
                             m.d.sync += slot.eq(arriving.slot)
                         with m.Case(BufferOp.RELEASE):
                             m.d.sync += request.index.eq(0)
-                    m.next = "LOOKUP"
+                    m.next = "FETCH"
 
-            with m.State("LOOKUP"):
+            with m.State("FETCH"):
                 m.d.comb += [
                     directory.slot_read.eq(1),
                     directory.pin_read.eq(1),
                     recency.read.eq(1),
+                    recency.begin_route.eq(is_demand & (request.index == 0) & is_valid),
+                    victims.count.eq(is_demand & is_valid),
                 ]
-                with m.Switch(request.op):
-                    with m.Case(BufferOp.FILL):
-                        m.next = "FILL"
-                    with m.Case(BufferOp.RELEASE):
-                        m.next = "UNPIN"
-                    with m.Default():
-                        with m.If(is_resident):
-                            m.d.sync += slot.eq(entry.slot)
-                            m.next = "READ"
-                        with m.Elif(~is_demand & ~recency.marked):
-                            answer(BufferCode.NO_SLOT)
-                            m.next = "IDLE"
-                        with m.Else():
-                            m.next = "CHECK"
+                m.d.sync += entry.eq(directory.entry)
+                with m.If(~is_valid):
+                    answer(BufferCode.INVALID)
+                    m.next = "IDLE"
+                with m.Elif((request.op == BufferOp.FILL) | (request.op == BufferOp.CANCEL)):
+                    m.next = "FILL READ"
+                with m.Elif(request.op == BufferOp.RELEASE):
+                    m.next = "UNPIN CAPTURE"
+                with m.Else():
+                    m.next = "LOOKUP"
+
+            with m.State("LOOKUP"):
+                with m.If(is_resident):
+                    m.d.comb += [
+                        looked_at.eq(entry.slot),
+                        directory.slot_read.eq(1),
+                        recency.read.eq(1),
+                    ]
+                    m.d.sync += slot.eq(entry.slot)
+                    m.next = "CAPTURE"
+                with m.Elif(request.op == BufferOp.UNLOCK):
+                    answer(BufferCode.REFUSED)
+                    m.next = "IDLE"
+                with m.Elif(is_lock & ~may_lock):
+                    answer(BufferCode.NO_SLOT)
+                    m.next = "IDLE"
+                with m.Elif(~by_recency):
+                    m.d.comb += victims.begin.eq(1)
+                    m.next = "SEARCH"
+                with m.Elif(is_prefetch & ~recency.marked):
+                    answer(BufferCode.NO_SLOT)
+                    m.next = "IDLE"
+                with m.Else():
+                    m.next = "CHECK"
+
+            with m.State("SEARCH"):
+                m.d.comb += [directory.slot_read.eq(1), recency.read.eq(1)]
+                m.d.sync += slot.eq(victims.victim)
+                with m.If(victims.done):
+                    m.next = "IDLE"
+                    with m.If(~victims.found):
+                        m.d.comb += directory.pin_write.eq(is_demand)
+                        answer(BufferCode.NO_SLOT)
+                    with m.Elif(victims.outbid):
+                        answer(BufferCode.OUTBID)
+                    with m.Else():
+                        m.next = "CAPTURE"
 
             with m.State("READ"):
-                m.d.comb += [
-                    directory.slot_read.eq(1),
-                    recency.read.eq(1),
-                ]
+                m.d.comb += [directory.slot_read.eq(1), recency.read.eq(1)]
+                m.next = "CAPTURE"
+
+            with m.State("CAPTURE"):
                 m.next = "CHECK"
-                with m.If(is_resident):
+                with m.If(is_resident | ~by_recency):
                     m.next = "TOUCH"
 
             with m.State("CHECK"):
                 m.d.sync += slot.eq(recency.newer)
                 m.next = "READ"
-                with m.If((state.pins == 0) & ~state.filling):
+                with m.If(may_take):
                     m.d.sync += slot.eq(slot)
                     m.next = "TOUCH"
-                with m.Elif(slot == Mux(is_demand, recency.newest, recency.mark)):
+                with m.Elif(slot == Mux(is_prefetch, recency.mark, recency.newest)):
                     # A refused demand holds no pin.
                     m.d.comb += directory.pin_write.eq(is_demand)
                     answer(BufferCode.NO_SLOT)
@@ -238,31 +389,41 @@ class ExpertBuffer(wiring.Component):
                     # The owner is evicted.
                     directory.write_key.expert.eq(state.expert),
                     directory.write_key.layer.eq(state.layer),
-                    directory.entry_value.evicted_by_prefetch.eq(~is_demand),
+                    directory.entry_value.evicted_by_prefetch.eq(is_prefetch),
                     directory.entry_write.eq(~is_resident & state.valid),
                     storage.valid_write.eq(~is_resident),
                     # A demand pins a resident expert.
                     directory.slot_value.eq(state),
-                    directory.slot_value.prefetched.eq(0),
-                    directory.slot_value.pins.eq(state.pins + 1),
-                    directory.slot_write.eq(is_resident & is_demand),
+                    directory.slot_value.prefetched.eq(state.prefetched & ~is_demand),
+                    directory.slot_value.pins.eq(state.pins + is_demand),
+                    directory.slot_value.locked.eq(is_lock | (state.locked & ~is_unlock)),
                 ]
                 with m.If(is_resident):
-                    answer(
-                        Mux(
-                            entry.state == EntryState.READY,
-                            BufferCode.RESIDENT,
-                            BufferCode.FILLING,
-                        ),
-                        slot=slot,
-                    )
-                    m.d.sync += result.prefetched.eq(is_demand & state.prefetched)
+                    with m.If(is_lock & ~state.locked & ~may_lock):
+                        answer(BufferCode.NO_SLOT)
+                    with m.Elif(is_unlock & ~state.locked):
+                        answer(BufferCode.REFUSED)
+                    with m.Else():
+                        m.d.comb += directory.slot_write.eq(~is_prefetch)
+                        answer(
+                            Mux(
+                                entry.state == EntryState.READY,
+                                BufferCode.RESIDENT,
+                                BufferCode.FILLING,
+                            ),
+                            slot=slot,
+                        )
+                        m.d.sync += [
+                            result.prefetched.eq(is_demand & state.prefetched),
+                            locked.eq(locked + (is_lock & ~state.locked) - is_unlock),
+                        ]
                 with m.Else():
                     answer(BufferCode.ALLOCATED, slot=slot)
                     m.d.sync += [
                         result.evicted.eq(state.valid),
                         result.evicted_unused.eq(state.valid & state.prefetched),
                         result.polluted.eq(is_demand & entry.evicted_by_prefetch),
+                        locked.eq(locked + is_lock),
                     ]
                 m.next = "ALLOCATE"
 
@@ -278,44 +439,66 @@ class ExpertBuffer(wiring.Component):
                     directory.slot_value.layer.eq(request.layer),
                     directory.slot_value.expert.eq(request.expert),
                     directory.slot_value.filling.eq(1),
-                    directory.slot_value.prefetched.eq(~is_demand),
+                    directory.slot_value.prefetched.eq(is_prefetch),
                     directory.slot_value.pins.eq(is_demand),
+                    directory.slot_value.locked.eq(is_lock),
+                    directory.slot_value.value.eq(Mux(request.value == 0, _CERTAIN, request.value)),
+                    directory.slot_value.mark.eq(victims.mark),
                     directory.slot_write.eq(~is_resident),
                 ]
                 m.next = "IDLE"
 
+            with m.State("FILL READ"):
+                m.next = "FILL"
+
             with m.State("FILL"):
-                dropped = request.failed & request.last
+                is_cancel = Signal()
+                last = Signal()
+                dropped = Signal()
+                acts = Signal()
                 m.d.comb += [
+                    is_cancel.eq(request.op == BufferOp.CANCEL),
+                    last.eq(request.last | is_cancel),
+                    dropped.eq(is_cancel | (request.failed & request.last)),
+                    acts.eq(state.filling & (~is_cancel | (state.prefetched & ~state.locked))),
                     directory.write_key.expert.eq(state.expert),
                     directory.write_key.layer.eq(state.layer),
                     directory.entry_value.state.eq(
                         Mux(dropped, EntryState.EMPTY, EntryState.READY)
                     ),
                     directory.entry_value.slot.eq(slot),
-                    directory.entry_write.eq(state.filling & request.last),
+                    directory.entry_write.eq(acts & last),
                     directory.slot_value.eq(state),
-                    directory.slot_value.filling.eq(~request.last),
+                    directory.slot_value.filling.eq(~last),
                     storage.valid_tiles.eq(directory.slot_value.tiles),
                 ]
                 with m.If(dropped):
                     m.d.comb += [
                         directory.slot_value.valid.eq(0),
                         directory.slot_value.prefetched.eq(0),
+                        directory.slot_value.locked.eq(0),
                         directory.slot_value.tiles.eq(0),
                     ]
                 with m.Elif(~request.failed):
                     m.d.comb += directory.slot_value.tiles.eq(state.tiles | (1 << request.tile))
-                with m.If(state.filling):
+                answer(BufferCode.RESIDENT, slot=slot)
+                with m.If(acts):
                     m.d.comb += [
                         directory.slot_write.eq(1),
                         storage.valid_write.eq(1),
+                        victims.free.eq(dropped & (state.pins == 0)),
                     ]
-                answer(BufferCode.RESIDENT, slot=slot)
+                    m.d.sync += [
+                        locked.eq(locked - (dropped & state.locked)),
+                        cancelled.eq(is_cancel),
+                    ]
+                with m.Elif(is_cancel):
+                    answer(BufferCode.REFUSED)
                 m.next = "IDLE"
 
             with m.State("UNPIN"):
                 pinned = Signal()  # `slot` holds a pin of this release
+                any_pinned = Signal()  # so did one before it
                 done = Signal()
                 m.d.comb += [
                     directory.pin_write.eq(~done),
@@ -324,8 +507,9 @@ class ExpertBuffer(wiring.Component):
                     directory.slot_write.eq(pinned),
                 ]
                 m.d.sync += [
-                    slot.eq(directory.pin.slot),
-                    pinned.eq(directory.pin.valid),
+                    slot.eq(pin.slot),
+                    pinned.eq(pin.valid),
+                    any_pinned.eq(any_pinned | pinned),
                     request.index.eq(request.index + 1),
                     done.eq(request.index == self.config.model.top_k - 1),
                 ]
@@ -333,9 +517,10 @@ class ExpertBuffer(wiring.Component):
                 with m.If(done):
                     m.d.sync += [
                         pinned.eq(0),
+                        any_pinned.eq(0),
                         done.eq(0),
                     ]
-                    answer(BufferCode.RESIDENT)
+                    answer(Mux(any_pinned | pinned, BufferCode.RESIDENT, BufferCode.REFUSED))
                     m.next = "IDLE"
 
             with m.State("UNPIN READ"):
@@ -343,6 +528,9 @@ class ExpertBuffer(wiring.Component):
                     directory.slot_read.eq(1),
                     directory.pin_read.eq(1),
                 ]
+                m.next = "UNPIN CAPTURE"
+
+            with m.State("UNPIN CAPTURE"):
                 m.next = "UNPIN"
 
         return m

@@ -7,7 +7,10 @@ from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
 
-__all__ = ["Directory", "EntryLayout", "EntryState", "PinLayout", "SlotLayout"]
+__all__ = ["MARK_BITS", "Directory", "EntryLayout", "EntryState", "PinLayout", "SlotLayout"]
+
+#: Visits of a layer that a prefetch remembers, in bits.
+MARK_BITS = 4
 
 
 class EntryState(enum.Enum, shape=2):
@@ -41,6 +44,7 @@ class EntryLayout(data.StructLayout):
 class SlotLayout(data.StructLayout):
     """What a slot holds.
 
+    ``value`` and ``mark`` are a prefetch's confidence and the visits of its layer at that time.
     ``tiles`` repeats the tile-valid bits of :class:`Storage`, so that setting one needs no second
     read port there.
 
@@ -60,6 +64,9 @@ class SlotLayout(data.StructLayout):
                 "filling": unsigned(1),
                 "prefetched": unsigned(1),
                 "pins": unsigned(config.contexts.bit_length()),
+                "locked": unsigned(1),
+                "value": unsigned(8),
+                "mark": unsigned(MARK_BITS),
                 "tiles": unsigned(config.tiles),
             }
         )

@@ -16,9 +16,9 @@ class RecencyList(wiring.Component):
     The list's ends are registers in place of a sentinel row, so that the least recent slot is known
     without a read.
 
-    *Read* takes one cycle: ``newer`` is valid in the next cycle and stays until the next read.
-    *Touch* takes two cycles: it starts when the neighbours of ``slot`` have been read, and ``slot``
-    must be stable in both. *Clear* writes one row a cycle.
+    *Read* takes two cycles: ``newer`` is valid in the second cycle after and stays until the next
+    read. *Touch* takes two cycles: it starts when the neighbours of ``slot`` have been read, and
+    ``slot`` must be stable in both. *Clear* writes one row a cycle.
 
     Parameters
     ----------
@@ -82,7 +82,8 @@ class RecencyList(wiring.Component):
         m.submodules.newer = newer_rows = Memory(shape=shape, depth=depth, init=[])
         older_read, older_write = older_rows.read_port(), older_rows.write_port()
         newer_read, newer_write = newer_rows.read_port(), newer_rows.write_port()
-        older, newer = older_read.data, newer_read.data
+        older, newer = Signal(shape), Signal(shape)
+        m.d.sync += [older.eq(older_read.data), newer.eq(newer_read.data)]
 
         relink = Signal()  # second cycle of a touch
         is_oldest = Signal()

@@ -32,10 +32,12 @@ __all__ = [
     "Field",
     "Message",
     "Phase",
+    "Policy",
     "Record",
     "SettingsRefusal",
     "Source",
     "TrafficClass",
+    "ValueKind",
     "message_by_code",
     "message_by_name",
 ]
@@ -73,15 +75,36 @@ class BufferOp(IntEnum):
     PREFETCH = 1
     FILL = 2
     RELEASE = 3
+    CANCEL = 4
+    LOCK = 5
+    UNLOCK = 6
 
 
 class BufferCode(IntEnum):
     """Answers of the expert buffer."""
 
-    RESIDENT = 0  # DEMAND, PREFETCH: whole in the slot. FILL, RELEASE: done.
-    FILLING = 1  # DEMAND, PREFETCH: in flight to the slot.
-    ALLOCATED = 2  # DEMAND, PREFETCH: the slot is now filling; fetch it.
-    NO_SLOT = 3  # DEMAND, PREFETCH: no slot may be taken.
+    RESIDENT = 0  # DEMAND, PREFETCH, LOCK, UNLOCK: whole in the slot. FILL, RELEASE, CANCEL: done.
+    FILLING = 1  # DEMAND, PREFETCH, LOCK, UNLOCK: in flight to the slot.
+    ALLOCATED = 2  # DEMAND, PREFETCH, LOCK: the slot is now filling; fetch it.
+    NO_SLOT = 3  # DEMAND, PREFETCH, LOCK: no slot may be taken.
+    OUTBID = 4  # PREFETCH: every slot that was looked at is worth more than the candidate.
+    REFUSED = 5  # RELEASE without a pin, CANCEL of no prefetch in flight, UNLOCK without a lock.
+    INVALID = 6  # A number that the operation uses is out of range; nothing was done.
+
+
+class ValueKind(IntEnum):
+    """What the numbers of a ValueBeat are, in 1/256."""
+
+    CHANCE = 0  # V: chance that the layer's next visit uses the expert.
+    REUSE = 1  # R: reuse value of the expert after the layer's latest visit.
+
+
+class Policy(IntEnum):
+    """Which expert the buffer evicts."""
+
+    LRU = 0  # the least recently used
+    LFU = 1  # the least frequently used of those looked at
+    NEXT_USE = 2  # the one of those looked at whose next use is worth least
 
 
 class TrafficClass(IntEnum):
@@ -430,6 +453,28 @@ RECORDS: dict[str, Record] = {
             ),
         ),
         Record(
+            name="ValueBeat",
+            description="What the experts of a layer are worth, some at a time.",
+            fields=(
+                Field(name="kind", kind=1, wire_bits=8, description="A ValueKind."),
+                _CTX,
+                _LAYER,
+                Field(
+                    name="beat",
+                    kind="lane_beat",
+                    wire_bits=16,
+                    description="Part of the layer: element 0 is expert beat x lanes.",
+                ),
+                Field(
+                    name="values",
+                    kind=8,
+                    wire_bits=8,
+                    count="lanes",
+                    description="Value of each expert in 1/256; 0 past the last.",
+                ),
+            ),
+        ),
+        Record(
             name="FetchRequest",
             description="One tile for the DMA engine.",
             fields=(
@@ -523,7 +568,7 @@ RECORDS: dict[str, Record] = {
             name="BufferRequest",
             description="One operation on the expert buffer's directory.",
             fields=(
-                Field(name="op", kind=2, wire_bits=8, description="A BufferOp."),
+                Field(name="op", kind=3, wire_bits=8, description="A BufferOp."),
                 _CTX,
                 _LAYER,
                 _EXPERT,
@@ -547,13 +592,19 @@ RECORDS: dict[str, Record] = {
                     wire_bits=8,
                     description="FILL: 1 with last if any tile failed; the expert is dropped.",
                 ),
+                Field(
+                    name="value",
+                    kind=8,
+                    wire_bits=8,
+                    description="PREFETCH: confidence in 1/256; 0 takes whatever slot is found.",
+                ),
             ),
         ),
         Record(
             name="BufferResult",
             description="The answer to a BufferRequest, exactly one each, in order.",
             fields=(
-                Field(name="code", kind=2, wire_bits=8, description="A BufferCode."),
+                Field(name="code", kind=3, wire_bits=8, description="A BufferCode."),
                 _SLOT,
                 Field(
                     name="prefetched",

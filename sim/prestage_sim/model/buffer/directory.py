@@ -22,15 +22,22 @@ class SlotState:
         Whether the expert came by a prefetch and was not demanded since.
     pins : :class:`int`
         Contexts that hold the slot.
+    locked : :class:`bool`
+        Whether the expert stays until it is unlocked.
+    value, mark : :class:`int`
+        Of a prefetch: its confidence, and the visits of its layer at that time.
     """
 
-    __slots__ = ("filling", "owner", "pins", "prefetched")
+    __slots__ = ("filling", "locked", "mark", "owner", "pins", "prefetched", "value")
 
     def __init__(self) -> None:
         self.owner = -1
         self.filling = False
         self.prefetched = False
         self.pins = 0
+        self.locked = False
+        self.value = 0
+        self.mark = 0
 
 
 class Directory:

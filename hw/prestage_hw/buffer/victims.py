@@ -1,0 +1,505 @@
+"""Which expert has to go: use rates, the predictor's values, and the search for a victim."""
+
+from amaranth import Array, Cat, Const, Module, Mux, Signal, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from prestage_hw.contract.params import require_config
+from prestage_hw.contract.records import ValueKind
+from prestage_hw.layouts import RecordLayout
+
+from .directory import MARK_BITS, SlotLayout
+
+__all__ = ["Victims", "victim_samples"]
+
+#: Visits of a layer are counted in so many bits.
+_VISIT_BITS = 10
+
+#: Use rate after that many visits of the layer without a use, in 1/256; 0 after the last.
+_DECAYS = tuple(round(256 * (15 / 16) ** age) for age in range(64))
+
+# Cycles from the one in which a slot's state is asked for to the one in which it is compared.
+_STAGES = 10
+
+
+def victim_samples(config):
+    """Slots that a search looks at in one pass."""
+    return min(config.slots, max(8, 32 // config.contexts))
+
+
+def _delayed(m, value, cycles):
+    """``value`` so many cycles later."""
+    for _ in range(cycles):
+        later = Signal.like(value)
+        m.d.sync += later.eq(value)
+        value = later
+    return value
+
+
+class Victims(wiring.Component):
+    """Rank the experts in the slots, and search for the one that has to go.
+
+    A search looks at the slot that the last one remembered and at ``samples`` slots after those of
+    the last one, a slot and context a cycle, and takes the least worth. While no slot may be taken
+    it goes on with ``samples`` more, until all were looked at. ``done`` rises
+    ``search_cycles + (passes - 1) * pass_cycles`` cycles after ``begin``.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device whose experts are ranked.
+    valued : :class:`bool`
+        Whether the predictor gives values; else those that come are ignored.
+
+    Attributes
+    ----------
+    samples : :class:`int`
+        Slots of one pass.
+    passes : :class:`int`
+        Most passes of a search.
+    search_cycles, pass_cycles : :class:`int`
+        See above, in cycles.
+    row_bits : :class:`int`
+        Width of ``row``, in bits.
+
+    Members
+    -------
+    values : ``In(stream.Signature(RecordLayout("ValueBeat", config=config)))``
+        Values of experts. Taken at once unless a search or clearing is under way.
+    layer, expert, ctx : ``In``
+        The request that arrived with ``look``, from the next cycle to the end of its search. The
+        next ``look`` comes five cycles later at the earliest if it counts.
+    look : ``In(1)``
+        Read the use rate of ``look_key``.
+    look_key : ``In(StructLayout({"expert": ..., "layer": ...}))``
+        Expert of a request that arrives.
+    count : ``In(1)``
+        In the cycle after ``look``: it is a demand.
+    first : ``In(1)``
+        With ``count``: it starts a decision.
+    mark : ``Out(MARK_BITS)``
+        Visits of ``layer``, from two cycles after ``look`` on.
+    next_use : ``In(1)``
+        Rank by predicted next use; else by use rate.
+    begin : ``In(1)``
+        Start a search, in the cycle after ``look`` or later.
+    bids : ``In(1)``
+        With ``begin``, to the end of the search: it is for a prefetch that has to be worth as much.
+    value : ``In(8)``
+        Confidence of that prefetch.
+    searching : ``Out(1)``
+        A search is under way and ``slot`` counts.
+    slot : ``Out(config.bits("slot"))``
+        Slot whose state is asked for; when ``done``, the victim.
+    state : ``In(SlotLayout(config=config))``
+        State of the slot that was asked for two cycles ago.
+    done : ``Out(1)``
+        The search ends. The members below count in that cycle.
+    found : ``Out(1)``
+        A slot may be taken.
+    outbid : ``Out(1)``
+        It is worth more than the prefetch.
+    victim : ``Out(config.bits("slot"))``
+        The slot.
+    free : ``In(1)``, ``free_slot`` : ``In(config.bits("slot"))``
+        A slot became free: look at it first.
+    clear : ``In(1)``, ``row`` : ``In(row_bits)``
+        Forget row ``row`` of all memories.
+
+    Raises
+    ------
+    TypeError
+        If ``config`` is not a :class:`DeviceConfig`.
+    """
+
+    def __init__(self, *, config, valued):
+        require_config(config)
+        self.config = config
+        self.valued = valued
+        self.samples = victim_samples(config)
+        self.passes = -(-config.slots // self.samples)
+        self.pass_cycles = self.samples * config.contexts + _STAGES + 1
+        self.search_cycles = 2 * config.contexts + self.pass_cycles
+        layer, expert = config.bits("layer"), config.bits("expert")
+        key = data.StructLayout({"expert": unsigned(expert), "layer": unsigned(layer)})
+        self._ctx_bits = config.bits("ctx") if config.contexts > 1 else 0
+        self._beat_bits = config.bits("lane_beat") if config.lane_beats > 1 else 0
+        self.row_bits = max(key.size, self._ctx_bits + layer + self._beat_bits)
+        slot = unsigned(config.bits("slot"))
+        super().__init__(
+            {
+                "values": In(stream.Signature(RecordLayout("ValueBeat", config=config))),
+                "layer": In(layer),
+                "expert": In(expert),
+                "ctx": In(config.bits("ctx")),
+                "look": In(1),
+                "look_key": In(key),
+                "count": In(1),
+                "first": In(1),
+                "mark": Out(MARK_BITS),
+                "next_use": In(1),
+                "begin": In(1),
+                "bids": In(1),
+                "value": In(8),
+                "searching": Out(1),
+                "slot": Out(slot),
+                "state": In(SlotLayout(config=config)),
+                "done": Out(1),
+                "found": Out(1),
+                "outbid": Out(1),
+                "victim": Out(slot),
+                "free": In(1),
+                "free_slot": In(slot),
+                "clear": In(1),
+                "row": In(self.row_bits),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        m.d.comb += self.values.ready.eq(~self.searching & ~self.clear)
+        rate, age = self._count_uses(m)
+        self._search(m, rate, age)
+        return m
+
+    def _count_uses(self, m):
+        """Memories of use rates and visits; their read ports for the search."""
+        config = self.config
+        rate_layout = data.StructLayout({"rate": 8, "stamp": _VISIT_BITS})
+        key_bits = config.bits("expert") + config.bits("layer")
+        m.submodules.rates = rates = Memory(shape=rate_layout, depth=1 << key_bits, init=[])
+        m.submodules.visits = visits = Memory(
+            shape=_VISIT_BITS, depth=1 << config.bits("layer"), init=[]
+        )
+        rate_read, rate_write = rates.read_port(), rates.write_port()
+        visit_read, visit_write = visits.read_port(), visits.write_port()
+
+        # In the second cycle after `look`: what was read, and a visit counted.
+        looked = Signal()
+        read_rate = Signal(rate_layout)
+        read_visits = Signal(_VISIT_BITS)
+        counting = Signal()
+        first = Signal()
+        m.d.sync += [looked.eq(self.look), counting.eq(self.count), first.eq(self.first)]
+        with m.If(looked):
+            m.d.sync += [read_rate.eq(rate_read.data), read_visits.eq(visit_read.data)]
+        key = Signal(key_bits)
+        with m.If(self.count):
+            m.d.sync += key.eq(Cat(self.expert, self.layer))
+        visits_now = Signal(_VISIT_BITS)
+        m.d.comb += visits_now.eq(read_visits + (counting & first))
+        with m.If(counting):
+            m.d.sync += read_visits.eq(visits_now)
+        m.d.comb += [
+            self.mark.eq(read_visits),
+            visit_write.addr.eq(key[config.bits("expert") :]),
+            visit_write.data.eq(visits_now),
+            visit_write.en.eq(counting & first),
+        ]
+
+        # Third: how much of the rate is left. Fourth: what the use makes of it.
+        decay = Signal(9)
+        left = Signal(8)
+        writing = _delayed(m, counting, 2)
+        m.d.sync += [
+            decay.eq(self._decay((read_visits - read_rate.stamp)[:_VISIT_BITS], counting & first)),
+            left.eq((read_rate.rate * decay) >> 8),
+        ]
+        m.d.comb += [
+            rate_write.addr.eq(key),
+            rate_write.data.rate.eq(left + ((271 - left) >> 4)),
+            rate_write.data.stamp.eq(read_visits),
+            rate_write.en.eq(writing),
+        ]
+        with m.If(self.clear):
+            m.d.comb += [
+                Cat(rate_write.data.as_value(), visit_write.data).eq(0),
+                Cat(rate_write.en, visit_write.en).eq(~0),
+                rate_write.addr.eq(self.row),
+                visit_write.addr.eq(self.row),
+            ]
+        m.d.comb += [
+            rate_read.addr.eq(self.look_key.as_value()),
+            visit_read.addr.eq(self.look_key.layer),
+        ]
+        return rate_read, visit_read
+
+    def _decay(self, age, more=None):
+        """What is left of a use rate after so many visits, or one more, in 1/256."""
+        # An addition in front of the table would be too long a path.
+        table = [*_DECAYS, *_DECAYS[1:], 0]
+        index = age[:6] if more is None else Cat(age[:6], more)
+        values = Array(Const(decay, 9) for decay in table[: 1 << len(index)])
+        return Mux(age[6:].any(), 0, values[index])
+
+    def _read_values(self, m, address, lane):
+        """Memories of the values; V, R and which is newer, two cycles after ``address``."""
+        config = self.config
+        if not self.valued:
+            return Const(0, 8), Const(0, 8), Const(0, 1)
+        lanes = config.predictor_lanes
+        depth = 1 << len(address)
+        arriving = self.values.payload
+        place = self._value_address(arriving.ctx, arriving.layer, arriving.beat)
+        found = []
+        for name, kind in (
+            ("chances", ValueKind.CHANCE),
+            ("reuse", ValueKind.REUSE),
+            ("newer", None),
+        ):
+            width = 8 * lanes if kind is not None else 1
+            memory = Memory(shape=width, depth=depth, init=[])
+            m.submodules[name] = memory
+            read, write = memory.read_port(), memory.write_port()
+            taken = self.values.valid & self.values.ready
+            m.d.comb += read.addr.eq(address)
+            with m.If(self.clear):
+                m.d.comb += [write.addr.eq(self.row), write.en.eq(1)]
+            with m.Else():
+                m.d.comb += write.addr.eq(place)
+                if kind is None:
+                    m.d.comb += [write.data.eq(arriving.kind), write.en.eq(taken)]
+                else:
+                    m.d.comb += [
+                        write.data.eq(arriving.values.as_value()),
+                        write.en.eq(taken & (arriving.kind == kind)),
+                    ]
+            word = Signal(width)
+            m.d.sync += word.eq(read.data)
+            found.append(word if kind is None else word.word_select(lane, 8))
+        return found
+
+    def _value_address(self, ctx, layer, beat):
+        return Cat(beat[: self._beat_bits], layer, ctx[: self._ctx_bits])
+
+    def _search(self, m, rate_read, visit_read):
+        config = self.config
+        contexts, layers = config.contexts, config.model.layers
+        slot_bits = config.bits("slot")
+
+        # Layer of the latest decision of each context.
+        current = [Signal(config.bits("layer"), name=f"current_{c}") for c in range(contexts)]
+        active = [Signal(name=f"active_{c}") for c in range(contexts)]
+        for c in range(contexts):
+            with m.If(self.count & self.first & (self.ctx == c)):
+                m.d.sync += [current[c].eq(self.layer), active[c].eq(1)]
+            with m.If(self.clear):
+                m.d.sync += active[c].eq(0)
+
+        # What is asked for: the candidate, the remembered slot, then the pass.
+        pointer = Signal(slot_bits)
+        remembered = Signal(slot_bits)
+        remembers = Signal()
+        step = Signal(range(self.samples + 2))
+        ctx = Signal(range(contexts))
+        asking = Signal()
+        passes = Signal(range(self.passes + 1))
+        is_candidate = Signal()
+        is_remembered = Signal()
+        last_ctx = Signal()
+        last = Signal()
+        m.d.comb += [
+            is_candidate.eq(step == 0),
+            is_remembered.eq(step == 1),
+            last_ctx.eq(ctx == contexts - 1),
+            last.eq(asking & last_ctx & (step == self.samples + 1)),
+        ]
+        with m.If(~asking):
+            m.d.comb += self.slot.eq(self.victim)
+        with m.Elif(is_remembered):
+            m.d.comb += self.slot.eq(remembered)
+        with m.Else():
+            m.d.comb += self.slot.eq(pointer)
+        with m.If(asking & last_ctx):
+            m.d.sync += [ctx.eq(0), step.eq(step + 1)]
+            with m.If(step >= 2):
+                m.d.sync += pointer.eq(Mux(pointer == config.slots - 1, 0, pointer + 1))
+        with m.Elif(asking):
+            m.d.sync += ctx.eq(ctx + 1)
+        with m.If(last):
+            m.d.sync += [asking.eq(0), passes.eq(passes + 1)]
+
+        # Stage 1: the slot's state comes. Stage 2: whose values to read.
+        state = self.state
+        candidate_2 = _delayed(m, is_candidate, 2)
+        ctx_2 = _delayed(m, ctx, 2)
+        layer = Signal(config.bits("layer"))
+        expert = Signal(config.bits("expert"))
+        m.d.comb += [
+            layer.eq(Mux(candidate_2, self.layer, state.layer)),
+            expert.eq(Mux(candidate_2, self.expert, state.expert)),
+        ]
+        with m.If(self.searching):
+            m.d.comb += [
+                rate_read.addr.eq(Cat(expert, layer)),
+                visit_read.addr.eq(layer),
+            ]
+        lane_bits = (config.predictor_lanes - 1).bit_length()
+        address = Signal(self._ctx_bits + config.bits("layer") + self._beat_bits)
+        m.d.comb += address.eq(self._value_address(ctx_2, layer, expert >> lane_bits))
+        chance, reuse, newer = self._read_values(m, address, _delayed(m, expert[:lane_bits], 2))
+
+        # Stage 3: the distance. Stage 4: its discount.
+        distance = Signal(range(layers + 1))
+        here = Array(current)[ctx_2]
+        with m.If(layer >= here):
+            m.d.sync += distance.eq(layer - here)
+        with m.Else():
+            m.d.sync += distance.eq(layer + layers - here)
+        table = [min(255, round(256 * (63 / 64) ** ahead)) for ahead in range(layers + 1)]
+        discount = Signal(8)
+        full_turn = Signal()
+        m.d.sync += [
+            discount.eq(Array(Const(entry, 8) for entry in table)[distance]),
+            full_turn.eq(distance == 0),
+        ]
+        is_active = _delayed(m, Array(active)[ctx_2], 2)
+
+        # Stage 4: values and rates are in registers. 5: how much of the rate is left.
+        rate_4 = Signal.like(rate_read.data)
+        visits_4 = Signal(_VISIT_BITS)
+        m.d.sync += [rate_4.eq(rate_read.data), visits_4.eq(visit_read.data)]
+        candidate_4 = _delayed(m, candidate_2, 2)
+        waits = Signal()  # a prefetch whose layer was not routed since
+        confidence = Signal(8)
+        mark_4 = _delayed(m, state.mark, 2)
+        prefetched_4 = _delayed(m, state.prefetched, 2)
+        value_4 = _delayed(m, state.value, 2)
+        m.d.sync += [
+            waits.eq(candidate_4 | (prefetched_4 & (mark_4 == visits_4[:MARK_BITS]))),
+            confidence.eq(Mux(candidate_4, self.value, value_4)),
+        ]
+        decay = Signal(9)
+        rate_5 = Signal(8)
+        chance_5, reuse_5, newer_5 = Signal(8), Signal(8), Signal()
+        discount_5 = Signal(8)
+        full_turn_5 = _delayed(m, full_turn, 1)
+        m.d.sync += [
+            decay.eq(self._decay((visits_4 - rate_4.stamp)[:_VISIT_BITS])),
+            rate_5.eq(rate_4.rate),
+            chance_5.eq(chance),
+            reuse_5.eq(reuse),
+            newer_5.eq(newer),
+            discount_5.eq(discount),
+        ]
+
+        # Stage 6: use rate, and the chance that a waiting prefetch raises.
+        least = Signal(8)
+        chance_now = Signal(8)
+        rate_6, chance_6, reuse_6 = Signal(8), Signal(8), Signal(8)
+        by_habit = Signal()
+        discount_6 = Signal(8)
+        m.d.comb += [
+            least.eq(Mux(waits, confidence, 0)),
+            chance_now.eq(Mux(newer_5, 0, chance_5)),
+        ]
+        m.d.sync += [
+            rate_6.eq((rate_5 * decay) >> 8),
+            chance_6.eq(Mux(chance_now > least, chance_now, least)),
+            reuse_6.eq(reuse_5),
+            by_habit.eq(newer_5 & ~waits),
+            discount_6.eq(Mux(full_turn_5 & (newer_5 | waits), table[layers], discount_5)),
+        ]
+        least_6 = _delayed(m, least, 1)
+
+        # Stage 7: habit. 8: its share where the chance fails. 9: worth. 10: worth of a use then.
+        habit = Signal(9)
+        habit_13 = Signal(13)
+        failing = Signal(9)
+        frequency = Signal(8)
+        m.d.sync += [
+            habit.eq(reuse_6 + rate_6),
+            habit_13.eq((reuse_6 + rate_6) * 13),
+            failing.eq(256 - chance_6),
+            frequency.eq(Mux(rate_6 > least_6, rate_6, least_6)),
+        ]
+        product = Signal(22)
+        m.d.sync += product.eq(failing * habit_13)
+        habit_8, chance_8 = _delayed(m, habit, 1), _delayed(m, chance_6, 2)
+        worth = Signal(9)
+        m.d.sync += worth.eq(
+            Mux(_delayed(m, by_habit, 2), habit_8, (chance_8 << 1) + (product >> 12))
+        )
+        keep = Signal(12)
+        frequency_9 = _delayed(m, frequency, 2)
+        is_active_9 = _delayed(m, is_active, 5)
+        discount_9 = _delayed(m, discount_6, 3)
+        with m.If(~self.next_use):
+            m.d.sync += keep.eq(frequency_9 << 4)
+        with m.Elif(is_active_9):
+            m.d.sync += keep.eq((worth * discount_9) >> 5)
+        with m.Else():
+            m.d.sync += keep.eq(0)
+
+        # Stage 10: the greatest over the contexts, then the least over the slots.
+        may = Signal()  # the slot may be taken
+        m.d.sync += may.eq(~candidate_2 & (state.pins == 0) & ~state.filling & ~state.locked)
+        eligible = _delayed(
+            m, may & _delayed(m, asking & (~is_remembered | remembers), 3), _STAGES - 3
+        )
+        owned = _delayed(m, state.valid, _STAGES - 2)
+        number = _delayed(m, self.slot, _STAGES)
+        is_bid = _delayed(m, _delayed(m, asking & is_candidate, 3), _STAGES - 3)
+        final = _delayed(m, last_ctx, _STAGES)
+        ended = _delayed(m, last, _STAGES + 1)
+        greatest = Signal(12)
+        if contexts > 1:
+            so_far = Signal(12)
+            fresh = _delayed(m, ctx == 0, _STAGES)
+            m.d.comb += greatest.eq(Mux(~fresh & (so_far > keep), so_far, keep))
+            m.d.sync += so_far.eq(greatest)
+        else:
+            m.d.comb += greatest.eq(keep)
+        key = Signal(13)
+        m.d.comb += key.eq(Mux(owned, Cat(greatest, Const(1, 1)), 0))
+
+        bid = Signal(13)
+        best, second = Signal(13), Signal(13)
+        best_slot, second_slot = Signal(slot_bits), Signal(slot_bits)
+        has_best, has_second = Signal(), Signal()
+        with m.If(is_bid & final):
+            m.d.sync += bid.eq(Cat(greatest, Const(1, 1)))
+        with m.If(eligible & final):
+            with m.If(~has_best | (key < best)):
+                m.d.sync += [
+                    best.eq(key),
+                    best_slot.eq(number),
+                    has_best.eq(1),
+                    second.eq(best),
+                    second_slot.eq(best_slot),
+                    has_second.eq(has_best),
+                ]
+            with m.Elif((number != best_slot) & (~has_second | (key < second))):
+                m.d.sync += [second.eq(key), second_slot.eq(number), has_second.eq(1)]
+
+        exhausted = Signal()
+        m.d.comb += [
+            exhausted.eq(has_best | (passes == self.passes)),
+            self.done.eq(ended & exhausted),
+            self.found.eq(has_best),
+            self.outbid.eq(has_best & self.bids & (best > bid)),
+            self.victim.eq(best_slot),
+        ]
+        with m.If(ended & ~exhausted):
+            m.d.sync += [asking.eq(1), step.eq(2)]
+        with m.If(self.done):
+            m.d.sync += [
+                self.searching.eq(0),
+                remembered.eq(Mux(self.outbid, best_slot, second_slot)),
+                remembers.eq(self.outbid | has_second),
+            ]
+        with m.If(self.begin):
+            m.d.sync += [
+                self.searching.eq(1),
+                asking.eq(1),
+                step.eq(0),
+                ctx.eq(0),
+                passes.eq(0),
+                has_best.eq(0),
+                has_second.eq(0),
+            ]
+        with m.If(self.free):
+            m.d.sync += [remembered.eq(self.free_slot), remembers.eq(1)]
+        with m.If(self.clear):
+            m.d.sync += [pointer.eq(0), remembers.eq(0)]
