@@ -345,11 +345,12 @@ class Histories(wiring.Component):
         horizon = Signal(2)
         m.d.comb += horizon.eq(Mux(question.reuse, 0, question.horizon))
 
-        # The layer that a token start reads next: ``onward`` moves on, ``advance`` does so with all
-        # writes of the rotation.
-        advance, onward = Signal(), Signal()
+        # A token start reads ``begin_layer`` where it begins and where it moves ``onward``; in a
+        # rotation it does so with all its writes, by ``advance``.
+        advance, onward, beginning = Signal(), Signal(), Signal()
         begin_layer = Signal(range(layers + 1))
-        m.d.comb += begin_layer.eq(Mux(onward, at + 1, at))
+        with m.If(beginning | onward):
+            m.d.sync += begin_layer.eq(begin_layer + 1)
 
         exists = {}  # Whether the layer of a read exists, kept while the memory is read.
         raws = {}  # What a memory gave, a cycle later.
@@ -379,6 +380,7 @@ class Histories(wiring.Component):
                         m.d.sync += exists[name, number].eq(there)
                     with m.If((phase == 0) if read.step == 0 else (phase != 0)):
                         m.d.comb += target.eq(question.layer - back)
+                m.d.comb += port.en.eq(~rotating | beginning | onward)
                 with m.If(rotating):
                     m.d.comb += port.addr.eq(word_of(begin.ctx, begin_layer))
                 with m.Else():
@@ -586,7 +588,8 @@ class Histories(wiring.Component):
                     & ~value_valid
                     & ~busy
                 )
-                m.d.sync += [at.eq(0), turn.eq(0), sent.eq(0), storers.eq(0), given.eq(0)]
+                m.d.sync += [at.eq(0), begin_layer.eq(0)]
+                m.d.sync += [turn.eq(0), sent.eq(0), storers.eq(0), given.eq(0)]
                 with m.If(access_waits & ~value_valid):
                     m.next = "ACCESS"
                 with m.Elif(begin_waits & (phase == 0)):
@@ -596,7 +599,7 @@ class Histories(wiring.Component):
                     m.d.comb += [each.clear.eq(1) for each in stores]
                     m.next = "CLEAR"
             with m.State("LOAD"):
-                m.d.comb += rotating.eq(1)
+                m.d.comb += [rotating.eq(1), beginning.eq(1)]
                 m.d.sync += ids.eq(context_read.data)
                 m.next = "LATCH"
             with m.State("LATCH"):
@@ -625,7 +628,7 @@ class Histories(wiring.Component):
                 with m.If(advance):
                     m.d.sync += at.eq(at + 1)
                     with m.If(at == layers - 1):
-                        m.d.sync += at.eq(0)
+                        m.d.sync += [at.eq(0), begin_layer.eq(0)]
                         m.next = "TURN" if store is None else "STORE"
             if store is not None:
                 # One table after the other. The ended token is the previous one by now.
@@ -635,6 +638,7 @@ class Histories(wiring.Component):
                         m.d.sync += turn.eq(0)
                         m.next = "TURN"
                     with m.Elif(storers.bit_select(turn, 1)):
+                        m.d.comb += beginning.eq(1)
                         m.d.sync += orders.eq(1)
                         m.next = "SEND"
                     with m.Else():
@@ -649,7 +653,7 @@ class Histories(wiring.Component):
                     with m.If(onward):
                         m.d.sync += at.eq(at + 1)
                         with m.If(at == layers - 1):
-                            m.d.sync += [at.eq(0), turn.eq(turn + 1)]
+                            m.d.sync += [at.eq(0), begin_layer.eq(0), turn.eq(turn + 1)]
                             m.next = "STORE"
             with m.State("TURN"):
                 m.d.sync += [

@@ -115,7 +115,7 @@ class PerceptronPredictor(Predictor):
         ahead = [head for head in heads if head.head.horizon]
         # One machine asks for all sets; each head predicts and learns; one ranking for all.
         questions = 2 * len(heads) - 1
-        asking = 8 + questions * (self._histories.latency + 5)
+        asking = 9 + questions * (self._histories.latency + 5)
         working = max(
             head.predict_interval(self._active_words(head))
             + head.learn_cycles(self._active_words(head))
@@ -171,30 +171,35 @@ class PerceptronPredictor(Predictor):
             self.decisions.ready.eq(free),
             self.hints.ready.eq(free),
         ]
-        with m.If(self.begin.valid & self.begin.ready):
+        # What lies in a register that does not wait means nothing.
+        for kind, incoming in (
+            (_Kind.BEGIN, self.begin),
+            (_Kind.DECISION, self.decisions),
+            (_Kind.HINT, self.hints),
+        ):
+            with m.If(~waits[kind]):
+                m.d.sync += [
+                    waits[kind].eq(incoming.valid & incoming.ready),
+                    arrived[kind].kind.eq(kind),
+                ]
+        next_layer = self.decisions.payload.layer + configs[near[0]].horizon
+        with m.If(~waits[_Kind.BEGIN]):
             m.d.sync += [
-                waits[_Kind.BEGIN].eq(1),
-                arrived[_Kind.BEGIN].kind.eq(_Kind.BEGIN),
                 arrived[_Kind.BEGIN].ctx.eq(self.begin.payload.ctx),
                 arrived[_Kind.BEGIN].phase.eq(self.begin.payload.phase),
                 arrived[_Kind.BEGIN].word.eq(self.begin.payload.token),
             ]
-        next_layer = self.decisions.payload.layer + configs[near[0]].horizon
-        with m.If(self.decisions.valid & self.decisions.ready):
+        with m.If(~waits[_Kind.DECISION]):
             m.d.sync += [
                 arrived[_Kind.DECISION].next.eq(next_layer),
                 arrived[_Kind.DECISION].next_exists.eq(next_layer < layers),
-                waits[_Kind.DECISION].eq(1),
-                arrived[_Kind.DECISION].kind.eq(_Kind.DECISION),
                 arrived[_Kind.DECISION].ctx.eq(self.decisions.payload.ctx),
                 arrived[_Kind.DECISION].layer.eq(self.decisions.payload.layer),
                 arrived[_Kind.DECISION].experts.eq(self.decisions.payload.experts),
                 arrived[_Kind.DECISION].stamp.eq(self.decisions.payload.stamp),
             ]
-        with m.If(self.hints.valid & self.hints.ready):
+        with m.If(~waits[_Kind.HINT]):
             m.d.sync += [
-                waits[_Kind.HINT].eq(1),
-                arrived[_Kind.HINT].kind.eq(_Kind.HINT),
                 arrived[_Kind.HINT].ctx.eq(self.hints.payload.ctx),
                 arrived[_Kind.HINT].layer.eq(self.hints.payload.layer),
                 arrived[_Kind.HINT].experts[0].eq(self.hints.payload.expert),
@@ -226,14 +231,27 @@ class PerceptronPredictor(Predictor):
 
         ctx, layer = front.ctx, front.layer
         phase = phases[ctx]
-        # Of the message in front, valid from its second cycle there on: nothing that they depend on
+
+        def of_layer(flags, name):
+            """The bit of the layer in front, two cycles later."""
+            parts = Signal(-(-layers // 8), name=f"{name}_parts")
+            low, high = layer[:3], layer[3:]
+            m.d.sync += parts.eq(
+                Cat(flags[at : at + 8].bit_select(low, 1) for at in range(0, layers, 8))
+            )
+            return parts.bit_select(high, 1) if len(parts) > 1 else parts[0]
+
+        # Of the message in front, valid from its third cycle there on: nothing that they depend on
         # changes while it is in work.
         first, extra, prefill = Signal(), Signal(), Signal()
         wanted = Signal()  # its layers are predicted: it is the first, or an extra one
+        settled = Signal()  # the main machine has been at it for a cycle
+        verify, was_routed = Signal(), of_layer(routed[ctx], "routed")
         m.d.sync += [
-            first.eq(~routed[ctx].bit_select(layer, 1)),
-            extra.eq(routed[ctx].bit_select(layer, 1) & (phase == Phase.VERIFY)),
-            wanted.eq(~routed[ctx].bit_select(layer, 1) | (phase == Phase.VERIFY)),
+            verify.eq(phase == Phase.VERIFY),
+            first.eq(~was_routed),
+            extra.eq(was_routed & verify),
+            wanted.eq(~was_routed | verify),
             prefill.eq(phase == Phase.PREFILL),
         ]
         # Layers that the heads predict at a decision of this one, and whether there are such.
@@ -414,26 +432,30 @@ class PerceptronPredictor(Predictor):
             m.d.comb += [request.ctx.eq(walk_ctx), request.layer.eq(walk_layer)]
 
         blocks = [*heads, histories, ranking, trust]
-        blocks_idle, were_idle = Signal(), Signal()
-        m.d.comb += blocks_idle.eq(Cat(block.idle for block in blocks).all())
-        m.d.sync += were_idle.eq(blocks_idle)
+        rested = Signal(len(blocks))  # blocks that were idle in the cycle before
+        m.d.sync += rested.eq(Cat(block.idle for block in blocks))
         collecting, values_held = Signal(), Signal()
+        resting = Signal()  # the main machine is
+        calm, was_calm = Signal(), Signal()  # all is done that is not in a block
         quiet = Signal()  # all that was begun is done
         push_main = Signal()
         clear_waits = Signal()
         with m.If(self.clear):
             m.d.sync += [clear_waits.eq(1), closed.eq(1)]
         m.d.comb += [
-            quiet.eq(
-                ~walking
+            calm.eq(
+                resting
+                & ~walking
                 & ~collecting
                 & ~values_held
                 & (order.level == 0)
                 & ~pushing
-                & blocks_idle
                 & (background == 0)
             ),
+            # A block that was given something in the cycle before last does not rest.
+            quiet.eq(calm & was_calm & rested.all()),
         ]
+        m.d.sync += was_calm.eq(calm)
         m.d.sync += pushing.eq(push_main | push_walked)
         # As it was in the cycle before. Whatever ends it is followed by a cycle or more in another
         # state, so that the main machine sees it in time.
@@ -502,9 +524,13 @@ class PerceptronPredictor(Predictor):
         # What the heads have predicted of the layer in front, and as long after the walker whether
         # it has passed the layer.
         for flags, flag in zip(known, has_known, strict=True):
-            m.d.sync += flag.eq(flags[ctx].bit_select(layer, 1))
-        passing, has_passed = Signal(), Signal()
-        m.d.sync += [passing.eq(~walking | (walk_layer > layer)), has_passed.eq(passing)]
+            m.d.sync += flag.eq(of_layer(flags[ctx], flag.name))
+        passing, passed_by, has_passed = Signal(), Signal(), Signal()
+        m.d.sync += [
+            passing.eq(~walking | (walk_layer > layer)),
+            passed_by.eq(passing),
+            has_passed.eq(passed_by),
+        ]
         # What is learned or, of reuse, predicted is noted in the cycle thereafter.
         taught = [Signal(name=f"taught_{head.name}") for head in configs]
         for flags, done, head_config in zip(known, taught, configs, strict=True):
@@ -514,12 +540,14 @@ class PerceptronPredictor(Predictor):
 
         after_learning = "Done" if reuse is None else "Reuse now"
 
-        # The truth goes to the hints before any result of its decision, in the cycle after the
-        # decision's first.
-        truth_waits = Signal()
+        # The truth goes to the hints before any result of its decision, as soon as it is known
+        # whether the decision is the first.
+        truth_waits, truth_now = Signal(), Signal()
+        m.d.sync += truth_now.eq(truth_waits)
         with m.If(truth_waits):
-            m.d.comb += [entry.kind.eq(_Kind.DECISION), push_main.eq(first)]
             m.d.sync += truth_waits.eq(0)
+        with m.If(truth_now):
+            m.d.comb += [entry.kind.eq(_Kind.DECISION), push_main.eq(first)]
 
         with m.FSM(init="Clear wait") as fsm:
             with m.State("Clear"):
@@ -535,7 +563,7 @@ class PerceptronPredictor(Predictor):
             with m.State("Clear started"):
                 m.next = "Clear wait"
             with m.State("Clear wait"):
-                with m.If(were_idle):
+                with m.If(rested.all()):
                     m.d.sync += closed.eq(clear_waits | self.clear)
                     m.next = "Idle"
 
@@ -617,7 +645,9 @@ class PerceptronPredictor(Predictor):
                 horizon = configs[number].horizon
                 following = f"Ask {configs[near[at + 1]].name}" if at + 1 < len(near) else "Route"
                 with m.State(f"Ask {configs[number].name}"):
-                    with m.If(inside[number] & wanted):
+                    with m.If(~settled):
+                        pass
+                    with m.Elif(inside[number] & wanted):
                         m.d.comb += [
                             wants.eq(1),
                             request.layer.eq(targets[number]),
@@ -629,7 +659,7 @@ class PerceptronPredictor(Predictor):
                     with m.Else():
                         m.next = following
                 with m.State(f"Predict {configs[number].name}"):
-                    with m.If(~truth_waits):
+                    with m.If(~truth_now):
                         its_threshold = self.threshold if horizon == 1 else self.far_threshold
                         m.d.comb += [
                             entry.kind.eq(_Kind.RESULT),
@@ -758,6 +788,8 @@ class PerceptronPredictor(Predictor):
             self.parity_errors.eq(errors != 0),
         ]
 
+        m.d.comb += resting.eq(fsm.ongoing("Idle"))
+        m.d.sync += settled.eq(~resting)
         # Nothing of it falls later than this register but what is looked at here.
         was_idle = Signal()
         m.d.sync += was_idle.eq(
@@ -770,7 +802,7 @@ class PerceptronPredictor(Predictor):
         )
         m.d.comb += self.idle.eq(
             was_idle
-            & fsm.ongoing("Idle")
+            & resting
             & ~(waits[0] | waits[1] | waits[2])
             & ~present
             & ~clear_waits
@@ -884,6 +916,11 @@ class PerceptronPredictor(Predictor):
                 ranking.candidates.ready.eq(self.candidates.ready),
             ]
 
+        overtakes, overtaking = Signal(), Signal.like(entry.layer)
+        m.d.sync += [overtakes.eq(0), overtaking.eq(entry.layer)]
+        with m.If(overtakes):
+            m.d.sync += overtaken.bit_select(overtaking, 1).eq(1)
+
         with m.FSM() as fsm:
             with m.State("Idle"):
                 deciding = order.r_rdy & (entry.kind == _Kind.DECISION)
@@ -918,8 +955,9 @@ class PerceptronPredictor(Predictor):
                 with m.If(moved):
                     m.next = "Patch"
                     # Not when they are asked for: hints in between count on the walker's values.
-                    with m.If(trusted & (entry.head != start) & (entry.ctx == walk_ctx)):
-                        m.d.sync += overtaken.bit_select(entry.layer, 1).eq(1)
+                    m.d.sync += overtakes.eq(
+                        trusted & (entry.head != start) & (entry.ctx == walk_ctx)
+                    )
             with m.State("Patch"):
                 with m.If(entry.extra):
                     m.d.comb += [

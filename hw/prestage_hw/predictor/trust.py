@@ -11,6 +11,7 @@ from prestage_hw.contract.params import require_config
 from .ranking import PatchLayout
 from .sets import LFSR_SEED, lfsr_next
 from .tokens import NO_COLLISIONS
+from .two_beats import TwoBeats
 
 __all__ = ["HintedLayout", "OpinionLayout", "Trust", "TrustValuesLayout"]
 
@@ -296,6 +297,9 @@ class Trust(wiring.Component):
         index = Signal(index_bits + 1)  # the one to read
         place = Cat(layer[:place_bits], ctx[:ctx_bits])
 
+        def place_of(payload):
+            return Cat(payload.layer[:place_bits], payload.ctx[:ctx_bits])
+
         # Of each context: one more than the layer that was routed last.
         routed = Array(Signal(layer_bits + 1, name=f"routed{n}") for n in range(contexts))
         distance = Signal(layer_bits + 1)
@@ -312,6 +316,11 @@ class Trust(wiring.Component):
 
         # Entries of the list are read one after the other. All keeps still while the output
         # register of the job is full.
+        # Two registers behind it: whether it moves does not hang on those who take what comes out.
+        m.submodules.patched = patched = TwoBeats(self.patches.payload.shape())
+        m.submodules.scored = scored = TwoBeats(self.hinted.payload.shape())
+        wiring.connect(m, patched.outgoing, wiring.flipped(self.patches))
+        wiring.connect(m, scored.outgoing, wiring.flipped(self.hinted))
         move = Signal()
         ask, coming, here = Signal(), Signal(), Signal()
         coming_at, here_at = Signal(index_bits), Signal(index_bits)
@@ -319,12 +328,12 @@ class Trust(wiring.Component):
         entry = Signal(entry_layout)
         entry_bad = entry.as_value().xor()
         m.d.comb += [
-            move.eq(~self.patches.valid | self.patches.ready),
+            move.eq(patched.incoming.ready),
             entry_read.addr.eq(Cat(index[:index_bits], place)),
             entry_read.en.eq(move),
         ]
         with m.If(is_hint):
-            m.d.comb += move.eq(~self.hinted.valid | self.hinted.ready)
+            m.d.comb += move.eq(scored.incoming.ready)
         with m.Elif(is_route):
             m.d.comb += move.eq(1)
         with m.If(move):
@@ -473,29 +482,21 @@ class Trust(wiring.Component):
 
         with m.If(self.clear):
             m.d.sync += clear_waits.eq(1)
-        with m.If(self.patches.ready):
-            m.d.sync += self.patches.valid.eq(0)
-        with m.If(self.hinted.ready):
-            m.d.sync += self.hinted.valid.eq(0)
-        with m.If(stage_5.valid & move):
-            with m.If(is_hint):
-                m.d.sync += [
-                    self.hinted.valid.eq(1),
-                    self.hinted.payload.ctx.eq(ctx),
-                    self.hinted.payload.layer.eq(layer),
-                    self.hinted.payload.expert.eq(stage_5.expert),
-                    self.hinted.payload.value.eq(value),
-                    self.hinted.payload.near.eq(stage_5.distance == 0),
-                    self.hinted.payload.deadline.eq(hint.deadline),
-                ]
-            with m.Else():
-                m.d.sync += [
-                    self.patches.valid.eq(1),
-                    self.patches.payload.expert.eq(stage_5.expert),
-                    self.patches.payload.value.eq(value),
-                    self.patches.payload.valid.eq(stage_5.known),
-                    self.patches.payload.go.eq(stage_5.last),
-                ]
+        unhinted = Signal()  # the layer's values stay as they are
+        m.d.comb += [
+            scored.incoming.valid.eq(stage_5.valid & is_hint),
+            scored.incoming.payload.ctx.eq(ctx),
+            scored.incoming.payload.layer.eq(layer),
+            scored.incoming.payload.expert.eq(stage_5.expert),
+            scored.incoming.payload.value.eq(value),
+            scored.incoming.payload.near.eq(stage_5.distance == 0),
+            scored.incoming.payload.deadline.eq(hint.deadline),
+            patched.incoming.valid.eq(unhinted | (stage_5.valid & ~is_hint)),
+            patched.incoming.payload.expert.eq(stage_5.expert),
+            patched.incoming.payload.value.eq(value),
+            patched.incoming.payload.valid.eq(stage_5.known & ~unhinted),
+            patched.incoming.payload.go.eq(stage_5.last | unhinted),
+        ]
 
         bad_list, bad_entry = Signal(), Signal()
         learn_bad = Signal()
@@ -517,6 +518,11 @@ class Trust(wiring.Component):
                 with m.If(clear_address == max(depths.values()) - 1):
                     m.next = "Idle"
             with m.State("Idle"):
+                # The list of what is taken, if anything is: the first that is valid.
+                m.d.comb += list_read.addr.eq(place_of(self.hints.payload))
+                for source in (self.routes, self.values):
+                    with m.If(source.valid):
+                        m.d.comb += list_read.addr.eq(place_of(source.payload))
                 m.d.comb += [
                     self.begins.ready.eq(free),
                     self.values.ready.eq(partial | (free & ~self.begins.valid)),
@@ -536,9 +542,6 @@ class Trust(wiring.Component):
                         layer.eq(taken.layer),
                         partial.eq(~taken.last),
                     ]
-                    m.d.comb += list_read.addr.eq(
-                        Cat(taken.layer[:place_bits], taken.ctx[:ctx_bits])
-                    )
                     with m.If(taken.last):
                         m.next = "Look"
                 with m.Elif(self.begins.valid & self.begins.ready):
@@ -551,9 +554,6 @@ class Trust(wiring.Component):
                         layer.eq(route.layer),
                         experts.eq(route.experts),
                     ]
-                    m.d.comb += list_read.addr.eq(
-                        Cat(route.layer[:place_bits], route.ctx[:ctx_bits])
-                    )
                     m.next = "Look"
                 with m.Elif(self.hints.valid & self.hints.ready):
                     m.d.sync += [
@@ -561,11 +561,6 @@ class Trust(wiring.Component):
                         layer.eq(self.hints.payload.layer),
                         hint.eq(self.hints.payload),
                     ]
-                    m.d.comb += list_read.addr.eq(
-                        Cat(
-                            self.hints.payload.layer[:place_bits], self.hints.payload.ctx[:ctx_bits]
-                        )
-                    )
                     m.next = "Look"
                 with m.Elif(clear_waits & ~partial):
                     m.d.sync += [clear_waits.eq(self.clear), clear_address.eq(0)]
@@ -607,11 +602,7 @@ class Trust(wiring.Component):
                     with m.Elif(found_own):
                         m.next = "Patch"
                     with m.Else():
-                        m.d.sync += [
-                            self.patches.valid.eq(1),
-                            self.patches.payload.valid.eq(0),
-                            self.patches.payload.go.eq(1),
-                        ]
+                        m.d.comb += unhinted.eq(1)
                         m.next = "Idle"
 
             with m.State("Patch"):
@@ -667,6 +658,6 @@ class Trust(wiring.Component):
                     m.next = "Idle"
 
         m.d.comb += self.idle.eq(
-            fsm.ongoing("Idle") & free & ~self.patches.valid & ~self.hinted.valid
+            fsm.ongoing("Idle") & free & ~patched.outgoing.valid & ~scored.outgoing.valid
         )
         return m
