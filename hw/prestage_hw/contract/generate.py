@@ -289,6 +289,8 @@ def messages_page() -> str:
         + "; `code` of a",
         "BufferResult is "
         + ", ".join(f"{int(code)} {code.name}" for code in records.BufferCode)
+        + ". `kind` of a ValueBeat is "
+        + ", ".join(f"{int(kind)} {kind.name}" for kind in records.ValueKind)
         + ".",
         "",
     ]

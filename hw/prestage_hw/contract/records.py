@@ -33,6 +33,7 @@ __all__ = [
     "Phase",
     "Record",
     "Source",
+    "ValueKind",
     "message_by_code",
     "message_by_name",
 ]
@@ -79,6 +80,13 @@ class BufferCode(IntEnum):
     FILLING = 1  # DEMAND, PREFETCH: in flight to the slot.
     ALLOCATED = 2  # DEMAND, PREFETCH: the slot is now filling; fetch it.
     NO_SLOT = 3  # DEMAND, PREFETCH: no slot may be taken.
+
+
+class ValueKind(IntEnum):
+    """What the numbers of a ValueBeat are, in 1/256."""
+
+    CHANCE = 0  # V: chance that the layer's next visit uses the expert.
+    REUSE = 1  # R: reuse value of the expert after the layer's latest visit.
 
 
 class ErrorCode(IntEnum):
@@ -372,9 +380,10 @@ RECORDS: dict[str, Record] = {
             ),
         ),
         Record(
-            name="ReuseBeat",
-            description="How likely experts of a layer are to be used again soon, some at a time.",
+            name="ValueBeat",
+            description="What the experts of a layer are worth, some at a time.",
             fields=(
+                Field(name="kind", kind=1, wire_bits=8, description="A ValueKind."),
                 _CTX,
                 _LAYER,
                 Field(
@@ -388,7 +397,7 @@ RECORDS: dict[str, Record] = {
                     kind=8,
                     wire_bits=8,
                     count="lanes",
-                    description="Reuse value of each expert, greater is sooner; 0 past the last.",
+                    description="Value of each expert in 1/256; 0 past the last.",
                 ),
             ),
         ),
