@@ -108,7 +108,9 @@ class HistoriesBench:
         self.send(self.routes, {"ctx": ctx, "layer": layer, "experts": list(experts)})
 
     def ask(self, ctx, layer, horizon=0, reuse=0, now=0):
-        payload = {"ctx": ctx, "layer": layer, "horizon": horizon, "reuse": reuse, "now": now}
+        base = (layer - horizon) % (1 << self.config.bits("layer"))
+        payload = {"ctx": ctx, "layer": layer, "base": base, "horizon": horizon}
+        payload |= {"reuse": reuse, "now": now}
         self.send(self.requests, payload)
 
     def access(self, table, word, value=None):

@@ -2,7 +2,7 @@
 
 ::
 
-    begin, decisions, hints, table_requests ─▶ predictor ─▶ candidates, table_values, reuse
+    begin, decisions, hints, table_requests ─▶ predictor ─▶ candidates, table_values, values
            │                                      ▲ clear        │
            └──── in the order seen ─────▶ golden ─┴── compare ◀──┘
 
@@ -16,7 +16,7 @@ import cocotb
 import numpy as np
 from cocotb.triggers import FallingEdge, RisingEdge
 
-from prestage_hw.contract.records import Source
+from prestage_hw.contract.records import Source, ValueKind
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.predictor import PREDICTORS
 from prestage_sim.model.predictor import Settings, create_predictor
@@ -33,7 +33,7 @@ from prestage_tb.bench import (
 
 #: Tables are looked for up to this number, where none has one.
 _NO_TABLE = 40
-_REUSE_FIELDS = ("ctx", "layer", "beat", "values")
+_VALUE_FIELDS = ("kind", "ctx", "layer", "beat")
 _CANDIDATE_FIELDS = ("ctx", "layer", "expert", "score", "source", "deadline")
 
 
@@ -62,10 +62,10 @@ class PredictorBench:
         self.requests = StreamSource(dut, "table_requests", layout("TableRequest"), stall=stall)
         self.hints = StreamSource(dut, "hints", layout("Candidate"), stall=stall)
         self.candidates = StreamSink(dut, "candidates", layout("Candidate"), stall=stall)
-        self.reuse = StreamSink(dut, "reuse", layout("ReuseBeat"), stall=stall)
+        self.worth = StreamSink(dut, "values", layout("ValueBeat"), stall=stall)
         self.values = StreamSink(dut, "table_values", 32, stall=stall)
         self.sources = (self.requests, self.begin, self.decisions, self.hints)
-        self.drivers = (*self.sources, self.candidates, self.values, self.reuse)
+        self.drivers = (*self.sources, self.candidates, self.values, self.worth)
         dut.clear.value = 0
         dut.threshold.value = Settings.threshold
         dut.far_threshold.value = Settings.far_threshold
@@ -83,7 +83,7 @@ class PredictorBench:
         self.seen = dict.fromkeys(self.offered, 0)
         self.expected = []
         self.expected_values = []
-        self.expected_reuse = []
+        self.expected_worth = []
         self.cleared = False
 
     async def start(self):
@@ -157,7 +157,7 @@ class PredictorBench:
         """Compare everything so far; nothing may be missing or left over."""
         assert self.candidates.received == self.expected
         assert self.values.received == self.expected_values
-        assert self.reuse.received == self.expected_reuse
+        self._compare_worth()
 
     def _apply(self, name, payload):
         if name == "table_requests":
@@ -170,13 +170,26 @@ class PredictorBench:
             call, names = _CALLS[name]
             ranked = getattr(self.golden, call)(*(payload[name] for name in names))
             self.expected += [dict(zip(_CANDIDATE_FIELDS, c, strict=True)) for c in ranked]
-            for beat in self.golden.reuse():
-                values = dict(zip(_REUSE_FIELDS, beat, strict=True))
-                self.expected_reuse.append({**values, "values": list(values["values"])})
+            self.expected_worth += self.golden.values()
+
+    def _compare_worth(self):
+        """Compare reuse values in their order, and of chances those that hold in the end."""
+        received = [
+            (*(beat[name] for name in _VALUE_FIELDS), tuple(beat["values"]))
+            for beat in self.worth.received
+        ]
+        kinds = ((ValueKind.REUSE, list), (ValueKind.CHANCE, dict))
+        for kind, kept in kinds:
+            got, wanted = (
+                kept((beat[1:4], beat[4]) for beat in beats if beat[0] == kind)
+                for beats in (received, self.expected_worth)
+            )
+            assert got == wanted, f"{kind.name} values differ"
+        assert len(received) <= len(self.expected_worth), "values that nobody predicted"
 
     async def _follow(self):
         falling = FallingEdge(self.dut.clk)
-        compared = 0
+        compared, compared_worth = 0, (0, 0)
         while True:
             await falling
             if str(self.dut.rst.value) != "0":
@@ -204,7 +217,9 @@ class PredictorBench:
             if idle == "1":
                 assert len(received) == len(self.expected), "idle with candidates to come"
                 assert self.values.received == self.expected_values, "idle with values to come"
-                assert self.reuse.received == self.expected_reuse, "idle with reuse values to come"
+                if (len(self.worth.received), len(self.expected_worth)) != compared_worth:
+                    self._compare_worth()
+                    compared_worth = len(self.worth.received), len(self.expected_worth)
 
 
 class RandomRouting:

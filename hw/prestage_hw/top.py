@@ -117,8 +117,8 @@ class Top(wiring.Component):
             predictor.threshold.eq(registers.control.predict_threshold),
             predictor.far_threshold.eq(registers.control.predict_far_threshold),
             predictor.ahead.eq(registers.control.predict_ahead),
-            # Eviction goes by recency alone: nobody asks for reuse values.
-            predictor.reuse.ready.eq(1),
+            # Eviction goes by recency alone: nobody asks what experts are worth.
+            predictor.values.ready.eq(1),
         ]
 
         if config.token_memory:

@@ -5,7 +5,7 @@ import pytest
 
 from prestage_hw.contract import DeviceConfig, ModelConfig
 from prestage_hw.contract.perceptron import FORMS, HeadConfig, PerceptronConfig, perceptron_form
-from prestage_hw.contract.records import NO_TOKEN, Phase, Source
+from prestage_hw.contract.records import NO_TOKEN, Phase, Source, ValueKind
 from prestage_sim.model.predictor.linear import create_head, head_learn, head_predict, lfsr_next
 from prestage_sim.model.predictor.perceptron import PerceptronPredictor, TraceRunner
 from prestage_sim.model.predictor.ranking import ranked
@@ -290,6 +290,7 @@ def test_prefill_learns_nothing_and_keeps_the_last_token_as_history():
     _, stamp = replay(predictor, chosen[:40], ids[:40])
     before = [[table.copy() for table in head] for head in predictor.heads]
     tables = [table.copy() for table in predictor.histories.tables]
+    predictor.values()
     predictor.begin(0, NO_TOKEN, int(Phase.PREFILL))
     tables = [table.copy() for table in predictor.histories.tables]  # the token before was stored
     proposals = []
@@ -300,7 +301,7 @@ def test_prefill_learns_nothing_and_keeps_the_last_token_as_history():
     assert any(proposals[:20]) and not any(proposals[1:20])  # the first of each layer predicts
     for head, copy in zip(predictor.heads, before, strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(head, copy, strict=True))
-    assert predictor.reuse() is not None
+    assert {kind for kind, *_ in predictor.values()} == {ValueKind.CHANCE}  # nothing is learned
     predictor.begin(0, 3, DECODE)
     assert all(
         np.array_equal(x, y) for x, y in zip(predictor.histories.tables, tables, strict=True)
@@ -318,10 +319,14 @@ def test_reuse_values_rise_for_what_comes_back():
         for layer in range(model.layers):
             stamp = stamp + 1 & 0xFF
             predictor.decide(0, layer, list(always), stamp)
-        beats = predictor.reuse()
+        given = predictor.values()
+    beats = [beat[1:] for beat in given if beat[0] == ValueKind.REUSE]
     assert [beat[:3] for beat in beats] == [(0, layer, 0) for layer in range(4)]
     for _, _, _, values in beats:
         assert min(values[e] for e in always) > 240 > 40 > values[never]
+    # Chances of all layers at token start, then of each that is predicted from the one before.
+    chances = [beat[2] for beat in given if beat[0] == ValueKind.CHANCE]
+    assert chances[:4] == [0, 1, 2, 3] and set(chances[4:]) <= {1, 2, 3} and len(chances) > 6
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
@@ -354,7 +359,7 @@ def test_clear_forgets_everything():
     first = replay(predictor, chosen, ids)
     predictor.hint(0, MODEL.layers - 1, 1, 200, 1)
     predictor.clear()
-    predictor.reuse()
+    predictor.values()
     assert replay(predictor, chosen, ids) == first
 
 

@@ -432,27 +432,6 @@ RECORDS: dict[str, Record] = {
             ),
         ),
         Record(
-            name="ReuseBeat",
-            description="How likely experts of a layer are to be used again soon, some at a time.",
-            fields=(
-                _CTX,
-                _LAYER,
-                Field(
-                    name="beat",
-                    kind="lane_beat",
-                    wire_bits=16,
-                    description="Part of the layer: element 0 is expert beat x lanes.",
-                ),
-                Field(
-                    name="values",
-                    kind=8,
-                    wire_bits=8,
-                    count="lanes",
-                    description="Reuse value of each expert, greater is sooner; 0 past the last.",
-                ),
-            ),
-        ),
-        Record(
             name="ValueBeat",
             description="What the experts of a layer are worth, some at a time.",
             fields=(

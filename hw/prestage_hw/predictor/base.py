@@ -30,8 +30,9 @@ class PredictorSignature(wiring.Signature):
         that are transferred in the same cycle.
     candidates : ``Out(stream.Signature(RecordLayout("Candidate")))``
         Experts worth prefetching, best first: predicted ones and those of hints.
-    reuse : ``Out(stream.Signature(RecordLayout("ReuseBeat")))``
-        Reuse values of a layer's experts after it was routed, part by part.
+    values : ``Out(stream.Signature(RecordLayout("ValueBeat")))``
+        What the experts of a layer are worth, part by part: chances as soon as they are predicted,
+        reuse values after the layer was routed. Nothing for predictors that rank without values.
     threshold, far_threshold : ``In(8)``
         Least confidence, in 1/256, of a candidate for the next layer and for layers farther away.
     ahead : ``In(8)``
@@ -68,7 +69,7 @@ class PredictorSignature(wiring.Signature):
                 "decisions": In(stream.Signature(RecordLayout("RoutingDecision", config=config))),
                 "hints": In(stream.Signature(RecordLayout("Candidate", config=config))),
                 "candidates": Out(stream.Signature(RecordLayout("Candidate", config=config))),
-                "reuse": Out(stream.Signature(RecordLayout("ReuseBeat", config=config))),
+                "values": Out(stream.Signature(RecordLayout("ValueBeat", config=config))),
                 "threshold": In(8),
                 "far_threshold": In(8),
                 "ahead": In(8),

@@ -82,6 +82,8 @@ class HistoryRequestLayout(data.StructLayout):
     -------
     ctx, layer : context and layer numbers
         Context and target layer.
+    base : layer number
+        Target layer less the horizon, modulo its width; the target layer for the reuse head.
     horizon : 2 bits
         Horizon of the head that asks, 0 for the reuse head.
     reuse : 1 bit
@@ -95,6 +97,7 @@ class HistoryRequestLayout(data.StructLayout):
             {
                 "ctx": config.bits("ctx"),
                 "layer": config.bits("layer"),
+                "base": config.bits("layer"),
                 "horizon": 2,
                 "reuse": 1,
                 "now": 1,
@@ -368,6 +371,7 @@ class Histories(wiring.Component):
                         continue
                     step = steps[number]
                     back = (horizon if name == "this" else 0) - step
+                    start = question.base if name == "this" else question.layer
                     exists[name, number] = Signal(name=f"{name}{number}_exists")
                     with m.If(asks):
                         there = Const(1, 1)
@@ -379,7 +383,7 @@ class Histories(wiring.Component):
                             there = question.layer < layers - step
                         m.d.sync += exists[name, number].eq(there)
                     with m.If((phase == 0) if read.step == 0 else (phase != 0)):
-                        m.d.comb += target.eq(question.layer - back)
+                        m.d.comb += target.eq(start + step)
                 m.d.comb += port.en.eq(~rotating | beginning | onward)
                 with m.If(rotating):
                     m.d.comb += port.addr.eq(word_of(begin.ctx, begin_layer))

@@ -6,7 +6,7 @@ from amaranth import Array, Cat, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 
-from prestage_hw.contract.records import Phase, Source
+from prestage_hw.contract.records import Phase, Source, ValueKind
 from prestage_hw.layouts import RecordLayout
 
 from .base import Predictor
@@ -257,9 +257,16 @@ class PerceptronPredictor(Predictor):
         # Layers that the heads predict at a decision of this one, and whether there are such.
         targets = {n: Signal(layer_shape, name=f"target_{configs[n].name}") for n in near}
         inside = {n: Signal(name=f"inside_{configs[n].name}") for n in near}
+        bases = {n: Signal(layer_shape, name=f"base_{configs[n].name}") for n in near}
+        deadlines = {n: Signal(8, name=f"deadline_{configs[n].name}") for n in near}
         for n in near:
             target = layer + configs[n].horizon
-            m.d.sync += [targets[n].eq(target), inside[n].eq(target < layers)]
+            m.d.sync += [
+                targets[n].eq(target),
+                inside[n].eq(target < layers),
+                bases[n].eq(layer - configs[n].horizon),
+                deadlines[n].eq(front.stamp + configs[n].horizon),
+            ]
         hint_is_near = Signal()
         m.d.sync += hint_is_near.eq((front.stamp - stamps[ctx])[:8] == 1)
 
@@ -305,9 +312,9 @@ class PerceptronPredictor(Predictor):
         background = Signal(range(layers + 1))  # results of the walker that only V waits for
         proposing = Signal()  # walking, and ``walk_layer`` is below ``walk_ahead``
 
-        # Sets are asked for by the main machine, or by the walker while it does not ask. The
-        # question waits in a register, as the histories look up what it names at once.
-        wants, busy = Signal(), Signal()
+        # Sets are asked for by the main machine, or by the walker where that has nothing to ask.
+        # The question waits in a register, as the histories look up what it names at once.
+        wants, may_ask = Signal(), Signal(init=1)
         for_main, for_walker = Signal(), Signal()
         asking = Signal()
         # Answers are taken in one cycle; what follows from it, the next question for one, happens
@@ -315,17 +322,24 @@ class PerceptronPredictor(Predictor):
         told, walker_told = Signal(), Signal()
         request = Signal.like(histories.requests.payload)
         m.d.comb += histories.requests.valid.eq(asking)
-        granted, may_ask = Signal(), Signal()
-        m.d.comb += [may_ask.eq(~busy & ~told & ~walker_told), granted.eq(wants & may_ask)]
+        granted, by_main = Signal(), Signal()
+        m.d.comb += granted.eq(wants & may_ask)
         with m.If(histories.requests.ready):
             m.d.sync += asking.eq(0)
+        with m.If(told | walker_told):
+            m.d.sync += may_ask.eq(1)
         with m.If(may_ask):
             # Nobody looks at it until it is asked.
             m.d.sync += histories.requests.payload.eq(request)
-            with m.If(wants | walking):
-                m.d.sync += [asking.eq(1), busy.eq(1), for_main.eq(wants), for_walker.eq(~wants)]
+            with m.If(wants | (walking & ~by_main)):
+                m.d.sync += [
+                    asking.eq(1),
+                    may_ask.eq(0),
+                    for_main.eq(by_main),
+                    for_walker.eq(~by_main),
+                ]
         with m.If(histories.sets.valid & histories.sets.ready):
-            m.d.sync += [busy.eq(0), for_main.eq(0), for_walker.eq(0)]
+            m.d.sync += [for_main.eq(0), for_walker.eq(0)]
         # Nearer heads' predictions are noted in the cycle after their questions.
         marks = {n: Signal(name=f"mark_{configs[n].name}") for n in near}
         for n in near:
@@ -390,6 +404,8 @@ class PerceptronPredictor(Predictor):
         with m.If(walk_mark):
             m.d.sync += known[start][walk_ctx].bit_select(marked_layer, 1).eq(1)
         push_walked = Signal()
+        walk_deadline = Signal(8)
+        m.d.sync += walk_deadline.eq(stamps[walk_ctx] + walk_layer + 1)
         with m.If(for_walker & histories.sets.valid):
             with m.If(~proposing | roomy):
                 m.d.comb += [walked.valid.eq(1), walker_used_sets.eq(walked.ready)]
@@ -407,7 +423,7 @@ class PerceptronPredictor(Predictor):
                     entry.head.eq(start),
                     entry.ctx.eq(walk_ctx),
                     entry.layer.eq(walk_layer),
-                    entry.deadline.eq(stamps[walk_ctx] + walk_layer + 1),
+                    entry.deadline.eq(walk_deadline),
                     entry.threshold.eq(Mux(walk_layer == 0, self.threshold, self.far_threshold)),
                     entry.far.eq(walk_layer != 0),
                     entry.extra.eq(0),
@@ -426,8 +442,8 @@ class PerceptronPredictor(Predictor):
             histories.routes.payload.experts.eq(front.experts),
             trust.begins.payload.ctx.eq(ctx),
         ]
-        with m.If(wants):
-            m.d.comb += [request.ctx.eq(ctx), request.layer.eq(layer)]
+        with m.If(by_main):
+            m.d.comb += [request.ctx.eq(ctx), request.layer.eq(layer), request.base.eq(layer)]
         with m.Else():
             m.d.comb += [request.ctx.eq(walk_ctx), request.layer.eq(walk_layer)]
 
@@ -436,6 +452,7 @@ class PerceptronPredictor(Predictor):
         m.d.sync += rested.eq(Cat(block.idle for block in blocks))
         collecting, values_held = Signal(), Signal()
         resting = Signal()  # the main machine is
+        done, was_done = Signal(), Signal()  # the walker and all results are
         calm, was_calm = Signal(), Signal()  # all is done that is not in a block
         quiet = Signal()  # all that was begun is done
         push_main = Signal()
@@ -443,25 +460,23 @@ class PerceptronPredictor(Predictor):
         with m.If(self.clear):
             m.d.sync += [clear_waits.eq(1), closed.eq(1)]
         m.d.comb += [
-            calm.eq(
-                resting
-                & ~walking
-                & ~collecting
-                & ~values_held
-                & (order.level == 0)
-                & ~pushing
-                & (background == 0)
-            ),
+            done.eq(~walking & ~collecting & (order.level == 0) & ~pushing & (background == 0)),
+            calm.eq(resting & done & ~values_held),
             # A block that was given something in the cycle before last does not rest.
             quiet.eq(calm & was_calm & rested.all()),
         ]
-        m.d.sync += was_calm.eq(calm)
+        m.d.sync += [was_done.eq(resting & done), was_calm.eq(calm)]
         m.d.sync += pushing.eq(push_main | push_walked)
         # As it was in the cycle before. Whatever ends it is followed by a cycle or more in another
         # state, so that the main machine sees it in time.
         was_quiet = Signal()
         m.d.sync += was_quiet.eq(quiet)
-        begin_told, trust_told = Signal(), Signal()
+        # The histories and the trust are told of a token start.
+        begin_due, trust_due = Signal(), Signal()
+        for due, begins in ((begin_due, histories.begins), (trust_due, trust.begins)):
+            m.d.comb += begins.valid.eq(due)
+            with m.If(begins.ready):
+                m.d.sync += due.eq(0)
 
         # Table port.
         asked_table = Signal.like(self.table_requests.payload)
@@ -546,8 +561,24 @@ class PerceptronPredictor(Predictor):
         m.d.sync += truth_now.eq(truth_waits)
         with m.If(truth_waits):
             m.d.sync += truth_waits.eq(0)
+        for n in near:
+            horizon = configs[n].horizon
+            with m.If(predicting[n]):
+                m.d.comb += [
+                    entry.kind.eq(_Kind.RESULT),
+                    entry.head.eq(n),
+                    entry.layer.eq(targets[n]),
+                    entry.deadline.eq(deadlines[n]),
+                    entry.threshold.eq(self.threshold if horizon == 1 else self.far_threshold),
+                    entry.far.eq(horizon != 1),
+                    entry.extra.eq(extra),
+                ]
         with m.If(truth_now):
-            m.d.comb += [entry.kind.eq(_Kind.DECISION), push_main.eq(first)]
+            m.d.comb += [
+                entry.kind.eq(_Kind.DECISION),
+                entry.layer.eq(layer),
+                push_main.eq(first),
+            ]
 
         with m.FSM(init="Clear wait") as fsm:
             with m.State("Clear"):
@@ -568,31 +599,31 @@ class PerceptronPredictor(Predictor):
                     m.next = "Idle"
 
             with m.State("Idle"):
-                m.d.sync += [begin_told.eq(0), trust_told.eq(0)]
+                nearest = configs[near[0]]
+                with m.If(present & (front.kind == _Kind.DECISION) & ~proposing):
+                    m.d.comb += [
+                        by_main.eq(1),
+                        request.layer.eq(front.next),
+                        request.horizon.eq(nearest.horizon),
+                    ]
                 m.d.sync += [table_sent.eq(0), table_known.eq(0)]
                 with m.If(present):
                     with m.Switch(front.kind):
                         with m.Case(_Kind.BEGIN):
                             # The first layers' candidates come before those of any decision, and
                             # all of an earlier token's before them.
-                            with m.If(~walking & ~collecting & (order.level == 0)):
-                                with m.If(~pushing & (background == 0)):
-                                    m.next = "Begin"
+                            with m.If(was_done):
+                                m.d.sync += [begin_due.eq(1), trust_due.eq(1)]
+                                m.next = "Begin"
                         with m.Case(_Kind.DECISION):
                             with m.If(~proposing & roomy):
                                 # The first question goes out at once, needed or not.
-                                nearest = configs[near[0]]
                                 m.d.sync += [stamps[ctx].eq(front.stamp), truth_waits.eq(1)]
+                                m.d.comb += wants.eq(front.next_exists)
                                 m.next = f"Ask {nearest.name}"
-                                with m.If(front.next_exists):
-                                    m.d.comb += [
-                                        wants.eq(1),
-                                        request.layer.eq(front.next),
-                                        request.horizon.eq(nearest.horizon),
-                                    ]
-                                    with m.If(granted):
-                                        m.d.sync += predicting[near[0]].eq(1)
-                                        m.next = f"Predict {nearest.name}"
+                                with m.If(granted):
+                                    m.d.sync += predicting[near[0]].eq(1)
+                                    m.next = f"Predict {nearest.name}"
                         with m.Case(_Kind.HINT):
                             with m.If(~proposing & roomy):
                                 m.next = "Hint"
@@ -616,15 +647,7 @@ class PerceptronPredictor(Predictor):
                 m.next = "Idle"
 
             with m.State("Begin"):
-                m.d.comb += [
-                    histories.begins.valid.eq(~begin_told),
-                    trust.begins.valid.eq(~trust_told),
-                ]
-                with m.If(histories.begins.valid & histories.begins.ready):
-                    m.d.sync += begin_told.eq(1)
-                with m.If(trust.begins.valid & trust.begins.ready):
-                    m.d.sync += trust_told.eq(1)
-                with m.If(begin_told & trust_told):
+                with m.If(~begin_due & ~trust_due):
                     m.d.comb += take.eq(1)
                     m.d.sync += [
                         phases[ctx].eq(front.phase),
@@ -645,31 +668,21 @@ class PerceptronPredictor(Predictor):
                 horizon = configs[number].horizon
                 following = f"Ask {configs[near[at + 1]].name}" if at + 1 < len(near) else "Route"
                 with m.State(f"Ask {configs[number].name}"):
+                    m.d.comb += [
+                        by_main.eq(1),
+                        request.layer.eq(targets[number]),
+                        request.horizon.eq(horizon),
+                    ]
                     with m.If(~settled):
                         pass
                     with m.Elif(inside[number] & wanted):
-                        m.d.comb += [
-                            wants.eq(1),
-                            request.layer.eq(targets[number]),
-                            request.horizon.eq(horizon),
-                        ]
+                        m.d.comb += wants.eq(1)
                         with m.If(granted):
                             m.d.sync += predicting[number].eq(1)
                             m.next = f"Predict {configs[number].name}"
                     with m.Else():
                         m.next = following
                 with m.State(f"Predict {configs[number].name}"):
-                    with m.If(~truth_now):
-                        its_threshold = self.threshold if horizon == 1 else self.far_threshold
-                        m.d.comb += [
-                            entry.kind.eq(_Kind.RESULT),
-                            entry.head.eq(number),
-                            entry.layer.eq(targets[number]),
-                            entry.deadline.eq(front.stamp + horizon),
-                            entry.threshold.eq(its_threshold),
-                            entry.far.eq(horizon != 1),
-                            entry.extra.eq(extra),
-                        ]
                     with m.If(told):
                         m.d.comb += push_main.eq(wanted)
                         m.d.sync += [predicting[number].eq(0), marks[number].eq(wanted & ~extra)]
@@ -678,7 +691,7 @@ class PerceptronPredictor(Predictor):
                 with m.If(extra):
                     m.next = "Done"
                 with m.Else():
-                    m.d.comb += histories.routes.valid.eq(~busy)
+                    m.d.comb += histories.routes.valid.eq(may_ask)
                     with m.If(histories.routes.valid & histories.routes.ready):
                         m.next = "Done"
                         with m.If(first & ~prefill):
@@ -688,13 +701,15 @@ class PerceptronPredictor(Predictor):
                 with m.State(f"Learn {name}"):
                     # The head of token start learns a layer after it has predicted it.
                     passed = has_passed if number == start else 1
+                    m.d.comb += [
+                        by_main.eq(passed),
+                        request.horizon.eq(configs[number].horizon),
+                        request.base.eq(bases[number] if number in bases else layer),
+                    ]
                     with m.If(~has_known[number] & passed):
                         m.next = learn_after(number)
                     with m.Else():
-                        m.d.comb += [
-                            wants.eq(passed),
-                            request.horizon.eq(configs[number].horizon),
-                        ]
+                        m.d.comb += wants.eq(passed)
                         with m.If(granted):
                             m.d.sync += teaching[number].eq(1)
                             m.next = f"Teach {name}"
@@ -704,7 +719,8 @@ class PerceptronPredictor(Predictor):
                         m.next = learn_after(number)
             if reuse is not None:
                 with m.State("Reuse now"):
-                    m.d.comb += [wants.eq(1), request.reuse.eq(1), request.now.eq(1)]
+                    m.d.comb += [by_main.eq(1), wants.eq(1)]
+                    m.d.comb += [request.reuse.eq(1), request.now.eq(1)]
                     with m.If(granted):
                         m.d.sync += predicting[reuse].eq(1)
                         m.next = "Reuse predict"
@@ -713,7 +729,7 @@ class PerceptronPredictor(Predictor):
                         m.d.sync += predicting[reuse].eq(0)
                         m.next = "Reuse old"
                 with m.State("Reuse old"):
-                    m.d.comb += [wants.eq(1), request.reuse.eq(1)]
+                    m.d.comb += [by_main.eq(1), wants.eq(1), request.reuse.eq(1)]
                     with m.If(granted):
                         m.d.sync += teaching[reuse].eq(1)
                         m.next = "Reuse learn"
@@ -764,18 +780,6 @@ class PerceptronPredictor(Predictor):
             values_held=values_held,
         )
 
-        # Reuse values.
-        if reuse is not None:
-            values = heads[reuse].values
-            m.d.comb += [
-                self.reuse.valid.eq(values.valid),
-                values.ready.eq(self.reuse.ready),
-                self.reuse.payload.ctx.eq(values.payload.ctx),
-                self.reuse.payload.layer.eq(values.payload.layer),
-                self.reuse.payload.beat.eq(values.payload.beat),
-                self.reuse.payload.values.eq(values.payload.values),
-            ]
-
         # Strobes of several blocks may fall together: each is counted.
         strobes = [block.parity_errors for block in (*heads, histories, trust)]
         if config.token_memory:
@@ -793,12 +797,7 @@ class PerceptronPredictor(Predictor):
         # Nothing of it falls later than this register but what is looked at here.
         was_idle = Signal()
         m.d.sync += was_idle.eq(
-            quiet
-            & (errors == 0)
-            & ~present
-            & ~self.candidates.valid
-            & ~self.table_values.valid
-            & ~self.reuse.valid
+            quiet & (errors == 0) & ~present & ~self.candidates.valid & ~self.table_values.valid
         )
         m.d.comb += self.idle.eq(
             was_idle
@@ -841,6 +840,30 @@ class PerceptronPredictor(Predictor):
             m.submodules[f"held_{name}"] = fifo
             wiring.connect(m, heads[number].values, fifo.incoming)
         walked = held[start].outgoing
+        # What the trust keeps goes out, too, between reuse values.
+        m.submodules.chances = chances = SyncFIFOBuffered(
+            width=beat_layout.size, depth=max(16, 2 * config.lane_beats)
+        )
+        m.submodules.given = given = TwoBeats(self.values.payload.shape())
+        wiring.connect(m, given.outgoing, wiring.flipped(self.values))
+        chance = data.View(beat_layout, chances.r_data)
+        reuse = next((n for n, head in enumerate(config.perceptron.heads) if head.is_reuse), None)
+        sources = [(ValueKind.CHANCE, chances.r_rdy, chance, chances.r_en)]
+        if reuse is not None:
+            values = heads[reuse].values
+            sources.append((ValueKind.REUSE, values.valid, values.payload, values.ready))
+        for kind, valid, payload, ready in reversed(sources):
+            with m.If(valid):
+                m.d.comb += [
+                    given.incoming.valid.eq(1),
+                    given.incoming.payload.kind.eq(kind),
+                    *(
+                        given.incoming.payload[name].eq(payload[name])
+                        for name in ("ctx", "layer", "beat", "values")
+                    ),
+                ]
+            earlier = [valid for other, valid, _, _ in sources if other < kind]
+            m.d.comb += ready.eq(given.incoming.ready & ~Cat(earlier).any())
         # Two registers at the ranking and at the trust, too: blocks of this size lie far apart.
         m.submodules.to_ranking = to_ranking = TwoBeats(beat_layout)
         m.submodules.to_trust = to_trust = TwoBeats(beat_layout)
@@ -848,7 +871,9 @@ class PerceptronPredictor(Predictor):
         ranked, trusted = Signal(), Signal()  # who takes the beats of the result in work
         beat, beat_valid, beat_taken = Signal(beat_layout), Signal(), Signal()
         m.d.comb += beat_taken.eq(
-            moving & (to_ranking.incoming.ready | ~ranked) & (to_trust.incoming.ready | ~trusted)
+            moving
+            & (to_ranking.incoming.ready | ~ranked)
+            & ((to_trust.incoming.ready & chances.w_rdy) | ~trusted)
         )
         with m.Switch(source):
             for number, fifo in held.items():
@@ -864,13 +889,22 @@ class PerceptronPredictor(Predictor):
             to_trust.incoming.payload.eq(beat),
             to_ranking.incoming.valid.eq(beat_valid & beat_taken & ranked),
             to_trust.incoming.valid.eq(beat_valid & beat_taken & trusted),
+            chances.w_data.eq(beat),
+            chances.w_en.eq(to_trust.incoming.valid),
         ]
         last_beat = config.lane_beats - 1
         moved = Signal()
         m.d.comb += moved.eq(beat_valid & beat_taken & (beat.beat == last_beat))
         with m.If(moved):
             m.d.sync += moving.eq(0)
-        m.d.comb += values_held.eq(Cat(fifo.outgoing.valid for fifo in held.values()).any())
+        m.d.comb += values_held.eq(
+            Cat(
+                *(fifo.outgoing.valid for fifo in held.values()),
+                *(valid for _, valid, _, _ in sources),
+                chances.level != 0,
+                given.outgoing.valid,
+            ).any()
+        )
         m.d.comb += [
             *(
                 block.values.payload[name].eq(fifo.outgoing.payload[name])

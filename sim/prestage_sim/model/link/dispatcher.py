@@ -49,6 +49,9 @@ class Predictor(Tables, Protocol):
     ) -> Sequence[CandidateTuple]:
         """Take an opinion from outside and propose experts, best first."""
 
+    def values(self) -> Sequence[object]:
+        """What experts are worth, as it was given out since the last call."""
+
     def clear(self) -> None:
         """Forget everything."""
 
@@ -173,6 +176,7 @@ class Dispatcher:
         """Hand the predictor's candidates on; only its own count, not the hints among them."""
         self._accuracy.proposed(ctx, [(c[1], c[2]) for c in candidates if c[4] != Source.HINT])
         self._scheduler.offer(candidates)
+        self._predictor.values()  # Eviction goes by recency alone: nobody asks for them.
 
     def _route(self, body: bytes) -> list[Answer]:
         fields = RECORDS["Route"].unpack(self._config, body)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
 
-from .base import Candidate, Predictor, ReuseBeat, Settings
+from .base import Candidate, Predictor, Settings, ValueBeat
 from .none import NonePredictor
 from .perceptron import PerceptronPredictor
 from .st_moe import StMoePredictor
@@ -22,7 +22,7 @@ __all__ = [
     "NonePredictor",
     "PerceptronPredictor",
     "Predictor",
-    "ReuseBeat",
+    "ValueBeat",
     "Settings",
     "StMoePredictor",
     "create_predictor",

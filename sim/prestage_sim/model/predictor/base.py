@@ -7,14 +7,14 @@ from typing import Protocol
 
 from prestage_hw.contract.registers import register_by_name
 
-__all__ = ["Candidate", "Predictor", "ReuseBeat", "Settings"]
+__all__ = ["Candidate", "Predictor", "Settings", "ValueBeat"]
 
 #: ``(ctx, layer, expert, score, source, deadline)``, the fields of the contract's record in its
 #: order.
 Candidate = tuple[int, int, int, int, int, int]
 
-#: ``(ctx, layer, beat, values)``, the fields of the contract's record in its order.
-ReuseBeat = tuple[int, int, int, tuple[int, ...]]
+#: ``(kind, ctx, layer, beat, values)``, the fields of the contract's record in its order.
+ValueBeat = tuple[int, int, int, int, tuple[int, ...]]
 
 
 class Settings:
@@ -89,8 +89,12 @@ class Predictor(Protocol):
             Stamp of the routing decision that will need it, modulo 256.
         """
 
-    def reuse(self) -> list[ReuseBeat]:
-        """Reuse values that were given out since the last call."""
+    def values(self) -> list[ValueBeat]:
+        """What experts are worth, as it was given out since the last call.
+
+        The RTL keeps the order of the reuse values. Of the chances of a layer it may leave out
+        those that later ones replace.
+        """
 
     def table_words(self, table: int) -> int:
         """Words in a table, 0 if there is none of that number."""

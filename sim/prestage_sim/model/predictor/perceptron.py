@@ -14,10 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.perceptron import HeadConfig
-from prestage_hw.contract.records import NO_TOKEN, Phase, Source
+from prestage_hw.contract.records import NO_TOKEN, Phase, Source, ValueKind
 
 from ..._jit import compiled
-from .base import Candidate, ReuseBeat, Settings
+from .base import Candidate, Settings, ValueBeat
 from .histories import Histories
 from .linear import NOW, OLD, Head, clear_head, create_head, head_learn, head_predict
 from .ranking import ranked
@@ -183,7 +183,7 @@ class PerceptronPredictor(Settings):
         self._routed = np.zeros(shape[1:3], np.bool_)
         self._phases = [int(Phase.DECODE)] * config.contexts
         self._stamps = [0] * config.contexts
-        self._reuse: list[ReuseBeat] = []
+        self._values: list[ValueBeat] = []
         parts = [
             _HeadTables(head, config, experts=model.experts)
             for head, config in zip(self.heads, self._configs, strict=True)
@@ -222,7 +222,7 @@ class PerceptronPredictor(Settings):
             for layer in range(self.config.model.layers):
                 values = self._predict(number, ctx, layer, self.histories.this[ctx])
                 self._save(number, ctx, layer, values, learned=phase != Phase.PREFILL)
-                ranking = self.trust.written(ctx, layer, values.tolist())
+                ranking = self._keep(ctx, layer, values)
                 if layer < self.ahead:
                     deadline = (self._stamps[ctx] + layer + 1) & 0xFF
                     found += self._candidates(ctx, layer, ranking, deadline, near=layer == 0)
@@ -258,9 +258,9 @@ class PerceptronPredictor(Settings):
             return []
         return [(ctx, layer, expert, value, int(Source.HINT), deadline)]
 
-    def reuse(self) -> list[ReuseBeat]:
-        """Reuse values that were given out since the last call."""
-        given, self._reuse = self._reuse, []
+    def values(self) -> list[ValueBeat]:
+        """What experts are worth, as it was given out since the last call."""
+        given, self._values = self._values, []
         return given
 
     def table_words(self, table: int) -> int:
@@ -339,7 +339,7 @@ class PerceptronPredictor(Settings):
             if not extra:
                 learned = self._phases[ctx] != Phase.PREFILL
                 self._save(number, ctx, target, values, learned=learned)
-                ranking = self.trust.written(ctx, target, ranking)
+                ranking = self._keep(ctx, target, values)
             deadline = (stamp + head.horizon) & 0xFF
             found += self._candidates(ctx, target, ranking, deadline, near=head.horizon == 1)
         return found
@@ -384,17 +384,22 @@ class PerceptronPredictor(Settings):
                 )
             if head.is_reuse:
                 self._save(number, ctx, layer, new, learned=True)
-                self._give_reuse(ctx, layer, new)
+                self._give(ValueKind.REUSE, ctx, layer, new >> 2)
             else:
                 self._known[number, ctx, layer] = False
 
-    def _give_reuse(self, ctx: int, layer: int, values: NDArray[np.int64]) -> None:
-        """Send reuse values on, in 1/256."""
+    def _keep(self, ctx: int, layer: int, values: NDArray[np.int64]) -> list[int]:
+        """Give chances on and keep them for the hints; returns them with what hints add."""
+        self._give(ValueKind.CHANCE, ctx, layer, values)
+        return self.trust.written(ctx, layer, values.tolist())
+
+    def _give(self, kind: ValueKind, ctx: int, layer: int, values: NDArray[np.int64]) -> None:
+        """Say what the experts of a layer are worth, in 1/256."""
         lanes = self.config.predictor_lanes
         padded = np.zeros(self.config.lane_beats * lanes, np.int64)
-        padded[: len(values)] = values >> 2
+        padded[: len(values)] = values
         for beat, part in enumerate(padded.reshape(-1, lanes).tolist()):
-            self._reuse.append((ctx, layer, beat, tuple(part)))
+            self._values.append((int(kind), ctx, layer, beat, tuple(part)))
 
 
 class TraceRunner:

@@ -8,7 +8,7 @@ from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import Source
 
-from .base import Candidate, ReuseBeat, Settings
+from .base import Candidate, Settings, ValueBeat
 
 __all__ = ["StMoePredictor"]
 
@@ -140,8 +140,8 @@ class StMoePredictor(Settings):
         """Pass a hint on as it is."""
         return [(ctx, layer, expert, score, int(Source.HINT), deadline)]
 
-    def reuse(self) -> list[ReuseBeat]:
-        """Reuse values: there are none."""
+    def values(self) -> list[ValueBeat]:
+        """What experts are worth: nothing is said of it."""
         return []
 
     def table_words(self, table: int) -> int:
