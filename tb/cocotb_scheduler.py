@@ -14,7 +14,7 @@ import cocotb
 import numpy as np
 from cocotb.triggers import FallingEdge, RisingEdge
 
-from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode, Source
+from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode, Policy, Source
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.scheduler import STROBES, Scheduler
 from prestage_sim.model.buffer import ExpertBuffer
@@ -97,6 +97,9 @@ class TB:
         dut.expert_base.value = base
         dut.prefetch_tiles.value = 1
         dut.enable.value = 1
+        dut.hold.value = 0
+        self.held_for = 0  # Cycles for which candidates have been held.
+        self.policy = Policy.LRU
         self.cycle = 0
         self.hold_memory = False
         self.forget()
@@ -106,6 +109,7 @@ class TB:
         """Start afresh, as after a reset."""
         config = self.config
         self.buffer = ExpertBuffer(config)
+        self.buffer.policy = self.policy
         self.strobes = Counter()
         self.expected = Counter()  # What the strobes must have counted in the end.
         self.memory_queue = deque()
@@ -141,7 +145,7 @@ class TB:
         command = {"release": 1, "ctx": ctx, "layer": layer, "repeat": 0}
         self.commands.send({**command, "expert": 0, "index": 0})
 
-    def candidate(self, ctx, layer, expert, *, deadline=None, source=Source.PREDICTOR):
+    def candidate(self, ctx, layer, expert, *, deadline=None, source=Source.PREDICTOR, score=None):
         if deadline is None:
             deadline = (self.sent_routes(ctx) + 1) % 256
         self.candidates.send(
@@ -149,7 +153,7 @@ class TB:
                 "ctx": ctx,
                 "layer": layer,
                 "expert": expert,
-                "score": self.random.randrange(256),
+                "score": self.random.randrange(256) if score is None else score,
                 "source": int(source),
                 "deadline": deadline,
             }
@@ -193,6 +197,7 @@ class TB:
             )
         await cycles(self.dut, 2)
         assert self.quiet() and str(self.dut.idle.value) == "1"
+        assert str(self.dut.demanding.value) == "0"
         for name in STROBES:
             if name not in ("prefetch_stale", "prefetch_overflow"):
                 assert self.strobes[name] == self.expected[name], (
@@ -239,6 +244,7 @@ class TB:
                     self.log[name] = self.cycle
             self._watch_idle()
             self._watch_offer()
+            self.held_for = self.held_for + 1 if str(dut.hold.value) == "1" else 0
             if str(self.requests.valid.value) == "0":
                 self.shown = self.cycle + 1  # The cycle in which a request shows next.
             fetch = self._taken(self.fetches)
@@ -273,6 +279,13 @@ class TB:
                 self.queued.append(candidate)
 
     def _watch_idle(self):
+        looked_up = self.request is not None and self.request["op"] == BufferOp.DEMAND
+        if (
+            looked_up
+            or self.retrying is not None
+            or any(not c["release"] and self.cycle - at > 2 for c, at in self.open_demands)
+        ):
+            assert str(self.dut.demanding.value) == "1", "a demand waits"
         if str(self.dut.idle.value) == "1":
             assert not (self.open_demands or self.unanswered or self.inflight), "idle too early"
             assert not (self.request or self.memory_queue or self.due or self.due_events)
@@ -423,7 +436,10 @@ class TB:
                         break
                 assert self.stale(candidate) or self.strobes["prefetch_overflow"]
                 self.expected["skipped"] += 1
-        fields = {n: request[n] for n in ("ctx", "layer", "expert", "index", "slot", "tile")}
+            assert request["value"] == candidate["score"]
+            assert self.held_for <= SLACK, "a candidate was looked up while candidates are held"
+        names = ("ctx", "layer", "expert", "index", "slot", "tile", "value")
+        fields = {name: request[name] for name in names}
         result = self.buffer.request(
             op, **fields, last=bool(request["last"]), failed=bool(request["failed"])
         )
@@ -460,6 +476,8 @@ class TB:
                 self._start(layer, expert, slot, demand=False, ctx=ctx)
             elif code == BufferCode.NO_SLOT:
                 expected["prefetch_no_slot"] += 1
+            elif code == BufferCode.OUTBID:
+                expected["prefetch_outbid"] += 1
             else:
                 expected["prefetch_redundant"] += 1
             return
@@ -593,9 +611,11 @@ async def timed(dut, stall, latency, failing):
         failing=failing,
         base=base,
     )
+    tb.policy = tb.random.choice(list(Policy))
     await tb.reset()
     work = Workload(tb, hold=1)
     for step in range(60):
+        dut.hold.value = int(tb.random.random() < 0.3)
         ctx = tb.random.randrange(config.contexts)
         layer, _ = work.step(ctx)
         await tb.commands.sent()
@@ -609,12 +629,14 @@ async def timed(dut, stall, latency, failing):
             tb.broken.clear()
         if step % 10 == 9:
             tb.prefetch_tiles = 4
+            dut.hold.value = 0
             await tb.idle()
             tb.prefetch_tiles = tb.random.randrange(5)
             dut.prefetch_tiles.value = tb.prefetch_tiles
         else:
             await cycles(dut, tb.random.randrange(1, 150))
     work.release_all()
+    dut.hold.value = 0
     await tb.idle()
     names = ["hits", "misses"]
     if stall != "long":
@@ -644,6 +666,9 @@ async def drained(dut, stall, failing, full):
     tb = TB(
         dut, stall=STALLS[stall], fetch_stall=STALLS[stall], latency=(1, 60), base=config.data_bytes
     )
+    if not failing:
+        # Where a fetch fails, when it frees its slot hangs on time; only LRU does not look there.
+        tb.policy = tb.random.choice(list(Policy))
     await tb.reset()
     model = config.model
     size = tb.base + model.layers * model.experts * config.expert_bytes
@@ -653,6 +678,7 @@ async def drained(dut, stall, failing, full):
             tb.broken.append((first, first + config.data_bytes))
     counters = Counter()
     golden_buffer = ExpertBuffer(config)
+    golden_buffer.policy = tb.policy
     golden = GoldenScheduler(
         config,
         buffer=golden_buffer,
@@ -677,14 +703,14 @@ async def drained(dut, stall, failing, full):
                 ctx,
                 target,
                 expert,
-                9,
+                tb.random.randrange(256),
                 Source.PREDICTOR,
                 (tb.sent_routes(ctx) + tb.random.choice((0, 1, 1, 1))) % 256,
             )
             for target, expert in work.candidates(ctx, layer)
         ]
         for c in candidates:
-            tb.candidate(ctx, c[1], c[2], deadline=c[5])
+            tb.candidate(ctx, c[1], c[2], score=c[3], deadline=c[5])
         golden.offer(candidates)
         await tb.idle()
         answers = tb.answers[first:]

@@ -117,8 +117,6 @@ class Top(wiring.Component):
             predictor.threshold.eq(registers.control.predict_threshold),
             predictor.far_threshold.eq(registers.control.predict_far_threshold),
             predictor.ahead.eq(registers.control.predict_ahead),
-            # Eviction goes by recency alone: nobody asks what experts are worth.
-            predictor.values.ready.eq(1),
         ]
 
         if config.token_memory:
@@ -136,16 +134,26 @@ class Top(wiring.Component):
             scheduler.prefetch_tiles.eq(registers.control.prefetch_tiles),
             scheduler.enable.eq(registers.control.prefetch_enable),
         ]
+        m.d.sync += scheduler.hold.eq(registers.control.settle & ~predictor.idle)
 
         # 4 dma
         wiring.connect(m, scheduler.fetches, dma.fetches)
         wiring.connect(m, dma.completions, scheduler.completions)
         wiring.connect(m, dma.bus, wiring.flipped(self.bus))
         wiring.connect(m, dma.writes, buffer.writes)
+        m.d.comb += dma.lower_credits.eq(config.lower_credits)
 
         # 5 buffer
         wiring.connect(m, scheduler.buffer_requests, buffer.requests)
         wiring.connect(m, buffer.results, scheduler.buffer_results)
+        # Demands are looked up by what was known before them; policies change between operations.
+        m.d.comb += [
+            buffer.values.payload.eq(predictor.values.payload),
+            buffer.values.valid.eq(predictor.values.valid & ~scheduler.demanding),
+            predictor.values.ready.eq(buffer.values.ready & ~scheduler.demanding),
+        ]
+        with m.If(buffer.idle):
+            m.d.sync += buffer.policy.eq(registers.control.policy)
         wiring.connect(m, wiring.flipped(self.reads), arbiter.reads)
         wiring.connect(m, arbiter.beats, wiring.flipped(self.beats))
         wiring.connect(m, dispatcher.reads, arbiter.link_reads)

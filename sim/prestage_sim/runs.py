@@ -119,6 +119,8 @@ class Run:
         Pace of the replay, and cycles of a layer's compute at timed pace.
     prefetch_tiles : :class:`int`
         Prefetch tiles that could be under way at once.
+    policy : :class:`str`
+        Which expert gave way to another.
     trace : :class:`Trace`
         What was to be replayed.
     complete : :class:`bool`
@@ -164,6 +166,7 @@ class Run:
     baseline_misses: int = 0
     layer_cycles: int = 0
     prefetch_tiles: int = 1
+    policy: str = "lru"
     error: str = ""
     samples: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, SAMPLE_DTYPE))
     spans: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0, 2), np.uint64))

@@ -44,6 +44,7 @@ from .evaluate_cli import add_evaluate
 from .output import OutputError, check_writable, write_file
 from .replay import (
     PACES,
+    POLICIES,
     Interrupt,
     default_slots,
     device_config,
@@ -227,6 +228,12 @@ def _add_replay(commands: Any) -> None:
         help="prefetch tiles under way at once, 1 to 4 (default: 4 at drained pace, 1 at timed)",
     )
     device.add_argument(
+        "--policy",
+        choices=sorted(POLICIES),
+        help="which expert gives way to another (default: next-use with the predictor perceptron,"
+        " else lru)",
+    )
+    device.add_argument(
         "--profile",
         action="append",
         default=[],
@@ -372,6 +379,7 @@ def _run_replay(args: argparse.Namespace) -> int:
                 pace=args.pace,
                 layer_cycles=args.layer_cycles or 0,
                 prefetch_tiles=args.prefetch_tiles,
+                policy=None if args.policy is None else POLICIES[args.policy],
                 interrupt=interrupt,
                 progress=lambda done: progress.update(task, completed=done),
                 tables=tables,

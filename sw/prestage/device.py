@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from prestage_hw.contract import MESSAGES, DeviceConfig, Pipe, SimulatedPipe, register_by_name
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.pattern import expert_memory
-from prestage_hw.contract.records import NO_TOKEN, TABLE_BURST, ErrorCode, Phase, Record
+from prestage_hw.contract.records import NO_TOKEN, TABLE_BURST, ErrorCode, Phase, Policy, Record
 from prestage_hw.contract.registers import COUNTERS, REGISTERS, shape_registers
 
 from .errors import (
@@ -48,7 +48,7 @@ _ANSWERS = 8
 #: Words of a table that one message asks for.
 _TABLE_PIECE = 1024
 
-_CONTROL_PREFETCH, _CONTROL_HINTS = 1, 2
+_CONTROL_PREFETCH, _CONTROL_HINTS, _CONTROL_SETTLE = 1, 2, 4
 _CLEAR_PREDICTOR, _CLEAR_BUFFER, _CLEAR_COUNTERS = 1, 2, 4
 
 #: Events that refuse a whole routing decision.
@@ -629,6 +629,8 @@ class Device:
         expert_base: int | None = None,
         token_base: int | None = None,
         prefetch_tiles: int | None = None,
+        policy: Policy | None = None,
+        settle: bool | None = None,
         threshold: int | None = None,
         far_threshold: int | None = None,
         ahead: int | None = None,
@@ -654,6 +656,11 @@ class Device:
         prefetch_tiles : :class:`int` or None
             Prefetch tiles that may be under way at once, 1 to 4. A demand waits behind at most so
             many.
+        policy : :class:`Policy` or None
+            Which expert gives way to another; the least recently used after reset.
+        settle : :class:`bool` or None
+            Let prefetches wait until the predictor is at rest, so that runs at drained pace are the
+            same on every device (off after reset).
         threshold, far_threshold : :class:`int` or None
             Least confidence of the predictor's candidates for the next layer and for layers farther
             away, in 1/256, 0 to 255.
@@ -667,7 +674,11 @@ class Device:
         """
         writes: list[tuple[str, int]] = []
         control = self._control
-        for bit, wanted in ((_CONTROL_PREFETCH, prefetch), (_CONTROL_HINTS, hints)):
+        for bit, wanted in (
+            (_CONTROL_PREFETCH, prefetch),
+            (_CONTROL_HINTS, hints),
+            (_CONTROL_SETTLE, settle),
+        ):
             if wanted is not None:
                 control = control | bit if wanted else control & ~bit
         if control != self._control:
@@ -695,6 +706,12 @@ class Device:
             if not 1 <= operator.index(prefetch_tiles) <= 4:
                 raise ArgumentError(f"Prefetch tiles must be between 1 and 4, not {prefetch_tiles}")
             writes.append(("prefetch_tiles", prefetch_tiles))
+        if policy is not None:
+            try:
+                writes.append(("policy", int(Policy(policy))))
+            except ValueError:
+                names = ", ".join(f"{int(each)} ({each.name})" for each in Policy)
+                raise ArgumentError(f"Policy must be one of {names}, not {policy!r}") from None
         for what, register, value in (
             ("Threshold", "predict_threshold", threshold),
             ("Far threshold", "predict_far_threshold", far_threshold),
@@ -776,7 +793,7 @@ class Device:
             raise ArgumentError(f"Register value must be between 0 and 0xffffffff, not {value:#x}")
         self._post("REGISTER_WRITE", register.address, value)
         if name == "control":
-            self._control = value & 3
+            self._control = value & 7
 
     def table_words(self, table: int) -> int:
         """Words in a predictor table, 0 if there is no such table."""

@@ -21,7 +21,7 @@ from prestage_hw.contract import (
     register_hash,
 )
 from prestage_hw.contract.pattern import expert_pattern
-from prestage_hw.contract.records import Phase
+from prestage_hw.contract.records import Phase, Policy
 from prestage_hw.contract.registers import VERSION
 from prestage_sim.profile import CORRELATION_TABLE, correlation_profile
 from prestage_sim.runs import SAMPLE_DTYPE, Run, baseline_misses
@@ -39,6 +39,7 @@ from .errors import (
 
 __all__ = [
     "PACES",
+    "POLICIES",
     "Interrupt",
     "default_slots",
     "device_config",
@@ -49,6 +50,9 @@ __all__ = [
 
 #: Paces of a replay.
 PACES = ("drained", "timed")
+
+#: Policies of eviction by name.
+POLICIES = {policy.name.lower().replace("_", "-"): policy for policy in Policy}
 
 #: Points of the curves over tokens in a report.
 _SAMPLES = 200
@@ -175,6 +179,7 @@ def replay(
     pace: str = "drained",
     layer_cycles: int = 0,
     prefetch_tiles: int | None = None,
+    policy: Policy | None = None,
     interrupt: Interrupt | None = None,
     progress: Callable[[int], None] | None = None,
     tables: dict[int, NDArray[np.uint32]] | None = None,
@@ -196,6 +201,9 @@ def replay(
     prefetch_tiles : :class:`int` or None
         Prefetch tiles that may be under way at once, 1 to 4. None stands for 4 at drained pace,
         where no demand ever waits behind them and only time is saved, and 1 at timed pace.
+    policy : :class:`Policy` or None
+        Which expert gives way to another. None stands for the one whose next use is worth least
+        where the predictor says what experts are worth, else for the least recently used.
     interrupt : :class:`Interrupt` or None
         Flag that ends the run between two layers.
     progress : callable or None
@@ -217,7 +225,9 @@ def replay(
     _check(device, trace, pace=pace, layer_cycles=layer_cycles)
     if prefetch_tiles is None:
         prefetch_tiles = 4 if pace == "drained" else 1
-    device.configure(prefetch_tiles=prefetch_tiles)
+    if policy is None:
+        policy = Policy.NEXT_USE if device.config.predictor == "perceptron" else Policy.LRU
+    device.configure(prefetch_tiles=prefetch_tiles, policy=policy, settle=pace == "drained")
     recorder = _Recorder(trace, clocked=device.clocked)
     model = device.config.model
     interrupt = interrupt or Interrupt()
@@ -273,6 +283,7 @@ def replay(
         pace=pace,
         layer_cycles=layer_cycles,
         prefetch_tiles=prefetch_tiles,
+        policy=next(name for name, each in POLICIES.items() if each == policy),
         trace=trace,
         complete=complete,
         error="" if error is None else str(error),
@@ -395,6 +406,7 @@ def run_object(run: Run, *, trace_path: str) -> dict[str, Any]:
             "pace": run.pace,
             "layer_cycles": run.layer_cycles if run.pace == "timed" else None,
             "prefetch_tiles": run.prefetch_tiles,
+            "policy": run.policy,
             "profiled": bool(run.tables),
         },
         "counters": run.counters,

@@ -6,6 +6,7 @@ import zlib
 from dataclasses import dataclass
 
 from .params import DeviceConfig
+from .records import Policy
 
 __all__ = [
     "COUNTERS",
@@ -90,6 +91,11 @@ COUNTERS: tuple[Counter, ...] = (
     ),
     Counter(name="prefetch_stale", stage=3, description="Candidates whose layer had been routed."),
     Counter(name="prefetch_no_slot", stage=3, description="Candidates that found no slot to take."),
+    Counter(
+        name="prefetch_outbid",
+        stage=3,
+        description="Candidates that were worth less than every expert that could give way.",
+    ),
     Counter(name="prefetch_overflow", stage=3, description="Candidates lost to a full queue."),
     Counter(name="useful", stage=5, description="Prefetched experts demanded before eviction."),
     Counter(name="useless", stage=5, description="Prefetched experts evicted without a demand."),
@@ -157,7 +163,9 @@ def _layout() -> tuple[Register, ...]:
         "control",
         "rw",
         1,
-        "Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints.",
+        "Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2:"
+        " candidates wait until the predictor is at rest, so that what is evicted for them does not"
+        " hang on time.",
     )
     add(
         0x11,
@@ -216,6 +224,15 @@ def _layout() -> tuple[Register, ...]:
         " a multiple of 4096.",
     )
     add(0x1D, "token_base_high", "rw", 0, "The same, bits 63..32.")
+    add(
+        0x1E,
+        "policy",
+        "rw",
+        0,
+        "Which expert gives way to another: "
+        + ", ".join(f"{int(policy)} {policy.name}" for policy in Policy)
+        + "; 3 stands for 2 (bits 1..0).",
+    )
     add(0x20, "cycles_low", "ro", None, "Clock cycles since reset, bits 31..0; latches the rest.")
     add(0x21, "cycles_high", "ro", None, "Clock cycles since reset, bits 63..32, as latched.")
     at = 0x40

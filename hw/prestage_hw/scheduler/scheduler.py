@@ -25,6 +25,7 @@ STROBES = (
     "prefetch_redundant",
     "prefetch_stale",
     "prefetch_no_slot",
+    "prefetch_outbid",
     "prefetch_overflow",
     "useful",
     "useless",
@@ -91,6 +92,10 @@ class Scheduler(wiring.Component):
         Most prefetch tiles with the DMA engine; 0 counts as 1.
     enable : ``In(1)``
         0 drops the predictor's candidates on entry.
+    hold : ``In(1)``
+        1 lets candidates wait.
+    demanding : ``Out(1)``
+        A demand waits, or is looked up.
     strobes : ``Out(StructLayout)``
         One bit for each counter of :data:`STROBES`. The bytes counters strobe with each good tile
         that comes before any failed tile of its fetch, by the class with which it was requested.
@@ -125,6 +130,8 @@ class Scheduler(wiring.Component):
                 "expert_base": In(config.bits("address")),
                 "prefetch_tiles": In(3),
                 "enable": In(1),
+                "hold": In(1),
+                "demanding": Out(1),
                 "strobes": Out(data.StructLayout({name: unsigned(1) for name in STROBES})),
                 "idle": Out(1),
             }
@@ -162,6 +169,7 @@ class Scheduler(wiring.Component):
         expert = Signal(config.bits("expert"))
         index = Signal(config.bits("index"))
         deadline = Signal(8)
+        value = Signal(8)  # confidence of a candidate
         route_starts = Signal()
         waiting = Signal()  # A demand found no slot and waits for a completion.
         retry = Signal()  # That completion has come.
@@ -255,7 +263,7 @@ class Scheduler(wiring.Component):
                             ),
                             state.eq(_State.LOOKUP),
                         ]
-                with m.Elif(queue.o.valid & table.prefetch_room):
+                with m.Elif(queue.o.valid & table.prefetch_room & ~self.hold):
                     m.d.comb += queue.o.ready.eq(1)
                     m.d.sync += [
                         op.eq(BufferOp.PREFETCH),
@@ -263,6 +271,7 @@ class Scheduler(wiring.Component):
                         layer.eq(queue.o.payload.layer),
                         expert.eq(queue.o.payload.expert),
                         deadline.eq(queue.o.payload.deadline),
+                        value.eq(queue.o.payload.score),
                         index.eq(0),
                         state.eq(_State.SCREEN),
                     ]
@@ -289,6 +298,7 @@ class Scheduler(wiring.Component):
                     request.tile.eq(0),
                     request.last.eq(0),
                     request.failed.eq(0),
+                    request.value.eq(Mux(op == BufferOp.PREFETCH, value, 0)),
                     self.buffer_requests.valid.eq(1),
                     state.eq(_State.RESULT),
                 ]
@@ -380,6 +390,7 @@ class Scheduler(wiring.Component):
                     request.tile.eq(completion.tile),
                     request.last.eq(table.row_last),
                     request.failed.eq(completion.failed | (table.row_last & table.row_failed)),
+                    request.value.eq(0),
                     self.buffer_requests.valid.eq(1),
                     state.eq(_State.RESULT),
                 ]
@@ -413,6 +424,11 @@ class Scheduler(wiring.Component):
                             self.ready.payload.slot.eq(table.row.slot),
                         ]
 
+        m.d.sync += self.demanding.eq(
+            (commands.level != 0)
+            | waiting
+            | ((state != _State.DISPATCH) & (op == BufferOp.DEMAND) & ~filled)
+        )
         m.d.comb += strobe.prefetch_overflow.eq(queue.overflow)
         m.d.sync += self.strobes.eq(strobe)
         m.d.comb += self.idle.eq(
@@ -464,6 +480,9 @@ class Scheduler(wiring.Component):
                     with m.Case(BufferCode.ALLOCATED):
                         m.d.comb += strobe.prefetch_issued.eq(1)
                         m.d.sync += state.eq(_State.ALLOCATE)
+                    with m.Case(BufferCode.OUTBID):
+                        m.d.comb += strobe.prefetch_outbid.eq(1)
+                        m.d.sync += state.eq(_State.DISPATCH)
                     with m.Case(BufferCode.NO_SLOT):
                         m.d.comb += strobe.prefetch_no_slot.eq(1)
                         m.d.sync += state.eq(_State.DISPATCH)

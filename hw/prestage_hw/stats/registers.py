@@ -75,6 +75,8 @@ class RegisterBank(wiring.Component):
                         {
                             "prefetch_enable": 1,
                             "hint_enable": 1,
+                            "settle": 1,
+                            "policy": 2,
                             "hint_threshold": 8,
                             "expert_base": config.address_bits,
                             "token_base": config.address_bits,
@@ -91,7 +93,8 @@ class RegisterBank(wiring.Component):
         m = Module()
         config = self.config
 
-        control = Signal(2, init=register_by_name("control").reset)
+        policy = Signal(2, init=register_by_name("policy").reset)
+        control = Signal(3, init=register_by_name("control").reset)
         hint_threshold = Signal(8, init=register_by_name("hint_threshold").reset)
         predict = {name: Signal(8, init=register_by_name(name).reset) for name in _PREDICT}
         base_low = Signal(32)
@@ -108,6 +111,8 @@ class RegisterBank(wiring.Component):
         m.d.comb += [
             self.control.prefetch_enable.eq(control[0]),
             self.control.hint_enable.eq(control[1]),
+            self.control.settle.eq(control[2]),
+            self.control.policy.eq(policy),
             self.control.hint_threshold.eq(hint_threshold),
             self.control.expert_base.eq(Cat(base_low, base_high)),
             self.control.token_base.eq(Cat(token_low, token_high)),
@@ -118,6 +123,7 @@ class RegisterBank(wiring.Component):
 
         readable = {
             "control": control,
+            "policy": policy,
             "hint_threshold": hint_threshold,
             "expert_base_low": base_low,
             "expert_base_high": base_high,
@@ -172,6 +178,7 @@ class RegisterBank(wiring.Component):
                     with m.Switch(access.register):
                         for name, target in (
                             ("control", control),
+                            ("policy", policy),
                             ("hint_threshold", hint_threshold),
                             ("expert_base_high", base_high),
                             ("token_base_low", token_low),

@@ -49,7 +49,7 @@ class Predictor(Tables, Protocol):
     ) -> Sequence[CandidateTuple]:
         """Take an opinion from outside and propose experts, best first."""
 
-    def values(self) -> Sequence[object]:
+    def values(self) -> Sequence[tuple[int, int, int, int, Sequence[int]]]:
         """What experts are worth, as it was given out since the last call."""
 
     def clear(self) -> None:
@@ -168,6 +168,7 @@ class Dispatcher:
         registers = self._registers
         self._scheduler.expert_base = registers.expert_base
         self._scheduler.enable = bool(registers["control"] & 1)
+        self._buffer.policy = registers["policy"]
         self._predictor.threshold = registers["predict_threshold"]
         self._predictor.far_threshold = registers["predict_far_threshold"]
         self._predictor.ahead = registers["predict_ahead"]
@@ -175,8 +176,9 @@ class Dispatcher:
     def _propose(self, ctx: int, candidates: Sequence[CandidateTuple]) -> None:
         """Hand the predictor's candidates on; only its own count, not the hints among them."""
         self._accuracy.proposed(ctx, [(c[1], c[2]) for c in candidates if c[4] != Source.HINT])
+        for value in self._predictor.values():
+            self._buffer.values(*value)
         self._scheduler.offer(candidates)
-        self._predictor.values()  # Eviction goes by recency alone: nobody asks for them.
 
     def _route(self, body: bytes) -> list[Answer]:
         fields = RECORDS["Route"].unpack(self._config, body)

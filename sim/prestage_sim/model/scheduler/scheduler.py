@@ -66,6 +66,7 @@ class Buffer(Protocol):
         tile: int = 0,
         last: bool = False,
         failed: bool = False,
+        value: int = 0,
     ) -> _Result:
         """Do one operation."""
 
@@ -77,15 +78,17 @@ _DEMAND, _PREFETCH = BufferOp.DEMAND, BufferOp.PREFETCH
 _FILL, _RELEASE = BufferOp.FILL, BufferOp.RELEASE
 _RESIDENT = BufferCode.RESIDENT
 _ALLOCATED, _NO_SLOT = BufferCode.ALLOCATED, BufferCode.NO_SLOT
+_OUTBID = BufferCode.OUTBID
 
 
 class Scheduler:
     """Serve demands, then candidates, with every transfer done as soon as it may be.
 
-    The counters and the buffer's state are those of the RTL at drained pace, bus errors included.
-    Two things are not modelled because drained pace never shows them: demands that find a prefetch
-    in flight, and candidates lost to a full queue (one decision brings at most
-    ``config.model.experts`` candidates, which fit).
+    The counters and the buffer's state are those of the RTL at drained pace, with the policy LRU
+    bus errors included: other policies look first at the slot that a failing fetch frees, and when
+    it does hangs on time. Two things are not modelled because drained pace never shows them:
+    demands that find a prefetch in flight, and candidates lost to a full queue (one decision brings
+    at most ``config.model.experts`` candidates, which fit).
 
     Order of answers: the RTL sends `Ready` and `Event` on separate streams, so that only the order
     within each kind counts. A resident expert is answered when it is looked up, a missing one when
@@ -194,19 +197,21 @@ class Scheduler:
         """Prefetch candidates: (context, layer, expert, score, source, deadline), best first."""
         request = self.buffer.request
         counters = self.counters
-        for ctx, layer, expert, _, source, deadline in candidates:
+        for ctx, layer, expert, score, source, deadline in candidates:
             if not enters(source, enable=self.enable):
                 continue
             if stale(deadline, routes=self._routes[ctx]):
                 counters["prefetch_stale"] += 1
                 continue
-            result = request(_PREFETCH, ctx=ctx, layer=layer, expert=expert)
+            result = request(_PREFETCH, ctx=ctx, layer=layer, expert=expert, value=score)
             if result.code == _ALLOCATED:
                 counters["prefetch_issued"] += 1
                 self._count_eviction(result)
                 self._fill(Entry(layer, expert, result.slot, False))
             elif result.code == _NO_SLOT:
                 counters["prefetch_no_slot"] += 1
+            elif result.code == _OUTBID:
+                counters["prefetch_outbid"] += 1
             else:
                 counters["prefetch_redundant"] += 1
 

@@ -118,6 +118,8 @@ class RegisterBank:
     def _legal(self, name: str, value: int) -> int:
         """What is kept of a written value."""
         if name == "control":
+            return value & 7
+        if name == "policy":
             return value & 3
         if name in ("hint_threshold", *_PREDICT):
             return value & 0xFF
