@@ -758,8 +758,8 @@ class PerceptronPredictor(Predictor):
                             ]
                     with m.Elif(table_taken):
                         m.d.sync += table_sent.eq(1)
-                        with m.If(asked_table.write):
-                            m.next = "Idle"
+                with m.Elif(asked_table.write):
+                    m.next = "Idle"
                 with m.Elif(was_found):
                     m.d.sync += [
                         self.table_values.valid.eq(1),
