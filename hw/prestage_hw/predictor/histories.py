@@ -602,17 +602,18 @@ class Histories(wiring.Component):
                 with m.If(access_waits & ~value_valid):
                     m.next = "ACCESS"
                 with m.Elif(begin_waits & (phase == 0)):
+                    m.d.sync += rotating.eq(1)
                     m.next = "LOAD"
                 with m.Elif(clear_waits & (phase == 0) & ~access_waits):
                     m.d.sync += clear_word.eq(0)
                     m.d.comb += [each.clear.eq(1) for each in stores]
                     m.next = "CLEAR"
             with m.State("LOAD"):
-                m.d.comb += [rotating.eq(1), beginning.eq(1)]
+                m.d.comb += beginning.eq(1)
                 m.d.sync += ids.eq(context_read.data)
                 m.next = "LATCH"
             with m.State("LATCH"):
-                m.d.comb += [rotating.eq(1), latch.eq(1)]
+                m.d.comb += latch.eq(1)
                 m.d.sync += [
                     newer.eq(ids.token),
                     older.eq(ids.before),
@@ -622,13 +623,12 @@ class Histories(wiring.Component):
                 ]
                 m.next = "PLAN"
             with m.State("PLAN"):
-                m.d.comb += [rotating.eq(1), storing.eq(1), check_ids.eq(1)]
+                m.d.comb += [storing.eq(1), check_ids.eq(1)]
                 with m.If(learns & first_known):
                     m.d.sync += [storers.eq(wanted), orders.eq(0 if store is not None else wanted)]
                 m.next = "ROTATE"
             with m.State("ROTATE"):
                 m.d.comb += [
-                    rotating.eq(1),
                     storing.eq(1),
                     offered.eq(1),
                     advance.eq(ready.all()),
@@ -637,32 +637,28 @@ class Histories(wiring.Component):
                 with m.If(advance):
                     m.d.sync += at.eq(at + 1)
                     with m.If(at == layers - 1):
-                        m.d.sync += [at.eq(0), begin_layer.eq(0)]
+                        m.d.sync += [at.eq(0), begin_layer.eq(0), rotating.eq(store is not None)]
                         m.next = "TURN" if store is None else "STORE"
             if store is not None:
                 # One table after the other. The ended token is the previous one by now.
                 with m.State("STORE"):
-                    m.d.comb += [rotating.eq(1), storing.eq(1)]
+                    m.d.comb += storing.eq(1)
                     with m.If(turned):
-                        m.d.sync += turn.eq(0)
+                        m.d.sync += [turn.eq(0), rotating.eq(0)]
                         m.next = "TURN"
                     with m.Elif(storers.bit_select(turn, 1)):
                         m.d.comb += beginning.eq(1)
-                        m.d.sync += orders.eq(1)
+                        m.d.sync += [orders.eq(1), sending.eq(1)]
                         m.next = "SEND"
                     with m.Else():
                         m.d.sync += turn.eq(turn + 1)
                 with m.State("SEND"):
-                    m.d.comb += [
-                        rotating.eq(1),
-                        storing.eq(1),
-                        sending.eq(1),
-                        onward.eq(store.choices_in.ready),
-                    ]
+                    m.d.comb += [storing.eq(1), onward.eq(store.choices_in.ready)]
                     with m.If(onward):
                         m.d.sync += at.eq(at + 1)
                         with m.If(at == layers - 1):
                             m.d.sync += [at.eq(0), begin_layer.eq(0), turn.eq(turn + 1)]
+                            m.d.sync += sending.eq(0)
                             m.next = "STORE"
             with m.State("TURN"):
                 m.d.sync += [
