@@ -214,10 +214,11 @@ class Histories(wiring.Component):
         for sources in self._sources.values():
             for memory, number in sources.values():
                 places.setdefault(memory, set()).add(number)
-        #: For each memory the reads of its places: copy and step.
+        #: For each memory the reads of its places: copy and step. The first needs no sum and is
+        #: done in the first step.
         self._reads = {
             memory: {
-                number: _Read(copy=order // 2, step=order % 2)
+                number: _Read(copy=order // 2, step=min(order, 1))
                 for order, number in enumerate(sorted(numbers))
             }
             for memory, numbers in places.items()
@@ -336,15 +337,12 @@ class Histories(wiring.Component):
         # --- questions: at most two reads of each memory, checked a cycle after they arrive
 
         asked = Signal(self.requests.payload.shape())
-        question = Signal.like(asked)
+        question = self.requests.payload
         rotating, at = Signal(), Signal(range(layers + 1))
-        asks = Signal()
-        m.d.comb += [
-            asks.eq(self.requests.valid & self.requests.ready),
-            question.eq(Mux(phase == 0, self.requests.payload, asked)),
-        ]
+        asks, stepping = Signal(), Signal()  # stepping: phase is not 0
+        m.d.comb += asks.eq(self.requests.valid & self.requests.ready)
         with m.If(asks):
-            m.d.sync += asked.eq(self.requests.payload)
+            m.d.sync += asked.eq(question)
         horizon = Signal(2)
         m.d.comb += horizon.eq(Mux(question.reuse, 0, question.horizon))
 
@@ -365,7 +363,8 @@ class Histories(wiring.Component):
                 raws[name, copy] = raw = Signal(layouts[name], name=f"{name}{copy}_raw")
                 with m.If(latch):
                     m.d.sync += raw.eq(port.data)
-                target = Signal(layer_bits, name=f"{name}{copy}_layer")
+                # Layers of the first step and, from a register, of the second.
+                targets = [Signal(layer_bits, name=f"{name}{copy}_layer{n}") for n in range(2)]
                 for number, read in where.items():
                     if read.copy != copy:
                         continue
@@ -382,13 +381,18 @@ class Histories(wiring.Component):
                         elif step > 0:
                             there = question.layer < layers - step
                         m.d.sync += exists[name, number].eq(there)
-                    with m.If((phase == 0) if read.step == 0 else (phase != 0)):
-                        m.d.comb += target.eq(start + step)
+                    if read.step == 0:
+                        m.d.comb += targets[0].eq(start + step)
+                    else:
+                        with m.If(asks):
+                            m.d.sync += targets[1].eq(start + step)
                 m.d.comb += port.en.eq(~rotating | beginning | onward)
                 with m.If(rotating):
                     m.d.comb += port.addr.eq(word_of(begin.ctx, begin_layer))
+                with m.Elif(stepping):
+                    m.d.comb += port.addr.eq(word_of(asked.ctx, targets[1]))
                 with m.Else():
-                    m.d.comb += port.addr.eq(word_of(question.ctx, target))
+                    m.d.comb += port.addr.eq(word_of(question.ctx, targets[0]))
 
         sets = Signal(self.sets.payload.shape())
         sets_valid = Signal()
@@ -431,7 +435,7 @@ class Histories(wiring.Component):
 
         with m.Switch(phase):
             with m.Case(0):
-                m.d.sync += phase.eq(asks)
+                m.d.sync += [phase.eq(asks), stepping.eq(asks)]
             with m.Case(1):
                 m.d.comb += latch.eq(1)
                 m.d.sync += phase.eq(2)
@@ -441,12 +445,13 @@ class Histories(wiring.Component):
                     take_step(0)
                     m.d.sync += [
                         phase.eq(3 if last_step else 0),
+                        stepping.eq(last_step != 0),
                         sets_valid.eq(last_step == 0),
                     ]
             with m.Case(3):
                 if last_step:
                     take_step(1)
-                    m.d.sync += [phase.eq(0), sets_valid.eq(1)]
+                    m.d.sync += [phase.eq(0), stepping.eq(0), sets_valid.eq(1)]
 
         # --- writes: routes, rotation, what the tables found, zeros
 
@@ -597,17 +602,18 @@ class Histories(wiring.Component):
                 with m.If(access_waits & ~value_valid):
                     m.next = "ACCESS"
                 with m.Elif(begin_waits & (phase == 0)):
+                    m.d.sync += rotating.eq(1)
                     m.next = "LOAD"
                 with m.Elif(clear_waits & (phase == 0) & ~access_waits):
                     m.d.sync += clear_word.eq(0)
                     m.d.comb += [each.clear.eq(1) for each in stores]
                     m.next = "CLEAR"
             with m.State("LOAD"):
-                m.d.comb += [rotating.eq(1), beginning.eq(1)]
+                m.d.comb += beginning.eq(1)
                 m.d.sync += ids.eq(context_read.data)
                 m.next = "LATCH"
             with m.State("LATCH"):
-                m.d.comb += [rotating.eq(1), latch.eq(1)]
+                m.d.comb += latch.eq(1)
                 m.d.sync += [
                     newer.eq(ids.token),
                     older.eq(ids.before),
@@ -617,13 +623,12 @@ class Histories(wiring.Component):
                 ]
                 m.next = "PLAN"
             with m.State("PLAN"):
-                m.d.comb += [rotating.eq(1), storing.eq(1), check_ids.eq(1)]
+                m.d.comb += [storing.eq(1), check_ids.eq(1)]
                 with m.If(learns & first_known):
                     m.d.sync += [storers.eq(wanted), orders.eq(0 if store is not None else wanted)]
                 m.next = "ROTATE"
             with m.State("ROTATE"):
                 m.d.comb += [
-                    rotating.eq(1),
                     storing.eq(1),
                     offered.eq(1),
                     advance.eq(ready.all()),
@@ -632,32 +637,28 @@ class Histories(wiring.Component):
                 with m.If(advance):
                     m.d.sync += at.eq(at + 1)
                     with m.If(at == layers - 1):
-                        m.d.sync += [at.eq(0), begin_layer.eq(0)]
+                        m.d.sync += [at.eq(0), begin_layer.eq(0), rotating.eq(store is not None)]
                         m.next = "TURN" if store is None else "STORE"
             if store is not None:
                 # One table after the other. The ended token is the previous one by now.
                 with m.State("STORE"):
-                    m.d.comb += [rotating.eq(1), storing.eq(1)]
+                    m.d.comb += storing.eq(1)
                     with m.If(turned):
-                        m.d.sync += turn.eq(0)
+                        m.d.sync += [turn.eq(0), rotating.eq(0)]
                         m.next = "TURN"
                     with m.Elif(storers.bit_select(turn, 1)):
                         m.d.comb += beginning.eq(1)
-                        m.d.sync += orders.eq(1)
+                        m.d.sync += [orders.eq(1), sending.eq(1)]
                         m.next = "SEND"
                     with m.Else():
                         m.d.sync += turn.eq(turn + 1)
                 with m.State("SEND"):
-                    m.d.comb += [
-                        rotating.eq(1),
-                        storing.eq(1),
-                        sending.eq(1),
-                        onward.eq(store.choices_in.ready),
-                    ]
+                    m.d.comb += [storing.eq(1), onward.eq(store.choices_in.ready)]
                     with m.If(onward):
                         m.d.sync += at.eq(at + 1)
                         with m.If(at == layers - 1):
                             m.d.sync += [at.eq(0), begin_layer.eq(0), turn.eq(turn + 1)]
+                            m.d.sync += sending.eq(0)
                             m.next = "STORE"
             with m.State("TURN"):
                 m.d.sync += [

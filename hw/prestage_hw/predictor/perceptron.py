@@ -115,7 +115,7 @@ class PerceptronPredictor(Predictor):
         ahead = [head for head in heads if head.head.horizon]
         # One machine asks for all sets; each head predicts and learns; one ranking for all.
         questions = 2 * len(heads) - 1
-        asking = 9 + questions * (self._histories.latency + 5)
+        asking = 11 + questions * (self._histories.latency + 5)
         working = max(
             head.predict_interval(self._active_words(head))
             + head.learn_cycles(self._active_words(head))
@@ -471,11 +471,15 @@ class PerceptronPredictor(Predictor):
         # state, so that the main machine sees it in time.
         was_quiet = Signal()
         m.d.sync += was_quiet.eq(quiet)
-        # The histories and the trust are told of a token start.
-        begin_due, trust_due = Signal(), Signal()
-        for due, begins in ((begin_due, histories.begins), (trust_due, trust.begins)):
-            m.d.comb += begins.valid.eq(due)
-            with m.If(begins.ready):
+        # What the histories and the trust are still to be told of the message in front.
+        begin_due, trust_due, route_due = Signal(), Signal(), Signal()
+        for due, taker in (
+            (begin_due, histories.begins),
+            (trust_due, trust.begins),
+            (route_due, histories.routes),
+        ):
+            m.d.comb += taker.valid.eq(due)
+            with m.If(taker.ready):
                 m.d.sync += due.eq(0)
 
         # Table port.
@@ -688,14 +692,15 @@ class PerceptronPredictor(Predictor):
                         m.d.sync += [predicting[number].eq(0), marks[number].eq(wanted & ~extra)]
                         m.next = following
             with m.State("Route"):
-                with m.If(extra):
+                m.d.sync += route_due.eq(~extra)
+                m.next = "Done"
+                with m.If(~extra):
+                    m.next = "Routed"
+            with m.State("Routed"):
+                with m.If(~route_due):
                     m.next = "Done"
-                with m.Else():
-                    m.d.comb += histories.routes.valid.eq(may_ask)
-                    with m.If(histories.routes.valid & histories.routes.ready):
-                        m.next = "Done"
-                        with m.If(first & ~prefill):
-                            m.next = f"Learn {configs[(*near, start)[0]].name}"
+                    with m.If(first & ~prefill):
+                        m.next = f"Learn {configs[(*near, start)[0]].name}"
             for number in (*near, start):
                 name = configs[number].name
                 with m.State(f"Learn {name}"):
@@ -758,8 +763,8 @@ class PerceptronPredictor(Predictor):
                             ]
                     with m.Elif(table_taken):
                         m.d.sync += table_sent.eq(1)
-                        with m.If(asked_table.write):
-                            m.next = "Idle"
+                with m.Elif(asked_table.write):
+                    m.next = "Idle"
                 with m.Elif(was_found):
                     m.d.sync += [
                         self.table_values.valid.eq(1),
