@@ -98,6 +98,7 @@ class TB:
         dut.prefetch_tiles.value = 1
         dut.enable.value = 1
         dut.hold.value = 0
+        dut.alone.value = 0
         self.held_for = 0  # Cycles for which candidates have been held.
         self.policy = Policy.LRU
         self.cycle = 0
@@ -438,6 +439,8 @@ class TB:
                 self.expected["skipped"] += 1
             assert request["value"] == candidate["score"]
             assert self.held_for <= SLACK, "a candidate was looked up while candidates are held"
+            if str(self.dut.alone.value) == "1":
+                assert not self.inflight, "a candidate was looked up with a fetch in flight"
         names = ("ctx", "layer", "expert", "index", "slot", "tile", "value")
         fields = {name: request[name] for name in names}
         result = self.buffer.request(
@@ -689,6 +692,8 @@ async def drained(dut, stall, failing, full):
     # With many layers unreleased every slot is pinned in the end, and demands are refused.
     hold = config.slots // model.top_k + 1 if full else 1
     work = Workload(tb, hold=min(hold, model.layers - 1))
+    # By recency no candidate takes the slot of another; else it must have come before.
+    dut.alone.value = int(tb.policy != Policy.LRU)
     for step in range(80 if model.layers < 10 else 60):
         ctx = tb.random.randrange(config.contexts)
         before = list(work.pending[ctx])

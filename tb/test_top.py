@@ -34,6 +34,7 @@ from prestage_hw.contract.records import (
     TABLE_BURST,
     ErrorCode,
     Phase,
+    Policy,
 )
 from prestage_hw.contract.registers import COUNTERS, register_by_name
 from prestage_hw.layouts import RecordLayout
@@ -217,14 +218,21 @@ def _decisions(bench, tokens):
         yield chosen
 
 
+async def _settle(bench, golden, *, policy, hints=False):
+    """Choose how to evict, and let candidates wait until the predictor is at rest."""
+    for name, value in (("control", 5 | hints << 1), ("policy", policy)):
+        await bench.drained(golden, "REGISTER_WRITE", register_by_name(name).address, value)
+
+
 @cocotb.test()
-@cocotb.parametrize(stall=[0.0, 0.3])
-async def drained_pace(dut, stall):
+@cocotb.parametrize(stall=[0.0, 0.3], policy=list(Policy))
+async def drained_pace(dut, stall, policy):
     """At drained pace every answer, byte and counter is the golden model's."""
     bench = _Bench(dut, stall=Stall(stall, burst=(1, 6)))
     config, rng = bench.config, bench.random
     golden = GoldenTop(config, bench.image)
     await bench.reset()
+    await _settle(bench, golden, policy=policy)
     tokens = bench.trace["tokens"] if bench.trace else 10
     for token, layers in enumerate(_decisions(bench, tokens)):
         ctx = rng.randrange(config.contexts)
@@ -245,7 +253,7 @@ async def chunks(dut):
     config, rng, model = bench.config, bench.random, bench.config.model
     golden = GoldenTop(config, bench.image)
     await bench.reset()
-    await bench.drained(golden, "REGISTER_WRITE", register_by_name("control").address, 3)
+    await _settle(bench, golden, policy=rng.choice(list(Policy)), hints=True)
     for token, layers in enumerate(_decisions(bench, 6)):
         ctx = rng.randrange(config.contexts)
         phase = rng.choice((Phase.PREFILL, Phase.VERIFY))
@@ -475,7 +483,7 @@ def _run_trace(path, *, preset, tokens):
         module=__file__,
         name="top",
         parameters={"config": config, "trace": {"path": str(path), "tokens": tokens}},
-        testcase=["drained_pace/stall=0.0"],
+        testcase=[f"drained_pace/stall=0.0/policy={Policy.NEXT_USE.name}"],
     )
 
 

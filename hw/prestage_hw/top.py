@@ -133,6 +133,7 @@ class Top(wiring.Component):
             scheduler.expert_base.eq(registers.control.expert_base),
             scheduler.prefetch_tiles.eq(registers.control.prefetch_tiles),
             scheduler.enable.eq(registers.control.prefetch_enable),
+            scheduler.alone.eq(registers.control.settle),
         ]
         m.d.sync += scheduler.hold.eq(registers.control.settle & ~predictor.idle)
 

@@ -659,8 +659,8 @@ class Device:
         policy : :class:`Policy` or None
             Which expert gives way to another; the least recently used after reset.
         settle : :class:`bool` or None
-            Let prefetches wait until the predictor is at rest, so that runs at drained pace are the
-            same on every device (off after reset).
+            Let each prefetch wait until the predictor is at rest and nothing is in flight, so that
+            runs at drained pace are the same on every device whatever the policy (off after reset).
         threshold, far_threshold : :class:`int` or None
             Least confidence of the predictor's candidates for the next layer and for layers farther
             away, in 1/256, 0 to 255.

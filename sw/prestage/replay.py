@@ -227,7 +227,9 @@ def replay(
         prefetch_tiles = 4 if pace == "drained" else 1
     if policy is None:
         policy = Policy.NEXT_USE if device.config.predictor == "perceptron" else Policy.LRU
-    device.configure(prefetch_tiles=prefetch_tiles, policy=policy, settle=pace == "drained")
+    # By recency alone nothing hangs on time at drained pace.
+    settle = pace == "drained" and policy != Policy.LRU
+    device.configure(prefetch_tiles=prefetch_tiles, policy=policy, settle=settle)
     recorder = _Recorder(trace, clocked=device.clocked)
     model = device.config.model
     interrupt = interrupt or Interrupt()

@@ -163,9 +163,9 @@ def _layout() -> tuple[Register, ...]:
         "control",
         "rw",
         1,
-        "Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2:"
-        " candidates wait until the predictor is at rest, so that what is evicted for them does not"
-        " hang on time.",
+        "Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a"
+        " candidate waits until the predictor is at rest and nothing is in flight, so that what is"
+        " evicted for it does not hang on time.",
     )
     add(
         0x11,

@@ -94,6 +94,8 @@ class Scheduler(wiring.Component):
         0 drops the predictor's candidates on entry.
     hold : ``In(1)``
         1 lets candidates wait.
+    alone : ``In(1)``
+        1 lets a candidate wait until nothing is in flight.
     demanding : ``Out(1)``
         A demand waits, or is looked up.
     strobes : ``Out(StructLayout)``
@@ -131,6 +133,7 @@ class Scheduler(wiring.Component):
                 "prefetch_tiles": In(3),
                 "enable": In(1),
                 "hold": In(1),
+                "alone": In(1),
                 "demanding": Out(1),
                 "strobes": Out(data.StructLayout({name: unsigned(1) for name in STROBES})),
                 "idle": Out(1),
@@ -263,7 +266,12 @@ class Scheduler(wiring.Component):
                             ),
                             state.eq(_State.LOOKUP),
                         ]
-                with m.Elif(queue.o.valid & table.prefetch_room & ~self.hold):
+                with m.Elif(
+                    queue.o.valid
+                    & table.prefetch_room
+                    & ~self.hold
+                    & ~(self.alone & table.occupied)
+                ):
                     m.d.comb += queue.o.ready.eq(1)
                     m.d.sync += [
                         op.eq(BufferOp.PREFETCH),
