@@ -28,9 +28,6 @@ _MOST_PUSHES = 4 + 1
 #: Cycles from the transfer of a decision to its first question for sets.
 _ASK_CYCLES = 3
 
-#: Cycles from the last beat of values to the word to rank them.
-_GO_CYCLES = 6
-
 
 class _Kind(IntEnum):
     """Kinds of messages, and of entries in the order of results."""
@@ -85,6 +82,11 @@ class PerceptronPredictor(Predictor):
         return head.active_words(SETS)
 
     @property
+    def _go_cycles(self):
+        """Cycles from the last beat of values to the word to rank them."""
+        return 6 if self.config.lane_beats == 1 else 5
+
+    @property
     def first_candidate_cycles(self):
         """Cycles from the transfer of a decision to its first candidate, at most."""
         near = self._heads[0]
@@ -93,7 +95,7 @@ class PerceptronPredictor(Predictor):
             _ASK_CYCLES
             + self._histories.latency
             + predict
-            + _GO_CYCLES
+            + self._go_cycles
             + self._ranking.first_candidate_cycles
         )
 
@@ -121,7 +123,7 @@ class PerceptronPredictor(Predictor):
             + head.learn_cycles(self._active_words(head))
             for head in heads
         )
-        layer = heads[0].value_beats + _GO_CYCLES + ranking.first_candidate_cycles
+        layer = heads[0].value_beats + self._go_cycles + ranking.first_candidate_cycles
         listing = layer + most * ranking.next_candidate_cycles
         listing += (len(ahead) - 1) * (layer + min(k, most) * ranking.next_candidate_cycles)
         return max(asking, working, listing + heads[0].value_beats)
