@@ -69,3 +69,7 @@ def test_rejects_what_is_no_configuration(make):
 def test_states_its_latency(experts, first, following):
     block = Ranking(_device(_model(experts, 1)))
     assert (block.first_candidate_cycles, block.next_candidate_cycles) == (first, following)
+    if experts <= 128:
+        # Side by side no group waits for another.
+        wide = Ranking(_device(_model(experts, 1), lanes=128))
+        assert (wide.first_candidate_cycles, wide.next_candidate_cycles) == (5, 4)
