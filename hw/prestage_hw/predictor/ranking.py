@@ -105,7 +105,7 @@ class Ranking(wiring.Component):
     and the next layer's beats wait for the last of them to be taken:
 
     =========================================== =============================================
-    first candidate valid after ``go``'s cycle  ``first_candidate_cycles`` (5 for 128 experts)
+    first candidate valid after ``go``'s cycle  ``first_candidate_cycles`` (6 for 128 in beats of 8)
     from one candidate to the next              ``next_candidate_cycles`` (4 for 128 experts)
     values ready after the last one is taken    at most ``next_candidate_cycles``
     =========================================== =============================================
@@ -153,7 +153,7 @@ class Ranking(wiring.Component):
     @property
     def first_candidate_cycles(self):
         """Cycles from the transfer of ``go`` to the first candidate."""
-        return 5 + self._far
+        return 5 + self._far + self._spread
 
     @property
     def next_candidate_cycles(self):
@@ -168,6 +168,23 @@ class Ranking(wiring.Component):
     @property
     def _groups(self):
         return -(-self.config.model.experts // self._group)
+
+    @property
+    def _spread(self):
+        """Cycles more that it takes to bring the best of a group to its place among many that take
+        turns.
+        """
+        return int(self._rows > _FAN_IN)
+
+    @property
+    def _banks(self):
+        """Groups that a beat holds, at least 1."""
+        return max(1, self.config.predictor_lanes // self._group)
+
+    @property
+    def _rows(self):
+        """Groups that take turns."""
+        return -(-self._groups // self._banks)
 
     @property
     def _far(self):
@@ -188,11 +205,11 @@ class Ranking(wiring.Component):
         lane_bits = ceil_log2(group)
 
         # A beat is one or more groups side by side, each in a bank of its own, or part of a group.
-        banks = max(1, lanes // group)
+        banks = self._banks
         bank_bits = ceil_log2(banks)
         parts = max(1, group // lanes)
         part_bits = ceil_log2(parts)
-        depth = -(-groups // banks)
+        depth = self._rows
 
         key_layout = data.StructLayout({"value": 8, "present": 1})
         entry_layout = data.StructLayout({"key": key_layout, "expert": unsigned(expert_bits)})
@@ -253,8 +270,8 @@ class Ranking(wiring.Component):
         one_row = one_expert[lane_bits + bank_bits :]
         row = Signal(range(max(2, depth)))
         m.d.comb += row.eq(Mux(load, beat >> part_bits, one_row))
-        row_1, row_2 = Signal.like(row), Signal.like(row)
-        m.d.sync += [row_1.eq(row), row_2.eq(row_1)]
+        row_1, row_2, row_3 = Signal.like(row), Signal.like(row), Signal.like(row)
+        m.d.sync += [row_1.eq(row), row_2.eq(row_1), row_3.eq(row_2)]
 
         bests = []
         found = []
@@ -312,12 +329,17 @@ class Ranking(wiring.Component):
             ]
             local = best(pairs)
             found.append((local, changed_2))
+            best_of_group, changed, changed_row = local, changed_2, row_2
+            if self._spread:
+                best_of_group = Signal(local_layout, name=f"local{bank}")
+                changed, changed_row = Signal(name=f"changed3_{bank}"), row_3
+                m.d.sync += [best_of_group.eq(local), changed.eq(changed_2)]
             for at in range(depth):
                 number = at * banks + bank
                 if number < groups:
                     kept = Signal(local_layout, name=f"best{number}")
-                    with m.If(changed_2 & (row_2 == at)):
-                        m.d.sync += kept.eq(local)
+                    with m.If(changed & (changed_row == at)):
+                        m.d.sync += kept.eq(best_of_group)
                     # Nothing to compare with until it is compared anew.
                     with m.If(remove & (winner.expert >> lane_bits == number)):
                         m.d.sync += kept.key.present.eq(0)
@@ -375,7 +397,7 @@ class Ranking(wiring.Component):
         deadline = Signal(8)
         loading = Signal()
         emitted = Signal(range(most + 1))
-        settle = Signal(range(3 + self._far))
+        settle = Signal(range(3 + self._far + self._spread))
 
         m.d.comb += [
             load.eq(self.values.valid & self.values.ready),
@@ -411,10 +433,10 @@ class Ranking(wiring.Component):
                 with m.If(self.patches.valid & self.patches.payload.go):
                     m.next = "Settle"
             with m.State("Settle"):
-                # Two cycles until the last patch has reached the best of its group, then one or
-                # two to compare the groups.
+                # Two or three cycles until the last patch has reached the best of its group, then
+                # one or two to compare the groups.
                 m.d.sync += settle.eq(settle + 1)
-                with m.If(settle == 2 + self._far):
+                with m.If(settle == 2 + self._far + self._spread):
                     m.d.sync += [*gather, first.eq(1)]
                     m.next = "Pick"
             with m.State("Pick"):

@@ -343,7 +343,10 @@ class TokenMemory(wiring.Component):
             new.epoch.eq(epoch),
             new.parity.eq(Cat(command.tag, epoch).xor()),
         ]
-        with m.If(match & ~failed & former_read.data.valid & two_choices):
+        # Known for good some cycles before anything is written.
+        keeps_former = Signal()
+        m.d.sync += keeps_former.eq(match & ~failed & two_choices)
+        with m.If(keeps_former & former_read.data.valid):
             m.d.comb += second.eq(former_read.data)
 
         with m.FSM():

@@ -140,7 +140,7 @@ class Trust(wiring.Component):
     job       answer                                  next job is taken
     ========= ======================================= ======================
     begin                                             5; 3 with 2 layers
-    values    n = 0: ``go`` at 2                      2
+    values    n = 0: ``go`` at 2; 1 if several beats  the same
     values    first patch at 8, the last at n + 7     n + 7
     hint      n = 0: at 7                             7
     hint      at n + 8                                n + 8
@@ -523,6 +523,8 @@ class Trust(wiring.Component):
                 for source in (self.routes, self.values):
                     with m.If(source.valid):
                         m.d.comb += list_read.addr.eq(place_of(source.payload))
+                with m.If(partial):
+                    m.d.comb += list_read.addr.eq(place)
                 m.d.comb += [
                     self.begins.ready.eq(free),
                     self.values.ready.eq(partial | (free & ~self.begins.valid)),
@@ -544,6 +546,10 @@ class Trust(wiring.Component):
                     ]
                     with m.If(taken.last):
                         m.next = "Look"
+                        # The list was there with the beat before.
+                        with m.If(partial & move & ~found_bad & ~found_own):
+                            m.d.comb += unhinted.eq(1)
+                            m.next = "Idle"
                 with m.Elif(self.begins.valid & self.begins.ready):
                     m.d.sync += ctx.eq(self.begins.payload.ctx)
                     m.next = "Forget"
