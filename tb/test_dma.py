@@ -21,6 +21,9 @@ from prestage_tb.bench import run_bench
 
 HERE = Path(__file__).parent
 
+#: Configurations whose benches take minutes.
+_SOAK = ("wide", "short-bursts")
+
 CONFIGS = {
     "tiny": TINY_DEVICE,
     "gpt-oss-20b": DeviceConfig(model=preset("gpt-oss-20b"), slots=64),
@@ -61,7 +64,10 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.soak if name in _SOAK else ()) for name in CONFIGS],
+)
 def test_dma(name):
     config = CONFIGS[name]
     run_bench(

@@ -29,7 +29,7 @@ from prestage.errors import (
 )
 from prestage_hw.contract import MESSAGES, DeviceConfig, preset
 from prestage_hw.contract.pattern import expert_memory, expert_pattern
-from prestage_hw.contract.records import ErrorCode, Phase
+from prestage_hw.contract.records import ErrorCode, Phase, Policy
 from prestage_hw.contract.registers import COUNTERS, shape_registers
 from prestage_sim.model.pipe import ModelPipe
 
@@ -155,6 +155,7 @@ def test_more_messages_than_the_link_holds(device):
         (lambda d: d.run(5), "Only a device with a clock can run, not model://"),
         (lambda d: d.configure(hint_threshold=256), "Hint threshold must be between 0 and 255"),
         (lambda d: d.configure(prefetch_tiles=0), "Prefetch tiles must be between 1 and 4, not 0"),
+        (lambda d: d.configure(policy=4), r"Policy must be one of 0 \(LRU\), .*, not 4"),
         (lambda d: d.configure(expert_base=8), "multiple of 16 bytes, not 0x8"),
         (lambda d: d.configure(expert_base=1 << 40), "Expert base must be between 0 and 0xff"),
         (lambda d: d.configure(tables={300: np.zeros(1, int)}), "Table number must be between"),
@@ -236,6 +237,8 @@ def test_hints(device):
     device.configure(hints=False, prefetch=True, prefetch_tiles=3)
     assert device.read_register("control") == 1
     assert device.read_register("prefetch_tiles") == 3
+    device.configure(policy=Policy.LFU, settle=True)
+    assert (device.read_register("policy"), device.read_register("control")) == (1, 5)
 
 
 def test_expert_base():

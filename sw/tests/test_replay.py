@@ -11,6 +11,7 @@ import prestage
 from prestage.device import Device
 from prestage.errors import ArgumentError
 from prestage.replay import (
+    POLICIES,
     Interrupt,
     default_slots,
     device_config,
@@ -20,6 +21,7 @@ from prestage.replay import (
 )
 from prestage_hw.contract import DeviceConfig, ModelConfig
 from prestage_hw.contract.pattern import expert_memory
+from prestage_hw.contract.records import Policy
 from prestage_sim.model.pipe import ModelPipe
 from prestage_sim.traces import Trace, TraceError
 
@@ -237,6 +239,47 @@ def test_prefetch_tiles(pace, tiles):
         with Device(Ticking(config), config) as device:
             run = replay(device, walk(3), pace=pace, layer_cycles=9, prefetch_tiles=wanted)
             assert device.read_register("prefetch_tiles") == run.prefetch_tiles == (wanted or tiles)
+
+
+@pytest.mark.parametrize(
+    ("predictor", "pace", "wanted", "policy", "settles"),
+    [
+        ("st_moe", "drained", None, "lru", False),
+        ("st_moe", "drained", Policy.NEXT_USE, "next-use", True),
+        ("perceptron", "drained", None, "next-use", True),
+        ("perceptron", "drained", Policy.LRU, "lru", False),
+        ("perceptron", "timed", Policy.LFU, "lfu", False),
+    ],
+)
+def test_policies(predictor, pace, wanted, policy, settles):
+    config = device_config(walk(), slots=12, predictor=predictor)
+    with Device(Ticking(config), config) as device:
+        run = replay(device, walk(3), pace=pace, layer_cycles=9, policy=wanted)
+        assert run.policy == policy
+        assert device.read_register("policy") == POLICIES[policy]
+        assert bool(device.read_register("control") & 4) == settles
+
+
+def test_next_use_keeps_what_comes_back():
+    """Between uses of a layer's favourites more other experts pass by than there are slots."""
+    rng = np.random.default_rng(7)
+    experts = np.stack(
+        [
+            [
+                2 * layer + np.arange(2) if token % 2 else rng.permutation(16)[:2]
+                for layer in range(4)
+            ]
+            for token in range(300)
+        ]
+    )
+    trace = Trace(experts=experts, experts_per_layer=16, meta={"model": "test-moe"})
+    hits = {}
+    for name, policy in POLICIES.items():
+        config = device_config(trace, slots=12, predictor="perceptron")
+        with prestage.open("model://", config=config) as device:
+            device.configure(prefetch=False)
+            hits[name] = replay(device, trace, policy=policy).counters["hits"]
+    assert hits["next-use"] > 1.2 * hits["lru"], hits
 
 
 def test_bad_replays(device):
