@@ -140,7 +140,7 @@ class Trust(wiring.Component):
     job       answer                                  next job is taken
     ========= ======================================= ======================
     begin                                             5; 3 with 2 layers
-    values    n = 0: ``go`` at 2; 1 if several beats  the same
+    values    n = 0: ``go`` at 2; 1 if several beats  2
     values    first patch at 8, the last at n + 7     n + 7
     hint      n = 0: at 7                             7
     hint      at n + 8                                n + 8
