@@ -345,7 +345,7 @@ class PerceptronPredictor(Predictor):
                 ]
         with m.If(histories.sets.valid & histories.sets.ready):
             m.d.sync += [for_main.eq(0), for_walker.eq(0)]
-        # Nearer heads' predictions are noted in the cycle after their questions.
+        # Nearer heads' predictions are noted in the cycle after they are told.
         marks = {n: Signal(name=f"mark_{configs[n].name}") for n in near}
         for n in near:
             with m.If(marks[n]):
@@ -359,7 +359,8 @@ class PerceptronPredictor(Predictor):
         m.d.sync += [told.eq(used_sets), walker_told.eq(walker_used_sets)]
 
         sets = Signal(data.ArrayLayout(SetLayout(config), len(SETS)))
-        # Which head the answer is for, from registers: they are set with the question.
+        # Which head the answer to the main machine is for, from registers: they are set when the
+        # machine begins to ask, and fall when it is told.
         predicting = {
             n: Signal(name=f"predicting_{configs[n].name}")
             for n in (*near, *([] if reuse is None else [reuse]))
@@ -403,7 +404,7 @@ class PerceptronPredictor(Predictor):
             walked.payload.layer.eq(walk_layer),
             walked.payload.extra.eq(phases[walk_ctx] == Phase.PREFILL),
         ]
-        # Its predictions are noted in the cycle after their questions, too.
+        # Its predictions are noted in the cycle after they are told, too.
         walk_mark, marked_layer = Signal(), Signal(layer_shape)
         m.d.sync += [walk_mark.eq(0), marked_layer.eq(walk_layer)]
         with m.If(walk_mark):
@@ -557,10 +558,10 @@ class PerceptronPredictor(Predictor):
         ]
         # What is learned or, of reuse, predicted is noted in the cycle thereafter.
         taught = [Signal(name=f"taught_{head.name}") for head in configs]
-        for flags, done, head_config in zip(known, taught, configs, strict=True):
-            with m.If(done):
+        for flags, flag, head_config in zip(known, taught, configs, strict=True):
+            with m.If(flag):
                 m.d.sync += flags[ctx].bit_select(layer, 1).eq(head_config.is_reuse)
-                m.d.sync += done.eq(0)
+                m.d.sync += flag.eq(0)
 
         after_learning = "Done" if reuse is None else "Reuse now"
 
