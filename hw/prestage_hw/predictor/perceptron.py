@@ -180,10 +180,7 @@ class PerceptronPredictor(Predictor):
             (_Kind.HINT, self.hints),
         ):
             with m.If(~waits[kind]):
-                m.d.sync += [
-                    waits[kind].eq(incoming.valid & incoming.ready),
-                    arrived[kind].kind.eq(kind),
-                ]
+                m.d.sync += waits[kind].eq(incoming.valid & incoming.ready)
         next_layer = self.decisions.payload.layer + configs[near[0]].horizon
         with m.If(~waits[_Kind.BEGIN]):
             m.d.sync += [
@@ -211,7 +208,10 @@ class PerceptronPredictor(Predictor):
         m.submodules.queue = queue = TwoBeats(message_layout)
         for kind in reversed(range(3)):
             with m.If(waits[kind]):
-                m.d.comb += queue.incoming.payload.eq(arrived[kind])
+                m.d.comb += [
+                    queue.incoming.payload.eq(arrived[kind]),
+                    queue.incoming.payload.kind.eq(kind),
+                ]
         m.d.comb += [
             queue.incoming.valid.eq(waits[0] | waits[1] | waits[2]),
             queue.outgoing.ready.eq(take),
@@ -243,19 +243,23 @@ class PerceptronPredictor(Predictor):
             )
             return parts.bit_select(high, 1) if len(parts) > 1 else parts[0]
 
-        # Of the message in front, valid from its third cycle there on: nothing that they depend on
-        # changes while it is in work.
+        # Of the message in front, valid from its third cycle there on. They stay what they are
+        # while it is in work, though its layer is marked as routed meanwhile.
         first, extra, prefill = Signal(), Signal(), Signal()
         wanted = Signal()  # its layers are predicted: it is the first, or an extra one
         settled = Signal()  # the main machine has been at it for a cycle
         verify, was_routed = Signal(), of_layer(routed[ctx], "routed")
-        m.d.sync += [
-            verify.eq(phase == Phase.VERIFY),
-            first.eq(~was_routed),
-            extra.eq(was_routed & verify),
-            wanted.eq(~was_routed | verify),
-            prefill.eq(phase == Phase.PREFILL),
-        ]
+        m.d.sync += [verify.eq(phase == Phase.VERIFY), prefill.eq(phase == Phase.PREFILL)]
+        with m.If(~settled):
+            m.d.sync += [
+                first.eq(~was_routed),
+                extra.eq(was_routed & verify),
+                wanted.eq(~was_routed | verify),
+            ]
+        visited = Signal()
+        m.d.sync += visited.eq(0)
+        with m.If(visited):
+            m.d.sync += routed[ctx].bit_select(layer, 1).eq(1)
         # Layers that the heads predict at a decision of this one, and whether there are such.
         targets = {n: Signal(layer_shape, name=f"target_{configs[n].name}") for n in near}
         inside = {n: Signal(name=f"inside_{configs[n].name}") for n in near}
@@ -697,7 +701,7 @@ class PerceptronPredictor(Predictor):
                         m.d.sync += [predicting[number].eq(0), marks[number].eq(wanted & ~extra)]
                         m.next = following
             with m.State("Route"):
-                m.d.sync += route_due.eq(~extra)
+                m.d.sync += [route_due.eq(~extra), visited.eq(1)]
                 m.next = "Done"
                 with m.If(~extra):
                     m.next = "Routed"
@@ -743,7 +747,6 @@ class PerceptronPredictor(Predictor):
                         m.next = "Done"
             with m.State("Done"):
                 m.d.comb += take.eq(1)
-                m.d.sync += routed[ctx].bit_select(layer, 1).eq(1)
                 m.next = "Idle"
 
             with m.State("Table"):
