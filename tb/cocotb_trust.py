@@ -388,7 +388,8 @@ async def is_as_fast_as_promised(dut):
         free, patches, _ = await _time(
             bench, bench.values, lambda: bench.write(0, 1, jobs.values())
         )
-        assert (free, patches) == (2, [2])
+        # Of several beats the first ones look the list up.
+        assert (free, patches) == (2, [2 if bench.config.lane_beats == 1 else 1])
     bench.check()
 
 

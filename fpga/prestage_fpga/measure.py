@@ -85,7 +85,7 @@ PART = "LFE5U-85F-6BG554"
 
 _NEXTPNR_PART = ["--85k", "--package", "CABGA554", "--speed", "6"]
 
-# The placer minds the clock more than short wires: about 3 % faster, for a third more of its time.
+# The placer minds the clock more than short wires.
 _NEXTPNR_PLACER = ["--placer-heap-timingweight", "40", "--placer-heap-critexp", "3"]
 
 # Seeds of place and route, tried in turn up to one that reaches the target; else the best counts.

@@ -330,6 +330,31 @@ def test_reuse_values_rise_for_what_comes_back():
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
+def test_chances_are_the_confidence_of_candidates(form):
+    """Without hints a candidate's score is what the stream of values says of the expert."""
+    chosen, ids = walk(11, tokens=40)
+    predictor = PerceptronPredictor(device(form))
+    predictor.threshold = predictor.far_threshold = 1
+    lanes, latest, stamp, compared = predictor.config.predictor_lanes, {}, 0, 0
+    for t, token in enumerate(ids.tolist()):
+        calls = [lambda token=token: predictor.begin(0, token, DECODE)]
+        for layer in range(MODEL.layers):
+            stamp = stamp + 1 & 0xFF
+            experts = chosen[t, layer].tolist()
+            calls.append(lambda args=(0, layer, experts, stamp): predictor.decide(*args))
+        for call in calls:
+            candidates = call()
+            for kind, _, layer, beat, values in predictor.values():
+                if kind == ValueKind.CHANCE:
+                    for lane, value in enumerate(values):
+                        latest[layer, beat * lanes + lane] = value
+            for _, layer, expert, score, _, _ in candidates:
+                assert latest[layer, expert] == score
+                compared += 1
+    assert compared > 40 * MODEL.top_k
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
 def test_tables_written_back_give_the_same_predictions(form):
     chosen, ids = walk(8, tokens=40)
     config = device(form)

@@ -180,10 +180,7 @@ class PerceptronPredictor(Predictor):
             (_Kind.HINT, self.hints),
         ):
             with m.If(~waits[kind]):
-                m.d.sync += [
-                    waits[kind].eq(incoming.valid & incoming.ready),
-                    arrived[kind].kind.eq(kind),
-                ]
+                m.d.sync += waits[kind].eq(incoming.valid & incoming.ready)
         next_layer = self.decisions.payload.layer + configs[near[0]].horizon
         with m.If(~waits[_Kind.BEGIN]):
             m.d.sync += [
@@ -211,7 +208,10 @@ class PerceptronPredictor(Predictor):
         m.submodules.queue = queue = TwoBeats(message_layout)
         for kind in reversed(range(3)):
             with m.If(waits[kind]):
-                m.d.comb += queue.incoming.payload.eq(arrived[kind])
+                m.d.comb += [
+                    queue.incoming.payload.eq(arrived[kind]),
+                    queue.incoming.payload.kind.eq(kind),
+                ]
         m.d.comb += [
             queue.incoming.valid.eq(waits[0] | waits[1] | waits[2]),
             queue.outgoing.ready.eq(take),
@@ -243,19 +243,23 @@ class PerceptronPredictor(Predictor):
             )
             return parts.bit_select(high, 1) if len(parts) > 1 else parts[0]
 
-        # Of the message in front, valid from its third cycle there on: nothing that they depend on
-        # changes while it is in work.
+        # Of the message in front, valid from its third cycle there on. They stay what they are
+        # while it is in work, though its layer is marked as routed meanwhile.
         first, extra, prefill = Signal(), Signal(), Signal()
         wanted = Signal()  # its layers are predicted: it is the first, or an extra one
         settled = Signal()  # the main machine has been at it for a cycle
         verify, was_routed = Signal(), of_layer(routed[ctx], "routed")
-        m.d.sync += [
-            verify.eq(phase == Phase.VERIFY),
-            first.eq(~was_routed),
-            extra.eq(was_routed & verify),
-            wanted.eq(~was_routed | verify),
-            prefill.eq(phase == Phase.PREFILL),
-        ]
+        m.d.sync += [verify.eq(phase == Phase.VERIFY), prefill.eq(phase == Phase.PREFILL)]
+        with m.If(~settled):
+            m.d.sync += [
+                first.eq(~was_routed),
+                extra.eq(was_routed & verify),
+                wanted.eq(~was_routed | verify),
+            ]
+        visited = Signal()
+        m.d.sync += visited.eq(0)
+        with m.If(visited):
+            m.d.sync += routed[ctx].bit_select(layer, 1).eq(1)
         # Layers that the heads predict at a decision of this one, and whether there are such.
         targets = {n: Signal(layer_shape, name=f"target_{configs[n].name}") for n in near}
         inside = {n: Signal(name=f"inside_{configs[n].name}") for n in near}
@@ -345,7 +349,7 @@ class PerceptronPredictor(Predictor):
                 ]
         with m.If(histories.sets.valid & histories.sets.ready):
             m.d.sync += [for_main.eq(0), for_walker.eq(0)]
-        # Nearer heads' predictions are noted in the cycle after their questions.
+        # Nearer heads' predictions are noted in the cycle after they are told.
         marks = {n: Signal(name=f"mark_{configs[n].name}") for n in near}
         for n in near:
             with m.If(marks[n]):
@@ -359,7 +363,8 @@ class PerceptronPredictor(Predictor):
         m.d.sync += [told.eq(used_sets), walker_told.eq(walker_used_sets)]
 
         sets = Signal(data.ArrayLayout(SetLayout(config), len(SETS)))
-        # Which head the answer is for, from registers: they are set with the question.
+        # Which head the answer to the main machine is for, from registers: they are set when the
+        # machine begins to ask, and fall when it is told.
         predicting = {
             n: Signal(name=f"predicting_{configs[n].name}")
             for n in (*near, *([] if reuse is None else [reuse]))
@@ -403,7 +408,7 @@ class PerceptronPredictor(Predictor):
             walked.payload.layer.eq(walk_layer),
             walked.payload.extra.eq(phases[walk_ctx] == Phase.PREFILL),
         ]
-        # Its predictions are noted in the cycle after their questions, too.
+        # Its predictions are noted in the cycle after they are told, too.
         walk_mark, marked_layer = Signal(), Signal(layer_shape)
         m.d.sync += [walk_mark.eq(0), marked_layer.eq(walk_layer)]
         with m.If(walk_mark):
@@ -557,10 +562,10 @@ class PerceptronPredictor(Predictor):
         ]
         # What is learned or, of reuse, predicted is noted in the cycle thereafter.
         taught = [Signal(name=f"taught_{head.name}") for head in configs]
-        for flags, done, head_config in zip(known, taught, configs, strict=True):
-            with m.If(done):
+        for flags, flag, head_config in zip(known, taught, configs, strict=True):
+            with m.If(flag):
                 m.d.sync += flags[ctx].bit_select(layer, 1).eq(head_config.is_reuse)
-                m.d.sync += done.eq(0)
+                m.d.sync += flag.eq(0)
 
         after_learning = "Done" if reuse is None else "Reuse now"
 
@@ -696,7 +701,7 @@ class PerceptronPredictor(Predictor):
                         m.d.sync += [predicting[number].eq(0), marks[number].eq(wanted & ~extra)]
                         m.next = following
             with m.State("Route"):
-                m.d.sync += route_due.eq(~extra)
+                m.d.sync += [route_due.eq(~extra), visited.eq(1)]
                 m.next = "Done"
                 with m.If(~extra):
                     m.next = "Routed"
@@ -742,7 +747,6 @@ class PerceptronPredictor(Predictor):
                         m.next = "Done"
             with m.State("Done"):
                 m.d.comb += take.eq(1)
-                m.d.sync += routed[ctx].bit_select(layer, 1).eq(1)
                 m.next = "Idle"
 
             with m.State("Table"):

@@ -140,7 +140,7 @@ class Trust(wiring.Component):
     job       answer                                  next job is taken
     ========= ======================================= ======================
     begin                                             5; 3 with 2 layers
-    values    n = 0: ``go`` at 2; 1 if several beats  the same
+    values    n = 0: ``go`` at 2; 1 if several beats  2
     values    first patch at 8, the last at n + 7     n + 7
     hint      n = 0: at 7                             7
     hint      at n + 8                                n + 8
@@ -295,10 +295,12 @@ class Trust(wiring.Component):
         is_hint, is_route = Signal(), Signal()
         count, more = Signal(index_bits + 1), Signal(index_bits + 1)  # hints of the list, and 1
         index = Signal(index_bits + 1)  # the one to read
-        place = Cat(layer[:place_bits], ctx[:ctx_bits])
 
-        def place_of(payload):
-            return Cat(payload.layer[:place_bits], payload.ctx[:ctx_bits])
+        def place_of(ctx, layer):
+            """Where the list of a layer lies."""
+            return Cat(layer[:place_bits], ctx[:ctx_bits])
+
+        place = place_of(ctx, layer)
 
         # Of each context: one more than the layer that was routed last.
         routed = Array(Signal(layer_bits + 1, name=f"routed{n}") for n in range(contexts))
@@ -519,10 +521,14 @@ class Trust(wiring.Component):
                     m.next = "Idle"
             with m.State("Idle"):
                 # The list of what is taken, if anything is: the first that is valid.
-                m.d.comb += list_read.addr.eq(place_of(self.hints.payload))
+                m.d.comb += list_read.addr.eq(
+                    place_of(self.hints.payload.ctx, self.hints.payload.layer)
+                )
                 for source in (self.routes, self.values):
                     with m.If(source.valid):
-                        m.d.comb += list_read.addr.eq(place_of(source.payload))
+                        m.d.comb += list_read.addr.eq(
+                            place_of(source.payload.ctx, source.payload.layer)
+                        )
                 with m.If(partial):
                     m.d.comb += list_read.addr.eq(place)
                 m.d.comb += [
@@ -573,7 +579,7 @@ class Trust(wiring.Component):
                     m.next = "Clear"
             with m.State("Forget"):
                 m.d.comb += [
-                    list_write.addr.eq(Cat(index[:place_bits], ctx[:ctx_bits])),
+                    list_write.addr.eq(place_of(ctx, index)),
                     list_write.data.eq(0),
                     list_write.en.eq(1),
                 ]
