@@ -15,13 +15,15 @@ import numpy as np
 from cocotb.triggers import FallingEdge, RisingEdge
 
 from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode, Policy, Source
+from prestage_hw.contract.registers import THROTTLE_FIELDS, register_by_name
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.scheduler import STROBES, Scheduler
 from prestage_sim.model.buffer import ExpertBuffer
 from prestage_sim.model.dma import DMA as GoldenDMA
 from prestage_sim.model.dma import Memory
-from prestage_sim.model.scheduler import Event, Ready
+from prestage_sim.model.scheduler import Event, Ready, kind_of
 from prestage_sim.model.scheduler import Scheduler as GoldenScheduler
+from prestage_sim.model.scheduler import Throttle as GoldenThrottle
 from prestage_tb.bench import (
     Stall,
     StreamSink,
@@ -40,11 +42,13 @@ SLACK = 6
 class Entry:
     """A fetch as the scoreboard knows it."""
 
-    def __init__(self, *, layer, expert, slot, demand, ctx, cycle):
+    def __init__(self, *, layer, expert, slot, demand, ctx, cycle, deadline=0):
         self.layer = layer
         self.expert = expert
         self.slot = slot
         self.demand = demand
+        self.ctx = ctx
+        self.deadline = deadline
         self.waiters = [ctx] if demand else []
         self.since = cycle  # When it took its place in the order.
         self.offered = 0
@@ -52,6 +56,8 @@ class Entry:
         self.failed_at = None  # Cycle in which its first failing completion was taken.
         self.failed_address = None
         self.tag = None
+        self.kind = None  # Of a prefetch.
+        self.given_up = False
         self.again = []  # A context that waits twice: its layer was released and routed again.
 
 
@@ -99,6 +105,12 @@ class TB:
         dut.enable.value = 1
         dut.hold.value = 0
         dut.alone.value = 0
+        dut.cancel_enable.value = 0
+        self.throttle_enable = False
+        self.throttle_weights = register_by_name("throttle").reset
+        dut.throttle_enable.value = 0
+        dut.throttle_weights.value = self.throttle_weights
+        dut.clear.value = 0
         self.held_for = 0  # Cycles for which candidates have been held.
         self.policy = Policy.LRU
         self.cycle = 0
@@ -111,6 +123,11 @@ class TB:
         config = self.config
         self.buffer = ExpertBuffer(config)
         self.buffer.policy = self.policy
+        self.throttle = GoldenThrottle(config)
+        self.throttle.enable = self.throttle_enable
+        self.throttle.register = self.throttle_weights
+        self.charged = False  # A demand of this decision was charged for waiting.
+        self.last_kind = None  # Kind of the prefetch tile that was offered last.
         self.strobes = Counter()
         self.expected = Counter()  # What the strobes must have counted in the end.
         self.memory_queue = deque()
@@ -200,18 +217,42 @@ class TB:
         assert self.quiet() and str(self.dut.idle.value) == "1"
         assert str(self.dut.demanding.value) == "0"
         for name in STROBES:
-            if name not in ("prefetch_stale", "prefetch_overflow"):
+            if name not in ("prefetch_stale", "prefetch_overflow", "prefetch_throttled"):
                 assert self.strobes[name] == self.expected[name], (
                     f"{name} is {self.strobes[name]}, not {self.expected[name]}"
                 )
-        lost = self.strobes["prefetch_stale"] + self.strobes["prefetch_overflow"]
-        assert lost == self.expected["skipped"] + len(self.queued)
-        if not self.strobes["prefetch_overflow"]:
+        assert int(self.dut.throttle_state.value) == self.throttle.state
+        assert self._lost() == self.expected["skipped"] + len(self.queued)
+        if not self.strobes["prefetch_overflow"] and not self.throttle_enable:
             for candidate in self.queued:
                 assert self.stale(candidate), f"lost candidate {candidate}"
         self.expected["skipped"] += len(self.queued)
         self.queued.clear()
         self.buffer.check_invariants()
+
+    def _lost(self):
+        """Candidates that were dropped without a lookup."""
+        return sum(self.strobes[f"prefetch_{name}"] for name in ("stale", "overflow", "throttled"))
+
+    def throttled(self, **fields):
+        """Switch the throttle on with these weights, all others 0; a reset must follow."""
+        self.throttle_enable = True
+        self.throttle_weights = sum(
+            value << THROTTLE_FIELDS[name][0] for name, value in fields.items()
+        )
+        self.dut.throttle_enable.value = 1
+        self.dut.throttle_weights.value = self.throttle_weights
+
+    def throttled_at_random(self):
+        """Weights with which kinds are soon switched on and off."""
+        self.throttled(
+            useful=self.random.randrange(4, 16),
+            price=self.random.randrange(4),
+            pollution=self.random.randrange(16),
+            wait=self.random.randrange(4),
+            floor=self.random.choice((2, 10, 24, 40, 127)),
+            probe=self.random.randrange(8),
+        )
 
     def taken_slots(self):
         """Slots that demands have taken."""
@@ -290,7 +331,7 @@ class TB:
         if str(self.dut.idle.value) == "1":
             assert not (self.open_demands or self.unanswered or self.inflight), "idle too early"
             assert not (self.request or self.memory_queue or self.due or self.due_events)
-            lost = self.strobes["prefetch_stale"] + self.strobes["prefetch_overflow"]
+            lost = self._lost()
             assert lost == self.expected["skipped"] + len(self.queued), "idle with candidates"
             for stream in (self.requests, self.fetches, self.ready, self.events):
                 assert str(stream.valid.value) == "0"
@@ -305,6 +346,7 @@ class TB:
         if self.offered_now is not None:
             return
         fetch = self.offered_now = self.fetches._unpack(int(self.fetches.payload.value))
+        assert fetch["channel"] == int(not fetch["demand"])
         self.log.setdefault("fetch", self.cycle)
         entry = self.inflight[fetch["slot"]]
         config = self.config
@@ -338,6 +380,7 @@ class TB:
             assert not entry.demand or self.cycle - entry.since <= SLACK
             under_way = sum(not f["demand"] for f, *_ in self.memory_queue)
             assert under_way < max(1, self.prefetch_tiles), "too many prefetch tiles with the DMA"
+            self.last_kind = entry.kind
         entry.offered += 1
 
     def _fetched(self, fetch):
@@ -400,12 +443,19 @@ class TB:
             done = entry.completed == entry.offered and (
                 entry.offered == self.config.tiles or entry.failed_at is not None
             )
-            failed = completion["failed"] or (done and entry.failed_at is not None)
+            if request["last"] and not done:
+                self._may_be_given_up(entry)
+                entry.given_up = done = True
+            failed = completion["failed"] or (
+                done and (entry.failed_at is not None or entry.given_up)
+            )
             assert request["slot"] == entry.slot
             assert request["tile"] == completion["tile"]
             assert (request["last"], request["failed"]) == (int(done), int(failed))
         else:
             assert not self.fill_queue, "a completion goes before everything else"
+        if op == BufferOp.CANCEL:
+            self._may_be_given_up(self.inflight[request["slot"]])
         if op in (BufferOp.DEMAND, BufferOp.RELEASE):
             self.log["lookup"] = self.cycle
             if self.retrying is not None:
@@ -435,9 +485,16 @@ class TB:
                 if key == tuple(candidate[n] for n in ("ctx", "layer", "expert")):
                     if not self.stale(candidate):
                         break
-                assert self.stale(candidate) or self.strobes["prefetch_overflow"]
+                assert (
+                    self.stale(candidate)
+                    or self.strobes["prefetch_overflow"]
+                    or self.strobes["prefetch_throttled"]
+                )
                 self.expected["skipped"] += 1
             assert request["value"] == candidate["score"]
+            self.candidate_looked_up = candidate
+            kind = self.kind_of(candidate)
+            assert self.throttle.admits(kind), f"{kind} is switched off"
             assert self.held_for <= SLACK, "a candidate was looked up while candidates are held"
             if str(self.dut.alone.value) == "1":
                 assert not self.inflight, "a candidate was looked up with a fetch in flight"
@@ -460,10 +517,14 @@ class TB:
         if op == BufferOp.FILL:
             if request["last"]:
                 entry = self.inflight.pop(request["slot"])
-                if entry.failed_at is None:
-                    expected["fills"] += 1
-                else:
+                if entry.failed_at is not None:
                     expected["fill_errors"] += 1
+                elif entry.given_up:
+                    expected["prefetch_cancelled"] += 1
+                else:
+                    expected["fills"] += 1
+                if not entry.demand and (entry.failed_at is not None or entry.given_up):
+                    self.throttle.dropped(entry.slot)
                 for waiter in sorted(entry.waiters):
                     self._answer(entry, waiter)
                 for waiter in entry.again:
@@ -471,12 +532,29 @@ class TB:
             return
         if op == BufferOp.RELEASE:
             return
+        if op == BufferOp.CANCEL:
+            assert code == BufferCode.RESIDENT
+            expected["prefetch_cancelled"] += 1
+            self.throttle.dropped(self.inflight.pop(request["slot"]).slot)
+            return
         expected["evictions"] += result["evicted"]
         expected["useless"] += result["evicted_unused"]
         if op == BufferOp.PREFETCH:
             if code == BufferCode.ALLOCATED:
                 expected["prefetch_issued"] += 1
+                candidate = self.candidate_looked_up
+                kind = self.kind_of(candidate)
+                self.throttle.prefetch(
+                    layer,
+                    expert,
+                    kind,
+                    slot=slot,
+                    evicted=result["evicted"],
+                    unused=result["evicted_unused"],
+                )
                 self._start(layer, expert, slot, demand=False, ctx=ctx)
+                self.inflight[slot].deadline = candidate["deadline"]
+                self.inflight[slot].kind = kind
             elif code == BufferCode.NO_SLOT:
                 expected["prefetch_no_slot"] += 1
             elif code == BufferCode.OUTBID:
@@ -485,6 +563,11 @@ class TB:
                 expected["prefetch_redundant"] += 1
             return
         expected["useful"] += result["prefetched"]
+        if result["prefetched"]:
+            entry = self.inflight.get(slot)
+            self.throttle.used(slot, returned=None if entry is None else entry.completed)
+        if request["index"] == 0:
+            self.charged = False
         expected["pollution"] += result["polluted"]
         self.retrying = None
         if code == BufferCode.NO_SLOT and self.inflight:
@@ -498,6 +581,16 @@ class TB:
             self.due.append(Ready(ctx, layer, expert, slot))
         elif code == BufferCode.ALLOCATED:
             expected["misses"] += 1
+            waits_for = self._waits_for()
+            self.throttle.miss(
+                layer,
+                expert,
+                slot=slot,
+                evicted=result["evicted"],
+                unused=result["evicted_unused"],
+                waits_for=waits_for,
+            )
+            self.charged |= waits_for is not None
             self._start(layer, expert, slot, demand=True, ctx=ctx)
         elif code == BufferCode.NO_SLOT:
             expected["refused"] += 1
@@ -513,6 +606,23 @@ class TB:
                 entry.again = [ctx]
             else:
                 entry.waiters.append(ctx)
+
+    def kind_of(self, candidate):
+        return kind_of(
+            candidate["source"], candidate["deadline"], routes=self.routes[candidate["ctx"]]
+        )
+
+    def _may_be_given_up(self, entry):
+        """It is a prefetch in part, of which nothing is on its way, and its deadline has come."""
+        assert str(self.dut.cancel_enable.value) == "1"
+        assert not entry.demand and entry.completed == entry.offered < self.config.tiles
+        assert (self.routes[entry.ctx] - entry.deadline) % 256 < 128, "given up too early"
+
+    def _waits_for(self):
+        """Kind of the prefetch tile that a demand finds before it, once a decision."""
+        offered = [] if self.offered_now is None else [self.offered_now]
+        under_way = any(not f["demand"] for f in [*offered, *(f for f, *_ in self.memory_queue)])
+        return self.last_kind if under_way and not self.charged else None
 
     def _start(self, layer, expert, slot, *, demand, ctx):
         assert slot not in self.inflight, "a transfer into the slot is in flight"
@@ -615,6 +725,9 @@ async def timed(dut, stall, latency, failing):
         base=base,
     )
     tb.policy = tb.random.choice(list(Policy))
+    dut.cancel_enable.value = int(latency[1] > 4)
+    if stall == "some" or failing:
+        tb.throttled_at_random()
     await tb.reset()
     work = Workload(tb, hold=1)
     for step in range(60):
@@ -642,7 +755,7 @@ async def timed(dut, stall, latency, failing):
     dut.hold.value = 0
     await tb.idle()
     names = ["hits", "misses"]
-    if stall != "long":
+    if stall != "long" and not tb.throttle_enable:
         # Otherwise commands wait nearly always, and candidates behind them.
         names += ["prefetch_issued", "prefetch_redundant", "prefetch_stale"]
     for name in names:
@@ -672,6 +785,9 @@ async def drained(dut, stall, failing, full):
     if not failing:
         # Where a fetch fails, when it frees its slot hangs on time; only LRU does not look there.
         tb.policy = tb.random.choice(list(Policy))
+    if stall != "none":
+        tb.throttled_at_random()
+    dut.cancel_enable.value = 1
     await tb.reset()
     model = config.model
     size = tb.base + model.layers * model.experts * config.expert_bytes
@@ -689,6 +805,8 @@ async def drained(dut, stall, failing, full):
         counters=counters,
     )
     golden.expert_base = tb.base
+    golden.throttle.enable = tb.throttle_enable
+    golden.throttle.register = tb.throttle_weights
     # With many layers unreleased every slot is pinned in the end, and demands are refused.
     hold = config.slots // model.top_k + 1 if full else 1
     work = Workload(tb, hold=min(hold, model.layers - 1))
@@ -723,6 +841,7 @@ async def drained(dut, stall, failing, full):
         for name in STROBES:
             unit = config.tile_bytes if name.endswith("bytes") else 1
             assert tb.strobes[name] * unit == counters[name], f"{name} after step {step}"
+        assert int(dut.throttle_state.value) == golden.throttle.state
     for op, count in Counter(op for op, _, _ in tb.lookups).items():
         dut._log.info("%s: %d", op.name, count)
     dut._log.info("counters: %s", dict(tb.strobes))
@@ -803,6 +922,100 @@ async def demand_promotes_a_prefetch(dut):
         "fills": 1,
         **({"demand_bytes": config.tiles - 1} if config.tiles > 1 else {}),
     }
+
+
+@cocotb.test()
+@cocotb.parametrize((("tiles_out", "wanted"), [(1, False), (1, True), (0, False)]))
+async def routed_layer_gives_up(dut, tiles_out, wanted):
+    """What a decision did not want gets no more tiles, unless a demand comes for it after all."""
+    tb = TB(dut, latency=(5, 5))
+    config = tb.config
+    if config.tiles < 3:
+        return
+    dut.cancel_enable.value = 1
+    await tb.reset()
+    tb.hold_memory = True
+    tb.candidate(0, 1, config.model.experts - 1, deadline=1)
+    await cycles(dut, 60)
+    assert len(tb.memory_queue) == 1
+    if not tiles_out:
+        # The second tile must not leave before the demands do.
+        tb.fetches.paused = True
+        tb.hold_memory = False
+        await cycles(dut, 60)
+        assert not tb.memory_queue and tb.offered_now is not None
+        tb.hold_memory = True
+    tb.demand(0, 1, list(range(config.model.top_k)))
+    await cycles(dut, 200)
+    tb.fetches.paused = False
+    if wanted:
+        tb.release(0, 1)
+        tb.demand(0, 1, [config.model.experts - 1])
+        await cycles(dut, 60)
+    tb.hold_memory = False
+    await tb.idle()
+    assert tb.strobes["prefetch_cancelled"] == int(not wanted)
+    assert tb.strobes["prefetch_bytes"] == (1 if tiles_out else 2)
+    assert tb.strobes["late"] == int(wanted)
+    assert len(tb.answers) == config.model.top_k + int(wanted)
+    assert all(isinstance(answer, Ready) for answer in tb.answers)
+    # It may be fetched anew.
+    tb.candidate(0, 2, config.model.experts - 1)
+    await tb.idle()
+    assert tb.strobes["prefetch_issued"] == 2
+
+
+@cocotb.test()
+async def throttle_switches_off_and_on(dut):
+    """Useless prefetches switch their kind off; it probes, and useful probes switch it on."""
+    tb = TB(dut, latency=(1, 3))
+    config = tb.config
+    model = config.model
+    tb.throttled(useful=8, price=4, pollution=8, wait=1, floor=24, probe=4)
+    await tb.reset()
+    k = model.top_k
+
+    async def layer(experts, candidates, *, at):
+        tb.demand(0, at, experts)
+        await tb.idle()
+        tb.release(0, at)
+        for expert in candidates:
+            tb.candidate(0, (at + 1) % model.layers, expert)
+        await tb.idle()
+
+    def issued():
+        return tb.strobes["prefetch_issued"]
+
+    def experts(step):
+        first = step * k % (model.experts - k)
+        return list(range(first, first + k))
+
+    # At first it may only probe, after 16 misses, though every candidate proves right.
+    steps = 0
+    while not tb.throttle.state >> 24 & 1:
+        await layer(experts(steps), experts(steps + 1)[:1], at=steps % model.layers)
+        steps += 1
+        assert steps < 400
+    assert tb.strobes["prefetch_throttled"] and 1 <= issued() < tb.strobes["prefetch_throttled"]
+    # Now every candidate goes through; wrong ones switch it off again.
+    before = issued()
+    while tb.throttle.state >> 24 & 1:
+        wrong = [e for e in range(model.experts) if e not in experts(steps + 1)][:1]
+        await layer(experts(steps), wrong, at=steps % model.layers)
+        steps += 1
+        assert steps < 800
+    assert issued() > before
+    before = tb.strobes["prefetch_throttled"]
+    await layer(experts(steps), experts(steps + 1), at=steps % model.layers)
+    assert tb.strobes["prefetch_throttled"] > before
+    # A clear forgets all.
+    await cycles(dut, 2)
+    dut.clear.value = 1
+    await cycles(dut, 1)
+    dut.clear.value = 0
+    tb.throttle.clear()
+    await cycles(dut, model.layers * 2 * model.experts + 20)
+    assert int(dut.throttle_state.value) == tb.throttle.state
 
 
 @cocotb.test()

@@ -134,6 +134,11 @@ class Top(wiring.Component):
             scheduler.prefetch_tiles.eq(registers.control.prefetch_tiles),
             scheduler.enable.eq(registers.control.prefetch_enable),
             scheduler.alone.eq(registers.control.settle),
+            scheduler.cancel_enable.eq(registers.control.cancel_enable),
+            scheduler.throttle_enable.eq(registers.control.throttle_enable),
+            scheduler.throttle_weights.eq(registers.control.throttle),
+            registers.throttle_state.eq(scheduler.throttle_state),
+            scheduler.clear.eq(registers.clear.buffer),
         ]
         m.d.sync += scheduler.hold.eq(registers.control.settle & ~predictor.idle)
 

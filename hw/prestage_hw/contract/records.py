@@ -68,6 +68,14 @@ class Source(IntEnum):
     HINT = 1
 
 
+class PrefetchKind(IntEnum):
+    """Whose idea a prefetch was, for the throttle."""
+
+    NEAR = 0  # the predictor's, for the next routing decision
+    FAR = 1  # the predictor's, for a later one
+    HINT = 2
+
+
 class BufferOp(IntEnum):
     """Operations on the expert buffer."""
 

@@ -12,6 +12,7 @@ __all__ = [
     "COUNTERS",
     "DEVICE_ID",
     "REGISTERS",
+    "THROTTLE_FIELDS",
     "VERSION",
     "Counter",
     "Register",
@@ -97,6 +98,16 @@ COUNTERS: tuple[Counter, ...] = (
         description="Candidates that were worth less than every expert that could give way.",
     ),
     Counter(name="prefetch_overflow", stage=3, description="Candidates lost to a full queue."),
+    Counter(
+        name="prefetch_throttled",
+        stage=3,
+        description="Candidates of a kind that has cost more than it has saved.",
+    ),
+    Counter(
+        name="prefetch_cancelled",
+        stage=3,
+        description="Prefetches in flight that were given up because their layer was routed.",
+    ),
     Counter(name="useful", stage=5, description="Prefetched experts demanded before eviction."),
     Counter(name="useless", stage=5, description="Prefetched experts evicted without a demand."),
     Counter(name="evictions", stage=5, description="Experts evicted."),
@@ -110,6 +121,22 @@ COUNTERS: tuple[Counter, ...] = (
     Counter(name="link_errors", stage=1, description="Damaged frames received."),
     Counter(name="link_replays", stage=1, description="Times the link went back to resend."),
 )
+
+
+#: Fields of the register ``throttle``: lowest bit and width of each.
+THROTTLE_FIELDS = {
+    "useful": (0, 4),
+    "price": (4, 4),
+    "pollution": (8, 4),
+    "wait": (12, 4),
+    "floor": (16, 7),
+    "probe": (24, 4),
+}
+
+
+def _throttle_reset() -> int:
+    values = {"useful": 8, "price": 1, "pollution": 8, "wait": 1, "floor": 24, "probe": 10}
+    return sum(values[name] << low for name, (low, _) in THROTTLE_FIELDS.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +189,12 @@ def _layout() -> tuple[Register, ...]:
         0x10,
         "control",
         "rw",
-        1,
+        17,
         "Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a"
         " candidate waits until the predictor is at rest and nothing is in flight, so that what is"
-        " evicted for it does not hang on time.",
+        " evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it"
+        " saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its"
+        " layer was routed.",
     )
     add(
         0x11,
@@ -232,6 +261,25 @@ def _layout() -> tuple[Register, ...]:
         "Which expert gives way to another: "
         + ", ".join(f"{int(policy)} {policy.name}" for policy in Policy)
         + "; 3 stands for 2 (bits 1..0).",
+    )
+    add(
+        0x22,
+        "throttle",
+        "rw",
+        _throttle_reset(),
+        "What the throttle reckons with. Bits 3..0: worth of a useful prefetch; 7..4: price of each"
+        " prefetch, paid back when it is used; 11..8: cost of a demand that misses because of"
+        " prefetches; 15..12: cost of a demand that waits for a prefetch's tile; 22..16: below"
+        " minus that credit a kind is switched off, to be switched on again at 0; 27..24: binary"
+        " logarithm of the most demand misses from one probe to the next, at least 4.",
+    )
+    add(
+        0x23,
+        "throttle_state",
+        "ro",
+        None,
+        "Credit of the kinds near, far and hint in bits 7..0, 15..8 and 23..16, signed; bits 24 to"
+        " 26: they are switched on.",
     )
     add(0x20, "cycles_low", "ro", None, "Clock cycles since reset, bits 31..0; latches the rest.")
     add(0x21, "cycles_high", "ro", None, "Clock cycles since reset, bits 63..32, as latched.")

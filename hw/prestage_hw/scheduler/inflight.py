@@ -26,6 +26,9 @@ class EntryLayout(data.StructLayout):
                 "expert": unsigned(config.bits("expert")),
                 "slot": unsigned(config.bits("slot")),
                 "address": unsigned(config.bits("address")),
+                "ctx": unsigned(config.bits("ctx")),  # of a prefetch, as the next two
+                "deadline": unsigned(8),
+                "kind": unsigned(2),
             }
         )
 
@@ -35,10 +38,13 @@ class InflightTable(wiring.Component):
 
     Tiles of demands leave in the order in which the entries became demands, one entry's tiles in
     order. A tile of a prefetch is offered only while no demand has tiles left and fewer than
-    ``prefetch_tiles`` prefetch tiles are on their way. A failed entry gets no further tiles.
+    ``prefetch_tiles`` prefetch tiles are on their way. A failed entry gets no further tiles, a
+    cancelled one only if a demand comes for it. Demands go to the DMA engine's first channel,
+    prefetches to its second.
 
-    At most one of ``allocate``, ``wait``, ``complete`` and ``free`` may be 1 in a cycle. All but
-    ``allocate`` mean the entry ``tag``; what they change is seen from the next cycle on.
+    At most one of ``allocate``, ``wait``, ``cancel``, ``complete`` and ``free`` may be 1 in a
+    cycle. All but ``allocate`` mean the entry ``tag``; what they change is seen from the next cycle
+    on.
 
     Parameters
     ----------
@@ -51,9 +57,9 @@ class InflightTable(wiring.Component):
         Tiles.
     prefetch_tiles : ``In(3)``
         Most prefetch tiles on their way; 0 counts as 1, or a prefetch would never end.
-    occupied, demand_room, prefetch_room : ``Out(1)``
-        Something is in flight; an entry is free for a demand; for a prefetch, which leaves one for
-        a demand and keeps to ``config.prefetch_inflight``.
+    occupied, prefetching, demand_room, prefetch_room : ``Out(1)``
+        Something is in flight; a prefetch is; an entry is free for a demand; for a prefetch, which
+        leaves one for a demand and keeps to ``config.prefetch_inflight``.
     allocate : ``In(1)``
         Start the fetch of ``entry`` as entry ``free_tag``, a demand with ``waiters`` or a prefetch.
     entry, waiters, demand : ``In``
@@ -69,8 +75,16 @@ class InflightTable(wiring.Component):
     row_last, row_failed, row_address : ``Out``
         Nothing of entry ``tag`` is on its way nor will be; a tile failed; address of its first
         failure.
+    row_cancelled, row_returned : ``Out``
+        Entry ``tag`` was cancelled, and is no demand; tiles that came back.
+    row_idle, row_disposable : ``Out``
+        None of the tiles of entry ``tag`` is on its way; it is a prefetch with tiles left.
+    waits, waits_kind : ``Out``
+        A prefetch's tile is on its way; kind of the one that left last.
     wait : ``In(1)``
         Add ``waiters`` and make the entry a demand.
+    cancel : ``In(1)``
+        No more tiles of the entry.
     complete : ``In(1)``
         Tile ``tile`` came back, ``failed`` or not, with ``address``.
     tile, failed, address : ``In``
@@ -91,6 +105,7 @@ class InflightTable(wiring.Component):
                 "fetches": Out(stream.Signature(RecordLayout("FetchRequest", config=config))),
                 "prefetch_tiles": In(3),
                 "occupied": Out(1),
+                "prefetching": Out(1),
                 "demand_room": Out(1),
                 "prefetch_room": Out(1),
                 "allocate": In(1),
@@ -105,7 +120,14 @@ class InflightTable(wiring.Component):
                 "row_last": Out(1),
                 "row_failed": Out(1),
                 "row_address": Out(config.bits("address")),
+                "row_cancelled": Out(1),
+                "row_returned": Out(range(config.tiles + 1)),
+                "row_idle": Out(1),
+                "row_disposable": Out(1),
+                "waits": Out(1),
+                "waits_kind": Out(2),
                 "wait": In(1),
+                "cancel": In(1),
                 "complete": In(1),
                 "tile": In(config.bits("tile")),
                 "failed": In(1),
@@ -125,6 +147,7 @@ class InflightTable(wiring.Component):
         valid = Signal(count)
         demand = Signal(count)
         failed = Signal(count)
+        cancelled = Signal(count)
         more = Signal(count)  # Tiles are left to offer.
         # older[i][j]: entry j took its place in the order before entry i.
         older = [Signal(count, name=f"older_{i}") for i in range(count)]
@@ -160,6 +183,7 @@ class InflightTable(wiring.Component):
         m.d.comb += [
             vacant.eq(~valid),
             self.occupied.eq(valid.any()),
+            self.prefetching.eq(prefetches != 0),
             self.demand_room.eq(vacant.any()),
             self.prefetch_room.eq(
                 (vacant & (vacant - 1)).any() & (prefetches < config.prefetch_inflight)
@@ -188,7 +212,14 @@ class InflightTable(wiring.Component):
             row_more.eq(more.bit_select(self.tag, 1)),
             row_issued.eq(Array(issued)[self.tag]),
             row_returned.eq(Array(returned)[self.tag]),
-            self.row_last.eq((row_issued == row_returned) & ~row_more),
+            self.row_idle.eq(row_issued == row_returned),
+            self.row_last.eq(self.row_idle & ~row_more),
+            self.row_cancelled.eq(cancelled.bit_select(self.tag, 1)),
+            self.row_returned.eq(row_returned),
+            self.row_disposable.eq(
+                valid.bit_select(self.tag, 1) & row_more & ~self.row_demand & ~self.row_cancelled
+            ),
+            self.waits.eq(under_way != 0),
             self.complete_demand.eq(self.tile >= promotion_read.data),
         ]
 
@@ -222,7 +253,7 @@ class InflightTable(wiring.Component):
         changing = Signal()
         m.d.comb += [
             offer_read.addr.eq(best_tag),
-            changing.eq(self.allocate | self.wait | self.complete | self.free),
+            changing.eq(self.allocate | self.wait | self.cancel | self.complete | self.free),
             load.eq(chosen.any() & (chosen == best) & ~self.fetches.valid & ~changing),
         ]
         m.d.sync += [
@@ -238,6 +269,9 @@ class InflightTable(wiring.Component):
                 self.fetches.valid.eq(1),
                 self.fetches.payload.tag.eq(chosen_tag),
                 self.fetches.payload.demand.eq((chosen & demand).any()),
+                self.fetches.payload.channel.eq(
+                    ~(chosen & demand).any() if config.dma_channels > 1 else 0
+                ),
                 self.fetches.payload.slot.eq(chosen_entry.slot),
                 self.fetches.payload.tile.eq(chosen_tile),
                 self.fetches.payload.address.eq(
@@ -247,7 +281,7 @@ class InflightTable(wiring.Component):
             with m.If(chosen_tile == config.tiles - 1):
                 m.d.sync += more.eq(more & ~chosen)
             with m.If(~(chosen & demand).any()):
-                m.d.sync += under_way.eq(under_way + 1)
+                m.d.sync += [under_way.eq(under_way + 1), self.waits_kind.eq(chosen_entry.kind)]
             for i in range(count):
                 with m.If(chosen[i]):
                     m.d.sync += issued[i].eq(chosen_tile + 1)
@@ -273,13 +307,18 @@ class InflightTable(wiring.Component):
                 valid.eq(valid | target),
                 demand.eq(Mux(self.demand, demand | target, demand & ~target)),
                 failed.eq(failed & ~target),
+                cancelled.eq(cancelled & ~target),
                 more.eq(more | target),
                 prefetches.eq(prefetches + ~self.demand),
             ]
         with m.If(self.wait):
-            m.d.sync += demand.eq(demand | target)
+            m.d.sync += [demand.eq(demand | target), cancelled.eq(cancelled & ~target)]
+            with m.If(self.row_cancelled & (row_issued != config.tiles) & ~self.row_failed):
+                m.d.sync += more.eq(more | target)
             with m.If(~self.row_demand):
                 m.d.sync += prefetches.eq(prefetches - 1)
+        with m.If(self.cancel):
+            m.d.sync += [cancelled.eq(cancelled | target), more.eq(more & ~target)]
         with m.If(self.complete):
             with m.If(self.failed):
                 m.d.sync += [failed.eq(failed | target), more.eq(more & ~target)]

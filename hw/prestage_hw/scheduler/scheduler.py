@@ -5,11 +5,12 @@ from amaranth.lib import data, enum, fifo, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode
+from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode, PrefetchKind, Source
 from prestage_hw.layouts import RecordLayout
 
 from .inflight import InflightTable
 from .queue import CandidateQueue
+from .throttle import Outcome, OutcomeLayout, Throttle, ThrottleStateLayout, WeightsLayout
 
 __all__ = ["STROBES", "Scheduler"]
 
@@ -27,6 +28,8 @@ STROBES = (
     "prefetch_no_slot",
     "prefetch_outbid",
     "prefetch_overflow",
+    "prefetch_throttled",
+    "prefetch_cancelled",
     "useful",
     "useless",
     "evictions",
@@ -40,7 +43,7 @@ STROBES = (
 
 class _State(enum.Enum, shape=unsigned(4)):
     DISPATCH = 0
-    SCREEN = 1  # Is the candidate stale?
+    SCREEN = 1  # Is the candidate stale, and of what kind is it?
     LOOKUP = 2
     RESULT = 3
     DECIDE = 4
@@ -51,13 +54,17 @@ class _State(enum.Enum, shape=unsigned(4)):
     RETURN = 9  # A tile came back.
     FILL = 10
     ANSWER = 11
+    JUDGE = 12  # May it be prefetched?
+    SCAN = 13  # Was the layer of an entry routed?
+    GIVE_UP = 14
 
 
 class Scheduler(wiring.Component):
     """Serve demands before prefetches, one fetch for each expert in flight.
 
-    One thing at a time: a completion before a command, a command before a candidate. Commands are
-    served in order; one that must wait holds up those behind it and every candidate. With a buffer
+    One thing at a time: a completion before a command, a command before an entry that may be given
+    up, that before a candidate. Commands are served in order; one that must wait holds up those
+    behind it and every candidate. With a buffer
     that answers a request ``b`` cycles after taking it and nothing else to do, from a command being
     taken it is ``hit_latency + b`` cycles to ``ready.valid`` for a resident expert, ``miss_latency
     + b`` to ``fetches.valid`` for a missing one; from a completion being taken it is ``fill_latency
@@ -96,6 +103,17 @@ class Scheduler(wiring.Component):
         1 lets candidates wait.
     alone : ``In(1)``
         1 lets a candidate wait until nothing is in flight.
+    cancel_enable : ``In(1)``
+        1 gives up prefetches in flight whose layer was routed: once a routing decision was looked
+        up, each entry is looked at, and gets no more tiles if its deadline has come.
+    throttle_enable : ``In(1)``
+        1 drops candidates of kinds that cost more than they save.
+    throttle_weights : ``In(WeightsLayout())``
+        The register ``throttle``.
+    throttle_state : ``Out(ThrottleStateLayout())``
+        The register ``throttle_state``.
+    clear : ``In(1)``
+        A pulse makes the throttle forget what it has counted. Nothing else may be in the block.
     demanding : ``Out(1)``
         A demand waits, or is looked up.
     strobes : ``Out(StructLayout)``
@@ -134,6 +152,11 @@ class Scheduler(wiring.Component):
                 "enable": In(1),
                 "hold": In(1),
                 "alone": In(1),
+                "cancel_enable": In(1),
+                "throttle_enable": In(1),
+                "throttle_weights": In(WeightsLayout()),
+                "throttle_state": Out(ThrottleStateLayout()),
+                "clear": In(1),
                 "demanding": Out(1),
                 "strobes": Out(data.StructLayout({name: unsigned(1) for name in STROBES})),
                 "idle": Out(1),
@@ -147,6 +170,7 @@ class Scheduler(wiring.Component):
 
         m.submodules.queue = queue = CandidateQueue(config=config)
         m.submodules.table = table = InflightTable(config=config)
+        m.submodules.throttle = throttle = Throttle(config=config)
         m.submodules.commands = commands = fifo.SyncFIFOBuffered(
             width=self.commands.payload.shape().size, depth=self.command_depth
         )
@@ -173,6 +197,9 @@ class Scheduler(wiring.Component):
         index = Signal(config.bits("index"))
         deadline = Signal(8)
         value = Signal(8)  # confidence of a candidate
+        hinted = Signal()  # It comes from a hint.
+        kind = Signal(PrefetchKind)
+        fresh = Signal()  # Its deadline has not come.
         route_starts = Signal()
         waiting = Signal()  # A demand found no slot and waits for a completion.
         retry = Signal()  # That completion has come.
@@ -190,6 +217,30 @@ class Scheduler(wiring.Component):
         pending = Signal(contexts)
         result = Signal(self.buffer_results.payload.shape())
         routes = [Signal(8, name=f"routes_{c}") for c in range(contexts)]
+        scans = Signal(range(config.inflight + 1))  # entries to look at
+        overdue = Signal()
+        waits, waits_kind = Signal(), Signal(2)  # A prefetch's tile was on its way, and whose.
+        charged = Signal()  # A demand of this decision was charged for waiting.
+
+        # What the throttle is told of waits in a register.
+        outcome = throttle.outcomes.payload
+        outcome_valid = Signal()
+        m.d.comb += [
+            throttle.outcomes.valid.eq(outcome_valid),
+            throttle.weights.eq(self.throttle_weights),
+            throttle.enable.eq(self.throttle_enable),
+            throttle.clear.eq(self.clear),
+            self.throttle_state.eq(throttle.state),
+        ]
+        with m.If(throttle.outcomes.ready):
+            m.d.sync += outcome_valid.eq(0)
+        told = Signal(OutcomeLayout(config=config))
+        m.d.comb += outcome.eq(told)
+
+        def tell(what, **fields):
+            """Tell the throttle, which has taken what it was told before."""
+            m.d.sync += [outcome_valid.eq(1), told.outcome.eq(what)]
+            m.d.sync += [told[name].eq(value) for name, value in fields.items()]
 
         # Address of the expert that is served, three cycles after it is known: sooner than any
         # lookup ends.
@@ -203,10 +254,11 @@ class Scheduler(wiring.Component):
         ]
 
         one_ctx = Signal(contexts)
-        age = Signal(8)
+        age, entry_age = Signal(8), Signal(8)
         m.d.comb += [
             one_ctx.eq(Const(1) << ctx),
             age.eq(Array(routes)[ctx] - deadline),
+            entry_age.eq(Array(routes)[table.row.ctx] - table.row.deadline),
             queue.enable.eq(self.enable),
             table.prefetch_tiles.eq(self.prefetch_tiles),
             table.tag.eq(tag),
@@ -214,6 +266,9 @@ class Scheduler(wiring.Component):
             table.entry.expert.eq(expert),
             table.entry.slot.eq(result.slot),
             table.entry.address.eq(address),
+            table.entry.ctx.eq(ctx),
+            table.entry.deadline.eq(deadline),
+            table.entry.kind.eq(kind),
             table.waiters.eq(Mux(op == BufferOp.DEMAND, one_ctx, 0)),
             table.demand.eq(op == BufferOp.DEMAND),
             table.tile.eq(completion.tile),
@@ -222,7 +277,7 @@ class Scheduler(wiring.Component):
             filling_write.addr.eq(result.slot),
             filling_write.data.eq(table.free_tag),
             filling_read.addr.eq(self.buffer_results.payload.slot),
-            filling_read.en.eq(1),
+            filling_read.en.eq(state == _State.RESULT),
             self.completions.ready.eq(state == _State.DISPATCH),
             self.buffer_results.ready.eq(state == _State.RESULT),
         ]
@@ -266,10 +321,15 @@ class Scheduler(wiring.Component):
                             ),
                             state.eq(_State.LOOKUP),
                         ]
+                with m.Elif(scans != 0):
+                    m.d.sync += [scans.eq(scans - 1), tag.eq(scans - 1), state.eq(_State.SCAN)]
                 with m.Elif(
                     queue.o.valid
                     & table.prefetch_room
                     & ~self.hold
+                    # What the throttle was told before counts.
+                    & throttle.idle
+                    & ~outcome_valid
                     & ~(self.alone & table.occupied)
                 ):
                     m.d.comb += queue.o.ready.eq(1)
@@ -280,20 +340,64 @@ class Scheduler(wiring.Component):
                         expert.eq(queue.o.payload.expert),
                         deadline.eq(queue.o.payload.deadline),
                         value.eq(queue.o.payload.score),
+                        hinted.eq(queue.o.payload.source == Source.HINT),
                         index.eq(0),
                         state.eq(_State.SCREEN),
                     ]
 
             with m.Case(_State.SCREEN):
                 # Routes since the deadline, modulo 256: below 128 the layer was routed already.
-                m.d.comb += strobe.prefetch_stale.eq(~age[7])
-                m.d.sync += state.eq(Mux(age[7], _State.LOOKUP, _State.DISPATCH))
+                m.d.sync += [
+                    fresh.eq(age[7]),
+                    kind.eq(
+                        Mux(
+                            hinted,
+                            PrefetchKind.HINT,
+                            Mux(age.all(), PrefetchKind.NEAR, PrefetchKind.FAR),
+                        )
+                    ),
+                    state.eq(_State.JUDGE),
+                ]
+
+            with m.Case(_State.JUDGE):
+                admitted = throttle.admits.bit_select(kind, 1)
+                m.d.comb += [
+                    strobe.prefetch_stale.eq(~fresh),
+                    strobe.prefetch_throttled.eq(fresh & ~admitted),
+                ]
+                m.d.sync += state.eq(Mux(fresh & admitted, _State.LOOKUP, _State.DISPATCH))
+
+            with m.Case(_State.SCAN):
+                m.d.sync += [
+                    overdue.eq(~entry_age[7] & table.row_disposable),
+                    state.eq(_State.GIVE_UP),
+                ]
+
+            with m.Case(_State.GIVE_UP):
+                m.d.sync += state.eq(_State.DISPATCH)
+                with m.If(overdue):
+                    m.d.comb += table.cancel.eq(1)
+                    # What is on its way comes first: its last tile ends the entry.
+                    with m.If(table.row_idle):
+                        m.d.sync += [
+                            op.eq(BufferOp.CANCEL),
+                            request.op.eq(BufferOp.CANCEL),
+                            request.slot.eq(table.row.slot),
+                            self.buffer_requests.valid.eq(1),
+                            state.eq(_State.RESULT),
+                        ]
 
             with m.Case(_State.LOOKUP):
                 with m.If(route_starts):
                     for c in range(contexts):
                         with m.If(one_ctx[c]):
                             m.d.sync += routes[c].eq(routes[c] + 1)
+                with m.If((op == BufferOp.DEMAND) & (index == 0)):
+                    m.d.sync += charged.eq(0)
+                with m.If((op == BufferOp.DEMAND) & (index == config.model.top_k - 1)):
+                    m.d.sync += scans.eq(
+                        Mux(self.cancel_enable & table.prefetching, config.inflight, 0)
+                    )
                 m.d.sync += [
                     route_starts.eq(0),
                     waiting.eq(0),
@@ -312,17 +416,32 @@ class Scheduler(wiring.Component):
                 ]
 
             with m.Case(_State.RESULT):
-                m.d.sync += result.eq(self.buffer_results.payload)
+                m.d.sync += [
+                    result.eq(self.buffer_results.payload),
+                    waits.eq(table.waits & ~charged),
+                    waits_kind.eq(table.waits_kind),
+                ]
                 with m.If(self.buffer_results.valid):
                     m.d.sync += state.eq(_State.DECIDE)
 
             with m.Case(_State.DECIDE):
-                with m.If(filled):
+                with m.If(outcome_valid):
+                    m.d.sync += state.eq(_State.DECIDE)
+                with m.Elif(filled):
                     m.d.comb += [
-                        strobe.fills.eq(last & ~table.row_failed),
+                        strobe.fills.eq(last & ~table.row_failed & ~table.row_cancelled),
                         strobe.fill_errors.eq(last & table.row_failed),
+                        strobe.prefetch_cancelled.eq(
+                            last & table.row_cancelled & ~table.row_failed
+                        ),
                     ]
+                    with m.If(last & (table.row_failed | table.row_cancelled) & ~table.row_demand):
+                        tell(Outcome.DROPPED, slot=table.row.slot)
                     m.d.sync += state.eq(Mux(last, _State.ANSWER, _State.DISPATCH))
+                with m.Elif(op == BufferOp.CANCEL):
+                    m.d.comb += [strobe.prefetch_cancelled.eq(1), table.free.eq(1)]
+                    tell(Outcome.DROPPED, slot=table.row.slot)
+                    m.d.sync += state.eq(_State.DISPATCH)
                 with m.Else():
                     m.d.sync += tag.eq(filling_read.data)
                     self._decide(
@@ -346,10 +465,24 @@ class Scheduler(wiring.Component):
                     m.d.sync += [held.eq(1), held_tag.eq(tag), held_ctx.eq(one_ctx)]
                 with m.Else():
                     m.d.comb += table.wait.eq(1)
+                with m.If(result.prefetched):
+                    tell(Outcome.USED, slot=result.slot, returned=table.row_returned)
                 m.d.sync += state.eq(_State.DISPATCH)
 
             with m.Case(_State.ALLOCATE):
                 m.d.comb += [table.allocate.eq(1), filling_write.en.eq(1)]
+                tell(
+                    Mux(op == BufferOp.DEMAND, Outcome.MISS, Outcome.PREFETCH),
+                    slot=result.slot,
+                    layer=layer,
+                    expert=expert,
+                    evicted=result.evicted,
+                    unused=result.evicted_unused,
+                    waits=waits,
+                    kind=Mux(op == BufferOp.DEMAND, waits_kind, kind),
+                )
+                with m.If((op == BufferOp.DEMAND) & waits):
+                    m.d.sync += charged.eq(1)
                 m.d.sync += state.eq(_State.DISPATCH)
 
             with m.Case(_State.HIT):
@@ -362,6 +495,8 @@ class Scheduler(wiring.Component):
                         self.ready.payload.slot.eq(result.slot),
                         state.eq(_State.DISPATCH),
                     ]
+                    with m.If(result.prefetched):
+                        tell(Outcome.USED, slot=result.slot, returned=config.tiles)
 
             with m.Case(_State.REFUSE):
                 with m.If(~self.events.valid):
@@ -397,7 +532,10 @@ class Scheduler(wiring.Component):
                     request.slot.eq(table.row.slot),
                     request.tile.eq(completion.tile),
                     request.last.eq(table.row_last),
-                    request.failed.eq(completion.failed | (table.row_last & table.row_failed)),
+                    request.failed.eq(
+                        completion.failed
+                        | (table.row_last & (table.row_failed | table.row_cancelled))
+                    ),
                     request.value.eq(0),
                     self.buffer_requests.valid.eq(1),
                     state.eq(_State.RESULT),
@@ -448,6 +586,9 @@ class Scheduler(wiring.Component):
             & ~self.ready.valid
             & ~self.events.valid
             & ~self.strobes.as_value().any()
+            & (scans == 0)
+            & throttle.idle
+            & ~outcome_valid
         )
         return m
 

@@ -6,9 +6,15 @@ from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract import REGISTERS
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.registers import COUNTERS, register_by_name, shape_registers
+from prestage_hw.contract.registers import (
+    COUNTERS,
+    THROTTLE_FIELDS,
+    register_by_name,
+    shape_registers,
+)
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import RegisterRequestLayout, RegisterResponseLayout
+from prestage_hw.scheduler import ThrottleStateLayout, WeightsLayout
 
 __all__ = ["RegisterBank"]
 
@@ -46,11 +52,15 @@ class RegisterBank(wiring.Component):
         The selected table and its size, in words.
     counters : ``In(StructLayout)``
         Values of the counters.
+    throttle_state : ``In(ThrottleStateLayout())``
+        The register of that name.
     engine_idle : ``In(1)``
         Nothing is under way.
     control : ``Out(StructLayout)``
-        Fields ``prefetch_enable``, ``hint_enable``, ``hint_threshold``, ``expert_base``,
-        ``prefetch_tiles``, ``predict_threshold``, ``predict_far_threshold``, ``predict_ahead``.
+        Fields ``prefetch_enable``, ``hint_enable``, ``settle``, ``throttle_enable``,
+        ``cancel_enable``, ``throttle``, ``policy``, ``hint_threshold``, ``expert_base``,
+        ``token_base``, ``prefetch_tiles``, ``predict_threshold``, ``predict_far_threshold``,
+        ``predict_ahead``.
     clear : ``Out(StructLayout)``
         Pulses ``tables``, ``buffer``, ``counters``.
     """
@@ -70,12 +80,16 @@ class RegisterBank(wiring.Component):
                 "table_words": In(24),
                 "counters": In(data.StructLayout({c.name: c.bits for c in COUNTERS})),
                 "engine_idle": In(1),
+                "throttle_state": In(ThrottleStateLayout()),
                 "control": Out(
                     data.StructLayout(
                         {
                             "prefetch_enable": 1,
                             "hint_enable": 1,
                             "settle": 1,
+                            "throttle_enable": 1,
+                            "cancel_enable": 1,
+                            "throttle": WeightsLayout(),
                             "policy": 2,
                             "hint_threshold": 8,
                             "expert_base": config.address_bits,
@@ -94,7 +108,8 @@ class RegisterBank(wiring.Component):
         config = self.config
 
         policy = Signal(2, init=register_by_name("policy").reset)
-        control = Signal(3, init=register_by_name("control").reset)
+        throttle = Signal(32, init=register_by_name("throttle").reset)
+        control = Signal(5, init=register_by_name("control").reset)
         hint_threshold = Signal(8, init=register_by_name("hint_threshold").reset)
         predict = {name: Signal(8, init=register_by_name(name).reset) for name in _PREDICT}
         base_low = Signal(32)
@@ -104,6 +119,7 @@ class RegisterBank(wiring.Component):
         table_address = Signal(32)
         cycles = Signal(64)
         high = Signal(32)
+        fields = sum((1 << bits) - 1 << low for low, bits in THROTTLE_FIELDS.values())
         # The bus reads whole beats: the low bits of the base are not kept.
         aligned = (1 << 32) - config.data_bytes
 
@@ -112,6 +128,9 @@ class RegisterBank(wiring.Component):
             self.control.prefetch_enable.eq(control[0]),
             self.control.hint_enable.eq(control[1]),
             self.control.settle.eq(control[2]),
+            self.control.throttle_enable.eq(control[3]),
+            self.control.cancel_enable.eq(control[4]),
+            self.control.throttle.eq(throttle),
             self.control.policy.eq(policy),
             self.control.hint_threshold.eq(hint_threshold),
             self.control.expert_base.eq(Cat(base_low, base_high)),
@@ -124,6 +143,8 @@ class RegisterBank(wiring.Component):
         readable = {
             "control": control,
             "policy": policy,
+            "throttle": throttle,
+            "throttle_state": self.throttle_state.as_value(),
             "hint_threshold": hint_threshold,
             "expert_base_low": base_low,
             "expert_base_high": base_high,
@@ -179,6 +200,7 @@ class RegisterBank(wiring.Component):
                         for name, target in (
                             ("control", control),
                             ("policy", policy),
+                            ("throttle", throttle),
                             ("hint_threshold", hint_threshold),
                             ("expert_base_high", base_high),
                             ("token_base_low", token_low),
@@ -187,7 +209,8 @@ class RegisterBank(wiring.Component):
                             *predict.items(),
                         ):
                             with m.Case(register_by_name(name).address):
-                                m.d.sync += target.eq(access.value)
+                                kept = fields if name == "throttle" else (1 << 32) - 1
+                                m.d.sync += target.eq(access.value & kept)
                                 respond(1)
                         with m.Case(register_by_name("expert_base_low").address):
                             m.d.sync += base_low.eq(access.value & aligned)

@@ -39,7 +39,9 @@ class Top:
         self.scheduler = Scheduler(
             config, buffer=self.buffer, memory=self.memory, counters=self.counters
         )
-        self.registers = RegisterBank(config, self.counters, self.predictor)
+        self.registers = RegisterBank(
+            config, self.counters, self.predictor, self.scheduler.throttle
+        )
         self._dispatcher = Dispatcher(
             config,
             counters=self.counters,

@@ -9,6 +9,7 @@ from prestage_hw.contract.params import DeviceConfig
 from prestage_hw.contract.records import MESSAGES, RECORDS, TABLE_BURST, ErrorCode, Source
 from prestage_hw.contract.registers import register_by_name
 
+from ..scheduler.throttle import Throttle
 from ..stats.accuracy import Accuracy
 from ..stats.counters import Counters
 from ..stats.registers import RegisterBank, Tables
@@ -61,6 +62,7 @@ class Scheduler(Protocol):
 
     enable: bool
     expert_base: int
+    throttle: Throttle
 
     def demand(
         self, ctx: int, layer: int, experts: Sequence[int], *, repeat: bool
@@ -72,6 +74,9 @@ class Scheduler(Protocol):
 
     def release(self, ctx: int, layer: int) -> None:
         """Release a layer."""
+
+    def clear(self) -> None:
+        """Forget what was counted."""
 
 
 class Dispatcher:
@@ -168,6 +173,8 @@ class Dispatcher:
         registers = self._registers
         self._scheduler.expert_base = registers.expert_base
         self._scheduler.enable = bool(registers["control"] & 1)
+        self._scheduler.throttle.enable = bool(registers["control"] & 8)
+        self._scheduler.throttle.register = registers["throttle"]
         self._buffer.policy = registers["policy"]
         self._predictor.threshold = registers["predict_threshold"]
         self._predictor.far_threshold = registers["predict_far_threshold"]
@@ -301,6 +308,7 @@ class Dispatcher:
             self._predictor.clear()
         if "buffer" in cleared:
             self._buffer.clear()
+            self._scheduler.clear()
             self._unreleased.clear()
             self._current = [-1] * self._config.contexts
         if "counters" in cleared:

@@ -2,5 +2,6 @@
 
 from .inflight import Entry
 from .scheduler import Event, Ready, Scheduler
+from .throttle import Throttle, kind_of
 
-__all__ = ["Entry", "Event", "Ready", "Scheduler"]
+__all__ = ["Entry", "Event", "Ready", "Scheduler", "Throttle", "kind_of"]

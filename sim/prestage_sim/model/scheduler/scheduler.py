@@ -13,6 +13,7 @@ from ..dma.axi import BusError, Memory
 from ..dma.dma import DMA
 from .inflight import Entry
 from .queue import enters, stale
+from .throttle import Throttle, kind_of
 
 __all__ = ["Buffer", "Event", "Memory", "Ready", "Scheduler"]
 
@@ -86,9 +87,10 @@ class Scheduler:
 
     The counters and the buffer's state are those of the RTL at drained pace, with the policy LRU
     bus errors included: other policies look first at the slot that a failing fetch frees, and when
-    it does hangs on time. Two things are not modelled because drained pace never shows them:
-    demands that find a prefetch in flight, and candidates lost to a full queue (one decision brings
-    at most ``config.model.experts`` candidates, which fit).
+    it does hangs on time. Three things are not modelled because drained pace never shows them:
+    demands that find a prefetch in flight or wait for its tile, prefetches that are given up, and
+    candidates lost to a full queue (one decision brings at most ``config.model.experts``
+    candidates, which fit).
 
     Order of answers: the RTL sends `Ready` and `Event` on separate streams, so that only the order
     within each kind counts. A resident expert is answered when it is looked up, a missing one when
@@ -117,6 +119,8 @@ class Scheduler:
         False drops the predictor's candidates.
     counters : mutable mapping
         As above.
+    throttle : :class:`Throttle`
+        Drops candidates of kinds that cost more than they save.
 
     Raises
     ------
@@ -139,6 +143,7 @@ class Scheduler:
         self.counters = counters
         self.expert_base = 0
         self.enable = True
+        self.throttle = Throttle(config)
         self._dma = DMA(config)
         self._routes = [0] * config.contexts
         # Looked up once: a fill is the hottest path of a replay.
@@ -173,7 +178,9 @@ class Scheduler:
                 answers += self._fill(inflight.pop(0))
                 result = request(_DEMAND, ctx=ctx, layer=layer, expert=expert, index=index)
             counters["demands"] += 1
-            counters["useful"] += result.prefetched
+            if result.prefetched:
+                counters["useful"] += 1
+                self.throttle.used(result.slot)
             counters["pollution"] += result.polluted
             self._count_eviction(result)
             if result.code == _RESIDENT:
@@ -181,6 +188,13 @@ class Scheduler:
                 answers.append(Ready(ctx, layer, expert, result.slot))
             elif result.code == _ALLOCATED:
                 counters["misses"] += 1
+                self.throttle.miss(
+                    layer,
+                    expert,
+                    slot=result.slot,
+                    evicted=result.evicted,
+                    unused=result.evicted_unused,
+                )
                 inflight.append(Entry(layer, expert, result.slot, True, [ctx]))
             elif result.code == _NO_SLOT:
                 counters["refused"] += 1
@@ -203,10 +217,22 @@ class Scheduler:
             if stale(deadline, routes=self._routes[ctx]):
                 counters["prefetch_stale"] += 1
                 continue
+            kind = kind_of(source, deadline, routes=self._routes[ctx])
+            if not self.throttle.admits(kind):
+                counters["prefetch_throttled"] += 1
+                continue
             result = request(_PREFETCH, ctx=ctx, layer=layer, expert=expert, value=score)
             if result.code == _ALLOCATED:
                 counters["prefetch_issued"] += 1
                 self._count_eviction(result)
+                self.throttle.prefetch(
+                    layer,
+                    expert,
+                    kind,
+                    slot=result.slot,
+                    evicted=result.evicted,
+                    unused=result.evicted_unused,
+                )
                 self._fill(Entry(layer, expert, result.slot, False))
             elif result.code == _NO_SLOT:
                 counters["prefetch_no_slot"] += 1
@@ -218,6 +244,10 @@ class Scheduler:
     def release(self, ctx: int, layer: int) -> None:
         """Release a layer."""
         self.buffer.request(_RELEASE, ctx=ctx, layer=layer)
+
+    def clear(self) -> None:
+        """Forget what was counted, along with the buffer."""
+        self.throttle.clear()
 
     def _count_eviction(self, result: _Result) -> None:
         if result.evicted:
@@ -269,6 +299,8 @@ class Scheduler:
             self.counters["fills"] += 1
             return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
         self.counters["fill_errors"] += 1
+        if not entry.demand:
+            self.throttle.dropped(slot)
         return [
             Event(ErrorCode.BUS, ctx, entry.layer, entry.expert, completion.address)
             for ctx in entry.waiters

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Protocol
 
 from prestage_hw.contract.params import DeviceConfig
-from prestage_hw.contract.registers import COUNTERS, REGISTERS, shape_registers
+from prestage_hw.contract.registers import (
+    COUNTERS,
+    REGISTERS,
+    THROTTLE_FIELDS,
+    shape_registers,
+)
 
 from .counters import Counters
 
@@ -29,6 +34,14 @@ class Tables(Protocol):
         """Store one word in a table."""
 
 
+class State(Protocol):
+    """What the bank needs of a throttle."""
+
+    @property
+    def state(self) -> int:
+        """The register ``throttle_state``."""
+
+
 class RegisterBank:
     """Registers of the contract, without a clock: ``cycles`` is always 0.
 
@@ -40,12 +53,17 @@ class RegisterBank:
         Counters to show.
     tables : :class:`Tables`
         Predictor whose tables ``table_data`` reaches.
+    throttle : :class:`State`
+        Throttle that ``throttle_state`` shows.
     """
 
-    def __init__(self, config: DeviceConfig, counters: Counters, tables: Tables) -> None:
+    def __init__(
+        self, config: DeviceConfig, counters: Counters, tables: Tables, throttle: State
+    ) -> None:
         self._config = config
         self._counters = counters
         self._tables = tables
+        self._throttle = throttle
         self._by_address = {register.address: register for register in REGISTERS}
         self._high = 0
         self._wide = {counter.name for counter in COUNTERS if counter.bits == 64}
@@ -84,6 +102,8 @@ class RegisterBank:
             return self._values[name]
         if name == "clear":
             return 0
+        if name == "throttle_state":
+            return self._throttle.state
         if name == "cycles_low":
             self._high = 0
             return 0
@@ -118,9 +138,11 @@ class RegisterBank:
     def _legal(self, name: str, value: int) -> int:
         """What is kept of a written value."""
         if name == "control":
-            return value & 7
+            return value & 31
         if name == "policy":
             return value & 3
+        if name == "throttle":
+            return value & sum((1 << bits) - 1 << low for low, bits in THROTTLE_FIELDS.values())
         if name in ("hint_threshold", *_PREDICT):
             return value & 0xFF
         if name == "expert_base_low":
