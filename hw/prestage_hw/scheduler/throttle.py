@@ -110,7 +110,7 @@ class Throttle(wiring.Component):
     """
 
     #: Cycles from an outcome being taken to the next one.
-    latency = 12
+    latency = 11
 
     def __init__(self, *, config):
         require_config(config)
