@@ -9,6 +9,7 @@
 """
 
 import random
+from types import SimpleNamespace
 
 import cocotb
 import pytest
@@ -142,6 +143,7 @@ class _Recorder:
         self.seen = {name: [] for name in _OUTPUTS}
         self.tables = {}
         self.plan = []  # (layer, expert, source) of the next candidates
+        self.throttle = SimpleNamespace(enable=False, register=0, state=0)
         self.order = []  # how token starts and decisions follow each other
 
     # Predictor
@@ -216,7 +218,9 @@ class _Golden:
     def __init__(self, config):
         self.counters = GoldenCounters()
         self.recorder = _Recorder(config)
-        self.registers = GoldenRegisterBank(config, self.counters, self.recorder)
+        self.registers = GoldenRegisterBank(
+            config, self.counters, self.recorder, self.recorder.throttle
+        )
         self.dispatcher = GoldenDispatcher(
             config,
             counters=self.counters,

@@ -36,7 +36,7 @@ from prestage_hw.contract.records import (
     Phase,
     Policy,
 )
-from prestage_hw.contract.registers import COUNTERS, register_by_name
+from prestage_hw.contract.registers import COUNTERS, THROTTLE_FIELDS, register_by_name
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.top import Top
 from prestage_sim.model.top import Top as GoldenTop
@@ -219,8 +219,16 @@ def _decisions(bench, tokens):
 
 
 async def _settle(bench, golden, *, policy, hints=False):
-    """Choose how to evict, and let candidates wait until the predictor is at rest."""
-    for name, value in (("control", 5 | hints << 1), ("policy", policy)):
+    """Choose how to evict and whether to throttle, and let candidates wait until the predictor is
+    at rest.
+    """
+    weights = sum(
+        value << THROTTLE_FIELDS[name][0]
+        for name, value in (("useful", 15), ("price", 1), ("pollution", 2), ("floor", 5))
+    )
+    throttle = bench.random.random() < 0.6
+    control = 1 | hints << 1 | 1 << 2 | throttle << 3 | 1 << 4
+    for name, value in (("control", control), ("throttle", weights), ("policy", policy)):
         await bench.drained(golden, "REGISTER_WRITE", register_by_name(name).address, value)
 
 

@@ -441,6 +441,7 @@ def _settings(run: Run, trace_path: str) -> Sequence[tuple[str, Any]]:
         ("pace", pace),
         ("prefetch tiles at once", run.prefetch_tiles),
         ("eviction", run.policy),
+        ("throttle", "on" if run.throttle else "off"),
         ("profiled before", "yes" if run.tables else "no"),
         ("wall time", f"{run.seconds:.1f} s"),
         *((f"model {name}".replace("_", " "), value) for name, value in model.items()),

@@ -121,6 +121,8 @@ class Run:
         Prefetch tiles that could be under way at once.
     policy : :class:`str`
         Which expert gave way to another.
+    throttle : :class:`bool`
+        Whether prefetches of a kind were switched off while they cost more than they saved.
     trace : :class:`Trace`
         What was to be replayed.
     complete : :class:`bool`
@@ -167,6 +169,7 @@ class Run:
     layer_cycles: int = 0
     prefetch_tiles: int = 1
     policy: str = "lru"
+    throttle: bool = False
     error: str = ""
     samples: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, SAMPLE_DTYPE))
     spans: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0, 2), np.uint64))

@@ -212,7 +212,8 @@ def test_registers(device):
     assert device.read("device_id") == int.from_bytes(b"PRST", "big")
     assert device.read("version") == VERSION and device.read("register_hash") == register_hash()
     for name, written, kept in (
-        ("control", 0xFFFFFFFF, 7),
+        ("control", 0xFFFFFFFF, 31),
+        ("throttle", 0xFFFFFFFF, 0x0F7F_FFFF),
         ("policy", 0xFFFFFFFE, 2),
         ("hint_threshold", 0x1FF, 0xFF),
         ("expert_base_low", 0x12345, 0x12340),

@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0xe050f84fu
+#define PRESTAGE_REGISTER_HASH 0x5303debbu
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -95,7 +95,7 @@ enum prestage_register {
     PRESTAGE_REG_PREDICTOR = 0x0a, /* ro: Predictor: index in the list of names, 0 none, 1 st_moe. */
     PRESTAGE_REG_SUCCESSORS = 0x0b, /* ro: Entries in a row of the correlation table (K). */
     PRESTAGE_REG_DATA_BYTES = 0x0c, /* ro: Width of the memory port, in bytes. */
-    PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. */
+    PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its layer was routed. */
     PRESTAGE_REG_CLEAR = 0x11, /* wo: Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free, every layer released). Bit 2: counters. Waits until the engine is idle. */
     PRESTAGE_REG_HINT_THRESHOLD = 0x12, /* rw: Hints with a lower score are dropped (bits 7..0). */
     PRESTAGE_REG_EXPERT_BASE_LOW = 0x13, /* rw: Address of expert 0 of layer 0, bits 31..0. */
@@ -112,6 +112,8 @@ enum prestage_register {
     PRESTAGE_REG_POLICY = 0x1e, /* rw: Which expert gives way to another: 0 LRU, 1 LFU, 2 NEXT_USE; 3 stands for 2 (bits 1..0). */
     PRESTAGE_REG_CYCLES_LOW = 0x20, /* ro: Clock cycles since reset, bits 31..0; latches the rest. */
     PRESTAGE_REG_CYCLES_HIGH = 0x21, /* ro: Clock cycles since reset, bits 63..32, as latched. */
+    PRESTAGE_REG_THROTTLE = 0x22, /* rw: What the throttle reckons with. Bits 3..0: worth of a useful prefetch; 7..4: price of each prefetch, paid back when it is used; 11..8: cost of a demand that misses because of prefetches; 15..12: cost of a demand that waits for a prefetch's tile; 22..16: below minus that credit a kind is switched off, to be switched on again at 0; 27..24: binary logarithm of the most demand misses from one probe to the next, at least 4. */
+    PRESTAGE_REG_THROTTLE_STATE = 0x23, /* ro: Credit of the kinds near, far and hint in bits 7..0, 15..8 and 23..16, signed; bits 24 to 26: they are switched on. */
     PRESTAGE_REG_TOKENS = 0x40, /* ro: Tokens begun. Stage 1. */
     PRESTAGE_REG_ROUTES = 0x41, /* ro: Routing decisions accepted. Stage 1. */
     PRESTAGE_REG_RELEASES = 0x42, /* ro: Layers released. Stage 1. */
@@ -133,18 +135,20 @@ enum prestage_register {
     PRESTAGE_REG_PREFETCH_NO_SLOT = 0x52, /* ro: Candidates that found no slot to take. Stage 3. */
     PRESTAGE_REG_PREFETCH_OUTBID = 0x53, /* ro: Candidates that were worth less than every expert that could give way. Stage 3. */
     PRESTAGE_REG_PREFETCH_OVERFLOW = 0x54, /* ro: Candidates lost to a full queue. Stage 3. */
-    PRESTAGE_REG_USEFUL = 0x55, /* ro: Prefetched experts demanded before eviction. Stage 5. */
-    PRESTAGE_REG_USELESS = 0x56, /* ro: Prefetched experts evicted without a demand. Stage 5. */
-    PRESTAGE_REG_EVICTIONS = 0x57, /* ro: Experts evicted. Stage 5. */
-    PRESTAGE_REG_POLLUTION = 0x58, /* ro: Demand misses on an expert that a prefetch evicted. Stage 5. */
-    PRESTAGE_REG_FILLS = 0x59, /* ro: Experts that arrived whole. Stage 5. */
-    PRESTAGE_REG_FILL_ERRORS = 0x5a, /* ro: Fetches that ended in an error. Stage 5. */
-    PRESTAGE_REG_DEMAND_BYTES_LOW = 0x5b, /* ro: Bytes fetched for demands. Stage 4. Bits 31..0; latches the rest. */
-    PRESTAGE_REG_DEMAND_BYTES_HIGH = 0x5c, /* ro: Bytes fetched for demands. Stage 4. Bits 63..32, as latched. */
-    PRESTAGE_REG_PREFETCH_BYTES_LOW = 0x5d, /* ro: Bytes fetched for prefetches. Stage 4. Bits 31..0; latches the rest. */
-    PRESTAGE_REG_PREFETCH_BYTES_HIGH = 0x5e, /* ro: Bytes fetched for prefetches. Stage 4. Bits 63..32, as latched. */
-    PRESTAGE_REG_LINK_ERRORS = 0x5f, /* ro: Damaged frames received. Stage 1. */
-    PRESTAGE_REG_LINK_REPLAYS = 0x60, /* ro: Times the link went back to resend. Stage 1. */
+    PRESTAGE_REG_PREFETCH_THROTTLED = 0x55, /* ro: Candidates of a kind that has cost more than it has saved. Stage 3. */
+    PRESTAGE_REG_PREFETCH_CANCELLED = 0x56, /* ro: Prefetches in flight that were given up because their layer was routed. Stage 3. */
+    PRESTAGE_REG_USEFUL = 0x57, /* ro: Prefetched experts demanded before eviction. Stage 5. */
+    PRESTAGE_REG_USELESS = 0x58, /* ro: Prefetched experts evicted without a demand. Stage 5. */
+    PRESTAGE_REG_EVICTIONS = 0x59, /* ro: Experts evicted. Stage 5. */
+    PRESTAGE_REG_POLLUTION = 0x5a, /* ro: Demand misses on an expert that a prefetch evicted. Stage 5. */
+    PRESTAGE_REG_FILLS = 0x5b, /* ro: Experts that arrived whole. Stage 5. */
+    PRESTAGE_REG_FILL_ERRORS = 0x5c, /* ro: Fetches that ended in an error. Stage 5. */
+    PRESTAGE_REG_DEMAND_BYTES_LOW = 0x5d, /* ro: Bytes fetched for demands. Stage 4. Bits 31..0; latches the rest. */
+    PRESTAGE_REG_DEMAND_BYTES_HIGH = 0x5e, /* ro: Bytes fetched for demands. Stage 4. Bits 63..32, as latched. */
+    PRESTAGE_REG_PREFETCH_BYTES_LOW = 0x5f, /* ro: Bytes fetched for prefetches. Stage 4. Bits 31..0; latches the rest. */
+    PRESTAGE_REG_PREFETCH_BYTES_HIGH = 0x60, /* ro: Bytes fetched for prefetches. Stage 4. Bits 63..32, as latched. */
+    PRESTAGE_REG_LINK_ERRORS = 0x61, /* ro: Damaged frames received. Stage 1. */
+    PRESTAGE_REG_LINK_REPLAYS = 0x62, /* ro: Times the link went back to resend. Stage 1. */
 };
 
 /* Bodies of the messages. */

@@ -234,6 +234,12 @@ def _add_replay(commands: Any) -> None:
         " else lru)",
     )
     device.add_argument(
+        "--throttle",
+        action=argparse.BooleanOptionalAction,
+        help="switch off prefetches of a kind while they cost more than they save (default: at"
+        " timed pace)",
+    )
+    device.add_argument(
         "--profile",
         action="append",
         default=[],
@@ -380,6 +386,7 @@ def _run_replay(args: argparse.Namespace) -> int:
                 layer_cycles=args.layer_cycles or 0,
                 prefetch_tiles=args.prefetch_tiles,
                 policy=None if args.policy is None else POLICIES[args.policy],
+                throttle=args.throttle,
                 interrupt=interrupt,
                 progress=lambda done: progress.update(task, completed=done),
                 tables=tables,

@@ -19,7 +19,12 @@ from prestage_hw.contract import MESSAGES, DeviceConfig, Pipe, SimulatedPipe, re
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.pattern import expert_memory
 from prestage_hw.contract.records import NO_TOKEN, TABLE_BURST, ErrorCode, Phase, Policy, Record
-from prestage_hw.contract.registers import COUNTERS, REGISTERS, shape_registers
+from prestage_hw.contract.registers import (
+    COUNTERS,
+    REGISTERS,
+    THROTTLE_FIELDS,
+    shape_registers,
+)
 
 from .errors import (
     ArgumentError,
@@ -49,6 +54,7 @@ _ANSWERS = 8
 _TABLE_PIECE = 1024
 
 _CONTROL_PREFETCH, _CONTROL_HINTS, _CONTROL_SETTLE = 1, 2, 4
+_CONTROL_THROTTLE, _CONTROL_CANCEL = 8, 16
 _CLEAR_PREDICTOR, _CLEAR_BUFFER, _CLEAR_COUNTERS = 1, 2, 4
 
 #: Events that refuse a whole routing decision.
@@ -631,6 +637,8 @@ class Device:
         prefetch_tiles: int | None = None,
         policy: Policy | None = None,
         settle: bool | None = None,
+        throttle: bool | Mapping[str, int] | None = None,
+        cancel: bool | None = None,
         threshold: int | None = None,
         far_threshold: int | None = None,
         ahead: int | None = None,
@@ -661,6 +669,13 @@ class Device:
         settle : :class:`bool` or None
             Let each prefetch wait until the predictor is at rest and nothing is in flight, so that
             runs at drained pace are the same on every device whatever the policy (off after reset).
+        throttle : :class:`bool`, mapping or None
+            Switch off prefetches of a kind (the predictor's for the next layer, those for layers
+            farther away, hints) while they cost more than they save, and probe them again later
+            (off after reset). A mapping switches it on with these weights: fields of
+            :data:`prestage_hw.contract.registers.THROTTLE_FIELDS`, the others as they are.
+        cancel : :class:`bool` or None
+            Give up prefetches in flight once their layer was routed (on after reset).
         threshold, far_threshold : :class:`int` or None
             Least confidence of the predictor's candidates for the next layer and for layers farther
             away, in 1/256, 0 to 255.
@@ -678,6 +693,8 @@ class Device:
             (_CONTROL_PREFETCH, prefetch),
             (_CONTROL_HINTS, hints),
             (_CONTROL_SETTLE, settle),
+            (_CONTROL_THROTTLE, None if throttle is None else throttle is not False),
+            (_CONTROL_CANCEL, cancel),
         ):
             if wanted is not None:
                 control = control | bit if wanted else control & ~bit
@@ -706,6 +723,8 @@ class Device:
             if not 1 <= operator.index(prefetch_tiles) <= 4:
                 raise ArgumentError(f"Prefetch tiles must be between 1 and 4, not {prefetch_tiles}")
             writes.append(("prefetch_tiles", prefetch_tiles))
+        if isinstance(throttle, Mapping):
+            writes.append(("throttle", self._throttle(throttle)))
         if policy is not None:
             try:
                 writes.append(("policy", int(Policy(policy))))
@@ -739,6 +758,23 @@ class Device:
             self._current = [-1] * self._contexts
         for number, values in loads:
             self._load_table(number, values)
+
+    def _throttle(self, weights: Mapping[str, int]) -> int:
+        """The register ``throttle`` with these weights."""
+        value = self.read_register("throttle")
+        for name, weight in weights.items():
+            if name not in THROTTLE_FIELDS:
+                raise ArgumentError(
+                    f"Throttle weight must be one of {', '.join(THROTTLE_FIELDS)}, not {name!r}"
+                )
+            low, bits = THROTTLE_FIELDS[name]
+            most = (1 << bits) - 1
+            if not 0 <= operator.index(weight) <= most:
+                raise ArgumentError(
+                    f"Throttle weight {name} must be between 0 and {most}, not {weight}"
+                )
+            value = value & ~(most << low) | weight << low
+        return value
 
     def _check_base(self, base: int) -> None:
         model = self.config.model
@@ -793,7 +829,7 @@ class Device:
             raise ArgumentError(f"Register value must be between 0 and 0xffffffff, not {value:#x}")
         self._post("REGISTER_WRITE", register.address, value)
         if name == "control":
-            self._control = value & 7
+            self._control = value & 31
 
     def table_words(self, table: int) -> int:
         """Words in a predictor table, 0 if there is no such table."""

@@ -180,6 +180,7 @@ def replay(
     layer_cycles: int = 0,
     prefetch_tiles: int | None = None,
     policy: Policy | None = None,
+    throttle: bool | None = None,
     interrupt: Interrupt | None = None,
     progress: Callable[[int], None] | None = None,
     tables: dict[int, NDArray[np.uint32]] | None = None,
@@ -204,6 +205,9 @@ def replay(
     policy : :class:`Policy` or None
         Which expert gives way to another. None stands for the one whose next use is worth least
         where the predictor says what experts are worth, else for the least recently used.
+    throttle : :class:`bool` or None
+        Switch off prefetches of a kind while they cost more than they save. None stands for True at
+        timed pace; at drained pace all that is prefetched comes in time, and costs no demand any.
     interrupt : :class:`Interrupt` or None
         Flag that ends the run between two layers.
     progress : callable or None
@@ -229,7 +233,9 @@ def replay(
         policy = Policy.NEXT_USE if device.config.predictor == "perceptron" else Policy.LRU
     # By recency alone nothing hangs on time at drained pace.
     settle = pace == "drained" and policy != Policy.LRU
-    device.configure(prefetch_tiles=prefetch_tiles, policy=policy, settle=settle)
+    if throttle is None:
+        throttle = pace == "timed"
+    device.configure(prefetch_tiles=prefetch_tiles, policy=policy, settle=settle, throttle=throttle)
     recorder = _Recorder(trace, clocked=device.clocked)
     model = device.config.model
     interrupt = interrupt or Interrupt()
@@ -285,6 +291,7 @@ def replay(
         pace=pace,
         layer_cycles=layer_cycles,
         prefetch_tiles=prefetch_tiles,
+        throttle=throttle,
         policy=next(name for name, each in POLICIES.items() if each == policy),
         trace=trace,
         complete=complete,
@@ -409,6 +416,7 @@ def run_object(run: Run, *, trace_path: str) -> dict[str, Any]:
             "layer_cycles": run.layer_cycles if run.pace == "timed" else None,
             "prefetch_tiles": run.prefetch_tiles,
             "policy": run.policy,
+            "throttle": run.throttle,
             "profiled": bool(run.tables),
         },
         "counters": run.counters,

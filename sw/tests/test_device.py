@@ -156,6 +156,14 @@ def test_more_messages_than_the_link_holds(device):
         (lambda d: d.configure(hint_threshold=256), "Hint threshold must be between 0 and 255"),
         (lambda d: d.configure(prefetch_tiles=0), "Prefetch tiles must be between 1 and 4, not 0"),
         (lambda d: d.configure(policy=4), r"Policy must be one of 0 \(LRU\), .*, not 4"),
+        (
+            lambda d: d.configure(throttle={"probes": 3}),
+            "Throttle weight must be one of useful, .*, probe, not 'probes'",
+        ),
+        (
+            lambda d: d.configure(throttle={"floor": 128}),
+            "Throttle weight floor must be between 0 and 127, not 128",
+        ),
         (lambda d: d.configure(expert_base=8), "multiple of 16 bytes, not 0x8"),
         (lambda d: d.configure(expert_base=1 << 40), "Expert base must be between 0 and 0xff"),
         (lambda d: d.configure(tables={300: np.zeros(1, int)}), "Table number must be between"),
@@ -230,15 +238,25 @@ def test_hints(device):
     device.hint(0, 2, 7, 100)
     device.drain()
     assert device.counters("hints", "prefetch_issued") == (1, 1)
-    assert device.read_register("control") == 3
+    assert device.read_register("control") == 19
     device.configure(prefetch=False)
-    assert device.read_register("control") == 2
+    assert device.read_register("control") == 18
     device.write_register("control", 1)
     device.configure(hints=False, prefetch=True, prefetch_tiles=3)
     assert device.read_register("control") == 1
     assert device.read_register("prefetch_tiles") == 3
     device.configure(policy=Policy.LFU, settle=True)
     assert (device.read_register("policy"), device.read_register("control")) == (1, 5)
+    before = device.read_register("throttle")
+    device.configure(settle=False, throttle=True, cancel=True)
+    assert device.read_register("control") == 25
+    assert device.read_register("throttle") == before == 0x0A18_1818
+    device.configure(throttle={"floor": 100, "useful": 3})
+    assert device.read_register("throttle") == 0x0A64_1813
+    device.configure(throttle=False, cancel=False)
+    assert device.read_register("control") == 1
+    # Signed credits of -25, of hints -26 after one that has not been used; nothing is switched on.
+    assert device.read_register("throttle_state") == 0x00E6_E7E7
 
 
 def test_expert_base():

@@ -260,6 +260,41 @@ def test_policies(predictor, pace, wanted, policy, settles):
         assert bool(device.read_register("control") & 4) == settles
 
 
+@pytest.mark.parametrize(
+    ("pace", "wanted", "throttled"),
+    [
+        ("drained", None, False),
+        ("drained", True, True),
+        ("timed", None, True),
+        ("timed", False, False),
+    ],
+)
+def test_throttle(pace, wanted, throttled):
+    config = device_config(walk(), slots=12)
+    with Device(Ticking(config), config) as device:
+        run = replay(device, walk(3), pace=pace, layer_cycles=9, throttle=wanted)
+        assert run.throttle == throttled
+        assert bool(device.read_register("control") & 8) == throttled
+
+
+def test_throttle_drops_what_does_not_pay():
+    """Nobody can predict experts that are drawn at random; those of a walk pay."""
+    rng = np.random.default_rng(3)
+    shares = {}
+    for name, repeats in (("random", 0), ("walk", 1)):
+        experts = np.stack([[rng.permutation(16)[:2] for _ in range(4)] for _ in range(400)])
+        if repeats:
+            # A few sequences take turns, each layer as the one before says.
+            experts = experts[rng.integers(0, 6, 400)]
+        trace = Trace(experts=experts, experts_per_layer=16, meta={"model": "test-moe"})
+        config = device_config(trace, slots=12)
+        with prestage.open("model://", config=config) as device:
+            counters = replay(device, trace, throttle=True).counters
+        candidates = counters["prefetch_issued"] + counters["prefetch_throttled"]
+        shares[name] = counters["prefetch_issued"] / candidates
+    assert shares["random"] < 0.1 < 0.5 < shares["walk"], shares
+
+
 def test_next_use_keeps_what_comes_back():
     """Between uses of a layer's favourites more other experts pass by than there are slots."""
     rng = np.random.default_rng(7)

@@ -262,6 +262,8 @@ def _layout() -> tuple[Register, ...]:
         + ", ".join(f"{int(policy)} {policy.name}" for policy in Policy)
         + "; 3 stands for 2 (bits 1..0).",
     )
+    add(0x20, "cycles_low", "ro", None, "Clock cycles since reset, bits 31..0; latches the rest.")
+    add(0x21, "cycles_high", "ro", None, "Clock cycles since reset, bits 63..32, as latched.")
     add(
         0x22,
         "throttle",
@@ -281,8 +283,6 @@ def _layout() -> tuple[Register, ...]:
         "Credit of the kinds near, far and hint in bits 7..0, 15..8 and 23..16, signed; bits 24 to"
         " 26: they are switched on.",
     )
-    add(0x20, "cycles_low", "ro", None, "Clock cycles since reset, bits 31..0; latches the rest.")
-    add(0x21, "cycles_high", "ro", None, "Clock cycles since reset, bits 63..32, as latched.")
     at = 0x40
     for counter in COUNTERS:
         text = f"{counter.description} Stage {counter.stage}."

@@ -14,7 +14,7 @@ __all__ = ["Outcome", "OutcomeLayout", "Throttle", "ThrottleStateLayout", "Weigh
 _KINDS = len(PrefetchKind)
 _START = -25
 _SHORTEST = 4  # binary logarithm of the fewest misses from one probe to the next
-_EVICTION_BITS = 16
+_EVICTION_BITS = 18  # evictions are counted modulo 2 ** that, or more for very many slots
 _MISS_BITS = 16
 
 
@@ -103,8 +103,7 @@ class Throttle(wiring.Component):
     state : ``Out(ThrottleStateLayout())``
         Credit of each kind, and whether it is switched on.
     clear : ``In(1)``
-        A pulse forgets everything, after the outcome that is being counted; it takes a cycle for
-        each expert, as it does after reset.
+        A pulse forgets everything, after the outcome that is being counted.
     idle : ``Out(1)``
         Every outcome that was taken is counted, and nothing is being cleared.
     """
@@ -141,9 +140,8 @@ class Throttle(wiring.Component):
         owner_read, owner_write = owners.read_port(), owners.write_port()
         # When an expert was evicted last.
         depth = config.model.layers << expert_bits
-        m.submodules.evicted = evicted = Memory(
-            shape=unsigned(_EVICTION_BITS), depth=depth, init=[]
-        )
+        eviction_bits = max(_EVICTION_BITS, config.slots.bit_length() + 2)
+        m.submodules.evicted = evicted = Memory(shape=unsigned(eviction_bits), depth=depth, init=[])
         evicted_read, evicted_write = evicted.read_port(), evicted.write_port()
 
         credits = [Signal(signed(8), name=f"credit{n}", init=_START) for n in range(_KINDS)]
@@ -153,7 +151,9 @@ class Throttle(wiring.Component):
         misses = [Signal(_MISS_BITS, name=f"misses{n}") for n in range(_KINDS)]
         apart = [Signal(4, name=f"apart{n}", init=_SHORTEST) for n in range(_KINDS)]
         due = Signal(_KINDS)
-        evictions = Signal(_EVICTION_BITS, init=1 << _EVICTION_BITS - 1)
+        # Neither a reset nor a clear touches the memory: they count on by more evictions than
+        # prefetches can lie about, so that all before, and what never was, lies too far back.
+        evictions = Signal(eviction_bits, reset_less=True)
 
         m.d.sync += self.admits.eq(Mux(self.enable, on | due, (1 << _KINDS) - 1))
         m.d.comb += [
@@ -170,12 +170,11 @@ class Throttle(wiring.Component):
 
         now = Signal(OutcomeLayout(config=config))
         before = Signal(owner_layout)  # who had the slot
-        since = Signal(_EVICTION_BITS)
-        age = Signal(_EVICTION_BITS)
+        since = Signal(eviction_bits)
+        age = Signal(eviction_bits)
         eighths = Signal(range(9))
         worth = Signal(8)
         steps = Signal(_KINDS + 3)
-        address = Signal(range(depth))
         clear_waits = Signal(init=1)
         with m.If(self.clear):
             m.d.sync += clear_waits.eq(1)
@@ -201,15 +200,9 @@ class Throttle(wiring.Component):
 
         with m.FSM(init="Clear") as fsm:
             with m.State("Clear"):
-                m.d.comb += [
-                    evicted_write.addr.eq(address),
-                    evicted_write.data.eq(0),
-                    evicted_write.en.eq(1),
-                ]
                 m.d.sync += [
-                    address.eq(address + 1),
                     clear_waits.eq(0),
-                    evictions.eq(evictions.init),
+                    evictions.eq(evictions + (1 << config.slots.bit_length())),
                     on.eq(0),
                     due.eq(0),
                 ]
@@ -220,9 +213,7 @@ class Throttle(wiring.Component):
                         misses[n].eq(0),
                         apart[n].eq(_SHORTEST),
                     ]
-                with m.If(address == depth - 1):
-                    m.d.sync += address.eq(0)
-                    m.next = "Idle"
+                m.next = "Settle"
             with m.State("Idle"):
                 m.d.comb += self.outcomes.ready.eq(~clear_waits)
                 m.d.sync += now.eq(self.outcomes.payload)

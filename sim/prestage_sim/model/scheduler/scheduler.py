@@ -87,10 +87,10 @@ class Scheduler:
 
     The counters and the buffer's state are those of the RTL at drained pace, with the policy LRU
     bus errors included: other policies look first at the slot that a failing fetch frees, and when
-    it does hangs on time. Three things are not modelled because drained pace never shows them:
-    demands that find a prefetch in flight or wait for its tile, prefetches that are given up, and
-    candidates lost to a full queue (one decision brings at most ``config.model.experts``
-    candidates, which fit).
+    it does hangs on time; and they count each time that a demand asks for a slot until it gets one.
+    Three things are not modelled because drained pace never shows them: demands that find a
+    prefetch in flight or wait for its tile, prefetches that are given up, and candidates lost to a
+    full queue (one decision brings at most ``config.model.experts`` candidates, which fit).
 
     Order of answers: the RTL sends `Ready` and `Event` on separate streams, so that only the order
     within each kind counts. A resident expert is answered when it is looked up, a missing one when

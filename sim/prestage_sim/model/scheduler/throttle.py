@@ -13,8 +13,8 @@ _START = -25
 _LEAST, _MOST = -128, 127
 #: Probes are at least 2 ** that many misses apart.
 _SHORTEST = 4
-#: Evictions are counted modulo that; experts that were never evicted are half of it away.
-_EVICTIONS = 1 << 16
+#: Evictions are counted modulo 2 ** that, or more for very many slots.
+_EVICTION_BITS = 18
 
 
 def kind_of(source: int, deadline: int, *, routes: int) -> PrefetchKind:
@@ -45,6 +45,10 @@ class Throttle:
         self._count = config.model.layers * config.model.experts
         self.enable = False
         self.register = register_by_name("throttle").reset or 0
+        self._jump = 1 << config.slots.bit_length()
+        self._modulus = max(1 << _EVICTION_BITS, 4 * self._jump)
+        self._evictions = 0
+        self._evicted = [0] * self._count  # when each expert was evicted last
         self.clear()
 
     @property
@@ -71,8 +75,8 @@ class Throttle:
         self._open = [0] * kinds  # prefetches that were neither used nor evicted
         self._misses = [0] * kinds  # demand misses since the last probe
         self._apart = [_SHORTEST] * kinds
-        self._evictions = _EVICTIONS // 2
-        self._evicted = [0] * self._count  # when each expert was evicted last
+        # By more evictions than prefetches can lie about: all before is too far back to count.
+        self._evictions = (self._evictions + self._jump) % self._modulus
         self._owners: dict[int, tuple[int, PrefetchKind | None]] = {}
 
     @property
@@ -104,7 +108,7 @@ class Throttle:
         eviction than such prefetches lie about: without them, they would still be there.
         ``waits_for`` is the kind of a tile that the demand finds before it.
         """
-        age = (self._evictions - self._evicted[layer * self._experts + expert]) % _EVICTIONS
+        age = (self._evictions - self._evicted[layer * self._experts + expert]) % self._modulus
         for kind in PrefetchKind:
             self._misses[kind] = min(self._misses[kind] + 1, (1 << 16) - 1)
             cost = self._pollution if age < self._open[kind] else 0
@@ -159,7 +163,7 @@ class Throttle:
         """Note who has the slot now, and what became of the one before."""
         if evicted:
             number, before = self._owners[slot]
-            self._evictions = (self._evictions + 1) % _EVICTIONS
+            self._evictions = (self._evictions + 1) % self._modulus
             self._evicted[number] = self._evictions
             if unused:
                 assert before is not None
