@@ -72,4 +72,5 @@ def test_states_its_latency(experts, first, following):
     if experts <= 128:
         # Side by side no group waits for another; to compare more than four takes a cycle more.
         wide = Ranking(_device(_model(experts, 1), lanes=128))
-        assert (wide.first_candidate_cycles, wide.next_candidate_cycles) == (5 + int(experts > 32), 4)
+        first = 5 + int(experts > 32)
+        assert (wide.first_candidate_cycles, wide.next_candidate_cycles) == (first, 4)
