@@ -195,8 +195,10 @@ async def is_as_fast_as_promised(dut):
     experts, lanes = bench.config.model.experts, bench.config.predictor_lanes
     if experts <= 128:
         # Groups of 8 that share a bank take turns; more than four of them are a cycle farther away.
-        turns = math.ceil(math.ceil(experts / 8) / max(1, lanes // 8))
-        assert (first, following) == (6 if turns > 4 else 5, 4)
+        # To compare more than four groups at first takes a cycle more.
+        groups = math.ceil(experts / 8)
+        turns, slow = math.ceil(groups / max(1, lanes // 8)), int(groups > 4)
+        assert (first, following) == (5 + int(turns > 4) + slow, 4)
     worst_first = worst_following = worst_free = 0
     for _ in range(40):
         start = len(bench.candidates.received)

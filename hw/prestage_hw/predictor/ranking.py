@@ -105,7 +105,7 @@ class Ranking(wiring.Component):
     and the next layer's beats wait for the last of them to be taken:
 
     =========================================== =============================================
-    first candidate valid after ``go``'s cycle  ``first_candidate_cycles`` (6 for 128 in beats of 8)
+    first candidate valid after ``go``'s cycle  ``first_candidate_cycles`` (7 for 128 in beats of 8)
     from one candidate to the next              ``next_candidate_cycles`` (4 for 128 experts)
     values ready after the last one is taken    at most ``next_candidate_cycles``
     =========================================== =============================================
@@ -153,7 +153,7 @@ class Ranking(wiring.Component):
     @property
     def first_candidate_cycles(self):
         """Cycles from the transfer of ``go`` to the first candidate."""
-        return 5 + self._far + self._spread
+        return 5 + self._far + self._slow + self._spread
 
     @property
     def next_candidate_cycles(self):
@@ -187,12 +187,22 @@ class Ranking(wiring.Component):
         return -(-self._groups // self._banks)
 
     @property
+    def _slow(self):
+        """Cycles more that it takes to compare groups that are many, and so far apart."""
+        return int(self._groups > _FAN_IN)
+
+    @property
+    def _joins(self):
+        """Steps that leave 16 of more groups."""
+        steps, left = 0, self._groups
+        while left > _FAN_IN * _FAN_IN:
+            steps, left = steps + 1, -(-left // _FAN_IN)
+        return steps
+
+    @property
     def _far(self):
         """Cycles more that it takes to compare more than 16 groups."""
-        cycles, left = 0, self._groups
-        while left > _FAN_IN * _FAN_IN:
-            cycles, left = cycles + 1, -(-left // _FAN_IN)
-        return cycles
+        return 2 * self._joins
 
     def elaborate(self, platform):
         m = Module()
@@ -215,9 +225,10 @@ class Ranking(wiring.Component):
         entry_layout = data.StructLayout({"key": key_layout, "expert": unsigned(expert_bits)})
         local_layout = data.StructLayout({"key": key_layout, "lane": unsigned(lane_bits)})
 
-        def best(entries):
+        def best(entries, *, slow=False):
             """The best of up to four entries, of equal ones the first. All pairs are compared side
-            by side, which is one comparison deep.
+            by side, which is one comparison deep. If ``slow``, the values must be the same for two
+            cycles; who is present may change.
             """
             entries = list(entries)
             if len(entries) == 1:
@@ -226,8 +237,14 @@ class Ranking(wiring.Component):
             exceeds = {}
             for one, later in itertools.combinations(order, 2):
                 exceeds[one, later] = Signal(name=f"exceeds{one}{later}")
+                keys = entries[later].key, entries[one].key
+                if not slow:
+                    m.d.comb += exceeds[one, later].eq(keys[0].as_value() > keys[1].as_value())
+                    continue
+                greater = Signal(name=f"greater{one}{later}")
+                m.d.sync += greater.eq(keys[0].value > keys[1].value)
                 m.d.comb += exceeds[one, later].eq(
-                    entries[later].key.as_value() > entries[one].key.as_value()
+                    Mux(keys[0].present == keys[1].present, greater, keys[0].present)
                 )
             wins = [
                 Cat(
@@ -250,7 +267,8 @@ class Ranking(wiring.Component):
             return result
 
         def by_fours(entries):
-            return [best(entries[at : at + _FAN_IN]) for at in range(0, len(entries), _FAN_IN)]
+            fours = (entries[at : at + _FAN_IN] for at in range(0, len(entries), _FAN_IN))
+            return [best(four, slow=bool(self._slow)) for four in fours]
 
         # What happens in this cycle: lanes of a group, in one bank or in all, take new keys.
         load, patch, remove = Signal(), Signal(), Signal()
@@ -355,7 +373,7 @@ class Ranking(wiring.Component):
                 entry.expert.eq(Cat(kept.lane, Const(number, expert_bits - lane_bits))),
             ]
             entries.append(entry)
-        for step in range(self._far):
+        for step in range(self._joins):
             registers = []
             for at, entry in enumerate(by_fours(entries)):
                 register = Signal(entry_layout, name=f"far{step}_{at}")
@@ -397,7 +415,7 @@ class Ranking(wiring.Component):
         deadline = Signal(8)
         loading = Signal()
         emitted = Signal(range(most + 1))
-        settle = Signal(range(3 + self._far + self._spread))
+        settle = Signal(range(3 + self._far + self._slow + self._spread))
 
         m.d.comb += [
             load.eq(self.values.valid & self.values.ready),
@@ -434,9 +452,9 @@ class Ranking(wiring.Component):
                     m.next = "Settle"
             with m.State("Settle"):
                 # Two or three cycles until the last patch has reached the best of its group, then
-                # one or two to compare the groups.
+                # some to compare the groups.
                 m.d.sync += settle.eq(settle + 1)
-                with m.If(settle == 2 + self._far + self._spread):
+                with m.If(settle == 2 + self._far + self._slow + self._spread):
                     m.d.sync += [*gather, first.eq(1)]
                     m.next = "Pick"
             with m.State("Pick"):
