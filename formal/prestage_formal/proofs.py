@@ -1,0 +1,115 @@
+"""The proofs: name, instance, harness, depths, broken twin."""
+
+import importlib
+from dataclasses import dataclass, field
+
+from .mutation import Mutation
+
+__all__ = ["PROOFS", "Proof"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """One proof and its broken twin.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        Name on the command line.
+    statement : :class:`str`
+        What holds, in a sentence.
+    instance : :class:`str`
+        Parameters of the RTL that it is proven for.
+    harness : :class:`str`
+        ``"module:Class"`` in this package.
+    depth : :class:`int`
+        k of the k-induction, in cycles.
+    cover_depth : :class:`int`
+        Cycles within which every ``Cover`` must be reached.
+    twin : :class:`Mutation`
+        The change that breaks it.
+    twin_depth : :class:`int`
+        Cycles after reset within which the broken twin must fail.
+    parameters : :class:`dict`
+        Keyword arguments of the harness.
+    """
+
+    name: str
+    statement: str
+    instance: str
+    harness: str
+    depth: int
+    cover_depth: int
+    twin: Mutation
+    twin_depth: int
+    parameters: dict = field(default_factory=dict)
+
+    def build(self):
+        """The harness. Imports the RTL."""
+        module, _, name = self.harness.partition(":")
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(**self.parameters)
+
+
+PROOFS = (
+    Proof(
+        name="two-beats",
+        statement="TwoBeats hands on every beat once, in order; a waiting beat stays as it is.",
+        instance="payload of 4 bits",
+        harness="streams:TwoBeatsOrder",
+        depth=1,
+        cover_depth=6,
+        twin=Mutation(
+            name="the spare register is overwritten",
+            module="prestage_hw.predictor.two_beats",
+            old="self.incoming.ready.eq(~spare_valid)",
+            new="self.incoming.ready.eq(1)",
+        ),
+        twin_depth=8,
+    ),
+    Proof(
+        name="order-lists",
+        statement="Each list of OrderLists is a queue: entries leave once, in order.",
+        instance="2 lists, 4 entries",
+        harness="order:OrderListsQueues",
+        depth=1,
+        cover_depth=7,
+        twin=Mutation(
+            name="an entry that comes as the last one leaves is not the first",
+            module="prestage_hw.dma.order",
+            old="with m.If(pushed & (~self.filled[i] | (popped & ends))):",
+            new="with m.If(pushed & ~self.filled[i]):",
+        ),
+        twin_depth=8,
+    ),
+    Proof(
+        name="arbiter-priority",
+        statement="The arbiter chooses one that wants to, of the best class that wants to.",
+        instance="3 channels; classes and weights change at will",
+        harness="arbiter:ArbiterPriority",
+        depth=2,
+        cover_depth=6,
+        twin=Mutation(
+            name="the worst class goes first",
+            module="prestage_hw.dma.arbiter",
+            old="(self.traffic[d] < self.traffic[c])",
+            new="(self.traffic[d] > self.traffic[c])",
+        ),
+        twin_depth=6,
+    ),
+    Proof(
+        name="arbiter-fairness",
+        statement="A channel that wants to loses at most twice the sum of the others' weights in"
+        " a row inside its class.",
+        instance="3 channels, any constant classes and weights",
+        harness="arbiter:ArbiterFairness",
+        depth=2,
+        cover_depth=14,
+        twin=Mutation(
+            name="grants are not counted down",
+            module="prestage_hw.dma.arbiter",
+            old="base - chosen[c]",
+            new="base",
+        ),
+        twin_depth=24,
+    ),
+)
