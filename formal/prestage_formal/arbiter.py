@@ -7,7 +7,7 @@ from amaranth.hdl import Assert, Assume, Cover
 from .harness import Inside, drive_freely, lemma
 from .instances import dma_device
 
-__all__ = ["ArbiterFairness", "ArbiterPriority"]
+__all__ = ["ArbiterFairness", "ArbiterPriority", "order_lemmas"]
 
 
 def _arbiter(m):
@@ -26,29 +26,46 @@ def _arbiter(m):
     return block, inside, since
 
 
-def _order(m, block, inside):
-    """State of the cycle before, and lemmas that the block's order follows from it."""
-    count = len(block.wants)
-    left = [inside.signal(f"left_{c}") for c in range(count)]
+def order_lemmas(m, inside, traffic, *, prefix=""):
+    """State of an arbiter in the cycle before, and lemmas that its order follows from it.
+
+    Parameters
+    ----------
+    m : Module
+        Harness.
+    inside : :class:`Inside`
+        Block with the arbiter.
+    traffic : array
+        Class of each channel.
+    prefix : :class:`str`
+        Where the arbiter is in the block, with a dot at its end.
+
+    Returns
+    -------
+    tuple
+        Grants left to each channel, now and in the cycle before, classes in the cycle before, and
+        whether there was one.
+    """
+    count = len(inside.signal(f"{prefix}has_left"))
+    left = [inside.signal(f"{prefix}left_{c}") for c in range(count)]
     traffic_before = [Signal(2, name=f"traffic_before_{c}") for c in range(count)]
     left_before = [Signal(4, name=f"left_before_{c}") for c in range(count)]
     known = Signal()
     m.d.sync += known.eq(1)
     for c in range(count):
-        m.d.sync += [traffic_before[c].eq(block.traffic[c]), left_before[c].eq(left[c])]
+        m.d.sync += [traffic_before[c].eq(traffic[c]), left_before[c].eq(left[c])]
         for d in range(count):
+            is_before = inside.signal(f"{prefix}before_{c}")[d]
             if c == d:
-                m.d.comb += lemma(~inside.signal(f"before_{c}")[c])
+                m.d.comb += lemma(~is_before)
                 continue
             d_has, c_has = left_before[d] != 0, left_before[c] != 0
             rights = (d_has | ~c_has) if d < c else (d_has & ~c_has)
             before = (traffic_before[d] < traffic_before[c]) | (
                 (traffic_before[d] == traffic_before[c]) & rights
             )
-            m.d.comb += lemma(~known | (inside.signal(f"before_{c}")[d] == before))
-    # Who goes before whom is known a cycle after reset.
-    m.d.comb += Assume(known | (block.wants == 0))
-    return left, left_before, traffic_before
+            m.d.comb += lemma(~known | (is_before == before))
+    return left, left_before, traffic_before, known
 
 
 class ArbiterPriority(Elaboratable):
@@ -58,8 +75,10 @@ class ArbiterPriority(Elaboratable):
         m = Module()
         block, inside, since = _arbiter(m)
         drive_freely(m, block)
-        _, _, traffic_before = _order(m, block, inside)
+        _, _, traffic_before, known = order_lemmas(m, inside, block.traffic)
         wants, choice = block.wants, block.choice
+        # Who goes before whom is known a cycle after reset.
+        m.d.comb += Assume(known | (wants == 0))
         channels = range(len(wants))
         m.d.comb += [
             Assert((choice & ~wants) == 0),
@@ -83,7 +102,7 @@ class ArbiterFairness(Elaboratable):
         m = Module()
         block, inside, since = _arbiter(m)
         drive_freely(m, block, but=("traffic", "weight"))
-        left, left_before, _ = _order(m, block, inside)
+        left, left_before, _, known = order_lemmas(m, inside, block.traffic)
         channels = range(len(block.wants))
         traffic, weight = (
             [Signal(width, name=f"{name}_{c}") for c in channels]
@@ -97,6 +116,7 @@ class ArbiterFairness(Elaboratable):
                 block.weight[c].eq(weight[c]),
                 Assume(weight[c] != 0),
             ]
+        m.d.comb += Assume(known | (block.wants == 0))
         chosen = inside.signal("chosen")
         waiting = [Signal(8, name=f"waited_{c}") for c in channels]
         for c in channels:

@@ -4,7 +4,7 @@ from amaranth import Const, Signal
 from amaranth.asserts import AnySeq
 from amaranth.hdl import Assert, Fragment, MemoryInstance
 from amaranth.hdl import _ast as ast
-from amaranth.lib import data
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
 __all__ = ["Held", "Inside", "drive_freely", "lemma", "without_lemmas"]
@@ -95,6 +95,14 @@ class Inside:
                     names.add(signal.name)
                     if signal.name == last:
                         found.add(signal)
+        if len(found) > 1:
+            # A port of that name is reached through the block.
+            ports = ast.SignalSet()
+            for origin in fragment.origins or ():
+                for _, _, port in getattr(origin, "signature", wiring.Signature({})).flatten(origin):
+                    if isinstance(port := ast.Value.cast(port), Signal):
+                        ports.add(port)
+            found = ast.SignalSet(signal for signal in found if signal not in ports)
         if len(found) != 1:
             raise ValueError(
                 f"Signal {name!r} must be there once among {', '.join(sorted(names))},"
@@ -156,6 +164,8 @@ class Held:
     ----------
     kept : Value
         The property.
+    waited : Value
+        A beat was offered and not taken in the cycle before.
     """
 
     def __init__(self, m, valid, ready, payload, *, name):
@@ -163,4 +173,5 @@ class Held:
         waited = Signal(name=f"{name}_waited")
         before = Signal(len(payload), name=f"{name}_before")
         m.d.sync += [waited.eq(valid & ~ready), before.eq(payload)]
+        self.waited = waited
         self.kept = ~waited | (valid & (payload == before))

@@ -50,6 +50,11 @@ class Proof:
         return getattr(importlib.import_module(f"{__package__}.{module}"), name)(**self.parameters)
 
 
+DMA_INSTANCE = (
+    "2 channels, 2 IDs, queues of 2, tiles of 8 beats, bursts of up to 4 beats, 3 outstanding,"
+    " 16-bit addresses"
+)
+
 PROOFS = (
     Proof(
         name="two-beats",
@@ -111,5 +116,21 @@ PROOFS = (
             new="base",
         ),
         twin_depth=24,
+    ),
+    Proof(
+        name="dma-address-channel",
+        statement="ARVALID and its payload stay until ARREADY; no burst crosses 4 KiB, is longer"
+        " than configured, or has a part of a beat.",
+        instance=DMA_INSTANCE,
+        harness="dma:AddressChannel",
+        depth=2,
+        cover_depth=14,
+        twin=Mutation(
+            name="bursts do not end where the longest would",
+            module="prestage_hw.dma.midend",
+            old="fits.eq(~at_read[:8] & settings.mask)",
+            new="fits.eq(settings.mask)",
+        ),
+        twin_depth=12,
     ),
 )
