@@ -133,4 +133,36 @@ PROOFS = (
         ),
         twin_depth=12,
     ),
+    Proof(
+        name="dma-credits",
+        statement="A burst leaves only while its channel has fewer outstanding than its credits, and"
+        " all together fewer than the engine has; no credit is lost, none is counted twice.",
+        instance=DMA_INSTANCE,
+        harness="dma:Credits",
+        depth=2,
+        cover_depth=16,
+        twin=Mutation(
+            name="a burst that was chosen does not count yet",
+            module="prestage_hw.dma.midend",
+            old="(self.outstanding[c] + (pending & (self.channel == c)) < settings.credits)",
+            new="(self.outstanding[c] < settings.credits)",
+        ),
+        twin_depth=20,
+    ),
+    Proof(
+        name="dma-lower-credits",
+        statement="A burst of a class below demand leaves only while fewer of those classes that"
+        " somebody waits for are outstanding than lower_credits.",
+        instance=DMA_INSTANCE,
+        harness="dma:LowerCredits",
+        depth=2,
+        cover_depth=16,
+        twin=Mutation(
+            name="demands and all others are told apart the wrong way round",
+            module="prestage_hw.dma.midend",
+            old="(~lower[c] | lower_room)",
+            new="(lower[c] | lower_room)",
+        ),
+        twin_depth=20,
+    ),
 )
