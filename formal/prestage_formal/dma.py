@@ -168,7 +168,14 @@ class _Ledger:
         for c in channels:
             count = lists.counts[c]
             self.booked.append(self.outstanding[c] == count + (ends & (beat.channel == c)))
-            m.d.comb += lemma(self.outstanding[c] == self.live[c] + dead[c])
+            m.d.comb += [
+                lemma(self.booked[c]),
+                lemma(self.outstanding[c] == self.live[c] + dead[c]),
+                lemma(self.outstanding[c] <= engine.bursts),
+                lemma(
+                    ~(engine.burst & (engine.channel == c)) | (self.outstanding[c] < engine.bursts)
+                ),
+            ]
             for j, entry in enumerate(lists.queues[c]):
                 burst = Array(table)[entry].burst
                 m.d.comb += lemma(~(j < count) | (burst.channel == c))
@@ -257,24 +264,28 @@ class _Classes:
             m.d.comb += lemma(~known | (lower[c] == (c != 0)))
         # What a choice knows: the limit and the bursts of two cycles before.
         limit = signal("midend.lower_credits")
-        self.limit_before = Signal(5)
-        self.limit_two_before = Signal(5)
+        reset = engine.config.lower_credits
+        self.limit_before = Signal(5, init=reset)
+        self.limit_two_before = Signal(5, init=reset)
         m.d.sync += [
             self.limit_before.eq(limit),
             self.limit_two_before.eq(self.limit_before),
         ]
         credit = signal("midend.credit")
-        m.d.comb += [
-            lemma(~self.room | ~known | (self.live + (engine.burst & ~engine.read) < self.limit_before)),
-        ]
-        started = Signal()
-        m.d.sync += started.eq(known)
+        to_come = engine.burst & ~engine.read
+        m.d.comb += lemma(~self.room | ~known | (self.live + to_come < self.limit_before))
         for c in channels[1:]:
             may = engine.choosing & credit[c]
-            m.d.comb += lemma(~may | ~started | (self.live < self.limit_two_before))
-        self.started = started
-        m.d.comb += lemma(known | (credit == 0))
-        m.d.comb += lemma(known | ~started)
+            m.d.comb += lemma(~may | (self.live < self.limit_two_before))
+        # In the first two cycles after reset nothing has left.
+        started = Signal()
+        m.d.sync += started.eq(known)
+        m.d.comb += [
+            lemma(known | (credit == 0)),
+            lemma(known | ~started),
+            lemma(started | ((self.live == 0) & ~engine.burst)),
+            lemma((limit != 0) & (self.limit_before != 0) & (self.limit_two_before != 0)),
+        ]
 
 
 class LowerCredits(Elaboratable):
