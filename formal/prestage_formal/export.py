@@ -28,7 +28,7 @@ def main(arguments=None):
     # The clock has no reset: a proof begins after reset.
     m = Module()
     m.domains.sync = clock = ClockDomain(reset_less=True)
-    m.submodules.harness = proof.build()
+    m.submodules.harness = proof.build(broken=variant == "broken")
     # Memories start with anything, as on a chip after reset.
     with without_zero_memories():
         text = rtlil.convert(m, name="top", ports=[clock.clk])

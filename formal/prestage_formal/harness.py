@@ -4,7 +4,7 @@ from amaranth import Const, Signal
 from amaranth.asserts import AnySeq
 from amaranth.hdl import Assert, Fragment, MemoryInstance
 from amaranth.hdl import _ast as ast
-from amaranth.lib import data, wiring
+from amaranth.lib import wiring
 from amaranth.lib.wiring import In
 
 __all__ = ["Held", "Inside", "drive_freely", "lemma", "without_lemmas"]
@@ -96,9 +96,10 @@ class Inside:
                     if signal.name == last:
                         found.add(signal)
         if len(found) > 1:
-            # A port of that name is reached through the block.
+            # Ports, its own and those of its submodules, are reached through their components.
             ports = ast.SignalSet()
-            for origin in fragment.origins or ():
+            parts = (fragment, *(part for part, _, _ in fragment.subfragments))
+            for origin in (o for part in parts for o in part.origins or ()):
                 for _, _, port in getattr(origin, "signature", wiring.Signature({})).flatten(origin):
                     if isinstance(port := ast.Value.cast(port), Signal):
                         ports.add(port)
@@ -111,9 +112,62 @@ class Inside:
         (signal,) = found
         return signal
 
-    def layout(self, name, shape):
-        """The signal with that name as a view with that layout."""
-        return data.View(shape, self.signal(name))
+    def states(self, name):
+        """Function that says whether the state machine with that signal is in one of some states."""
+        signal = self.signal(name)
+        numbers = {}
+        for number in range(1 << len(signal)):
+            try:
+                numbers[signal.decoder(number).rpartition("/")[0]] = number
+            except KeyError:
+                break
+        return lambda *names: ast.Cat(signal == numbers[n] for n in names or numbers).any()
+
+    def delays(self, path, *, of, cycles):
+        """Registers that hold a value one cycle later, two cycles later and so on.
+
+        Parameters
+        ----------
+        path : :class:`str`
+            Submodule, "" for the block.
+        of : iterable of :class:`str` or Signal
+            Signals that the value is made of; a single one is the value itself.
+        cycles : :class:`int`
+            Length of the chain.
+
+        Raises
+        ------
+        ValueError
+            If there is no such chain, or more than one.
+        """
+        prefix = f"{path}." if path else ""
+        sources = [
+            name if isinstance(name, Signal) else self.signal(f"{prefix}{name}") for name in of
+        ]
+        fragment = self._find(path.split(".") if path else ())
+        registers = {}
+        for statement in fragment.statements.get("sync", ()):
+            if isinstance(statement, ast.Assign) and isinstance(statement.lhs, ast.Signal):
+                registers.setdefault(id(statement.rhs), []).append(statement)
+        starts = [
+            statement.lhs
+            for statements in registers.values()
+            for statement in statements
+            if (
+                statement.rhs is sources[0]
+                if len(sources) == 1
+                else all(source in statement.rhs._rhs_signals() for source in sources)
+            )
+        ]
+        if len(starts) != 1:
+            raise ValueError(f"Delay of {of} must be there once, not {len(starts)} times")
+        chain = starts
+        while len(chain) < cycles:
+            following = [s.lhs for s in registers.get(id(chain[-1]), ())]
+            if len(following) != 1:
+                raise ValueError(f"Delay of {of} ends after {len(chain)} cycles")
+            chain.append(following[0])
+        return chain
 
     def row(self, name, address):
         """What a memory holds at an address, read by a port of its own.

@@ -25,11 +25,11 @@ def dma_device(**changes):
     return DeviceConfig(**(values | changes))
 
 
-def buffer_device(**changes):
-    """Three slots, two contexts, two layers of two experts, one chosen a token."""
+def buffer_device(*, layers=2, experts=4, **changes):
+    """Four slots, two contexts, two layers of four experts, one chosen a token."""
     values = {
-        "model": ModelConfig(name="proof", layers=2, experts=2, top_k=1),
-        "slots": 3,
+        "model": ModelConfig(name="proof", layers=layers, experts=experts, top_k=1),
+        "slots": 4,
         "expert_bytes": 1024,
         "tile_bytes": 512,
         "contexts": 2,

@@ -30,8 +30,8 @@ class Proof:
         The change that breaks it.
     twin_depth : :class:`int`
         Cycles after reset within which the broken twin must fail.
-    parameters : :class:`dict`
-        Keyword arguments of the harness.
+    twin_parameters : :class:`dict`
+        Keyword arguments of the harness for the broken twin: a smaller instance fails sooner.
     """
 
     name: str
@@ -42,18 +42,21 @@ class Proof:
     cover_depth: int
     twin: Mutation
     twin_depth: int
-    parameters: dict = field(default_factory=dict)
+    twin_parameters: dict = field(default_factory=dict)
 
-    def build(self):
+    def build(self, *, broken=False):
         """The harness. Imports the RTL."""
         module, _, name = self.harness.partition(":")
-        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(**self.parameters)
+        parameters = self.twin_parameters if broken else {}
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(**parameters)
 
 
 DMA_INSTANCE = (
     "2 channels, 2 IDs, queues of 2, tiles of 8 beats, bursts of up to 4 beats, 3 outstanding,"
     " 16-bit addresses"
 )
+
+BUFFER_INSTANCE = "4 slots, 2 contexts, 2 layers of 4 experts, 1 chosen a token, 2 tiles an expert"
 
 PROOFS = (
     Proof(
@@ -164,5 +167,22 @@ PROOFS = (
             new="(lower[c] | lower_room)",
         ),
         twin_depth=20,
+    ),
+    Proof(
+        name="buffer-slots",
+        statement="A slot that is pinned, filling or locked is never given to another expert; an"
+        " expert is in one slot at most; a result names the slot that holds it.",
+        instance=BUFFER_INSTANCE,
+        harness="buffer:Slots",
+        depth=2,
+        cover_depth=45,
+        twin=Mutation(
+            name="a slot that is filling may be taken",
+            module="prestage_hw.buffer.buffer",
+            old="may_take.eq((state.pins == 0) & ~state.filling & ~state.locked)",
+            new="may_take.eq((state.pins == 0) & ~state.locked)",
+        ),
+        twin_depth=34,
+        twin_parameters={"lru": True, "slots": 2, "contexts": 1, "layers": 1},
     ),
 )
