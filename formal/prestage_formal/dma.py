@@ -9,7 +9,7 @@ from .harness import Held, Inside, drive_freely, lemma
 from .instances import dma_device
 from .order import Queues
 
-__all__ = ["AddressChannel", "Credits", "LowerCredits"]
+__all__ = ["AddressChannel", "Credits", "DemandFirst", "LowerCredits"]
 
 
 class _Engine:
@@ -307,4 +307,37 @@ class LowerCredits(Elaboratable):
             Cover(engine.issue & lower & (granted == 1)),
             Cover(engine.issue & lower & (granted == 3) & (classes.live == 2)),
         ]
+        return m
+
+
+class DemandFirst(Elaboratable):
+    """Settings as after reset: a tile's worth of bursts may be outstanding below demand."""
+
+    def elaborate(self, platform):
+        m = Module()
+        engine = _Engine(m, channels=2, but=("settings.valid", "commit"))
+        ledger = _Ledger(m, engine)
+        classes = _Classes(m, engine, ledger)
+        signal, config = engine.inside.signal, engine.config
+        wants, choice = signal("midend.arbiter.wants"), signal("midend.arbiter.choice")
+        chosen = engine.burst & (engine.channel != 0)
+        longest = config.longest_burst
+        m.d.comb += [
+            # Beats that may come for others once a demand wants to.
+            Assert((classes.live + chosen) * longest <= config.tile_beats),
+            # Nobody below is chosen from then on.
+            Assert(~(engine.choosing & wants[0]) | (choice == 1)),
+            lemma(classes.limit_before == config.lower_credits),
+            lemma(classes.limit_two_before == config.lower_credits),
+            lemma(signal("midend.lower_credits") == config.lower_credits),
+            lemma(~chosen | (classes.live < config.lower_credits)),
+            lemma(classes.live <= config.lower_credits),
+            Cover(chosen & ((classes.live + 1) * longest == config.tile_beats)),
+            Cover(engine.choosing & (wants == 3) & (classes.live == 1)),
+        ]
+        for c in engine.channels:
+            for setting in (engine.shadow[c], engine.active[c]):
+                m.d.comb += lemma(setting.traffic == c)
+        m.d.comb += [lemma(~signal("settings.good")), lemma(~signal("settings.arrived"))]
+        m.d.comb += lemma(signal("settings.commits") == 0)
         return m

@@ -169,6 +169,22 @@ PROOFS = (
         twin_depth=20,
     ),
     Proof(
+        name="dma-demand-first",
+        statement="When a demand wants to, at most a tile of beats below it is on its way or chosen,"
+        " and nothing below it is chosen.",
+        instance=DMA_INSTANCE + "; settings as after reset",
+        harness="dma:DemandFirst",
+        depth=2,
+        cover_depth=16,
+        twin=Mutation(
+            name="bursts below demand have one credit too many",
+            module="prestage_hw.dma.midend",
+            old="                < self.lower_credits\n",
+            new="                <= self.lower_credits\n",
+        ),
+        twin_depth=16,
+    ),
+    Proof(
         name="buffer-slots",
         statement="A slot that is pinned, filling or locked is never given to another expert; an"
         " expert is in one slot at most; a result names the slot that holds it.",
