@@ -5,9 +5,8 @@ from amaranth.asserts import AnySeq
 from amaranth.hdl import Assert, Assume, Cover
 from amaranth.lib import data
 
-from prestage_hw.contract.records import BufferCode, BufferOp, Policy
-
 from prestage_hw.buffer.directory import EntryState
+from prestage_hw.contract.records import BufferCode, BufferOp, Policy
 
 from .harness import Inside, drive_freely, lemma
 from .instances import buffer_device
@@ -95,11 +94,7 @@ class _Book:
             with m.Elif(new & found & (result.slot == s) & (op == BufferOp.UNLOCK)):
                 m.d.comb += after["locked"][s].eq(0)
             with m.Elif(
-                new
-                & (code == BufferCode.RESIDENT)
-                & ended
-                & (request.slot == s)
-                & self.filling[s]
+                new & (code == BufferCode.RESIDENT) & ended & (request.slot == s) & self.filling[s]
             ):
                 m.d.comb += after["filling"][s].eq(0)
                 with m.If(gone):
@@ -187,7 +182,9 @@ class Slots(Elaboratable):
                 # Invariant 2: an expert that has a slot gets no other; what is found is there.
                 Assert(~allocated | ~holds),
                 Assert(~(found & named[s]) | holds),
-                Assert(~(found & named[s]) | ((result.code == BufferCode.FILLING) == book.filling[s])),
+                Assert(
+                    ~(found & named[s]) | ((result.code == BufferCode.FILLING) == book.filling[s])
+                ),
                 # A prefetch that is wanted, or was locked, is not cancelled.
                 Assert(
                     ~(new & (request.op == BufferOp.CANCEL) & (result.code == BufferCode.RESIDENT))
@@ -261,11 +258,7 @@ class Slots(Elaboratable):
                 | (op != BufferOp.UNLOCK)
                 | is_resident
             ),
-            lemma(
-                ~at("FILL READ", "FILL")
-                | (op == BufferOp.FILL)
-                | (op == BufferOp.CANCEL)
-            ),
+            lemma(~at("FILL READ", "FILL") | (op == BufferOp.FILL) | (op == BufferOp.CANCEL)),
             lemma(~releasing | (op == BufferOp.RELEASE)),
         ]
         for field in ("op", "layer", "expert", "ctx", "slot", "last", "failed"):
@@ -347,7 +340,9 @@ class Slots(Elaboratable):
                 lemma(~begun | (~row.valid & (kept.valid == pinned))),
                 lemma(~begun | ~pinned | (kept.slot == slot)),
                 lemma(~(at("UNPIN") & ~done & named) | is_same(pin, row)),
-                lemma(~(at("UNPIN CAPTURE") & ~done & named) | is_same(signal("directory.pin"), row)),
+                lemma(
+                    ~(at("UNPIN CAPTURE") & ~done & named) | is_same(signal("directory.pin"), row)
+                ),
                 # A demand that is worked on has no pin yet.
                 lemma(
                     ~(at("FETCH", *lookup) & named & (op == BufferOp.DEMAND) & (inner.index == 0))
@@ -389,9 +384,7 @@ class Slots(Elaboratable):
             lemma(searching | (~asking & ~Cat(*stages, *last).any())),
             lemma(~asked[0] | (Value.cast(read_state) == rows[numbers[0]])),
             lemma(~asked[1] | (Value.cast(state) == rows[numbers[1]])),
-            lemma(
-                ~(asked[2] & signal("victims.may")) | may_take(slot_layout(rows[numbers[2]]))
-            ),
+            lemma(~(asked[2] & signal("victims.may")) | may_take(slot_layout(rows[numbers[2]]))),
             lemma(~(searching & found) | may_take(slot_layout(rows[signal("victims.victim")]))),
         ]
         for stage, is_eligible in enumerate(eligible):

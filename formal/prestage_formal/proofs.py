@@ -138,8 +138,8 @@ PROOFS = (
     ),
     Proof(
         name="dma-credits",
-        statement="A burst leaves only while its channel has fewer outstanding than its credits, and"
-        " all together fewer than the engine has; no credit is lost, none is counted twice.",
+        statement="A burst leaves only while its channel has fewer outstanding than its credits,"
+        " and all together fewer than the engine has; no credit is lost, none is counted twice.",
         instance=DMA_INSTANCE,
         harness="dma:Credits",
         depth=2,
@@ -170,8 +170,8 @@ PROOFS = (
     ),
     Proof(
         name="dma-demand-first",
-        statement="When a demand wants to, at most a tile of beats below it is on its way or chosen,"
-        " and nothing below it is chosen.",
+        statement="When a demand wants to, at most a tile of beats below it is on its way or"
+        " chosen, and nothing below it is chosen.",
         instance=DMA_INSTANCE + "; settings as after reset",
         harness="dma:DemandFirst",
         depth=2,

@@ -472,7 +472,7 @@ class BackEnd(wiring.Component):
         m.d.sync += [
             expiring.eq(Mux(expiring, goes_on, overdue.any())),
             expiring_entry.eq(tiles.head),
-            # Not if the channel's last open tile has ended meanwhile: its next one may be open then.
+            # Not if the channel's last open tile has ended meanwhile: its next may be open then.
             looked_up.eq(expiring & goes_on),
         ]
         with m.If(~expiring):
