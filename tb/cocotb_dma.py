@@ -661,27 +661,6 @@ async def time_out(dut):
 
 
 @cocotb.test()
-async def time_out_meets_the_last_beat(dut):
-    """A tile's last beat comes as its time is over, and its channel's next tile begins."""
-    tb = TB(dut)
-    await reset(dut)
-    config = tb.config
-    dut.timeout.value = 8
-    for latency in range(4, 14):
-        tb.memory.latency = latency
-        for wait in range(14):
-            tb.fetches.send(tb.fetch(0x8000, size=config.data_bytes, tag=0))
-            await cycles(dut, wait)
-            tb.fetches.send(tb.fetch(0x9000, size=config.data_bytes, tag=1))
-            await tb.done(2)
-            while tb.memory.waiting:
-                await RisingEdge(dut.clk)
-            await cycles(dut, 8)
-    tags = [record["tag"] for _, _, record in tb.completed]
-    assert tags == [0, 1] * (len(tags) // 2)
-
-
-@cocotb.test()
 async def address_stuck(dut):
     """``arready`` stays low past the time-out."""
     tb = TB(dut, latency=3)
