@@ -1,7 +1,7 @@
 """The expert buffer: a slot in use is never given away, and an expert is in one slot at most."""
 
-from amaranth import Array, Cat, Elaboratable, Module, Signal, Value
-from amaranth.asserts import AnySeq
+from amaranth import Array, Cat, Elaboratable, Module, Mux, Signal, Value
+from amaranth.asserts import AnyConst, AnySeq
 from amaranth.hdl import Assert, Assume, Cover
 from amaranth.lib import data
 
@@ -11,7 +11,7 @@ from prestage_hw.contract.records import BufferCode, BufferOp, Policy
 from .harness import Inside, drive_freely, lemma
 from .instances import buffer_device
 
-__all__ = ["Slots"]
+__all__ = ["Answers", "Slots"]
 
 
 class _Book:
@@ -393,3 +393,104 @@ class Slots(Elaboratable):
         for i, ended in enumerate(last):
             before = Cat(asking, *stages[:i], *last[:i])
             m.d.comb += lemma(~ended | ~before.any())
+
+
+class Answers(Elaboratable):
+    """Every request, in any order, with policies that search: LFU and NEXT_USE."""
+
+    def __init__(self, **device):
+        self.device = device
+
+    def elaborate(self, platform):
+        from prestage_hw.buffer.buffer import ExpertBuffer
+
+        m = Module()
+        config = buffer_device(**self.device)
+        block = ExpertBuffer(config=config, valued=True)
+        inside = Inside(block)
+        m.submodules.block = inside.fragment
+        drive_freely(m, block, but=("policy",))
+        at = inside.states("fsm_state")
+        signal = inside.signal
+        m.d.comb += block.policy.eq(Mux(AnyConst(1), Policy.LFU, Policy.NEXT_USE))
+
+        # Cycles since the request was taken that is worked on.
+        waited = Signal(8)
+        offered = Signal()
+        new = Signal()
+        idle, clearing = at("IDLE"), at("CLEAR")
+        busy = ~idle & ~clearing
+        m.d.comb += new.eq(block.results.valid & ~offered)
+        m.d.sync += [
+            offered.eq(block.results.valid & ~block.results.ready),
+            waited.eq(Mux(block.requests.valid & block.requests.ready, 1, waited + 1)),
+        ]
+        code, op = block.results.payload.code, signal("request")[:3]
+        fills, releases = (op == BufferOp.FILL) | (op == BufferOp.CANCEL), op == BufferOp.RELEASE
+        looked = ~fills & ~releases
+        found = looked & ((code == BufferCode.RESIDENT) | (code == BufferCode.FILLING))
+        lost = (code == BufferCode.NO_SLOT) | (code == BufferCode.OUTBID)
+        allocated = code == BufferCode.ALLOCATED
+        search = block.search_latency
+        m.d.comb += [
+            # Work that began ends, and in the number of cycles that the docstring promises.
+            Assert(~busy | (waited <= search)),
+            Assert(~(busy & ~block.results.valid) | (waited < search)),
+            Assert(~(new & found) | (waited == block.lookup_latency)),
+            Assert(~(new & allocated) | (waited == search)),
+            Assert(~(new & lost) | (waited <= search - 2)),
+            Assert(~(new & fills) | (waited <= block.fill_latency)),
+            Assert(~(new & releases) | (waited <= block.release_latency)),
+            Assert(~(busy & fills) | (waited < block.fill_latency)),
+            Assert(~(busy & releases) | (waited < block.release_latency)),
+            # A clearing ends, too, so that requests are taken again.
+            Assert(~clearing | (signal("row") < block.clear_cycles)),
+            Cover(new & allocated),
+            Cover(new & releases & (code != BufferCode.INVALID)),
+        ]
+
+        is_resident, done = signal("is_resident"), signal("done")
+        asking, searching = signal("victims.asking"), signal("victims.searching")
+        asked = (signal("victims.step") * config.contexts) + signal("victims.ctx")
+        asks = (block._victims.samples + 2) * config.contexts
+        last = inside.delays("victims", of=("last",), cycles=11)
+        passes = signal("victims.passes")
+        fetched = (
+            (at("FETCH"), 1),
+            (at("LOOKUP") | (at("UNPIN CAPTURE") & ~done) | at("FILL READ"), 2),
+            (at("CAPTURE") & is_resident, 3),
+            (at("TOUCH") & is_resident, 4),
+            (at("ALLOCATE") & is_resident, 5),
+            (at("FILL") | (at("UNPIN") & ~done), 3),
+            (at("UNPIN READ"), 4),
+            (at("UNPIN CAPTURE") & done, 5),
+            (at("UNPIN") & done, 6),
+            (at("CAPTURE") & ~is_resident, search - 2),
+            (at("TOUCH") & ~is_resident, search - 1),
+            (at("ALLOCATE") & ~is_resident, search),
+            *((ended, 2 + asks + i) for i, ended in enumerate(last, 1)),
+        )
+        m.d.comb += [
+            lemma(at()),
+            lemma(~at("READ", "CHECK")),
+            lemma(~block.results.valid | idle | at("ALLOCATE")),
+            lemma(~at("ALLOCATE") | new),
+            lemma(searching == at("SEARCH")),
+            lemma(searching == (asking | Cat(last).any())),
+            lemma(~asking | (waited == 3 + asked)),
+            lemma(~asking | ((passes == 0) & (asked < asks))),
+            lemma(signal("victims.ctx") < config.contexts),
+            lemma(~Cat(last).any() | (passes == 1)),
+            lemma(at("UNPIN", "UNPIN READ", "UNPIN CAPTURE") | ~done),
+            lemma(~at("UNPIN READ") | done),
+            lemma(~at("UNPIN", "UNPIN READ", "UNPIN CAPTURE") | releases),
+            lemma(~at("FILL READ", "FILL") | fills),
+            lemma(~at("LOOKUP", "SEARCH", "CAPTURE", "TOUCH", "ALLOCATE") | looked),
+            lemma(~at("SEARCH") | ~is_resident),
+            *(lemma(~when | (waited == cycles)) for when, cycles in fetched),
+        ]
+        for i, ended in enumerate(last):
+            m.d.comb += lemma(~ended | ~Cat(asking, *last[:i]).any())
+        inner = block.requests.payload.shape()(signal("request"))
+        m.d.comb += lemma(~(at("UNPIN CAPTURE", "UNPIN") & ~done) | (inner.index == 0))
+        return m

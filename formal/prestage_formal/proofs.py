@@ -137,6 +137,21 @@ PROOFS = (
         twin_depth=12,
     ),
     Proof(
+        name="dma-streams",
+        statement="Beats for the buffer and completions stay as they are until they are taken.",
+        instance=DMA_INSTANCE,
+        harness="dma:Streams",
+        depth=2,
+        cover_depth=16,
+        twin=Mutation(
+            name="a beat that waits for the buffer makes room",
+            module="prestage_hw.dma.backend",
+            old="room.eq((~write_valid | self.writes.ready) & (~final | done_room))",
+            new="room.eq(~final | done_room)",
+        ),
+        twin_depth=16,
+    ),
+    Proof(
         name="dma-credits",
         statement="A burst leaves only while its channel has fewer outstanding than its credits,"
         " and all together fewer than the engine has; no credit is lost, none is counted twice.",
@@ -200,5 +215,22 @@ PROOFS = (
         ),
         twin_depth=34,
         twin_parameters={"lru": True, "slots": 2, "contexts": 1, "layers": 1},
+    ),
+    Proof(
+        name="buffer-answers",
+        statement="The buffer answers every request in the cycles that it promises, and clears"
+        " itself in bounded time.",
+        instance=BUFFER_INSTANCE + "; policies LFU and NEXT_USE",
+        harness="buffer:Answers",
+        depth=2,
+        cover_depth=42,
+        twin=Mutation(
+            name="a release never comes to its last pin",
+            module="prestage_hw.buffer.buffer",
+            old="done.eq(request.index == self.config.model.top_k - 1)",
+            new="done.eq(0)",
+        ),
+        twin_depth=16,
+        twin_parameters={"slots": 2, "contexts": 1, "layers": 1},
     ),
 )
