@@ -8,13 +8,13 @@ FORM ?= lite
 
 export SIM
 
-.PHONY: help setup demo test soak sim lint docs verilog bitstream area bench coverage clean
+.PHONY: help setup demo test soak sim formal lint docs verilog bitstream area bench coverage clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r t s; do printf '%-10s %s\n' "$$t" "$$s"; done
 
 setup: ## Install everything for development into .venv.
-	@scripts/setup.sh test,lint,docs,fpga
+	@scripts/setup.sh test,lint,docs,fpga,formal
 
 demo: ## Replay 2048 tokens of the shipped model on the simulated RTL and write build/demo.html.
 	@scripts/setup.sh sim && mkdir -p build && .venv/bin/prestage replay models/tinymoe/traces/tinymoe__code.npz --device sim:// --first 2048 --report build/demo.html
@@ -27,6 +27,9 @@ soak: ## Run the benches that make test leaves out: more shapes of blocks that i
 
 sim: ## Run the benches only; SIM=icarus takes Icarus Verilog in place of Verilator.
 	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2 tb
+
+formal: ## Prove properties of the RTL by k-induction, and that each proof fails once the RTL is broken.
+	@scripts/setup.sh formal && $(PYTHON_ENV) -m prestage_formal --json build/formal.json
 
 lint: ## Check style, formatting and types.
 	@scripts/setup.sh lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

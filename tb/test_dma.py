@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import pytest
+from amaranth.sim import Simulator
 
 from prestage_hw.contract import DeviceConfig, preset
 from prestage_hw.contract.params import TINY_DEVICE
@@ -155,3 +156,60 @@ def test_bars(tmp_path):
     assert dma_bench.missed(result) == []
     result["launch_cycles"] = 5
     assert dma_bench.missed(result) == ["Launch must take at most 4 cycles, not 5"]
+
+
+def test_a_time_out_that_meets_the_last_beat_spares_the_next_tile():
+    """Each of two tiles completes once, in order, and as whole only with its own beat.
+
+    The first tile's beat comes at about the time at which its channel expires, and the second
+    tile begins at about that time: all offsets are tried.
+    """
+    config = DeviceConfig(
+        model=preset("tiny"),
+        slots=5,
+        data_bytes=64,
+        address_bits=16,
+        expert_bytes=512,
+        dma_channels=1,
+    )
+    dut = DMA(config=config)
+    told = []
+
+    async def bench(ctx):
+        ctx.set(dut.timeout, 4)
+        ctx.set(dut.writes.ready, 1)
+        ctx.set(dut.completions.ready, 1)
+        ctx.set(dut.bus.arready, 1)
+        ctx.set(dut.bus.rlast, 1)
+        for latency in range(1, 9):
+            for wait in range(1, 13):
+                offers = {0: 0, wait: 1}
+                due, completed, written = {}, [], set()
+                for cycle in range(80):
+                    tag = offers.pop(cycle, None)
+                    ctx.set(dut.fetches.valid, tag is not None)
+                    if tag is not None:
+                        fetch = {"tag": tag, "slot": tag, "address": 0x1000 * (tag + 1)}
+                        ctx.set(dut.fetches.payload, {**fetch, "sized": 1, "bytes": 64})
+                    ctx.set(dut.bus.rvalid, cycle in due)
+                    if ctx.get(dut.bus.arvalid):
+                        after = cycle + latency
+                        while after in due:
+                            after += 1
+                        due[after] = ctx.get(dut.bus.araddr)
+                    if ctx.get(dut.writes.valid):
+                        written.add(ctx.get(dut.writes.payload.slot))
+                    if ctx.get(dut.completions.valid):
+                        record = dut.completions.payload
+                        tag, failed = ctx.get(record.tag), ctx.get(record.failed)
+                        completed.append(tag)
+                        assert failed or tag in written, (latency, wait, tag)
+                    await ctx.tick()
+                assert completed == [0, 1], (latency, wait, completed)
+                told.append(ctx.get(dut.expired))
+
+    simulator = Simulator(dut)
+    simulator.add_clock(1e-6)
+    simulator.add_testbench(bench)
+    simulator.run()
+    assert len(told) == 96

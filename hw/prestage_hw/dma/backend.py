@@ -467,18 +467,13 @@ class BackEnd(wiring.Component):
                 looked_up & room & ~self.busy & tiles.filled.bit_select(expiring_channel, 1)
             ),
         ]
+        goes_on = Signal()
+        m.d.comb += goes_on.eq(~expires & tiles.filled.bit_select(expiring_channel, 1))
         m.d.sync += [
-            expiring.eq(
-                Mux(
-                    expiring,
-                    ~expires & tiles.filled.bit_select(expiring_channel, 1),
-                    overdue.any(),
-                )
-            )
-        ]
-        m.d.sync += [
+            expiring.eq(Mux(expiring, goes_on, overdue.any())),
             expiring_entry.eq(tiles.head),
-            looked_up.eq(expiring & ~expires),
+            # Not if the channel's last open tile has ended meanwhile: its next may be open then.
+            looked_up.eq(expiring & goes_on),
         ]
         with m.If(~expiring):
             m.d.sync += expiring_channel.eq(_lowest(overdue))

@@ -1,0 +1,371 @@
+"""The DMA engine as a whole: AXI4 rules, credits, and what a demand waits for."""
+
+from amaranth import Array, Cat, Elaboratable, Module, Mux, Signal
+from amaranth.hdl import Assert, Assume, Cover
+from amaranth.lib import data
+
+from .arbiter import order_lemmas
+from .harness import Held, Inside, drive_freely, lemma
+from .instances import dma_device
+from .order import Queues
+
+__all__ = ["AddressChannel", "Credits", "DemandFirst", "LowerCredits", "Streams"]
+
+
+class _Engine:
+    """The engine, free at all its inputs but the named ones, with a look into it.
+
+    Parameters
+    ----------
+    m : Module
+        Harness.
+    channels : :class:`int`
+        Channels of the instance.
+    but : iterable of :class:`str`
+        Inputs that the harness drives.
+    """
+
+    #: Most outstanding bursts of the instance.
+    bursts = 3
+
+    def __init__(self, m, *, channels, but=()):
+        from prestage_hw.dma import DMA
+        from prestage_hw.dma.settings import ActiveLayout
+        from prestage_hw.layouts import RecordLayout
+
+        self.config = config = dma_device(outstanding_bursts=self.bursts, dma_channels=channels)
+        self.channels = range(channels)
+        self.block = DMA(config=config)
+        self.inside = Inside(self.block)
+        m.submodules.block = self.inside.fragment
+        drive_freely(m, self.block, but=but)
+
+        signal = self.inside.signal
+        layout = ActiveLayout(config=config)
+        self.shadow = [layout(signal(f"settings.shadow_{c}")) for c in self.channels]
+        self.active = [layout(signal(f"settings.active_{c}")) for c in self.channels]
+        # What waits in the check of settings makes sense.
+        write = RecordLayout("ChannelSettings", config=config)(signal("settings.write"))
+        self.write = write
+        good = signal("settings.good")
+        m.d.comb += [
+            lemma(~good | _power(write.burst_beats, 4)),
+            lemma(~good | ((write.credits != 0) & (write.credits <= self.bursts))),
+        ]
+        for setting in (*self.shadow, *self.active):
+            m.d.comb += [
+                lemma(_power(setting.mask + 1, 4)),
+                lemma((setting.credits != 0) & (setting.credits <= self.bursts)),
+            ]
+
+        # The step of the mid end: chosen, read, done.
+        mid = {
+            name: signal(f"midend.{name}")
+            for name in ("read", "step", "null", "turn", "chosen", "chosen_null", "chosen_turn")
+        }
+        self.read, self.step, self.chosen = mid["read"], mid["step"], mid["chosen"]
+        self.channel = signal("midend.channel")
+        self.issue = signal("midend.issue")
+        #: No step is under way: a channel may be chosen.
+        self.choosing = ~self.read & ~self.step
+        #: A burst was chosen and has not left.
+        self.burst = Signal()
+        m.d.comb += self.burst.eq(
+            (self.read & (self.chosen & ~mid["chosen_null"] & ~mid["chosen_turn"]).any())
+            | (self.step & ~mid["null"] & ~mid["turn"])
+        )
+        number = sum(Mux(self.chosen[c], c, 0) for c in self.channels)
+        traffic = [setting.traffic for setting in self.active]
+        *_, known = order_lemmas(m, self.inside, traffic, prefix="midend.arbiter.")
+        m.d.comb += [
+            lemma(known | (signal("midend.arbiter.wants") == 0)),
+            lemma(~(self.read & self.step)),
+            lemma((self.chosen & (self.chosen - 1)) == 0),
+            lemma(~self.read | (self.chosen != 0)),
+            lemma(~self.read | (self.channel == number)),
+            lemma(self.channel < channels),
+            lemma(~self.burst | ~self.block.bus.arvalid),
+        ]
+
+
+def _power(value, most):
+    """Whether a value is a power of two up to that."""
+    return Cat(value == 1 << i for i in range(most.bit_length())).any()
+
+
+class AddressChannel(Elaboratable):
+    """Whatever is asked, whatever the memory answers: bursts keep to the rules of AXI4."""
+
+    def elaborate(self, platform):
+        m = Module()
+        engine = _Engine(m, channels=2)
+        bus = engine.block.bus
+        address = Cat(bus.araddr, bus.arlen, bus.arsize, bus.arburst, bus.arid)
+        held = Held(m, bus.arvalid, bus.arready, address, name="address")
+        beat = bus.araddr[6:12]
+        started = Signal()
+        m.d.sync += started.eq(1)
+        m.d.comb += [
+            Assert(started | ~bus.arvalid),
+            Assert(held.kept),
+            # Whole beats, within 4 KiB, no longer than the longest burst of the instance.
+            Assert(~bus.arvalid | (bus.araddr[:6] == 0)),
+            Assert(~bus.arvalid | (beat + bus.arlen < 64)),
+            Assert(~bus.arvalid | (bus.arlen < 4)),
+            Assert(bus.arsize == 6),
+            Assert(bus.arburst == 1),
+            Cover(bus.arvalid & bus.arready & (bus.arlen == 3) & (bus.arid == 1)),
+            Cover(held.waited & bus.arready & (beat == 63)),
+        ]
+        signal = engine.inside.signal
+        at, fits, mask = (signal(f"midend.{name}") for name in ("at", "fits", "mask"))
+        m.d.comb += [
+            lemma(_power(mask + 1, 4)),
+            lemma(~engine.step | (fits == (~at[:8] & mask))),
+        ]
+        return m
+
+
+class _Ledger:
+    """Counters of bursts, and lemmas that join them to the lists and to the beats inside.
+
+    Attributes
+    ----------
+    outstanding, live : list of Value
+        Bursts of each channel that are outstanding, and those that somebody waits for.
+    total : Value
+        All that are outstanding.
+    booked : list of Value
+        Whether a channel's counter is what is in its list and in the beat that leaves.
+    """
+
+    def __init__(self, m, engine):
+        signal, channels = engine.inside.signal, engine.channels
+        self.lists = lists = Queues(
+            m, engine.inside, lists=len(channels), entries=engine.bursts, prefix="backend.bursts."
+        )
+        self.outstanding = [signal(f"backend.outstanding_{c}") for c in channels]
+        self.live = [signal(f"backend.live_{c}") for c in channels]
+        dead = [signal(f"backend.dead_{c}") for c in channels]
+        self.total = signal("midend.all_outstanding")
+        config = engine.config
+        beat = data.StructLayout(
+            {
+                "data": config.bits("data"),
+                "bad": 1,
+                "burst_end": 1,
+                "tile_end": 1,
+                "channel": config.bits("channel"),
+                "entry": 2,
+                "address": config.address_bits,
+            }
+        )(signal("backend.beat"))
+        ends = signal("backend.beat_valid") & beat.burst_end
+        returned, freed_place = signal("backend.returned"), signal("backend.freed_place")
+        used = signal("backend.used")
+        table = engine.inside.rows("backend.burst_table")
+        self.booked = []
+        for c in channels:
+            count = lists.counts[c]
+            self.booked.append(self.outstanding[c] == count + (ends & (beat.channel == c)))
+            m.d.comb += [
+                lemma(self.booked[c]),
+                lemma(self.outstanding[c] == self.live[c] + dead[c]),
+                lemma(self.outstanding[c] <= engine.bursts),
+                lemma(
+                    ~(engine.burst & (engine.channel == c)) | (self.outstanding[c] < engine.bursts)
+                ),
+            ]
+            for j, entry in enumerate(lists.queues[c]):
+                burst = Array(table)[entry].burst
+                m.d.comb += lemma(~(j < count) | (burst.channel == c))
+        m.d.comb += [
+            lemma(self.total == sum(lists.counts) + returned),
+            lemma(~returned | (freed_place < engine.bursts)),
+            lemma(~returned | ~lists.holds(freed_place)),
+            lemma(~signal("backend.beat_valid") | (beat.channel < len(channels))),
+            lemma(~engine.burst | (self.total < engine.bursts)),
+            # A tile that is timed out was looked up just before.
+            lemma(~signal("backend.looked_up") | signal("backend.expiring")),
+            lemma(
+                ~signal("backend.expiring") | (signal("backend.expiring_channel") < len(channels))
+            ),
+        ]
+        for p in range(engine.bursts):
+            m.d.comb += lemma(used[p] == (lists.holds(p) | (returned & (freed_place == p))))
+        # What a choice knows: the state of a cycle before, with what was chosen then.
+        credit = signal("midend.credit")
+        self.credits_before = [Signal(5, name=f"credits_before_{c}") for c in channels]
+        for c in channels:
+            m.d.sync += self.credits_before[c].eq(engine.active[c].credits)
+            m.d.comb += lemma(self.credits_before[c] <= engine.bursts)
+            may = engine.choosing & credit[c]
+            m.d.comb += [
+                lemma(~may | (self.outstanding[c] < self.credits_before[c])),
+                lemma(~may | (self.total < engine.bursts)),
+            ]
+
+
+class Credits(Elaboratable):
+    """Settings change at will; the memory may answer with beats that nobody asked for."""
+
+    def elaborate(self, platform):
+        m = Module()
+        engine = _Engine(m, channels=2)
+        ledger = _Ledger(m, engine)
+        # Credits in force when the burst was chosen that leaves now.
+        granted = Signal(5)
+        with m.If(engine.choosing):
+            choice = engine.inside.signal("midend.arbiter.choice")
+            m.d.sync += granted.eq(
+                sum(Mux(choice[c], ledger.credits_before[c], 0) for c in engine.channels)
+            )
+        m.d.comb += [
+            Assert(ledger.total <= engine.bursts),
+            Assert(sum(ledger.lists.counts) <= engine.bursts),
+            lemma(granted <= engine.bursts),
+        ]
+        for c in engine.channels:
+            mine = engine.channel == c
+            m.d.comb += [
+                Assert(~(engine.issue & mine) | (ledger.outstanding[c] < granted)),
+                Assert(ledger.outstanding[c] <= engine.bursts),
+                Assert(ledger.live[c] <= ledger.outstanding[c]),
+                # Nothing is lost: what is counted waits for data, or its last beat leaves.
+                Assert(ledger.booked[c]),
+                lemma(~(engine.burst & mine) | (ledger.outstanding[c] < granted)),
+                Cover(engine.issue & mine & (ledger.outstanding[c] == 2) & (ledger.total == 2)),
+                Cover(engine.issue & mine & (granted == 1)),
+            ]
+        m.d.comb += Cover((ledger.total == 1) & engine.inside.signal("backend.returned"))
+        return m
+
+
+class _Classes:
+    """Channel 0 is for demands and the others are not, as after reset; lemmas on their credits."""
+
+    def __init__(self, m, engine, ledger):
+        signal, channels = engine.inside.signal, engine.channels
+        offered = engine.block.settings
+        m.d.comb += Assume(
+            ~offered.valid | ((offered.payload.traffic == 0) == (offered.payload.channel == 0))
+        )
+        good, checked = signal("settings.good"), engine.write
+        m.d.comb += [
+            lemma(~good | ((checked.traffic == 0) == (checked.channel == 0))),
+            lemma(~good | (checked.traffic < 3)),
+        ]
+        lower, self.room = signal("midend.lower"), signal("midend.lower_room")
+        known = Signal()
+        m.d.sync += known.eq(1)
+        self.live = Signal(5)
+        m.d.comb += self.live.eq(sum(ledger.live[c] for c in channels[1:]))
+        for c in channels:
+            for setting in (engine.shadow[c], engine.active[c]):
+                m.d.comb += lemma((setting.traffic == 0) == (c == 0))
+            m.d.comb += lemma(~known | (lower[c] == (c != 0)))
+        # What a choice knows: the limit and the bursts of two cycles before.
+        limit = signal("midend.lower_credits")
+        reset = engine.config.lower_credits
+        self.limit_before = Signal(5, init=reset)
+        self.limit_two_before = Signal(5, init=reset)
+        m.d.sync += [
+            self.limit_before.eq(limit),
+            self.limit_two_before.eq(self.limit_before),
+        ]
+        credit = signal("midend.credit")
+        to_come = engine.burst & ~engine.read
+        m.d.comb += lemma(~self.room | ~known | (self.live + to_come < self.limit_before))
+        for c in channels[1:]:
+            may = engine.choosing & credit[c]
+            m.d.comb += lemma(~may | (self.live < self.limit_two_before))
+        # In the first two cycles after reset nothing has left.
+        started = Signal()
+        m.d.sync += started.eq(known)
+        m.d.comb += [
+            lemma(known | (credit == 0)),
+            lemma(known | ~started),
+            lemma(started | ((self.live == 0) & ~engine.burst)),
+            lemma((limit != 0) & (self.limit_before != 0) & (self.limit_two_before != 0)),
+        ]
+
+
+class LowerCredits(Elaboratable):
+    """Bursts below demand; their limit changes at will, as do weights and credits."""
+
+    def elaborate(self, platform):
+        m = Module()
+        engine = _Engine(m, channels=2)
+        ledger = _Ledger(m, engine)
+        classes = _Classes(m, engine, ledger)
+        # Limit in force when the burst was chosen that leaves now.
+        granted = Signal(5)
+        with m.If(engine.choosing):
+            m.d.sync += granted.eq(classes.limit_two_before)
+        lower = engine.channel != 0
+        m.d.comb += [
+            Assert(~(engine.issue & lower) | (classes.live < granted)),
+            lemma(~(engine.burst & lower) | (classes.live < granted)),
+            Cover(engine.issue & lower & (granted == 1)),
+            Cover(engine.issue & lower & (granted == 3) & (classes.live == 2)),
+        ]
+        return m
+
+
+class DemandFirst(Elaboratable):
+    """Settings as after reset: a tile's worth of bursts may be outstanding below demand."""
+
+    def elaborate(self, platform):
+        m = Module()
+        engine = _Engine(m, channels=2, but=("settings.valid", "commit"))
+        ledger = _Ledger(m, engine)
+        classes = _Classes(m, engine, ledger)
+        signal, config = engine.inside.signal, engine.config
+        wants, choice = signal("midend.arbiter.wants"), signal("midend.arbiter.choice")
+        chosen = engine.burst & (engine.channel != 0)
+        longest = config.longest_burst
+        m.d.comb += [
+            # Beats that may come for others once a demand wants to.
+            Assert((classes.live + chosen) * longest <= config.tile_beats),
+            # Nobody below is chosen from then on.
+            Assert(~(engine.choosing & wants[0]) | (choice == 1)),
+            lemma(classes.limit_before == config.lower_credits),
+            lemma(classes.limit_two_before == config.lower_credits),
+            lemma(signal("midend.lower_credits") == config.lower_credits),
+            lemma(~chosen | (classes.live < config.lower_credits)),
+            lemma(classes.live <= config.lower_credits),
+            Cover(chosen & ((classes.live + 1) * longest == config.tile_beats)),
+            Cover(engine.choosing & (wants == 3) & (classes.live == 1)),
+        ]
+        for c in engine.channels:
+            for setting in (engine.shadow[c], engine.active[c]):
+                m.d.comb += lemma(setting.traffic == c)
+        m.d.comb += [lemma(~signal("settings.good")), lemma(~signal("settings.arrived"))]
+        m.d.comb += lemma(signal("settings.commits") == 0)
+        return m
+
+
+class Streams(Elaboratable):
+    """What the engine offers to the buffer and to the scheduler."""
+
+    def elaborate(self, platform):
+        m = Module()
+        engine = _Engine(m, channels=2)
+        block = engine.block
+        # The beat's data is a register like all the rest; leaving it out keeps the proof small.
+        beat = Cat(block.writes.payload.slot, block.writes.payload.beat)
+        writes = Held(m, block.writes.valid, block.writes.ready, beat, name="writes")
+        completions = Held(
+            m,
+            block.completions.valid,
+            block.completions.ready,
+            block.completions.payload,
+            name="completions",
+        )
+        m.d.comb += [
+            Assert(writes.kept),
+            Assert(completions.kept),
+            Cover(writes.waited & block.writes.ready),
+            Cover(completions.waited & block.completions.ready),
+        ]
+        return m

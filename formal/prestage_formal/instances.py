@@ -1,0 +1,42 @@
+"""The small devices that proofs are made for."""
+
+from prestage_hw.contract import DeviceConfig, ModelConfig
+
+__all__ = ["buffer_device", "dma_device"]
+
+
+def dma_device(**changes):
+    """Two channels, tiles of two bursts of four beats, two bursts outstanding."""
+    values = {
+        "model": ModelConfig(name="proof", layers=1, experts=2, top_k=1),
+        "slots": 2,
+        "expert_bytes": 512,
+        "tile_bytes": 512,
+        "predictor": "none",
+        "data_bytes": 64,
+        "address_bits": 16,
+        "inflight": 4,
+        "prefetch_inflight": 1,
+        "outstanding_bursts": 2,
+        "burst_beats": 4,
+        "dma_channels": 2,
+        "dma_queue_depth": 2,
+    }
+    return DeviceConfig(**(values | changes))
+
+
+def buffer_device(*, layers=2, experts=4, **changes):
+    """Four slots, two contexts, two layers of four experts, one chosen a token."""
+    values = {
+        "model": ModelConfig(name="proof", layers=layers, experts=experts, top_k=1),
+        "slots": 4,
+        "expert_bytes": 1024,
+        "tile_bytes": 512,
+        "contexts": 2,
+        "predictor": "none",
+        "data_bytes": 64,
+        "address_bits": 16,
+        "inflight": 4,
+        "prefetch_inflight": 1,
+    }
+    return DeviceConfig(**(values | changes))

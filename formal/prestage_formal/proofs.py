@@ -1,0 +1,236 @@
+"""The proofs: name, instance, harness, depths, broken twin."""
+
+import importlib
+from dataclasses import dataclass, field
+
+from .mutation import Mutation
+
+__all__ = ["PROOFS", "Proof"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """One proof and its broken twin.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        Name on the command line.
+    statement : :class:`str`
+        What holds, in a sentence.
+    instance : :class:`str`
+        Parameters of the RTL that it is proven for.
+    harness : :class:`str`
+        ``"module:Class"`` in this package.
+    depth : :class:`int`
+        k of the k-induction, in cycles.
+    cover_depth : :class:`int`
+        Cycles within which every ``Cover`` must be reached.
+    twin : :class:`Mutation`
+        The change that breaks it.
+    twin_depth : :class:`int`
+        Cycles after reset within which the broken twin must fail.
+    twin_parameters : :class:`dict`
+        Keyword arguments of the harness for the broken twin: a smaller instance fails sooner.
+    """
+
+    name: str
+    statement: str
+    instance: str
+    harness: str
+    depth: int
+    cover_depth: int
+    twin: Mutation
+    twin_depth: int
+    twin_parameters: dict = field(default_factory=dict)
+
+    def build(self, *, broken=False):
+        """The harness. Imports the RTL."""
+        module, _, name = self.harness.partition(":")
+        parameters = self.twin_parameters if broken else {}
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(**parameters)
+
+
+DMA_INSTANCE = (
+    "2 channels, 2 IDs, queues of 2, tiles of 8 beats, bursts of up to 4 beats, 3 outstanding,"
+    " 16-bit addresses"
+)
+
+BUFFER_INSTANCE = "4 slots, 2 contexts, 2 layers of 4 experts, 1 chosen a token, 2 tiles an expert"
+
+PROOFS = (
+    Proof(
+        name="two-beats",
+        statement="TwoBeats hands on every beat once, in order; a waiting beat stays as it is.",
+        instance="payload of 4 bits",
+        harness="streams:TwoBeatsOrder",
+        depth=1,
+        cover_depth=6,
+        twin=Mutation(
+            name="the spare register is overwritten",
+            module="prestage_hw.predictor.two_beats",
+            old="self.incoming.ready.eq(~spare_valid)",
+            new="self.incoming.ready.eq(1)",
+        ),
+        twin_depth=8,
+    ),
+    Proof(
+        name="order-lists",
+        statement="Each list of OrderLists is a queue: entries leave once, in order.",
+        instance="2 lists, 4 entries",
+        harness="order:OrderListsQueues",
+        depth=1,
+        cover_depth=7,
+        twin=Mutation(
+            name="an entry that comes as the last one leaves is not the first",
+            module="prestage_hw.dma.order",
+            old="with m.If(pushed & (~self.filled[i] | (popped & ends))):",
+            new="with m.If(pushed & ~self.filled[i]):",
+        ),
+        twin_depth=8,
+    ),
+    Proof(
+        name="arbiter-priority",
+        statement="The arbiter chooses one that wants to, of the best class that wants to.",
+        instance="3 channels; classes and weights change at will",
+        harness="arbiter:ArbiterPriority",
+        depth=2,
+        cover_depth=6,
+        twin=Mutation(
+            name="the worst class goes first",
+            module="prestage_hw.dma.arbiter",
+            old="(self.traffic[d] < self.traffic[c])",
+            new="(self.traffic[d] > self.traffic[c])",
+        ),
+        twin_depth=6,
+    ),
+    Proof(
+        name="arbiter-fairness",
+        statement="A channel that wants to loses at most twice the sum of the others' weights in"
+        " a row inside its class.",
+        instance="3 channels, any constant classes and weights",
+        harness="arbiter:ArbiterFairness",
+        depth=2,
+        cover_depth=14,
+        twin=Mutation(
+            name="grants are not counted down",
+            module="prestage_hw.dma.arbiter",
+            old="base - chosen[c]",
+            new="base",
+        ),
+        twin_depth=24,
+    ),
+    Proof(
+        name="dma-address-channel",
+        statement="ARVALID and its payload stay until ARREADY; no burst crosses 4 KiB, is longer"
+        " than configured, or has a part of a beat.",
+        instance=DMA_INSTANCE,
+        harness="dma:AddressChannel",
+        depth=2,
+        cover_depth=14,
+        twin=Mutation(
+            name="bursts do not end where the longest would",
+            module="prestage_hw.dma.midend",
+            old="fits.eq(~at_read[:8] & settings.mask)",
+            new="fits.eq(settings.mask)",
+        ),
+        twin_depth=12,
+    ),
+    Proof(
+        name="dma-streams",
+        statement="Beats for the buffer and completions stay as they are until they are taken.",
+        instance=DMA_INSTANCE,
+        harness="dma:Streams",
+        depth=2,
+        cover_depth=16,
+        twin=Mutation(
+            name="a beat that waits for the buffer makes room",
+            module="prestage_hw.dma.backend",
+            old="room.eq((~write_valid | self.writes.ready) & (~final | done_room))",
+            new="room.eq(~final | done_room)",
+        ),
+        twin_depth=16,
+    ),
+    Proof(
+        name="dma-credits",
+        statement="A burst leaves only while its channel has fewer outstanding than its credits,"
+        " and all together fewer than the engine has; no credit is lost, none is counted twice.",
+        instance=DMA_INSTANCE,
+        harness="dma:Credits",
+        depth=2,
+        cover_depth=16,
+        twin=Mutation(
+            name="a burst that was chosen does not count yet",
+            module="prestage_hw.dma.midend",
+            old="(self.outstanding[c] + (pending & (self.channel == c)) < settings.credits)",
+            new="(self.outstanding[c] < settings.credits)",
+        ),
+        twin_depth=20,
+    ),
+    Proof(
+        name="dma-lower-credits",
+        statement="A burst of a class below demand leaves only while fewer of those classes that"
+        " somebody waits for are outstanding than lower_credits.",
+        instance=DMA_INSTANCE,
+        harness="dma:LowerCredits",
+        depth=2,
+        cover_depth=16,
+        twin=Mutation(
+            name="demands and all others are told apart the wrong way round",
+            module="prestage_hw.dma.midend",
+            old="(~lower[c] | lower_room)",
+            new="(lower[c] | lower_room)",
+        ),
+        twin_depth=20,
+    ),
+    Proof(
+        name="dma-demand-first",
+        statement="When a demand wants to, at most a tile of beats below it is on its way or"
+        " chosen, and nothing below it is chosen.",
+        instance=DMA_INSTANCE + "; settings as after reset",
+        harness="dma:DemandFirst",
+        depth=2,
+        cover_depth=16,
+        twin=Mutation(
+            name="bursts below demand have one credit too many",
+            module="prestage_hw.dma.midend",
+            old="                < self.lower_credits\n",
+            new="                <= self.lower_credits\n",
+        ),
+        twin_depth=16,
+    ),
+    Proof(
+        name="buffer-slots",
+        statement="A slot that is pinned, filling or locked is never given to another expert; an"
+        " expert is in one slot at most; a result names the slot that holds it.",
+        instance=BUFFER_INSTANCE,
+        harness="buffer:Slots",
+        depth=2,
+        cover_depth=45,
+        twin=Mutation(
+            name="a slot that is filling may be taken",
+            module="prestage_hw.buffer.buffer",
+            old="may_take.eq((state.pins == 0) & ~state.filling & ~state.locked)",
+            new="may_take.eq((state.pins == 0) & ~state.locked)",
+        ),
+        twin_depth=34,
+        twin_parameters={"lru": True, "slots": 2, "contexts": 1, "layers": 1},
+    ),
+    Proof(
+        name="buffer-answers",
+        statement="The buffer answers every request in the cycles that it promises, and clears"
+        " itself in bounded time.",
+        instance=BUFFER_INSTANCE + "; policies LFU and NEXT_USE",
+        harness="buffer:Answers",
+        depth=2,
+        cover_depth=42,
+        twin=Mutation(
+            name="a release never comes to its last pin",
+            module="prestage_hw.buffer.buffer",
+            old="done.eq(request.index == self.config.model.top_k - 1)",
+            new="done.eq(0)",
+        ),
+        twin_depth=16,
+        twin_parameters={"slots": 2, "contexts": 1, "layers": 1},
+    ),
+)
