@@ -206,7 +206,7 @@ def test_interrupt_in_the_middle_of_a_token(device):
 def test_timed_pace():
     config = device_config(walk(), slots=12)
     with Device(Ticking(config), config, url="tick://") as device:
-        run = replay(device, walk(), pace="timed", layer_cycles=1000)
+        run = replay(device, walk(), pace="timed", layer_cycles=1000, throttle=False)
     assert run.complete
     assert run.spans.shape == (40, 4, 2)
     stalls = run.stalls()
