@@ -390,7 +390,8 @@ async def timed_pace(dut):
     assert c["routes"] == c["releases"] == routes
     assert c["demands"] == routes * model.top_k
     assert c["hits"] + c["misses"] + c["late"] + c["merged"] + c["refused"] == c["demands"]
-    assert c["fills"] + c["fill_errors"] == c["misses"] + c["prefetch_issued"]
+    ended = c["fills"] + c["fill_errors"] + c["prefetch_cancelled"]
+    assert ended == c["misses"] + c["prefetch_issued"]
     assert c["useful"] + c["useless"] <= c["prefetch_issued"]
     assert c["demand_bytes"] + c["prefetch_bytes"] >= c["fills"] * config.expert_bytes
     assert c["link_errors"] == c["link_replays"] == c["rejected"] == 0
