@@ -54,7 +54,6 @@ def test_miss_then_hit():
         "hits": 1,
         "fills": 3,
         "demand_bytes": 3 * 1024,
-        "useful": 0,
         "pollution": 0,
     }
 
