@@ -46,8 +46,8 @@ bitstream: ## Build the tiny preset for the ECPIX-5 85F, with a report of area a
 area: ## Measure area and clock of every block in docs/area.md that has changed: ONLY=predictor.
 	@scripts/setup.sh hw,fpga && $(PYTHON_ENV) -m prestage_fpga.measure --table $(if $(ONLY),--only $(ONLY))
 
-bench: ## Measure the speed of the compiled simulation.
-	@scripts/setup.sh sim && $(PYTHON_ENV) -m prestage_tb.compiled.bench
+bench: ## Measure the DMA engine, the buffer's searches and whole devices; writes build/bench.json.
+	@scripts/setup.sh test && $(PYTHON_ENV) -m prestage_tb.engine_bench
 
 coverage: ## Measure the line coverage of the golden model, the driver and the contract.
 	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2 --cov --cov-report=term-missing --cov-fail-under=90

@@ -30,7 +30,17 @@ from prestage_tb.bench import (
     start_clock,
 )
 
-__all__ = ["BARS", "DEVICE", "LATENCIES", "OUTSTANDING", "SIZES", "main", "measure", "missed"]
+__all__ = [
+    "BARS",
+    "DEVICE",
+    "LATENCIES",
+    "OUTSTANDING",
+    "SIZES",
+    "main",
+    "measure",
+    "missed",
+    "show",
+]
 
 #: Device that is measured.
 DEVICE = DeviceConfig(
@@ -124,15 +134,8 @@ def _table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print and compare with the bars; the status is 1 if one is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prestage_tb.dma_bench", description="Measure the DMA engine."
-    )
-    parser.add_argument("--quick", action="store_true", help="only what has a bar")
-    parser.add_argument("--output", type=Path, default=_ROOT / "build" / "dma_bench.json")
-    options = parser.parse_args(arguments)
-    result = measure(quick=options.quick, output=options.output)
+def show(result: dict) -> None:
+    """Print the numbers."""
     wait = result["demand_wait"]
     print("Share of cycles with a beat, by size, memory latency and outstanding bursts:")
     print(_table(result))
@@ -142,6 +145,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"Demand behind prefetch: at most {wait['worst_beats']} of {wait['tile_beats']} beats"
         f" (a tile), {wait['worst_cycles']} cycles; {wait['alone_cycles']} cycles alone"
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and compare with the bars; the status is 1 if one is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prestage_tb.dma_bench", description="Measure the DMA engine."
+    )
+    parser.add_argument("--quick", action="store_true", help="only what has a bar")
+    parser.add_argument("--output", type=Path, default=_ROOT / "build" / "dma_bench.json")
+    options = parser.parse_args(arguments)
+    result = measure(quick=options.quick, output=options.output)
+    show(result)
     texts = missed(result)
     for text in texts:
         print(text, file=sys.stderr)
