@@ -41,7 +41,8 @@ _DEMANDS = 400
 
 
 def measure_victims(*, output: Path) -> list[dict[str, object]]:
-    """Cycles from a request that finds no slot for its expert to its result, for each policy.
+    """Cycles from a request that finds no slot for its expert to its result, for each policy, with
+    what the buffer states where no slot has to be skipped.
 
     Parameters
     ----------
@@ -50,13 +51,17 @@ def measure_victims(*, output: Path) -> list[dict[str, object]]:
     """
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
+    buffer = ExpertBuffer(config=BUFFER, valued=True)
     run_bench(
-        ExpertBuffer(config=BUFFER, valued=True),
+        buffer,
         module="prestage_tb.engine_bench",
         name="buffer",
         parameters={"config": BUFFER, "output": str(output)},
     )
     result: list[dict[str, object]] = json.loads(output.read_text())
+    for row in result:
+        by_order = row["policy"] == Policy.LRU.name
+        row["stated"] = buffer.lookup_latency if by_order else buffer.search_latency
     return result
 
 
