@@ -1015,7 +1015,7 @@ async def throttle_switches_off_and_on(dut):
     await cycles(dut, 1)
     dut.clear.value = 0
     tb.throttle.clear()
-    await cycles(dut, 4)
+    await cycles(dut, 6)
     assert int(dut.throttle_state.value) == tb.throttle.state
 
 

@@ -200,6 +200,9 @@ class Throttle(wiring.Component):
 
         with m.FSM(init="Clear") as fsm:
             with m.State("Clear"):
+                # A reset may stay here for long; evictions go on once.
+                m.next = "Forget"
+            with m.State("Forget"):
                 m.d.sync += [
                     clear_waits.eq(0),
                     evictions.eq(evictions + (1 << config.slots.bit_length())),
