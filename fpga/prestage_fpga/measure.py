@@ -31,6 +31,7 @@ from amaranth import Cat, ClockDomain, Instance, Module, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
+from prestage_fpga.outreg import merge_output_registers
 from prestage_hw.buffer import ExpertBuffer
 from prestage_hw.buffer.arbiter import ReadArbiter
 from prestage_hw.contract import PRESETS, DeviceConfig
@@ -430,6 +431,9 @@ def measure(
 
 def _measure_ecp5(folder, *, seeds, target_mhz):
     older_abc = _synthesize_ecp5(folder)
+    netlist = json.loads((folder / "netlist.json").read_text())
+    merge_output_registers(netlist)
+    (folder / "netlist.json").write_text(json.dumps(netlist))
     statistics, cells = _cells(folder)
     own = area_of_blocks(statistics, name="block")["total"]
     return {
