@@ -545,7 +545,14 @@ async def follows_golden(dut):
     bench.set_stall(0.0)
     await bench.compare_tables()
     weights = bench.golden.golden.diagonal
-    assert (weights > 3).any() and (weights < 0).any(), "the jobs must teach something"
+    for _ in range(20):
+        if (weights > 3).any() and (weights < 0).any():
+            break
+        # Chance has taught little so far.
+        await _run_jobs(bench, jobs // 3)
+        await bench.compare_tables()
+    else:
+        raise AssertionError("the jobs must teach something")
     if bench.golden.row_words:
         rows = bench.golden.golden
         assert rows.weights.any() and (rows.maturity == 1).any()
