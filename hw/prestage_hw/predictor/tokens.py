@@ -338,7 +338,8 @@ class TokenTable(wiring.Component):
             )
             m.submodules[f"row_words{bank}"] = memory
             read, write = memory.read_port(), memory.write_port()
-            kept = Signal(row_layout, name=f"kept{bank}")
+            # Without a reset, so that block RAMs' own registers may do.
+            kept = Signal(row_layout, name=f"kept{bank}", reset_less=True)
             enable = Signal(name=f"row_enable{bank}")
             m.d.sync += enable.eq(row_enable & (row_address >> word_bits == bank))
             m.d.comb += [
