@@ -38,6 +38,9 @@ from prestage_tb.bench import (
 # a lookup's result or a completion being taken to the table, and from the table to ``fetches``.
 SLACK = 6
 
+# Cycles for which the throttle counts an outcome: the next lookup's result waits for it.
+OUTCOME = 11
+
 
 class Entry:
     """A fetch as the scoreboard knows it."""
@@ -367,7 +370,7 @@ class TB:
             if e.demand
             and e.offered < config.tiles
             and e.failed_at is None
-            and self.cycle - e.since > SLACK
+            and self.cycle - e.since > SLACK + OUTCOME
         ]
         if fetch["demand"]:
             assert entry.demand
@@ -964,6 +967,28 @@ async def routed_layer_gives_up(dut, tiles_out, wanted):
     tb.candidate(0, 2, config.model.experts - 1)
     await tb.idle()
     assert tb.strobes["prefetch_issued"] == 2
+
+
+@cocotb.test()
+async def gives_up_at_any_moment(dut):
+    """Tiles leave and come back around the moment at which an entry is looked at."""
+    tb = TB(dut, latency=(1, 40), fetch_stall=0.5)
+    config = tb.config
+    dut.cancel_enable.value = 1
+    ended = set()
+    for _ in range(400):
+        # Forgets what the last round fetched.
+        tb.prefetch_tiles = tb.random.randrange(1, 5)
+        dut.prefetch_tiles.value = tb.prefetch_tiles
+        await tb.reset()
+        layer = tb.random.randrange(1, config.model.layers)
+        for expert in range(config.model.top_k, config.model.experts):
+            tb.candidate(0, layer, expert, deadline=(tb.routes[0] + 1) % 256)
+        await cycles(dut, tb.random.randrange(60 * config.tiles))
+        tb.demand(0, layer, list(range(config.model.top_k)))
+        await tb.idle()
+        ended.add(tb.strobes["prefetch_cancelled"] > 0)
+    assert ended == ({False, True} if config.tiles > 1 else {False})
 
 
 @cocotb.test()

@@ -369,13 +369,14 @@ class Scheduler(wiring.Component):
 
             with m.Case(_State.SCAN):
                 m.d.sync += [
-                    overdue.eq(~entry_age[7] & table.row_disposable),
+                    overdue.eq(~entry_age[7]),
                     state.eq(_State.GIVE_UP),
                 ]
 
             with m.Case(_State.GIVE_UP):
                 m.d.sync += state.eq(_State.DISPATCH)
-                with m.If(overdue):
+                # Its last tile may have left meanwhile.
+                with m.If(overdue & table.row_disposable):
                     m.d.comb += table.cancel.eq(1)
                     # What is on its way comes first: its last tile ends the entry.
                     with m.If(table.row_idle):
