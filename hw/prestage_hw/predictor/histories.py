@@ -396,7 +396,7 @@ class Histories(wiring.Component):
 
         sets = Signal(self.sets.payload.shape())
         sets_valid = Signal()
-        bad = Signal()
+        bad, found_bad = Signal(), Signal()
         last_step = self.latency - 3
         m.d.comb += [self.sets.payload.eq(sets), self.sets.valid.eq(sets_valid)]
         with m.If(self.sets.ready):
@@ -582,9 +582,10 @@ class Histories(wiring.Component):
         sent = Signal()
 
         strobes = [each.parity_errors for each in stores]
-        m.d.sync += self.parity_errors.eq(
-            bad | (check_ids & (ids_bad | first_bad)) | Cat(strobes).any()
-        )
+        m.d.sync += [
+            found_bad.eq(bad | (check_ids & (ids_bad | first_bad))),
+            self.parity_errors.eq(found_bad | Cat(strobes).any()),
+        ]
 
         with m.FSM():
             with m.State("IDLE"):
@@ -595,6 +596,7 @@ class Histories(wiring.Component):
                     & (phase == 0)
                     & ~sets_valid
                     & ~value_valid
+                    & ~found_bad
                     & ~busy
                 )
                 m.d.sync += [at.eq(0), begin_layer.eq(0)]

@@ -263,6 +263,13 @@ class LinearHead(wiring.Component):
         return self.layers * self.value_beats
 
     @property
+    def _row_banks(self):
+        """Depths of the memories that the rows are in."""
+        bits = self.lanes * (self.head.weight_bits + self.index_bits) + 2
+        bits += -(-self.lanes // _GROUP)
+        return _banks(bits=bits, depth=self.row_words) if self.row_words else []
+
+    @property
     def index_bits(self):
         """Bits of the index in an entry of a list; 0 for full rows."""
         entries = self.config.perceptron.list_entries
@@ -299,6 +306,11 @@ class LinearHead(wiring.Component):
         product = self.row_beats & (self.row_beats - 1) != 0
         return 3 * bool(self.head.crosses) + product if self.row_words else 0
 
+    @property
+    def _bank_stages(self):
+        """Cycles in which a word of rows waits for the choice of its bank."""
+        return int(len(self._row_banks) > 1)
+
     def active_words(self, known):
         """Words that a job reads where just the sets of these names are known."""
         words = len([name for name in self.head.rows if name in known])
@@ -312,7 +324,8 @@ class LinearHead(wiring.Component):
         """Cycles of a prediction in front of its first beat of diagonal features."""
         # A single word is known to be the last one only after it.
         words = max(active_words, 1) + (active_words == 1)
-        return max(words + self._address_stages, self.config.model.top_k)
+        stages = self._address_stages + self._bank_stages
+        return max(words + stages, self.config.model.top_k)
 
     def predict_cycles(self, active_words):
         """Cycles from the transfer of a prediction to an idle head until its last beat is valid."""
@@ -696,7 +709,7 @@ class LinearHead(wiring.Component):
         walked = guess_none
         if has_rows:
             walked = guess_none | guess_word["last"]
-        for n in range(self._address_stages):
+        for n in range(self._address_stages + self._bank_stages):
             # Diagonal features are read so that their sum is there in time for the last word.
             later = Signal(name=f"walked{n}")
             m.d.sync += later.eq(walked & guess_now & ~guess_pop)
@@ -764,8 +777,7 @@ class LinearHead(wiring.Component):
         diagonal_data_bits = features * lanes * weight_bits
         row_banks, row_bank_bits = [], 0
         if has_rows:
-            depths = _banks(bits=row_data_bits + groups, depth=self.row_words)
-            row_bank_bits = _index_bits(len(depths))
+            row_bank_bits = _index_bits(len(self._row_banks))
             row_banks = [
                 _block_memory(
                     m,
@@ -773,7 +785,7 @@ class LinearHead(wiring.Component):
                     bits=row_data_bits + groups,
                     depth=depth,
                 )
-                for n, depth in enumerate(depths)
+                for n, depth in enumerate(self._row_banks)
             ]
         diagonal_read, diagonal_write = _block_memory(
             m, "diagonals", bits=diagonal_data_bits + features * groups, depth=self.diagonal_words
@@ -787,7 +799,8 @@ class LinearHead(wiring.Component):
         if head.is_reuse:
             old_read, old_write = _block_memory(m, "saved", bits=saved_bits, depth=saved_depth)
 
-        # --- words of rows on their way: address, memory, register, register with parity checked
+        # --- words of rows on their way: address, memory, register, with several banks the register
+        # of the one that was meant, register with parity checked
         lesson_go = Signal()
         lesson_walking = Signal()
         table_read_row, table_read_diagonal = Signal(), Signal()
@@ -812,23 +825,16 @@ class LinearHead(wiring.Component):
                 value = held
             return stages
 
-        def checked(name, reads, *, groups_of, any_valid, bank=None):
-            """A word from a memory after two registers, and which of its groups are bad."""
-            raws, parities = [], []
-            for n, read in enumerate(reads):
-                raw = Signal(len(read.data), name=f"{name}_raw{n}", reset_less=True)
-                parity = Signal(len(groups_of), name=f"{name}_parity{n}")
-                m.d.sync += raw.eq(read.data)
-                m.d.comb += parity.eq(Cat(_even_parity(part(raw)) for part in groups_of))
-                raws.append(raw)
-                parities.append(parity)
-            raw = Signal(len(raws[0]), name=f"{name}_raw")
+        def checked(name, raw, *, groups_of, any_valid):
+            """A word one cycle later, with which of its groups are bad."""
             word = Signal(len(raw), name=f"{name}_word", reset_less=True)
             bad = Signal(len(groups_of), name=f"{name}_bad", reset_less=True)
-            m.d.comb += raw.eq(_pick(bank, raws))
-            m.d.sync += [word.eq(raw), bad.eq(_pick(bank, parities))]
+            m.d.sync += [
+                word.eq(raw),
+                bad.eq(Cat(_even_parity(part(raw)) for part in groups_of)),
+            ]
             errors.append(any_valid & bad.any())
-            return raw, word, bad
+            return word, bad
 
         if has_rows:
             hazard = Signal()
@@ -845,16 +851,17 @@ class LinearHead(wiring.Component):
                 ),
             ]
             m.d.comb += [read.addr.eq(row_address) for read, _ in row_banks]
-            row_guess_at = track("row_guess", guess_valid, count=3)
-            row_lesson_at = track("row_lesson", row_lesson, count=9)
-            row_table_at = track("row_table", table_read_row, count=8)
+            word_step = 2 + self._bank_stages  # when ``row_word`` is there
+            row_guess_at = track("row_guess", guess_valid, count=word_step + 1)
+            row_lesson_at = track("row_lesson", row_lesson, count=word_step + 7)
+            row_table_at = track("row_table", table_read_row, count=word_step + 1)
             row_addresses = track(
-                "row_address", row_address, count=9, width=row_bits, reset_less=True
+                "row_address", row_address, count=word_step + 7, width=row_bits, reset_less=True
             )
             row_beats_at = track(
                 "row_beat",
                 Mux(guess_valid, guess_beat, lesson_beat),
-                count=3,
+                count=word_step + 1,
                 width=row_beat_bits,
                 reset_less=True,
             )
@@ -880,12 +887,23 @@ class LinearHead(wiring.Component):
 
                 return part
 
-            row_raw, row_word, row_bad = checked(
+            row_banks_read = []
+            for n, (read, _) in enumerate(row_banks):
+                raw = Signal(len(read.data), name=f"row_bank{n}", reset_less=True)
+                m.d.sync += raw.eq(read.data)
+                row_banks_read.append(raw)
+            row_raw = _pick(row_addresses[1][row_bits - row_bank_bits :], row_banks_read)
+            if self._bank_stages:
+                picked = Signal(len(row_raw), name="row_raw", reset_less=True)
+                m.d.sync += picked.eq(row_raw)
+                row_raw = picked
+            row_word, row_bad = checked(
                 "row",
-                [read for read, _ in row_banks],
-                bank=row_addresses[1][row_bits - row_bank_bits :],
+                row_raw,
                 groups_of=[row_group(group) for group in range(groups)],
-                any_valid=row_guess_at[2] | row_lesson_at[2] | row_table_at[2],
+                any_valid=reduce(
+                    or_, (at[word_step] for at in (row_guess_at, row_lesson_at, row_table_at))
+                ),
             )
         else:
             m.d.comb += lesson_go.eq(1)
@@ -937,9 +955,11 @@ class LinearHead(wiring.Component):
 
             return part
 
-        _, diagonal_word, diagonal_bad = checked(
+        diagonal_raw = Signal(len(diagonal_read.data), reset_less=True)
+        m.d.sync += diagonal_raw.eq(diagonal_read.data)
+        diagonal_word, diagonal_bad = checked(
             "diagonal",
-            [diagonal_read],
+            diagonal_raw,
             groups_of=[
                 diagonal_group(feature, group)
                 for feature in range(features)
@@ -967,7 +987,7 @@ class LinearHead(wiring.Component):
 
         row_weights, row_indices = [], []
         if has_rows:
-            m.d.comb += collect.eq(row_guess_at[2])
+            m.d.comb += collect.eq(row_guess_at[word_step])
             for lane in range(lanes):
                 entry = row_word[lane * entry_bits :][:entry_bits]
                 row_weights.append(entry[:weight_bits])
@@ -977,11 +997,11 @@ class LinearHead(wiring.Component):
             store = _Scratch(m, f"score{lane}", bits=score_bits, depth=value_beats, init=prior)
             good = ~row_bad[group_of(lane)]
             weight = Signal(signed(weight_bits), name=f"score_weight{lane}")
-            place_next, real = row_beats_at[1], Const(1)
+            place_next, real = row_beats_at[word_step - 1], Const(1)
             if entries:
                 index_next = row_raw[lane * entry_bits + weight_bits :][:index_bits]
-                place_next = entry_place(index_next, row_beats_at[1])
-                real = entry_exists(row_indices[lane], row_beats_at[2], lane)
+                place_next = entry_place(index_next, row_beats_at[word_step - 1])
+                real = entry_exists(row_indices[lane], row_beats_at[word_step], lane)
             place_now = Signal(beat_bits, name=f"score_place{lane}", reset_less=True)
             m.d.sync += place_now.eq(Mux(diagonal_guess_at[3], final_beats[3], place_next))
             total = Signal(signed(score_bits), name=f"score_total{lane}")
@@ -1229,7 +1249,9 @@ class LinearHead(wiring.Component):
                         )
                     ),
                     added.two.eq(found.any),
-                    store.read_address.eq(Mux(used_build, whose[lane_bits:], row_beats_at[2])),
+                    store.read_address.eq(
+                        Mux(used_build, whose[lane_bits:], row_beats_at[word_step])
+                    ),
                     store.write_address.eq(
                         Mux(
                             clearing,
@@ -1322,8 +1344,8 @@ class LinearHead(wiring.Component):
         update_table = Signal()
         if has_rows:
             m.d.comb += [
-                update_row.eq(row_lesson_at[2] | row_table_at[2]),
-                update_table.eq(Mux(turning, turn_table, row_table_at[2])),
+                update_row.eq(row_lesson_at[word_step] | row_table_at[word_step]),
+                update_table.eq(Mux(turning, turn_table, row_table_at[word_step])),
             ]
         else:
             m.d.comb += update_table.eq(turn_table)
@@ -1358,7 +1380,7 @@ class LinearHead(wiring.Component):
                         ),
                         Mux(row_bad[0], 0, row_word[lanes * entry_bits :][:2]),
                     ),
-                    row_table_at[1] & table_write,
+                    row_table_at[word_step - 1] & table_write,
                 )
             )
             stored_stage = row_flat[lanes * entry_bits :]
@@ -1383,8 +1405,10 @@ class LinearHead(wiring.Component):
                 in_row = entry[:weight_bits]
                 m.d.sync += weight.eq(Mux(update_turn, in_turn, in_row))
                 if not entries:
-                    row_moved = exists(row_beats_at[2], lane)
-                    m.d.comb += store.read_address.eq(Mux(update_turn, turn_beat, row_beats_at[2]))
+                    row_moved = exists(row_beats_at[word_step], lane)
+                    m.d.comb += store.read_address.eq(
+                        Mux(update_turn, turn_beat, row_beats_at[word_step])
+                    )
                 else:
                     index = Signal(index_bits, name=f"index1_{lane}")
                     stored_index = Signal(index_bits, name=f"stored_index{lane}", reset_less=True)
@@ -1397,7 +1421,7 @@ class LinearHead(wiring.Component):
                     m.d.comb += [
                         full.eq(in_row != 0),
                         store.read_address.eq(
-                            Mux(update_turn, turn_beat, entry_place(at, row_beats_at[2]))
+                            Mux(update_turn, turn_beat, entry_place(at, row_beats_at[word_step]))
                         ),
                         takes1[lane].eq(
                             small & ((rivals.any & first_is_new) | rivals.two) & claims1
@@ -1417,7 +1441,7 @@ class LinearHead(wiring.Component):
                         rivals.eq(newcomers[lane]),
                         stored_index.eq(at),
                     ]
-                    row_moved = full & entry_exists(at, row_beats_at[2], lane)
+                    row_moved = full & entry_exists(at, row_beats_at[word_step], lane)
                     indices1.append((index, stored_index))
                 m.d.sync += moves1[lane].eq(Mux(update_turn, moved, row_moved) & ~update_table)
             weights1.append(weight)
@@ -1512,7 +1536,7 @@ class LinearHead(wiring.Component):
                 parities.append(_even_parity(Cat(part, *extra)))
             m.d.comb += [
                 new_word.eq(Cat(*fields, stage5)),
-                row_written.eq(Mux(clearing, clear_address, row_addresses[7])),
+                row_written.eq(Mux(clearing, clear_address, row_addresses[word_step + 5])),
             ]
             row_store = Signal(row_data_bits + groups, reset_less=True)
             row_store_at = Signal(row_bits, reset_less=True)

@@ -396,11 +396,11 @@ class TokenTable(wiring.Component):
         shifts = [n for n in range(layers.bit_length()) if layers >> n & 1]
         first_word = sum((command.entry << n for n in shifts[1:]), command.entry << shifts[0])
 
-        # What a table access reads: sets whose parity is wrong are 0.
+        # What a table access reads: sets whose parity is wrong are 0. It is known a cycle later.
         checked = Signal(checked_layout)
         row_bad = Signal(choices)
         for n in range(choices):
-            m.d.comb += row_bad[n].eq(row[n].as_value().xor())
+            m.d.sync += row_bad[n].eq(row[n].as_value().xor())
             with m.If(~row_bad[n]):
                 m.d.comb += checked[n].eq(row[n].as_value()[:-1])
         tag_bad, check_row, check_tag = Signal(), Signal(), Signal()
@@ -542,6 +542,8 @@ class TokenTable(wiring.Component):
             with m.State("LATCH"):
                 m.d.comb += capture.eq(1)
                 m.d.sync += tag.eq(tag_read.data)
+                m.next = "JUDGE"
+            with m.State("JUDGE"):
                 m.next = "MASK"
             with m.State("MASK"):
                 m.d.comb += [check_row.eq(~is_tag), check_tag.eq(is_tag)]

@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -34,7 +35,7 @@ from ..model.buffer import ExpertBuffer
 from ..model.predictor import create_predictor
 from ..model.predictor.base import Candidate
 from ..model.scheduler import Throttle, kind_of
-from ..model.scheduler.queue import enters, stale
+from ..model.scheduler.queue import stale
 
 __all__ = ["RATES", "RESIDENCIES", "SOURCES", "Cell", "main", "measure", "time_of"]
 
@@ -72,12 +73,12 @@ class _Engine:
         Time of a tile on the link.
     policy : :class:`Policy`
         Which expert gives way.
-    throttle, cancel : :class:`bool`
-        Switches of the scheduler.
+    throttle : :class:`bool`
+        Whether kinds of prefetches are switched off.
     """
 
     def __init__(
-        self, config: DeviceConfig, *, tile: float, policy: Policy, throttle: bool, cancel: bool
+        self, config: DeviceConfig, *, tile: float, policy: Policy, throttle: bool
     ) -> None:
         self.config = config
         self.tile = tile
@@ -85,13 +86,12 @@ class _Engine:
         self.buffer.policy = policy
         self.throttle = Throttle(config)
         self.throttle.enable = throttle
-        self.cancel = cancel
         self.counts: Counter[str] = Counter()
         self.routes = 0
         self.now = 0.0
         self._free = 0.0  # when the link ends the tile that it has begun
         self._last: _Fetch | None = None  # whose tile that is
-        self._queue: deque[Candidate] = deque(maxlen=config.candidate_depth)
+        self._queue: deque[Candidate] = deque()
         self._demands: list[_Fetch] = []
         self._prefetches: list[_Fetch] = []
         self._arriving: list[_Fetch] = []
@@ -147,13 +147,12 @@ class _Engine:
                 raise ValueError(f"Buffer must hold all experts of a layer, but had no slot: {key}")
             if fetch is not None:
                 waiting.append(fetch)
-        if self.cancel:
-            for fetch in [f for f in self._prefetches if stale(f.deadline, routes=self.routes)]:
-                self.counts["cancelled"] += 1
-                self._prefetches.remove(fetch)
-                del self._fetches[fetch.key]
-                self.buffer.request(BufferOp.CANCEL, slot=fetch.slot)
-                self.throttle.dropped(fetch.slot)
+        for fetch in [f for f in self._prefetches if stale(f.deadline, routes=self.routes)]:
+            self.counts["cancelled"] += 1
+            self._prefetches.remove(fetch)
+            del self._fetches[fetch.key]
+            self.buffer.request(BufferOp.CANCEL, slot=fetch.slot)
+            self.throttle.dropped(fetch.slot)
         return waiting
 
     def _start(
@@ -200,7 +199,7 @@ class _Engine:
             return self._demands[0]
         while self._queue and len(self._prefetches) < self.config.prefetch_inflight:
             _, layer, expert, score, source, deadline = self._queue.popleft()
-            if not enters(source, enable=True) or stale(deadline, routes=self.routes):
+            if stale(deadline, routes=self.routes):
                 continue
             kind = kind_of(source, deadline, routes=self.routes)
             if not self.throttle.admits(kind):
@@ -278,9 +277,7 @@ def time_of(
         predictor="none" if source == "noise" else source,
     )
     predictor = create_predictor(config)
-    engine = _Engine(
-        config, tile=rho / k / config.tiles, policy=policy, throttle=throttle, cancel=True
-    )
+    engine = _Engine(config, tile=rho / k / config.tiles, policy=policy, throttle=throttle)
     generator = np.random.default_rng(seed)
 
     def told(candidates: Sequence[Candidate]) -> None:
@@ -301,8 +298,7 @@ def time_of(
                 deadline = (engine.routes + 1) % 256
                 for expert in generator.choice(model.experts, k, replace=False).tolist():
                     told(predictor.hint(0, layer + 1, expert, _NOISE_SCORE, deadline))
-            for _ in range(len(experts) - len(waiting)):
-                now += 0.5 / k
+            now += 0.5 / k * (len(experts) - len(waiting))
             while waiting:
                 arrived = [fetch for fetch in waiting if not fetch.left]
                 if not arrived:
@@ -414,11 +410,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         f" {cell.throttled / cell.without:.4f}",
                         flush=True,
                     )
-    worst = max(cells, key=lambda cell: cell.throttled / cell.without)
-    print(
-        f"worst of {len(cells)}: {worst.throttled / worst.without:.4f}"
-        f" ({worst.trace}, {worst.source}, {worst.residency:.2f}, {worst.rho:g})"
-    )
+    print("source rho | x with all: mean, worst | x with the throttle: best, mean, worst")
+    for source, rho in dict.fromkeys((cell.source, cell.rho) for cell in cells):
+        these = [cell for cell in cells if (cell.source, cell.rho) == (source, rho)]
+        everything = [cell.unthrottled / cell.without for cell in these]
+        throttled = [cell.throttled / cell.without for cell in these]
+        print(
+            f"{source} {rho:g} | {fmean(everything):.4f} {max(everything):.4f}"
+            f" | {min(throttled):.4f} {fmean(throttled):.4f} {max(throttled):.4f}"
+        )
     if options.json is not None:
         command = shlex.join(["python", "-m", "prestage_sim.evaluate.slower", *sys.argv[1:]])
         options.json.write_text(
