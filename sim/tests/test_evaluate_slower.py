@@ -85,4 +85,4 @@ def test_command(tmp_path, capsys):
     cells = json.loads(out.read_text())["cells"]
     assert [cell["residency"] for cell in cells] == [0.25, 0.5]
     assert all(cell["without"] >= 1 for cell in cells)
-    assert "worst of 2" in capsys.readouterr().out
+    assert "\nnoise 2 | " in capsys.readouterr().out
