@@ -181,5 +181,5 @@ def test_states_its_cycles():
     config = _device(PRESETS["qwen3-30b-a3b"], "compressed", heads=heads, lanes=8, list_entries=8)
     block = LinearHead(config, head=head, number=0)
     assert block.active_words({"A", "D", "B"}) == 16
-    assert block.predict_cycles(24) == 46
+    assert block.predict_cycles(24) == 47
     assert block.learn_cycles(24) == 160
