@@ -379,7 +379,7 @@ class TokenTable(wiring.Component):
         address, at = Signal(row_bits), Signal(range(layers + 1))
         advance, take = Signal(), Signal()
         entry = Signal(command.entry.shape())
-        tag, masked = Signal(tag_layout), Signal(checked_layout)
+        tag = Signal(tag_layout)
         match, matched = Signal(), Signal()
         out_layer, out_valid = Signal(config.bits("layer")), Signal()
         m.d.comb += [
@@ -396,13 +396,16 @@ class TokenTable(wiring.Component):
         shifts = [n for n in range(layers.bit_length()) if layers >> n & 1]
         first_word = sum((command.entry << n for n in shifts[1:]), command.entry << shifts[0])
 
-        # What a table access reads: sets whose parity is wrong are 0. It is known a cycle later.
-        checked = Signal(checked_layout)
-        row_bad = Signal(choices)
+        # What a table access reads, each a cycle after the other: the word of the bank that is
+        # meant, its parity, the word with 0 for sets whose parity is wrong.
+        seen = Signal(row_layout, reset_less=True)
+        masked = Signal(checked_layout)
+        row_bad = Signal(choices, reset_less=True)
+        m.d.sync += seen.eq(row)
         for n in range(choices):
-            m.d.sync += row_bad[n].eq(row[n].as_value().xor())
+            m.d.sync += row_bad[n].eq(seen[n].as_value().xor())
             with m.If(~row_bad[n]):
-                m.d.comb += checked[n].eq(row[n].as_value()[:-1])
+                m.d.comb += masked[n].eq(seen[n].as_value()[:-1])
         tag_bad, check_row, check_tag = Signal(), Signal(), Signal()
         m.d.comb += tag_bad.eq(tag.as_value().xor())
         m.d.sync += self.parity_errors.eq((check_row & row_bad.any()) | (check_tag & tag_bad))
@@ -542,15 +545,14 @@ class TokenTable(wiring.Component):
             with m.State("LATCH"):
                 m.d.comb += capture.eq(1)
                 m.d.sync += tag.eq(tag_read.data)
+                m.next = "SEE"
+            with m.State("SEE"):
                 m.next = "JUDGE"
             with m.State("JUDGE"):
                 m.next = "MASK"
             with m.State("MASK"):
                 m.d.comb += [check_row.eq(~is_tag), check_tag.eq(is_tag)]
-                m.d.sync += [
-                    masked.eq(checked),
-                    tag_bits.eq(Mux(tag_bad, 0, Cat(tag.tag, tag.valid))),
-                ]
+                m.d.sync += tag_bits.eq(Mux(tag_bad, 0, Cat(tag.tag, tag.valid)))
                 m.next = "ANSWER"
             with m.State("ANSWER"):
                 with m.If(access.write):
