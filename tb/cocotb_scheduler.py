@@ -976,7 +976,7 @@ async def gives_up_at_any_moment(dut):
     config = tb.config
     dut.cancel_enable.value = 1
     ended = set()
-    for _ in range(400):
+    for _ in range(120):
         # Forgets what the last round fetched.
         tb.prefetch_tiles = tb.random.randrange(1, 5)
         dut.prefetch_tiles.value = tb.prefetch_tiles
