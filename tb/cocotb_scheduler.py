@@ -106,6 +106,7 @@ class TB:
         dut.expert_base.value = base
         dut.prefetch_tiles.value = 1
         dut.enable.value = 1
+        dut.cutoff_layer.value = 255
         dut.hold.value = 0
         dut.alone.value = 0
         dut.cancel_enable.value = 0
