@@ -348,7 +348,8 @@ def _profile_writes(bench, phase):
             "traffic": rng.choice(list(TrafficClass)),
             "weight": rng.randrange(1, 16),
             "credits": rng.randrange(1, config.outstanding_bursts + 1),
-            "burst_beats": 1 << rng.randrange(config.longest_burst.bit_length()),
+            # Shorter ones only take time.
+            "burst_beats": 1 << rng.randrange(2, config.longest_burst.bit_length()),
         }
         value = sum(int(number) << SHAPE_FIELDS[name][0] for name, number in shape.items())
         writes += [("dma_channel", channel), ("dma_shape", value)]
@@ -385,9 +386,9 @@ async def profiles_drained(dut, policy):
         await write("control", control & ~3 | rng.choice([1, 3]))
     await bench.compare_registers(golden)
     switched = Counter()
-    for token, layers in enumerate(_decisions(bench, 12)):
+    for token, layers in enumerate(_decisions(bench, 8)):
         ctx = rng.randrange(config.contexts)
-        if token == 6:
+        if token == 4:
             # From now on the phase asks for its profile.
             await write("control", golden.registers["control"] | 1 << 5)
         await bench.drained(golden, "BEGIN_TOKEN", ctx, rng.choice(list(Phase)), token)
@@ -447,8 +448,19 @@ async def timed_pace(dut, profiles):
     host = bench.host
     await bench.reset()
 
+    asked = Phase.DECODE
+    follow = False
+    active = []  # What profile_active must read, in order.
+
+    def boundary():
+        """Ask which profile is active, right behind a layer boundary."""
+        if profiles:
+            host.post("REGISTER_READ", register_by_name("profile_active").address)
+            active.append(asked)
+
     def switch():
         """Change a profile, or ask for one, without waiting for anything."""
+        nonlocal asked, follow
         if not profiles:
             return
         phase = rng.choice(list(Phase))
@@ -456,9 +468,11 @@ async def timed_pace(dut, profiles):
             host.post("REGISTER_WRITE", address, value)
         if rng.random() < 0.2:
             # Candidates of hints as well, and the phase of tokens.
-            flags = 1 | 1 << 1 | rng.randrange(2) << 5 | 1 << 4
+            follow = not follow
+            flags = 1 | 1 << 1 | 1 << 4 | follow << 5
             host.post("REGISTER_WRITE", register_by_name("control").address, flags)
         if rng.random() < 0.6:
+            asked = phase
             host.post("REGISTER_WRITE", register_by_name("profile").address, phase)
 
     for phase in Phase if profiles else ():
@@ -488,21 +502,28 @@ async def timed_pace(dut, profiles):
                     fields = RECORDS["Event"].unpack(config, body)
                     assert fields["code"] in (ErrorCode.BUS, ErrorCode.NO_SLOT), fields
                     waiting[fields["ctx"], fields["layer"]].remove(fields["expert"])
+                else:
+                    assert code == MESSAGES["REGISTER_VALUE"].code
+                    assert RECORDS["RegisterValue"].unpack(config, body)["value"] == active.pop(0)
             seen = len(host.answers)
             if not waiting[key]:
                 return
             await cycles(dut, 16)
         raise AssertionError(f"{key} was never answered: {waiting}")
 
-    for token, layers in enumerate(_decisions(bench, 16 if profiles else 8)):
+    for token, layers in enumerate(_decisions(bench, 8)):
         for ctx in range(config.contexts):
-            host.post("BEGIN_TOKEN", ctx, rng.choice(list(Phase)) if profiles else 1, token)
+            phase = rng.choice(list(Phase)) if profiles else Phase.DECODE
+            host.post("BEGIN_TOKEN", ctx, phase, token)
+            asked = phase if follow else asked
+            boundary()
         for layer, experts in enumerate(layers):
             for ctx in range(config.contexts):
                 mine = [(expert + ctx) % model.experts for expert in experts]
                 waiting[ctx, layer] = set(mine)
                 switch()
                 host.post("ROUTE", ctx, layer, mine)
+                boundary()
                 routes += 1
                 ready_layers.append((ctx, layer))
                 if rng.random() < 0.5:
