@@ -40,7 +40,7 @@ from prestage_hw.contract.registers import (
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import Dispatcher
 from prestage_hw.link.layouts import MessageLayout
-from prestage_hw.stats import Accuracy, Counters, RegisterBank
+from prestage_hw.stats import Accuracy, Counters, Profiles, RegisterBank
 from prestage_hw.stats.profiles import ActiveProfileLayout
 from prestage_sim.model.dma import Settings as GoldenSettings
 from prestage_sim.model.link.dispatcher import Dispatcher as GoldenDispatcher
@@ -937,6 +937,33 @@ async def latency(dut):
     bench.send(*_message(config, "ROUTE", 0, 0, range(config.model.top_k)))
     await bench.sinks["commands"].receive(1)
     assert bench.sinks["commands"].arrival[0] - start == config.model.top_k + 6
+
+    async def time_of(name, *values, sink):
+        """Cycles from a message to what comes of it."""
+        await bench.settle()
+        begun = sink.cycle
+        bench.send(*_message(config, name, *values))
+        before = len(sink.arrival)
+        while len(sink.arrival) == before:
+            await RisingEdge(dut.clk)
+        return sink.arrival[-1] - begun
+
+    def read(register):
+        return time_of("REGISTER_READ", register_by_name(register).address, sink=bench.replies)
+
+    usual = await read("policy")
+    assert await read("predict_ahead") - usual == 2 + Profiles.latency - 1
+    assert await read("dma_row_stride") - usual == 2 + Profiles.latency - 1
+    # A switch waits: its rows are read again.
+    dut.engine_idle.value = 0
+    _write(bench, "profile", Phase.VERIFY)
+    more = config.dma_channels + 2
+    assert await read("predict_ahead") - usual == 2 + Profiles.latency - 1 + more
+    _write(bench, "control", 1 | 1 << 5)
+    begin = bench.sinks["begin"]
+    same = await time_of("BEGIN_TOKEN", 0, Phase.VERIFY, 1, sink=begin)
+    assert await time_of("BEGIN_TOKEN", 0, Phase.PREFILL, 1, sink=begin) - same == more + 1
+    hit("profiles.latency")
 
 
 _SHAPES = {

@@ -86,9 +86,9 @@ class Profiles(wiring.Component):
     engine's shadow, the last one stays in a register. At the next layer boundary, at once if the
     engine is idle, that register becomes active, and ``commit`` makes the shadow active.
 
-    A response comes 4 cycles after its request was taken. While a switch is under way, or asked
-    for by it, the rows are read anew before it: ``config.dma_channels + 2`` cycles more, unless
-    ``settings`` waits. So at a boundary, which comes between accesses, the rows are there.
+    A response comes ``latency`` cycles after its request was taken. While a switch waits, or if the
+    request asks for one, the rows are read before it: ``config.dma_channels + 2`` cycles more,
+    unless ``settings`` waits. So at a boundary, which comes between accesses, the rows are there.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ class Profiles(wiring.Component):
         The register ``refusal``.
     """
 
-    #: Cycles from a request to its response while no switch is under way.
+    #: Cycles from a request to its response while no switch waits.
     latency = 4
 
     def __init__(self, *, config):
@@ -241,6 +241,7 @@ class Profiles(wiring.Component):
         of_channel = Signal()
         own_row = Signal()
 
+        idle = Signal()  # `engine_idle`, which comes late in its cycle.
         waiting = Signal()  # A switch was asked for and has not come.
         staged = Signal()  # Its rows were read, and `row` is the profile's own.
         answering = Signal()  # An access waits for that.
@@ -268,7 +269,7 @@ class Profiles(wiring.Component):
         ]
         with m.If(self.values.ready):
             m.d.sync += self.values.valid.eq(0)
-        m.d.sync += self.commit.eq(0)
+        m.d.sync += [self.commit.eq(0), idle.eq(self.engine_idle)]
 
         # What an access reads of its row, and what a write makes of it.
         with m.Switch(access.register):
@@ -341,7 +342,7 @@ class Profiles(wiring.Component):
             with m.State("IDLE"):
                 m.d.sync += [answering.eq(0), step.eq(0)]
                 m.d.comb += self.requests.ready.eq(~self.values.valid)
-                m.d.comb += switch.eq(staged & (self.boundary | self.engine_idle))
+                m.d.comb += switch.eq(staged & (self.boundary | idle))
                 with m.If(self.requests.valid & self.requests.ready):
                     m.d.sync += [access.eq(self.requests.p), staged.eq(0)]
                     m.next = "ROW"

@@ -33,8 +33,8 @@ class RegisterBank(wiring.Component):
 
     A response comes 2 cycles after its request was taken, for ``table_data`` when the predictor
     answers and for ``clear`` when the engine is idle again. For registers in
-    :data:`prestage_hw.stats.profiles.ACCESSED` it comes 4 cycles after those that
-    :class:`Profiles` states.
+    :data:`prestage_hw.stats.profiles.ACCESSED` it comes 3 cycles later than :class:`Profiles`
+    states.
 
     Parameters
     ----------
