@@ -842,20 +842,25 @@ async def boundaries(dut, stall):
         assert found == phases, name
     assert len(bench.commits) == switches > 10
     if pending:
-        # Once the engine is idle it waits no longer.
-        dut.engine_idle.value = 1
-        await cycles(dut, 8)
         phase = asked
-        hit("profiles.idle")
-    assert bench.active == own[phase]
-    assert await _register(bench, "profile_active") == phase
-    assert await _register(bench, "profile") == asked
-    _write(bench, "profile", asked)
+    # Without a boundary a switch waits until the engine is idle.
     dut.engine_idle.value = 1
-    await bench.settle()
+    await cycles(dut, 8)
+    assert bench.active == own[phase]
+    dut.engine_idle.value = 0
+    await cycles(dut, 8)
+    asked = rng.choice([each for each in Phase if each is not phase])
+    _write(bench, "profile", asked)
+    assert await _register(bench, "profile", "profile_active") == [asked, phase]
+    assert bench.active == own[phase]
+    dut.engine_idle.value = 1
+    await cycles(dut, 8)
+    assert bench.active == own[asked]
+    assert await _register(bench, "profile_active") == asked
     assert bench.dma.active == channels[asked]
     lower = own[asked]["dma_lower_credits"]
     assert bench.dma.lower_credits == (lower or config.lower_credits)
+    hit("profiles.idle")
     for name in ("boundary", "edited", "follow"):
         hit(f"profiles.{name}")
 

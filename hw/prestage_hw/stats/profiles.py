@@ -242,8 +242,9 @@ class Profiles(wiring.Component):
         own_row = Signal()
 
         idle = Signal()  # `engine_idle`, which comes late in its cycle.
-        waiting = Signal()  # A switch was asked for and has not come.
-        staged = Signal()  # Its rows were read, and `row` is the profile's own.
+        # A switch was asked for and has not come. In IDLE its rows were read, and `row` is the
+        # profile's own.
+        waiting = Signal()
         answering = Signal()  # An access waits for that.
         sweep = Signal(2 + row_bits)
         step = Signal(range(channels + 2))
@@ -342,23 +343,19 @@ class Profiles(wiring.Component):
             with m.State("IDLE"):
                 m.d.sync += [answering.eq(0), step.eq(0)]
                 m.d.comb += self.requests.ready.eq(~self.values.valid)
-                m.d.comb += switch.eq(staged & (self.boundary | idle))
+                m.d.comb += switch.eq(waiting & (self.boundary | idle))
                 with m.If(self.requests.valid & self.requests.ready):
-                    m.d.sync += [access.eq(self.requests.p), staged.eq(0)]
+                    m.d.sync += access.eq(self.requests.p)
                     m.next = "ROW"
                 with m.Elif(self.phases.valid):
                     with m.If(asks & ~unknown):
-                        m.d.sync += [
-                            self.asked.eq(self.phases.payload),
-                            waiting.eq(1),
-                            staged.eq(0),
-                        ]
+                        m.d.sync += [self.asked.eq(self.phases.payload), waiting.eq(1)]
                         m.d.comb += switch.eq(0)
                         m.next = "STAGE"
                     with m.Else():
                         m.d.comb += [
                             self.phases.ready.eq(1),
-                            switch.eq(staged),
+                            switch.eq(waiting),
                             refuse.eq(unknown),
                             refuse_reason.eq(Refusal.PROFILE),
                             refuse_register.eq(register_by_name("profile").address),
@@ -426,7 +423,7 @@ class Profiles(wiring.Component):
                         self.settings.p.channel.eq(step - 1),
                     ]
                     with m.If(step == channels + 1):
-                        m.d.sync += [staged.eq(1), self.values.valid.eq(answering)]
+                        m.d.sync += self.values.valid.eq(answering)
                         m.next = "IDLE"
 
         with m.If(switch):
@@ -434,7 +431,6 @@ class Profiles(wiring.Component):
                 self.active.eq(own),
                 self.active_phase.eq(self.asked),
                 self.commit.eq(1),
-                staged.eq(0),
                 waiting.eq(0),
             ]
         low = {name: at for name, (at, _) in REFUSAL_FIELDS.items()}
