@@ -33,6 +33,7 @@ from prestage_tb.bench import (
     reset,
     start_clock,
 )
+from prestage_tb.coverage import hit
 
 # Cycles in which what the bench has seen may not yet have reached the choice of the next tile: from
 # a lookup's result or a completion being taken to the table, and from the table to ``fetches``.
@@ -106,6 +107,7 @@ class TB:
         dut.expert_base.value = base
         dut.prefetch_tiles.value = 1
         dut.enable.value = 1
+        dut.cutoff_layer.value = 255
         dut.hold.value = 0
         dut.alone.value = 0
         dut.cancel_enable.value = 0
@@ -318,8 +320,10 @@ class TB:
                 if not command["release"]:
                     self.unanswered.append((command["ctx"], command["layer"], command["expert"]))
             candidate = self._taken(self.candidates)
-            if candidate is not None and (
-                str(dut.enable.value) == "1" or candidate["source"] != Source.PREDICTOR
+            if (
+                candidate is not None
+                and (str(dut.enable.value) == "1" or candidate["source"] != Source.PREDICTOR)
+                and candidate["layer"] < dut.cutoff_layer.value.to_unsigned()
             ):
                 self.queued.append(candidate)
 
@@ -1235,6 +1239,30 @@ async def enable_low(dut):
     assert tb.strobes["prefetch_issued"] == 2
     assert [key for op, key, _ in tb.lookups if op == BufferOp.PREFETCH] == [(0, 1, 1), (0, 1, 3)]
     dut.enable.value = 1
+
+
+@cocotb.test()
+async def cutoff(dut):
+    """Candidates for the cut-off layer and those above are dropped, hints too."""
+    tb = TB(dut)
+    await tb.reset()
+    config = tb.config
+    last = config.model.layers - 1
+    for layer in (0, 1, 2, last, last + 1, 255):
+        dut.cutoff_layer.value = layer
+        await cycles(dut, 1)
+        tb.lookups.clear()
+        expected = []
+        for target in {0, 1, 2, last}:
+            for source in (Source.PREDICTOR, Source.HINT):
+                expert = tb.random.randrange(config.model.experts)
+                tb.candidate(0, target, expert, deadline=1, source=int(source))
+                if target < layer:
+                    expected.append((0, target, expert))
+        await tb.idle()
+        assert [key for op, key, _ in tb.lookups if op == BufferOp.PREFETCH] == expected, layer
+    dut.cutoff_layer.value = 255
+    hit("profiles.cutoff")
 
 
 @cocotb.test()

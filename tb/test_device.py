@@ -185,6 +185,48 @@ def test_chunks(phase, predictor):
     assert found[0]["hints"] == 6 * 3 * (3 + 2 + 1) and found[0]["rejected"] == 0
 
 
+def test_phases_switch_profiles():
+    """Each token's phase brings its profile; counters and registers are the same on either
+    device.
+    """
+    found = []
+    names = ("profile", "profile_active", "predict_ahead", "cutoff_layer", "dma_shape", "refusal")
+    for url in DEVICES:
+        rng = np.random.default_rng(8)
+        with prestage.open(url, config=config()) as device:
+            device.configure(follow_phase=True, hint_threshold=0)
+            prefill = {0: {"credits": 1, "burst_beats": 4}, 1: {"traffic": 2, "weight": 3}}
+            device.configure_profile(Phase.PREFILL, prefetch=False, channels=prefill)
+            device.configure_profile(Phase.VERIFY, cutoff=2, hints=True, lower_credits=1)
+            registers = []
+            for token in range(24):
+                phase = Phase(int(rng.integers(3)))
+                device.begin_token(0, token, phase)
+                for layer in range(4):
+                    if layer == 2 and token % 4 == 0:
+                        device.switch(Phase(int(rng.integers(3))))
+                    for later in range(layer, 4):
+                        device.hint(0, later, int(rng.integers(8)), 200)
+                    device.drain()
+                    device.route(0, layer, rng.permutation(8)[:2])
+                    device.drain()
+                    assert len(list(device.wait_ready(0, layer))) == 2
+                    device.release(0, layer)
+                device.drain()
+                device.write_register("profile_select", phase)
+                registers.append([device.read_register(name) for name in names])
+            device.write_register("profile", 3)
+            assert str(device.refusal()) == (
+                "Write of register profile was refused: No phase has that number."
+            )
+            stats = device.stats()
+            found.append(({name: stats[name] for name in COMPARED}, registers))
+    assert found[0] == found[1]
+    counters, registers = found[0]
+    assert {row[1] for row in registers} == set(Phase) and counters["hints"] > 20
+    assert counters["prefetch_issued"] > 20 and counters["rejected"] == 0
+
+
 @pytest.mark.parametrize("form", ["full", "compressed"])
 def test_token_tables_behind_the_memory_port(form):
     """Rows of the token tables come and go over AXI4; counters are those of the golden model."""

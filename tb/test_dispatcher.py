@@ -6,6 +6,7 @@
     messages ─▶ dispatcher ─▶ begin, decisions, commands, hints, reads
     replies  ◀─────┤   ▲──────  ready, events, beats
                    └─ register bank ─▶ table_requests    counters ◀─ strobes, accuracy ◀─ candidates
+                          └─ profiles ─▶ active, settings
 """
 
 import random
@@ -14,9 +15,9 @@ from types import SimpleNamespace
 import cocotb
 import pytest
 from amaranth import Module
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
-from cocotb.triggers import RisingEdge
+from cocotb.triggers import FallingEdge, RisingEdge
 
 from prestage_hw.contract import MESSAGES, RECORDS, REGISTERS, DeviceConfig, ModelConfig
 from prestage_hw.contract.params import TINY_DEVICE
@@ -24,14 +25,24 @@ from prestage_hw.contract.records import (
     TABLE_BURST,
     ErrorCode,
     Phase,
+    Refusal,
+    SettingsRefusal,
     Source,
+    TrafficClass,
     message_by_code,
 )
-from prestage_hw.contract.registers import register_by_name
+from prestage_hw.contract.registers import (
+    PROFILE_REGISTERS,
+    REFUSAL_FIELDS,
+    SHAPE_FIELDS,
+    register_by_name,
+)
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import Dispatcher
 from prestage_hw.link.layouts import MessageLayout
-from prestage_hw.stats import Accuracy, Counters, RegisterBank
+from prestage_hw.stats import Accuracy, Counters, Profiles, RegisterBank
+from prestage_hw.stats.profiles import ActiveProfileLayout
+from prestage_sim.model.dma import Settings as GoldenSettings
 from prestage_sim.model.link.dispatcher import Dispatcher as GoldenDispatcher
 from prestage_sim.model.stats.counters import Counters as GoldenCounters
 from prestage_sim.model.stats.registers import RegisterBank as GoldenRegisterBank
@@ -45,9 +56,10 @@ from prestage_tb.bench import (
     run_bench,
     start_clock,
 )
+from prestage_tb.coverage import hit
 
 _TABLE_WORDS = 40
-_PREDICT = ("predict_threshold", "predict_far_threshold", "predict_ahead")
+_PROFILE_CHOICE = ("dma_channel", "profile", "profile_select", "refusal")
 _OUTPUTS = ("begin", "decisions", "commands", "hints", "reads", "table_requests")
 _RECORDS = {
     "begin": "BeginToken",
@@ -80,7 +92,9 @@ class FrontEnd(wiring.Component):
                 "candidates": In(stream.Signature(RecordLayout("Candidate", config=config))),
                 "table_values": In(stream.Signature(32)),
                 "engine_idle": In(1),
-                "predict": Out(data.StructLayout(dict.fromkeys(_PREDICT, 8))),
+                "active": Out(ActiveProfileLayout()),
+                "settings": Out(stream.Signature(RecordLayout("ChannelSettings", config=config))),
+                "commit": Out(1),
             }
         )
 
@@ -99,19 +113,23 @@ class FrontEnd(wiring.Component):
             wiring.connect(m, wiring.flipped(getattr(self, name)), getattr(dispatcher, name))
         wiring.connect(m, dispatcher.registers, registers.requests)
         wiring.connect(m, registers.values, dispatcher.values)
+        wiring.connect(m, dispatcher.phases, registers.phases)
+        wiring.connect(m, registers.settings, wiring.flipped(self.settings))
         wiring.connect(m, registers.table_requests, wiring.flipped(self.table_requests))
         wiring.connect(m, wiring.flipped(self.table_values), registers.table_values)
         m.d.comb += [
             registers.table_words.eq(_TABLE_WORDS),
             registers.engine_idle.eq(self.engine_idle),
             dispatcher.engine_idle.eq(self.engine_idle),
-            dispatcher.hint_enable.eq(registers.control.hint_enable),
+            dispatcher.hint_enable.eq(registers.control.profile.hint_enable),
             dispatcher.hint_threshold.eq(registers.control.hint_threshold),
             dispatcher.clear.eq(registers.clear.buffer),
             registers.counters.eq(counters.values),
             counters.clear.eq(registers.clear.counters),
             self.candidates.ready.eq(1),
-            *(self.predict[name].eq(registers.control[name]) for name in _PREDICT),
+            self.active.eq(registers.control.profile),
+            self.commit.eq(registers.commit),
+            registers.boundary.eq(dispatcher.boundary),
             accuracy.candidate_valid.eq(self.candidates.valid),
             accuracy.candidate.eq(self.candidates.p),
             accuracy.begin.eq(dispatcher.begin.valid & dispatcher.begin.ready),
@@ -261,7 +279,11 @@ class _Bench:
             dut, "candidates", RecordLayout("Candidate", config=self.config)
         )
         self.table_values = StreamSource(dut, "table_values", 32, stall=stall)
+        self.settings = StreamSink(
+            dut, "settings", RecordLayout("ChannelSettings", config=self.config), stall=stall
+        )
         self.drivers = [
+            self.settings,
             self.messages,
             self.replies,
             self.candidates,
@@ -271,8 +293,49 @@ class _Bench:
         ]
         dut.engine_idle.value = 1
         self.tables = {}
+        self.forget()
+        cocotb.start_soon(self._watch_profiles())
         cocotb.start_soon(self._serve_tables())
         cocotb.start_soon(self._serve_reads())
+
+    def forget(self):
+        """Start afresh, as after a reset."""
+        self.dma = GoldenSettings(self.config)
+        self.commits = []  # Cycle of each,
+        self.actives = []  # and each value of `active`, with the cycle from which it holds.
+        self._sent = 0
+
+    @property
+    def active(self):
+        """What holds of the active profile, by register."""
+        layout = ActiveProfileLayout()
+        bits = self.dut.active.value.to_unsigned()
+        value = layout.from_bits(bits)
+        fields = {name: value[name] for name in layout.members}
+        control = fields.pop("prefetch_enable") | fields.pop("hint_enable") << 1
+        return {"control": control, **fields}
+
+    def active_at(self, cycle):
+        """What held when a stream moved in this cycle."""
+        return next(active for start, active in reversed(self.actives) if start < cycle)
+
+    async def _watch_profiles(self):
+        """Hand settings on as the DMA engine does, which has none to refuse."""
+        while True:
+            await FallingEdge(self.dut.clk)
+            if str(self.dut.rst.value) == "1":
+                self.forget()
+                continue
+            active = self.active
+            if not self.actives or self.actives[-1][1] != active:
+                self.actives.append((self.settings.cycle, active))
+            for write in self.settings.received[self._sent :]:
+                assert self.dma.write(write) is SettingsRefusal.NONE, write
+            self._sent = len(self.settings.received)
+            if str(self.dut.commit.value) == "1":
+                assert str(self.dut.settings__valid.value) == "0", "a channel comes too late"
+                self.dma.commit(active["dma_lower_credits"])
+                self.commits.append(self.settings.cycle)
 
     async def _serve_tables(self):
         at = 0
@@ -339,8 +402,10 @@ class _Bench:
         cycles_of = [cycle for cycle, _ in arrivals]
         assert len(set(cycles_of)) == len(cycles_of), "two of three streams moved together"
         assert [name for _, name in sorted(arrivals)] == golden.recorder.order
-        predict = self.dut.predict.value.to_unsigned().to_bytes(len(_PREDICT), "little")
-        assert list(predict) == [golden.registers[name] for name in _PREDICT]
+        profiles = golden.registers.profiles
+        assert self.active == profiles.active
+        assert self.dma.active == profiles.dma.active
+        assert self.dma.lower_credits == profiles.dma.lower_credits
         outside = [answer for answer in self.answers() if answer in injected]
         assert sorted(outside) == sorted(injected)
         assert [answer for answer in self.answers() if answer not in injected] == self.expected
@@ -352,6 +417,35 @@ def _message(config, name, *values):
     return MESSAGES[name].code, MESSAGES[name].record.pack(config, *values)
 
 
+def _shape(**fields):
+    return sum(value << SHAPE_FIELDS[name][0] for name, value in fields.items())
+
+
+def _profile_value(config, rng, name):
+    """A value for a register of the profiles, often good."""
+    if name in ("profile", "profile_select"):
+        return rng.choice([*Phase, *Phase, *Phase, len(Phase), 256, rng.randrange(1 << 32)])
+    if name == "dma_channel":
+        return rng.choice([*range(config.dma_channels + 1), 1 << 31])
+    if name == "dma_lower_credits":
+        return rng.choice([*range(config.outstanding_bursts + 2), 32, 1 << 31])
+    if name == "dma_shape":
+        return _shape(
+            enable=rng.random() < 0.8,
+            traffic=rng.choice([*TrafficClass] * 5 + [3]),
+            weight=rng.choice([*range(1, 16)] * 2 + [0]),
+            credits=rng.choice([*range(1, config.outstanding_bursts + 1)] * 3 + [0, 17, 31]),
+            burst_beats=rng.choice([1, 2, 4, 8, 16, 32, 64] * 3 + [0, 3, 128, 256, 257]),
+        )
+    if name in ("dma_row_bytes", "dma_row_stride"):
+        beats = rng.randrange(1, config.tile_beats + 1)
+        odd = [1, config.tile_bytes + config.data_bytes, 1 << 24, (1 << 32) - config.data_bytes]
+        return rng.choice([0, *[beats * config.data_bytes] * 5, *odd])
+    if name == "refusal":
+        return 0
+    return rng.randrange(256)
+
+
 def _random_message(config, rng):
     """A message that is often wrong in one of the documented ways."""
     model = config.model
@@ -361,7 +455,7 @@ def _random_message(config, rng):
     kind = rng.choices(
         ["BEGIN_TOKEN", "ROUTE", "RELEASE", "HINT", "READ", "SYNC", "REGISTER_READ",
          "REGISTER_WRITE", "TABLE_READ", "TABLE_WRITE", "UNKNOWN"],
-        [4, 30, 25, 10, 3, 3, 12, 10, 4, 4, 1],
+        [4, 30, 25, 10, 3, 3, 14, 20, 4, 4, 1],
     )[0]  # fmt: skip
     if kind == "BEGIN_TOKEN":
         return _message(config, kind, ctx, rng.randrange(3), rng.randrange(1 << 32))
@@ -400,6 +494,9 @@ def _random_message(config, rng):
             value &= 3
         if address == register_by_name("hint_threshold").address:
             value &= 0x7F
+        if rng.random() < 0.6:
+            name = rng.choice([*PROFILE_REGISTERS, *_PROFILE_CHOICE, "profile"])
+            address, value = register_by_name(name).address, _profile_value(config, rng, name)
         return _message(config, kind, address, value)
     return 0x33, b""
 
@@ -466,6 +563,8 @@ async def random_messages(dut, stall):
     await bench.settle()
     bench.check(golden, injected=injected)
     await _read_counters(bench, golden)
+    assert len(bench.commits) > 2
+    hit("profiles.lockstep")
 
 
 @cocotb.test()
@@ -589,9 +688,12 @@ async def reset_in_flight(dut):
     bench = _Bench(dut, stall=0.3)
     config, rng = bench.config, bench.random
     for _ in range(8):
+        # A switch of profiles waits for a layer boundary while the engine is not idle.
+        dut.engine_idle.value = rng.randrange(2)
         for _ in range(20):
             bench.send(*_random_message(config, rng))
         await cycles(dut, rng.randrange(30, 500))
+        dut.engine_idle.value = 1
         await reset(dut, drivers=bench.drivers)
         golden = _Golden(config)
         bench.tables.clear()
@@ -602,6 +704,231 @@ async def reset_in_flight(dut):
             bench.expected += golden.dispatcher.handle(code, body)
         await bench.settle()
         bench.check(golden)
+    hit("profiles.reset")
+
+
+async def _register(bench, *names):
+    """Value of a register, or a list of those of several."""
+    before = len(bench.replies.received)
+    for name in names:
+        bench.send(*_message(bench.config, "REGISTER_READ", register_by_name(name).address))
+    await bench.settle()
+    values = [
+        RECORDS["RegisterValue"].unpack(bench.config, body)["value"]
+        for code, body in bench.answers()[before:]
+        if code == MESSAGES["REGISTER_VALUE"].code
+    ]
+    assert len(values) == len(names)
+    return values if len(names) > 1 else values[0]
+
+
+def _write(bench, name, value):
+    message = _message(bench.config, "REGISTER_WRITE", register_by_name(name).address, value)
+    bench.send(*message)
+
+
+def _write_profiles(bench, golden, rng):
+    """Give each profile settings of its own, which take no effect but in the active one."""
+    for phase in Phase:
+        writes = [("profile_select", phase)]
+        for name in PROFILE_REGISTERS:
+            if not name.startswith("dma_"):
+                # Bit 5 of control, phases ask for their profiles, stays 0.
+                writes.append((name, rng.randrange(1, 32)))
+        writes.append(("dma_lower_credits", rng.randrange(bench.config.outstanding_bursts + 1)))
+        for channel in range(bench.config.dma_channels):
+            beats = rng.randrange(1, bench.config.tile_beats + 1)
+            shape = {
+                "enable": 1,
+                "traffic": rng.choice(list(TrafficClass)),
+                "weight": rng.randrange(1, 16),
+                "credits": rng.randrange(1, bench.config.outstanding_bursts + 1),
+                "burst_beats": 1 << rng.randrange(6),
+            }
+            writes += [("dma_channel", channel), ("dma_shape", _shape(**shape))]
+            writes += [("dma_row_bytes", beats * bench.config.data_bytes)]
+            writes += [("dma_row_stride", beats * bench.config.data_bytes * 2)]
+        for name, value in writes:
+            _write(bench, name, value)
+            golden.registers.write(register_by_name(name).address, value)
+
+
+def _phase_of(own, active):
+    """Whose profile is active."""
+    (phase,) = [phase for phase, values in own.items() if values == active]
+    return phase
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=[0.0, 0.4])
+async def boundaries(dut, stall):
+    """While the engine is busy a profile becomes active at layer boundaries only, as a whole."""
+    bench = _Bench(dut, stall=Stall(stall, burst=(1, 8)))
+    config, rng, model = bench.config, bench.random, bench.config.model
+    golden = _Golden(config)
+    await reset(dut, drivers=bench.drivers)
+    _write_profiles(bench, golden, rng)
+    await bench.settle()
+    assert golden.registers.profiles.active == bench.active
+    assert bench.dma.active == GoldenSettings(config).active, "nothing was committed yet"
+    hit("profiles.shadow")
+    own = {phase: golden.registers.profiles.profiles[phase].own for phase in Phase}
+    channels = {phase: golden.registers.profiles.profiles[phase].channels for phase in Phase}
+
+    dut.engine_idle.value = 0
+    await cycles(dut, 10)
+    seen = {name: len(bench.sinks[name].received) for name in ("commands", "begin")}
+    bench.commits.clear()
+    asked = phase = Phase.DECODE
+    pending = follow = False
+    switches = 0
+    expected = {"commands": [], "begin": []}  # Active phase with each.
+    current = [None] * config.contexts
+    for _ in range(150):
+        kind = rng.choice(("BEGIN", "ROUTE", "ROUTE", "ROUTE", "AGAIN", "SWITCH", "EDIT", "FOLLOW"))
+        ctx = rng.randrange(config.contexts)
+        if kind == "SWITCH":
+            asked, pending = rng.choice(list(Phase)), True
+            _write(bench, "profile", asked)
+        elif kind == "EDIT":
+            # A write while a switch waits is part of it; channels only, since what else belongs to
+            # the active profile holds at once.
+            which = rng.choice(list(Phase))
+            channel = rng.randrange(config.dma_channels)
+            value = rng.randrange(1, config.tile_beats + 1) * config.data_bytes
+            for name, number in (
+                ("profile_select", which), ("dma_channel", channel), ("dma_row_bytes", value)
+            ):  # fmt: skip
+                _write(bench, name, number)
+                golden.registers.write(register_by_name(name).address, number)
+        elif kind == "FOLLOW":
+            follow = not follow
+            # Bits 0 and 1 belong to the profile that is selected: as they are.
+            flags = own[golden.registers.profiles.selected]["control"]
+            _write(bench, "control", follow << 5 | flags)
+        elif kind == "BEGIN":
+            token = rng.choice([*Phase, 3])
+            if follow and token != asked and token in list(Phase):
+                asked, pending = Phase(token), True
+            # An unknown phase asks for nothing; a token's start is a boundary all the same.
+            switches += pending
+            phase, pending = (asked, False) if pending else (phase, False)
+            bench.send(*_message(config, "BEGIN_TOKEN", ctx, token, 7))
+            expected["begin"].append(phase)
+            current[ctx] = None
+        else:
+            again = kind == "AGAIN" and current[ctx] is not None
+            layer = current[ctx] if again else rng.randrange(model.layers)
+            if layer != current[ctx]:
+                switches += pending
+                phase, pending = (asked, False) if pending else (phase, False)
+            current[ctx] = layer
+            bench.send(*_message(config, "ROUTE", ctx, layer, range(model.top_k)))
+            bench.send(*_message(config, "RELEASE", ctx, layer))
+            expected["commands"].append(phase)
+        if rng.random() < 0.1:
+            await cycles(dut, rng.randrange(200))
+    await bench.settle()
+    for name, phases in expected.items():
+        sink = bench.sinks[name]
+        moved = [
+            (payload, cycle)
+            for payload, cycle in zip(
+                sink.received[seen[name] :], sink.arrival[seen[name] :], strict=True
+            )
+            if name == "begin" or (payload["index"] == 0 and not payload["release"])
+        ]
+        found = [_phase_of(own, bench.active_at(cycle)) for _, cycle in moved]
+        assert found == phases, name
+    assert len(bench.commits) == switches > 10
+    if pending:
+        phase = asked
+    # Without a boundary a switch waits until the engine is idle.
+    dut.engine_idle.value = 1
+    await cycles(dut, 8)
+    assert bench.active == own[phase]
+    dut.engine_idle.value = 0
+    await cycles(dut, 8)
+    asked = rng.choice([each for each in Phase if each is not phase])
+    _write(bench, "profile", asked)
+    assert await _register(bench, "profile", "profile_active") == [asked, phase]
+    assert bench.active == own[phase]
+    dut.engine_idle.value = 1
+    await cycles(dut, 8)
+    assert bench.active == own[asked]
+    assert await _register(bench, "profile_active") == asked
+    assert bench.dma.active == channels[asked]
+    lower = own[asked]["dma_lower_credits"]
+    assert bench.dma.lower_credits == (lower or config.lower_credits)
+    hit("profiles.idle")
+    for name in ("boundary", "edited", "follow"):
+        hit(f"profiles.{name}")
+
+
+@cocotb.test()
+async def refusals(dut):
+    """A write that makes no sense changes nothing, and the first one's reason stays."""
+    bench = _Bench(dut, stall=0.2)
+    config = bench.config
+    golden = _Golden(config)
+    await reset(dut, drivers=bench.drivers)
+    good = {"enable": 1, "traffic": 1, "weight": 1, "credits": 1, "burst_beats": 1}
+    credits = config.outstanding_bursts
+    beat = config.data_bytes
+    cases = [
+        ("dma_channel", config.dma_channels, Refusal.CHANNEL),
+        ("dma_channel", 1 << 31, Refusal.CHANNEL),
+        ("dma_shape", _shape(**{**good, "traffic": 3}), Refusal.TRAFFIC),
+        ("dma_shape", _shape(**{**good, "weight": 0}), Refusal.WEIGHT),
+        ("dma_shape", _shape(**{**good, "burst_beats": 0}), Refusal.BURST),
+        ("dma_shape", _shape(**{**good, "burst_beats": 3}), Refusal.BURST),
+        ("dma_shape", _shape(**{**good, "burst_beats": 2 * config.longest_burst}), Refusal.BURST),
+        ("dma_shape", _shape(**{**good, "credits": 0}), Refusal.CREDITS),
+        ("dma_shape", _shape(**{**good, "credits": credits + 1}), Refusal.CREDITS),
+        ("dma_shape", _shape(**{**good, "enable": 0}), Refusal.ENABLE),
+        ("dma_lower_credits", credits + 1, Refusal.CREDITS),
+        ("dma_lower_credits", 1 << 31, Refusal.CREDITS),
+        ("dma_row_bytes", 1, Refusal.ROWS),
+        ("dma_row_bytes", config.tile_bytes + beat, Refusal.ROWS),
+        ("dma_row_stride", beat // 2, Refusal.ROWS),
+        ("dma_row_stride", 1 << 24, Refusal.ROWS),
+        ("profile", len(Phase), Refusal.PROFILE),
+        ("profile_select", len(Phase), Refusal.PROFILE),
+        ("profile_select", 1 << 31, Refusal.PROFILE),
+    ]
+    kept = ("dma_channel", "dma_shape", "dma_row_bytes", "dma_row_stride", "dma_lower_credits",
+            "profile", "profile_active", "profile_select")  # fmt: skip
+    before = await _register(bench, *kept)
+    _write(bench, "dma_lower_credits", credits)
+    assert await _register(bench, "refusal") == 0
+    _write(bench, "dma_lower_credits", 0)
+    bench.commits.clear()
+    for name, value, reason in cases:
+        _write(bench, name, value)
+        fields = {"refused": 1, "register": register_by_name(name).address, "reason": reason}
+        expected = sum(int(v) << REFUSAL_FIELDS[f][0] for f, v in fields.items())
+        assert await _register(bench, "refusal") == expected, (name, value)
+        golden.registers.write(register_by_name(name).address, value)
+        assert golden.registers.read(register_by_name("refusal").address) == expected
+        # What is refused later leaves it.
+        _write(bench, "profile", 99 if name != "profile" else 1 << 30)
+        assert await _register(bench, "refusal", *kept) == [expected, *before], name
+        _write(bench, "refusal", 0)
+        golden.registers.write(register_by_name("refusal").address, 0)
+        assert await _register(bench, "refusal") == 0
+    hit("profiles.refused")
+    # The phase of a token counts only if it asks for a profile.
+    bench.send(*_message(config, "BEGIN_TOKEN", 0, 77, 5))
+    assert await _register(bench, "refusal") == 0
+    _write(bench, "control", 1 | 1 << 5)
+    bench.send(*_message(config, "BEGIN_TOKEN", 0, 3, 5))
+    at = register_by_name("profile").address
+    expected = 1 << 31 | at << 8 | Refusal.PROFILE
+    assert await _register(bench, "refusal") == expected
+    assert await _register(bench, *kept) == before
+    assert not bench.commits
+    assert len(bench.sinks["begin"].received) == 2, "a token starts all the same"
+    hit("profiles.unknown_phase")
 
 
 @cocotb.test()
@@ -615,6 +942,33 @@ async def latency(dut):
     bench.send(*_message(config, "ROUTE", 0, 0, range(config.model.top_k)))
     await bench.sinks["commands"].receive(1)
     assert bench.sinks["commands"].arrival[0] - start == config.model.top_k + 6
+
+    async def time_of(name, *values, sink):
+        """Cycles from a message to what comes of it."""
+        await bench.settle()
+        begun = sink.cycle
+        bench.send(*_message(config, name, *values))
+        before = len(sink.arrival)
+        while len(sink.arrival) == before:
+            await RisingEdge(dut.clk)
+        return sink.arrival[-1] - begun
+
+    def read(register):
+        return time_of("REGISTER_READ", register_by_name(register).address, sink=bench.replies)
+
+    usual = await read("policy")
+    assert await read("predict_ahead") - usual == 2 + Profiles.latency - 1
+    assert await read("dma_row_stride") - usual == 2 + Profiles.latency - 1
+    # A switch waits: its rows are read again.
+    dut.engine_idle.value = 0
+    _write(bench, "profile", Phase.VERIFY)
+    more = config.dma_channels + 2
+    assert await read("predict_ahead") - usual == 2 + Profiles.latency - 1 + more
+    _write(bench, "control", 1 | 1 << 5)
+    begin = bench.sinks["begin"]
+    same = await time_of("BEGIN_TOKEN", 0, Phase.VERIFY, 1, sink=begin)
+    assert await time_of("BEGIN_TOKEN", 0, Phase.PREFILL, 1, sink=begin) - same == more + 1
+    hit("profiles.latency")
 
 
 _SHAPES = {

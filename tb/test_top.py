@@ -35,8 +35,14 @@ from prestage_hw.contract.records import (
     ErrorCode,
     Phase,
     Policy,
+    TrafficClass,
 )
-from prestage_hw.contract.registers import COUNTERS, THROTTLE_FIELDS, register_by_name
+from prestage_hw.contract.registers import (
+    COUNTERS,
+    SHAPE_FIELDS,
+    THROTTLE_FIELDS,
+    register_by_name,
+)
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.top import Top
 from prestage_sim.model.top import Top as GoldenTop
@@ -52,6 +58,7 @@ from prestage_tb.bench import (
     run_bench,
     start_clock,
 )
+from prestage_tb.coverage import hit
 
 _ROOT = Path(__file__).resolve().parents[1]
 _ACKNOWLEDGE_EVERY = 8
@@ -323,13 +330,154 @@ async def hints_and_errors(dut):
     assert codes[ErrorCode.BUS] and codes[ErrorCode.NO_SLOT], codes
 
 
+def _profile_writes(bench, phase):
+    """Register writes that give a phase's profile settings at random, all of which make sense."""
+    config, rng = bench.config, bench.random
+    writes = [
+        ("profile_select", phase),
+        ("predict_threshold", rng.randrange(160)),
+        ("predict_far_threshold", rng.randrange(256)),
+        ("predict_ahead", rng.randrange(config.model.layers + 1)),
+        ("prefetch_tiles", rng.randrange(1, 5)),
+        ("cutoff_layer", rng.choice([255, rng.randrange(config.model.layers + 1)])),
+        ("dma_lower_credits", rng.randrange(config.outstanding_bursts + 1)),
+    ]
+    for channel in range(config.dma_channels):
+        shape = {
+            "enable": channel < 2 or rng.random() < 0.5,
+            "traffic": rng.choice(list(TrafficClass)),
+            "weight": rng.randrange(1, 16),
+            "credits": rng.randrange(1, config.outstanding_bursts + 1),
+            # Shorter ones only take time.
+            "burst_beats": 1 << rng.randrange(2, config.longest_burst.bit_length()),
+        }
+        value = sum(int(number) << SHAPE_FIELDS[name][0] for name, number in shape.items())
+        writes += [("dma_channel", channel), ("dma_shape", value)]
+    return [(register_by_name(name).address, value) for name, value in writes]
+
+
 @cocotb.test()
-async def timed_pace(dut):
-    """Routes come when they like: each gets k readies or errors, and the bytes are right."""
+@cocotb.parametrize(policy=[Policy.LRU, Policy.NEXT_USE])
+async def profiles_drained(dut, policy):
+    """Profiles are switched between messages; every answer and counter is the golden model's."""
+    bench = _Bench(dut, stall=Stall(0.2, burst=(1, 6)))
+    config, rng, model = bench.config, bench.random, bench.config.model
+    golden = GoldenTop(config, bench.image)
+    await bench.reset()
+    for _ in range(4):
+        # Which burst fails hangs on how long they are.
+        layer, expert = rng.randrange(model.layers), rng.randrange(model.experts)
+        address = config.expert_address(layer, expert) + rng.randrange(
+            0, config.expert_bytes, config.data_bytes
+        )
+        # Other policies look first at the slot that a failing fetch frees, which hangs on time.
+        if policy is Policy.LRU:
+            bench.memory.failing.append((address, address + config.data_bytes, SLVERR))
+            golden.memory.failing.append((address, address + config.data_bytes))
+
+    async def write(name, value):
+        await bench.drained(golden, "REGISTER_WRITE", register_by_name(name).address, value)
+
+    await _settle(bench, golden, policy=policy, hints=True)
+    control = golden.registers["control"]
+    for phase in Phase:
+        for address, value in _profile_writes(bench, phase):
+            await bench.drained(golden, "REGISTER_WRITE", address, value)
+        await write("control", control & ~3 | (1 if phase is Phase.PREFILL else 3))
+    await bench.compare_registers(golden)
+    switched = Counter()
+    for token, layers in enumerate(_decisions(bench, 8)):
+        ctx = rng.randrange(config.contexts)
+        if token == 4:
+            # From now on the phase asks for its profile.
+            await write("control", golden.registers["control"] | 1 << 5)
+        await bench.drained(golden, "BEGIN_TOKEN", ctx, rng.choice(list(Phase)), token)
+        for layer, experts in enumerate(layers):
+            switched[golden.registers.profiles.phase] += 1
+            for wanted in range(layer, model.layers):
+                if rng.random() < 0.4:
+                    expert = rng.randrange(model.experts)
+                    await bench.drained(golden, "HINT", ctx, wanted, expert, 255)
+            answers = await bench.drained(golden, "ROUTE", ctx, layer, experts)
+            if rng.random() < 0.5:
+                await bench.check_bytes(bench.readies(answers)[:1])
+            if rng.random() < 0.4:
+                await write("profile", rng.choice(list(Phase)))
+            await bench.drained(golden, "RELEASE", ctx, layer)
+    assert len(switched) == len(Phase), switched
+    assert golden.counters["hints"] > 2
+    await bench.compare_registers(golden)
+    hit("profiles.drained")
+
+
+@cocotb.test()
+async def rows_drained(dut):
+    """Tiles gathered from rows at a stride, on some channels only, are the golden model's."""
+    bench = _Bench(dut, stall=0.1)
+    config, rng, model = bench.config, bench.random, bench.config.model
+    golden = GoldenTop(config, bench.image)
+    await bench.reset()
+    row = config.data_bytes * rng.randrange(1, config.tile_beats)
+    for channel in range(min(2, config.dma_channels)):
+        for name, value in (
+            ("dma_channel", channel),
+            ("dma_row_bytes", row),
+            ("dma_row_stride", row + config.data_bytes),
+            ("profile", Phase.DECODE),
+        ):
+            await bench.drained(golden, "REGISTER_WRITE", register_by_name(name).address, value)
+        for layer in range(2):
+            experts = rng.sample(range(model.experts), model.top_k)
+            answers = await bench.drained(golden, "ROUTE", 0, layer, experts)
+            for ready in bench.readies(answers)[:1]:
+                for beat in range(0, config.expert_beats, 5):
+                    count = min(5, config.expert_beats - beat)
+                    await bench.drained(golden, "READ", ready["slot"], beat, count)
+            await bench.drained(golden, "RELEASE", 0, layer)
+    await bench.compare_registers(golden)
+
+
+@cocotb.test()
+@cocotb.parametrize(profiles=[False, True])
+async def timed_pace(dut, profiles):
+    """Routes come when they like: each gets k readies or errors, and the bytes are right. The same
+    while profiles are switched under way.
+    """
     bench = _Bench(dut, stall=0.05, latency=60)
     config, rng, model = bench.config, bench.random, bench.config.model
     host = bench.host
     await bench.reset()
+
+    asked = Phase.DECODE
+    follow = False
+    active = []  # What profile_active must read, in order.
+
+    def boundary():
+        """Ask which profile is active, right behind a layer boundary."""
+        if profiles:
+            host.post("REGISTER_READ", register_by_name("profile_active").address)
+            active.append(asked)
+
+    def switch():
+        """Change a profile, or ask for one, without waiting for anything."""
+        nonlocal asked, follow
+        if not profiles:
+            return
+        phase = rng.choice(list(Phase))
+        for address, value in _profile_writes(bench, phase) if rng.random() < 0.2 else ():
+            host.post("REGISTER_WRITE", address, value)
+        if rng.random() < 0.2:
+            # Candidates of hints as well, and the phase of tokens.
+            follow = not follow
+            flags = 1 | 1 << 1 | 1 << 4 | follow << 5
+            host.post("REGISTER_WRITE", register_by_name("control").address, flags)
+        if rng.random() < 0.6:
+            asked = phase
+            host.post("REGISTER_WRITE", register_by_name("profile").address, phase)
+
+    for phase in Phase if profiles else ():
+        for address, value in _profile_writes(bench, phase):
+            host.post("REGISTER_WRITE", address, value)
     for _ in range(3):
         layer, expert = rng.randrange(model.layers), rng.randrange(model.experts)
         address = config.expert_address(layer, expert)
@@ -354,6 +502,9 @@ async def timed_pace(dut):
                     fields = RECORDS["Event"].unpack(config, body)
                     assert fields["code"] in (ErrorCode.BUS, ErrorCode.NO_SLOT), fields
                     waiting[fields["ctx"], fields["layer"]].remove(fields["expert"])
+                else:
+                    assert code == MESSAGES["REGISTER_VALUE"].code
+                    assert RECORDS["RegisterValue"].unpack(config, body)["value"] == active.pop(0)
             seen = len(host.answers)
             if not waiting[key]:
                 return
@@ -362,12 +513,17 @@ async def timed_pace(dut):
 
     for token, layers in enumerate(_decisions(bench, 8)):
         for ctx in range(config.contexts):
-            host.post("BEGIN_TOKEN", ctx, 1, token)
+            phase = rng.choice(list(Phase)) if profiles else Phase.DECODE
+            host.post("BEGIN_TOKEN", ctx, phase, token)
+            asked = phase if follow else asked
+            boundary()
         for layer, experts in enumerate(layers):
             for ctx in range(config.contexts):
                 mine = [(expert + ctx) % model.experts for expert in experts]
                 waiting[ctx, layer] = set(mine)
+                switch()
                 host.post("ROUTE", ctx, layer, mine)
+                boundary()
                 routes += 1
                 ready_layers.append((ctx, layer))
                 if rng.random() < 0.5:
@@ -395,6 +551,12 @@ async def timed_pace(dut):
     assert c["useful"] + c["useless"] <= c["prefetch_issued"]
     assert c["demand_bytes"] + c["prefetch_bytes"] >= c["fills"] * config.expert_bytes
     assert c["link_errors"] == c["link_replays"] == c["rejected"] == 0
+    if profiles:
+        assert c["prefetch_issued"] > 10 and c["fills"] > 50
+        host.post("REGISTER_READ", register_by_name("refusal").address)
+        answers = await host.wait(dut, until=MESSAGES["REGISTER_VALUE"].code)
+        assert RECORDS["RegisterValue"].unpack(config, answers[-1][1])["value"] == 0
+        hit("profiles.traffic")
 
 
 @cocotb.test()

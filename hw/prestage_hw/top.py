@@ -99,9 +99,12 @@ class Top(wiring.Component):
         wiring.connect(m, dispatcher.replies, link.replies)
         wiring.connect(m, dispatcher.registers, registers.requests)
         wiring.connect(m, registers.values, dispatcher.values)
+        wiring.connect(m, dispatcher.phases, registers.phases)
+        profile = registers.control.profile
         m.d.comb += [
-            dispatcher.hint_enable.eq(registers.control.hint_enable),
+            dispatcher.hint_enable.eq(profile.hint_enable),
             dispatcher.hint_threshold.eq(registers.control.hint_threshold),
+            registers.boundary.eq(dispatcher.boundary),
         ]
 
         # 2 predictor
@@ -114,9 +117,9 @@ class Top(wiring.Component):
             predictor.table_select.eq(registers.table_select),
             registers.table_words.eq(predictor.table_words),
             predictor.clear.eq(registers.clear.tables),
-            predictor.threshold.eq(registers.control.predict_threshold),
-            predictor.far_threshold.eq(registers.control.predict_far_threshold),
-            predictor.ahead.eq(registers.control.predict_ahead),
+            predictor.threshold.eq(profile.predict_threshold),
+            predictor.far_threshold.eq(profile.predict_far_threshold),
+            predictor.ahead.eq(profile.predict_ahead),
         ]
 
         if config.token_memory:
@@ -131,8 +134,9 @@ class Top(wiring.Component):
         wiring.connect(m, scheduler.events, dispatcher.events)
         m.d.comb += [
             scheduler.expert_base.eq(registers.control.expert_base),
-            scheduler.prefetch_tiles.eq(registers.control.prefetch_tiles),
-            scheduler.enable.eq(registers.control.prefetch_enable),
+            scheduler.prefetch_tiles.eq(profile.prefetch_tiles),
+            scheduler.enable.eq(profile.prefetch_enable),
+            scheduler.cutoff_layer.eq(profile.cutoff_layer),
             scheduler.alone.eq(registers.control.settle),
             scheduler.cancel_enable.eq(registers.control.cancel_enable),
             scheduler.throttle_enable.eq(registers.control.throttle_enable),
@@ -147,7 +151,11 @@ class Top(wiring.Component):
         wiring.connect(m, dma.completions, scheduler.completions)
         wiring.connect(m, dma.bus, wiring.flipped(self.bus))
         wiring.connect(m, dma.writes, buffer.writes)
-        m.d.comb += dma.lower_credits.eq(config.lower_credits)
+        wiring.connect(m, registers.settings, dma.settings)
+        m.d.comb += [
+            dma.commit.eq(registers.commit),
+            dma.lower_credits.eq(profile.dma_lower_credits),
+        ]
 
         # 5 buffer
         wiring.connect(m, scheduler.buffer_requests, buffer.requests)

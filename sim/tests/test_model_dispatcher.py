@@ -212,7 +212,7 @@ def test_registers(device):
     assert device.read("device_id") == int.from_bytes(b"PRST", "big")
     assert device.read("version") == VERSION and device.read("register_hash") == register_hash()
     for name, written, kept in (
-        ("control", 0xFFFFFFFF, 31),
+        ("control", 0xFFFFFFFF, 63),
         ("throttle", 0xFFFFFFFF, 0x0F7F_FFFF),
         ("policy", 0xFFFFFFFE, 2),
         ("hint_threshold", 0x1FF, 0xFF),

@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0x5303debbu
+#define PRESTAGE_REGISTER_HASH 0xa6cbfe72u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -80,6 +80,24 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_BAD_TABLE = 13, /* The table or the words of a table access are out of range. */
 };
 
+enum prestage_traffic_class {
+    PRESTAGE_TRAFFIC_CLASS_DEMAND = 0,
+    PRESTAGE_TRAFFIC_CLASS_PREFETCH = 1,
+    PRESTAGE_TRAFFIC_CLASS_STREAM = 2,
+};
+
+enum prestage_refusal {
+    PRESTAGE_REFUSAL_NONE = 0, /* Nothing was refused. */
+    PRESTAGE_REFUSAL_CHANNEL = 1, /* The DMA engine has no such channel. */
+    PRESTAGE_REFUSAL_TRAFFIC = 2, /* There is no such traffic class. */
+    PRESTAGE_REFUSAL_WEIGHT = 3, /* The weight is 0. */
+    PRESTAGE_REFUSAL_BURST = 4, /* The burst length is no power of two, or longer than the longest burst. */
+    PRESTAGE_REFUSAL_CREDITS = 5, /* A channel has no credit, or there are more credits than bursts outstanding. */
+    PRESTAGE_REFUSAL_ROWS = 6, /* Size or stride of a row is no whole number of beats, or too large. */
+    PRESTAGE_REFUSAL_ENABLE = 7, /* Channels 0 and 1 carry demands and prefetches and can't be disabled. */
+    PRESTAGE_REFUSAL_PROFILE = 8, /* No phase has that number. */
+};
+
 /* Register addresses, in 32-bit words. */
 enum prestage_register {
     PRESTAGE_REG_DEVICE_ID = 0x00, /* ro: The letters "PRST". */
@@ -95,7 +113,7 @@ enum prestage_register {
     PRESTAGE_REG_PREDICTOR = 0x0a, /* ro: Predictor: index in the list of names, 0 none, 1 st_moe. */
     PRESTAGE_REG_SUCCESSORS = 0x0b, /* ro: Entries in a row of the correlation table (K). */
     PRESTAGE_REG_DATA_BYTES = 0x0c, /* ro: Width of the memory port, in bytes. */
-    PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its layer was routed. */
+    PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its layer was routed. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are those of the profile that profile_select names. */
     PRESTAGE_REG_CLEAR = 0x11, /* wo: Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free, every layer released). Bit 2: counters. Waits until the engine is idle. */
     PRESTAGE_REG_HINT_THRESHOLD = 0x12, /* rw: Hints with a lower score are dropped (bits 7..0). */
     PRESTAGE_REG_EXPERT_BASE_LOW = 0x13, /* rw: Address of expert 0 of layer 0, bits 31..0. */
@@ -114,6 +132,16 @@ enum prestage_register {
     PRESTAGE_REG_CYCLES_HIGH = 0x21, /* ro: Clock cycles since reset, bits 63..32, as latched. */
     PRESTAGE_REG_THROTTLE = 0x22, /* rw: What the throttle reckons with. Bits 3..0: worth of a useful prefetch; 7..4: price of each prefetch, paid back when it is used; 11..8: cost of a demand that misses because of prefetches; 15..12: cost of a demand that waits for a prefetch's tile; 22..16: below minus that credit a kind is switched off, to be switched on again at 0; 27..24: binary logarithm of the most demand misses from one probe to the next, at least 4. */
     PRESTAGE_REG_THROTTLE_STATE = 0x23, /* ro: Credit of the kinds near, far and hint in bits 7..0, 15..8 and 23..16, signed; bits 24 to 26: they are switched on. */
+    PRESTAGE_REG_PROFILE = 0x24, /* rw: Phase whose profile is asked for: 0 PREFILL, 1 DECODE, 2 VERIFY. It becomes active as a whole, its DMA channels included, at the next layer boundary, at once if nothing is under way; a write of the active one makes its DMA channels active. */
+    PRESTAGE_REG_PROFILE_ACTIVE = 0x25, /* ro: Phase whose profile is active. */
+    PRESTAGE_REG_PROFILE_SELECT = 0x26, /* rw: Profile that these registers belong to: control (bits 0 and 1), prefetch_tiles, predict_threshold, predict_far_threshold, predict_ahead, cutoff_layer, dma_lower_credits, dma_shape, dma_row_bytes, dma_row_stride. Writes for the active one hold at once, but for those of the DMA. */
+    PRESTAGE_REG_CUTOFF_LAYER = 0x27, /* rw: Candidates for this layer and those above are dropped (bits 7..0); 255: none are. */
+    PRESTAGE_REG_DMA_LOWER_CREDITS = 0x28, /* rw: Most bursts outstanding in the classes below demand; 0: as many as hold a tile. */
+    PRESTAGE_REG_DMA_CHANNEL = 0x29, /* rw: DMA channel that the next three registers belong to. */
+    PRESTAGE_REG_DMA_SHAPE = 0x2a, /* rw: Bit 0: the channel is enabled. Bits 5..4: traffic class; 11..8: weight; 16..12: credits; 28..20: longest burst, in beats. */
+    PRESTAGE_REG_DMA_ROW_BYTES = 0x2b, /* rw: Bytes of a row if tiles are gathered from rows, else 0. */
+    PRESTAGE_REG_DMA_ROW_STRIDE = 0x2c, /* rw: Bytes from the start of a row to the start of the next, below 16,777,216. */
+    PRESTAGE_REG_REFUSAL = 0x2d, /* rw: What was wrong with the first write that was refused, which has changed nothing. Bit 31: a write was refused. Bits 23..8: address of its register. Bits 7..0: a Refusal. Any write clears it. */
     PRESTAGE_REG_TOKENS = 0x40, /* ro: Tokens begun. Stage 1. */
     PRESTAGE_REG_ROUTES = 0x41, /* ro: Routing decisions accepted. Stage 1. */
     PRESTAGE_REG_RELEASES = 0x42, /* ro: Layers released. Stage 1. */

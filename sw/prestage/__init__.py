@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from prestage_hw.contract import DeviceConfig, ModelConfig, preset
 from prestage_hw.contract.records import ErrorCode, Phase
 
-from .device import Device, Ready, known_links
+from .device import Device, Ready, Refused, known_links
 from .device import open_device as open
 from .errors import DeviceError, PrestageError
 
@@ -30,6 +30,7 @@ __all__ = [
     "Phase",
     "PrestageError",
     "Ready",
+    "Refused",
     "__version__",
     "known_links",
     "open",

@@ -18,10 +18,22 @@ from numpy.typing import NDArray
 from prestage_hw.contract import MESSAGES, DeviceConfig, Pipe, SimulatedPipe, register_by_name
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.pattern import expert_memory
-from prestage_hw.contract.records import NO_TOKEN, TABLE_BURST, ErrorCode, Phase, Policy, Record
+from prestage_hw.contract.records import (
+    NO_TOKEN,
+    REFUSAL_TEXT,
+    TABLE_BURST,
+    ErrorCode,
+    Phase,
+    Policy,
+    Record,
+    Refusal,
+    TrafficClass,
+)
 from prestage_hw.contract.registers import (
     COUNTERS,
+    REFUSAL_FIELDS,
     REGISTERS,
+    SHAPE_FIELDS,
     THROTTLE_FIELDS,
     shape_registers,
 )
@@ -41,7 +53,7 @@ from .errors import (
 from .link import HostLink
 from .snapshot import Snapshot, read_snapshot, write_snapshot
 
-__all__ = ["LINKS", "Device", "Ready", "known_links", "open_device"]
+__all__ = ["LINKS", "Device", "Ready", "Refused", "known_links", "open_device"]
 
 #: Group of the entry points that open pipes, by URL scheme.
 LINKS = "prestage.links"
@@ -54,8 +66,17 @@ _ANSWERS = 8
 _TABLE_PIECE = 1024
 
 _CONTROL_PREFETCH, _CONTROL_HINTS, _CONTROL_SETTLE = 1, 2, 4
-_CONTROL_THROTTLE, _CONTROL_CANCEL = 8, 16
+_CONTROL_THROTTLE, _CONTROL_CANCEL, _CONTROL_FOLLOW = 8, 16, 32
+
+#: Bits of ``control`` that each profile has for itself.
+_CONTROL_PROFILE = _CONTROL_PREFETCH | _CONTROL_HINTS
 _CLEAR_PREDICTOR, _CLEAR_BUFFER, _CLEAR_COUNTERS = 1, 2, 4
+
+#: Settings of a DMA channel that have a register each.
+_ROW_SETTINGS = ("row_bytes", "row_stride")
+
+#: DMA channels that carry demands and prefetches.
+_USED_CHANNELS = 2
 
 #: Events that refuse a whole routing decision.
 _REFUSED_ROUTE = frozenset(
@@ -79,6 +100,16 @@ class Ready(NamedTuple):
     layer: int
     expert: int
     slot: int
+
+
+class Refused(NamedTuple):
+    """A register write that the device has refused."""
+
+    register: str
+    reason: Refusal
+
+    def __str__(self) -> str:
+        return f"Write of register {self.register} was refused: {REFUSAL_TEXT[self.reason]}"
 
 
 class _Route:
@@ -243,7 +274,12 @@ class Device:
         self._words: deque[tuple[int, ...]] = deque()
         self._synced: int | None = None
         self._sync_tag = 0
-        self._control = register_by_name("control").reset or 0
+        control = register_by_name("control").reset or 0
+        self._control = control & ~_CONTROL_PROFILE
+        # Bits of control that each profile has for itself, the profile that was asked for last, and
+        # the one that is selected.
+        self._flags = dict.fromkeys(Phase, control & _CONTROL_PROFILE)
+        self._profile = self._selected = Phase.DECODE
         self._contexts = config.contexts
         self._layers = config.model.layers
         self._experts = config.model.experts
@@ -351,19 +387,18 @@ class Device:
         token : :class:`int` or None
             Id of the *input* token, 0 to 0xFFFFFFFE; None where unknown.
         phase : :class:`Phase`
-            What the token is for.
+            What the token is for. With ``configure(follow_phase=True)`` it becomes the active
+            profile, as by :meth:`switch`.
         """
         self._check_context(ctx)
         number = NO_TOKEN if token is None else operator.index(token)
         if not 0 <= number <= NO_TOKEN or (token is not None and number == NO_TOKEN):
             raise ArgumentError(f"Token id must be between 0 and {NO_TOKEN - 1}, not {token}")
-        try:
-            phase = Phase(phase)
-        except ValueError:
-            names = ", ".join(f"{p.value} ({p.name})" for p in Phase)
-            raise ArgumentError(f"Phase must be one of {names}, not {phase!r}") from None
+        phase = _phase(phase)
         self._post("BEGIN_TOKEN", ctx, phase, number)
         self._current[ctx] = -1
+        if self._control & _CONTROL_FOLLOW:
+            self._profile = phase
 
     def route(self, ctx: int, layer: int, experts: Iterable[int]) -> None:
         """The router has chosen: demand k experts, teach the predictor and start prefetches.
@@ -642,12 +677,18 @@ class Device:
         threshold: int | None = None,
         far_threshold: int | None = None,
         ahead: int | None = None,
+        cutoff: int | None = None,
+        follow_phase: bool | None = None,
         clear_predictor: bool = False,
         clear_buffer: bool = False,
         clear_counters: bool = False,
         tables: Mapping[int, NDArray[np.uint32]] | None = None,
     ) -> None:
         """Change settings; None leaves one as it is.
+
+        ``prefetch``, ``hints``, ``prefetch_tiles``, ``threshold``, ``far_threshold``, ``ahead`` and
+        ``cutoff`` are those of the active profile: the one of decoding unless :meth:`switch` or
+        ``follow_phase`` has chosen another.
 
         Parameters
         ----------
@@ -681,25 +722,36 @@ class Device:
             away, in 1/256, 0 to 255.
         ahead : :class:`int` or None
             Layers that the predictor proposes when a token starts, 0 to 255.
+        cutoff : :class:`int` or None
+            Layers from this one on are not prefetched; 255 (after reset) for none.
+        follow_phase : :class:`bool` or None
+            The phase of :meth:`begin_token` makes its profile active (off after reset).
         clear_predictor, clear_buffer, clear_counters : :class:`bool`
             Clear the predictor's tables, the buffer (every layer counts as released), the counters.
             Waits for the engine to be idle.
         tables : mapping of :class:`int` to arrays of uint32, or None
             Predictor tables to load after clearing, as :meth:`snapshot` gives them.
         """
-        writes: list[tuple[str, int]] = []
         control = self._control
         for bit, wanted in (
-            (_CONTROL_PREFETCH, prefetch),
-            (_CONTROL_HINTS, hints),
             (_CONTROL_SETTLE, settle),
             (_CONTROL_THROTTLE, None if throttle is None else throttle is not False),
             (_CONTROL_CANCEL, cancel),
+            (_CONTROL_FOLLOW, follow_phase),
         ):
             if wanted is not None:
                 control = control | bit if wanted else control & ~bit
-        if control != self._control:
-            writes.append(("control", control))
+        writes = self._profile_writes(
+            self._profile,
+            control=control,
+            prefetch=prefetch,
+            hints=hints,
+            prefetch_tiles=prefetch_tiles,
+            threshold=threshold,
+            far_threshold=far_threshold,
+            ahead=ahead,
+            cutoff=cutoff,
+        )
         if hint_threshold is not None:
             if not 0 <= operator.index(hint_threshold) <= 255:
                 raise ArgumentError(
@@ -719,10 +771,6 @@ class Device:
                 )
             writes.append(("token_base_low", token_base & 0xFFFFFFFF))
             writes.append(("token_base_high", token_base >> 32))
-        if prefetch_tiles is not None:
-            if not 1 <= operator.index(prefetch_tiles) <= 4:
-                raise ArgumentError(f"Prefetch tiles must be between 1 and 4, not {prefetch_tiles}")
-            writes.append(("prefetch_tiles", prefetch_tiles))
         if isinstance(throttle, Mapping):
             writes.append(("throttle", self._throttle(throttle)))
         if policy is not None:
@@ -731,15 +779,6 @@ class Device:
             except ValueError:
                 names = ", ".join(f"{int(each)} ({each.name})" for each in Policy)
                 raise ArgumentError(f"Policy must be one of {names}, not {policy!r}") from None
-        for what, register, value in (
-            ("Threshold", "predict_threshold", threshold),
-            ("Far threshold", "predict_far_threshold", far_threshold),
-            ("Layers ahead", "predict_ahead", ahead),
-        ):
-            if value is not None:
-                if not 0 <= operator.index(value) <= 255:
-                    raise ArgumentError(f"{what} must be between 0 and 255, not {value}")
-                writes.append((register, value))
         clear = (
             clear_predictor * _CLEAR_PREDICTOR
             + clear_buffer * _CLEAR_BUFFER
@@ -750,14 +789,210 @@ class Device:
                 raise ArgumentError("Buffer must not be cleared while experts are awaited")
             writes.append(("clear", clear))
         loads = [(n, self._check_table(n, t)) for n, t in (tables or {}).items()]
-        for name, value in writes:
-            self._post("REGISTER_WRITE", register_by_name(name).address, value)
-        self._control = control
+        self._write(writes)
         if clear_buffer:
             self._routes.clear()
             self._current = [-1] * self._contexts
         for number, values in loads:
             self._load_table(number, values)
+
+    def configure_profile(
+        self,
+        phase: Phase | int,
+        *,
+        prefetch: bool | None = None,
+        hints: bool | None = None,
+        prefetch_tiles: int | None = None,
+        threshold: int | None = None,
+        far_threshold: int | None = None,
+        ahead: int | None = None,
+        cutoff: int | None = None,
+        lower_credits: int | None = None,
+        channels: Mapping[int, Mapping[str, int]] | None = None,
+    ) -> None:
+        """Change settings of a phase's profile; None leaves one as it is.
+
+        Those of the active profile hold at once, but for ``lower_credits`` and ``channels``, which
+        always wait for :meth:`switch`.
+
+        Parameters
+        ----------
+        phase : :class:`Phase`
+            Whose profile.
+        prefetch, hints, prefetch_tiles, threshold, far_threshold, ahead, cutoff
+            As for :meth:`configure`.
+        lower_credits : :class:`int` or None
+            Most read bursts outstanding in the traffic classes below demand, at most
+            ``config.outstanding_bursts``; 0 (after reset) for as many as hold a tile.
+        channels : mapping of :class:`int` to mappings, or None
+            Settings of channels of the DMA engine: ``enable`` (0 or 1; channels 0 and 1 carry
+            demands and prefetches and stay enabled), ``traffic`` (a :class:`TrafficClass`),
+            ``weight`` (1 to 15), ``credits`` (1 to ``config.outstanding_bursts``), ``burst_beats``
+            (a power of two up to ``config.longest_burst``), ``row_bytes`` and ``row_stride`` (whole
+            beats). What isn't named stays. Rows of a channel must not change while it moves tiles.
+
+        Raises
+        ------
+        ArgumentError
+            If the device would refuse a value; nothing was changed then.
+        """
+        phase = _phase(phase)
+        writes = self._profile_writes(
+            phase,
+            control=self._control,
+            prefetch=prefetch,
+            hints=hints,
+            prefetch_tiles=prefetch_tiles,
+            threshold=threshold,
+            far_threshold=far_threshold,
+            ahead=ahead,
+            cutoff=cutoff,
+            lower_credits=lower_credits,
+        )
+        for channel, settings in (channels or {}).items():
+            self._check_channel(channel, settings)
+        self._write(writes)
+        for channel, settings in (channels or {}).items():
+            self._configure_channel(phase, channel, settings)
+
+    def switch(self, phase: Phase | int) -> None:
+        """Make a phase's profile active, as a whole, at the next layer boundary.
+
+        A boundary is the start of a token and the first :meth:`route` of a layer; what those posted
+        before it want goes on meanwhile, and nothing is lost. If nothing is under way the switch
+        comes at once. A switch to the active profile makes its ``lower_credits`` and ``channels``
+        hold.
+
+        Parameters
+        ----------
+        phase : :class:`Phase`
+            Whose profile.
+        """
+        phase = _phase(phase)
+        self._write([("profile", int(phase))])
+
+    def refusal(self, *, clear: bool = True) -> Refused | None:
+        """The first register write that the device has refused since this was cleared, or None.
+
+        The other methods check what they write; a refusal comes of :meth:`write_register`.
+        """
+        value = self.read_register("refusal")
+        fields = {
+            name: value >> low & (1 << bits) - 1 for name, (low, bits) in REFUSAL_FIELDS.items()
+        }
+        if not fields["refused"]:
+            return None
+        if clear:
+            self.write_register("refusal", 0)
+        names = {register.address: register.name for register in REGISTERS}
+        return Refused(names[fields["register"]], Refusal(fields["reason"]))
+
+    def _profile_writes(
+        self,
+        phase: Phase,
+        *,
+        control: int,
+        prefetch: bool | None,
+        hints: bool | None,
+        prefetch_tiles: int | None,
+        threshold: int | None,
+        far_threshold: int | None,
+        ahead: int | None,
+        cutoff: int | None,
+        lower_credits: int | None = None,
+    ) -> list[tuple[str, int]]:
+        """Register writes for what a profile holds beside the DMA channels, and for control."""
+        writes: list[tuple[str, int]] = []
+        flags = self._flags[phase]
+        for bit, wanted in ((_CONTROL_PREFETCH, prefetch), (_CONTROL_HINTS, hints)):
+            if wanted is not None:
+                flags = flags | bit if wanted else flags & ~bit
+        if prefetch_tiles is not None:
+            if not 1 <= operator.index(prefetch_tiles) <= 4:
+                raise ArgumentError(f"Prefetch tiles must be between 1 and 4, not {prefetch_tiles}")
+            writes.append(("prefetch_tiles", prefetch_tiles))
+        for what, register, value in (
+            ("Threshold", "predict_threshold", threshold),
+            ("Far threshold", "predict_far_threshold", far_threshold),
+            ("Layers ahead", "predict_ahead", ahead),
+            ("Cut-off layer", "cutoff_layer", cutoff),
+        ):
+            if value is not None:
+                if not 0 <= operator.index(value) <= 255:
+                    raise ArgumentError(f"{what} must be between 0 and 255, not {value}")
+                writes.append((register, value))
+        if lower_credits is not None:
+            most = self.config.outstanding_bursts
+            if not 0 <= operator.index(lower_credits) <= most:
+                raise ArgumentError(
+                    f"Lower credits must be between 0 and {most}, not {lower_credits}"
+                )
+            writes.append(("dma_lower_credits", lower_credits))
+        if (control, flags) != (self._control, self._flags[phase]):
+            writes.append(("control", control | flags))
+        if writes and phase is not self._selected:
+            writes.insert(0, ("profile_select", int(phase)))
+        return writes
+
+    def _check_channel(self, channel: int, settings: Mapping[str, int]) -> None:
+        """Refuse settings of a DMA channel that the device would refuse."""
+        config = self.config
+        if not 0 <= operator.index(channel) < config.dma_channels:
+            raise ArgumentError(
+                f"DMA channel must be between 0 and {config.dma_channels - 1}, not {channel}"
+            )
+        known = (*SHAPE_FIELDS, *_ROW_SETTINGS)
+        limits = {
+            "enable": (int(channel < _USED_CHANNELS), 1),
+            "traffic": (min(TrafficClass), max(TrafficClass)),
+            "weight": (1, 15),
+            "credits": (1, config.outstanding_bursts),
+            "burst_beats": (1, config.longest_burst),
+            "row_bytes": (0, config.tile_bytes),
+            "row_stride": (0, (1 << 24) - config.data_bytes),
+        }
+        for name, value in settings.items():
+            if name not in known:
+                raise ArgumentError(
+                    f"Setting of a DMA channel must be one of {', '.join(known)}, not {name!r}"
+                )
+            least, most = limits[name]
+            rule = f"must be between {int(least)} and {int(most)}"
+            fits = least <= operator.index(value) <= most
+            if name == "burst_beats":
+                rule = f"must be a power of two from 1 to {most}"
+                fits = fits and value & (value - 1) == 0
+            elif name in _ROW_SETTINGS:
+                rule = f"must be a multiple of {config.data_bytes} from 0 to {most}"
+                fits = fits and value % config.data_bytes == 0
+            if not fits:
+                raise ArgumentError(f"Setting {name} of DMA channel {channel} {rule}, not {value}")
+
+    def _configure_channel(self, phase: Phase, channel: int, settings: Mapping[str, int]) -> None:
+        """Write settings of a DMA channel into a profile; those not named stay."""
+        select = [] if phase is self._selected else [("profile_select", int(phase))]
+        self._write([*select, ("dma_channel", channel)])
+        shape = {name: settings[name] for name in SHAPE_FIELDS if name in settings}
+        writes = [(f"dma_{name}", settings[name]) for name in _ROW_SETTINGS if name in settings]
+        if shape:
+            value = 0 if len(shape) == len(SHAPE_FIELDS) else self.read_register("dma_shape")
+            for name, number in shape.items():
+                low, bits = SHAPE_FIELDS[name]
+                value = value & ~((1 << bits) - 1 << low) | int(number) << low
+            writes.append(("dma_shape", value))
+        self._write(writes)
+
+    def _write(self, writes: Sequence[tuple[str, int]]) -> None:
+        """Post register writes, and remember what the device makes of some."""
+        for name, value in writes:
+            self._post("REGISTER_WRITE", register_by_name(name).address, value)
+            if name == "control":
+                self._control = value & (_CONTROL_FOLLOW * 2 - 1) & ~_CONTROL_PROFILE
+                self._flags[self._selected] = value & _CONTROL_PROFILE
+            elif name == "profile" and value in list(Phase):
+                self._profile = Phase(value)
+            elif name == "profile_select" and value in list(Phase):
+                self._selected = Phase(value)
 
     def _throttle(self, weights: Mapping[str, int]) -> int:
         """The register ``throttle`` with these weights."""
@@ -827,9 +1062,7 @@ class Device:
             raise ArgumentError(f"Register {name} must not be written: it's read-only")
         if not 0 <= operator.index(value) < 1 << 32:
             raise ArgumentError(f"Register value must be between 0 and 0xffffffff, not {value:#x}")
-        self._post("REGISTER_WRITE", register.address, value)
-        if name == "control":
-            self._control = value & 31
+        self._write([(name, value)])
 
     def table_words(self, table: int) -> int:
         """Words in a predictor table, 0 if there is no such table."""
@@ -1062,6 +1295,14 @@ class Device:
 
     def _on_words(self, *values: int) -> None:
         self._words.append(values)
+
+
+def _phase(phase: Phase | int) -> Phase:
+    try:
+        return Phase(phase)
+    except ValueError:
+        names = ", ".join(f"{p.value} ({p.name})" for p in Phase)
+        raise ArgumentError(f"Phase must be one of {names}, not {phase!r}") from None
 
 
 _REGISTERS = {register.name: register for register in REGISTERS}

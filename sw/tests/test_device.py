@@ -29,7 +29,7 @@ from prestage.errors import (
 )
 from prestage_hw.contract import MESSAGES, DeviceConfig, preset
 from prestage_hw.contract.pattern import expert_memory, expert_pattern
-from prestage_hw.contract.records import ErrorCode, Phase, Policy
+from prestage_hw.contract.records import ErrorCode, Phase, Policy, Refusal
 from prestage_hw.contract.registers import COUNTERS, shape_registers
 from prestage_sim.model.pipe import ModelPipe
 
@@ -155,6 +155,27 @@ def test_more_messages_than_the_link_holds(device):
         (lambda d: d.run(5), "Only a device with a clock can run, not model://"),
         (lambda d: d.configure(hint_threshold=256), "Hint threshold must be between 0 and 255"),
         (lambda d: d.configure(prefetch_tiles=0), "Prefetch tiles must be between 1 and 4, not 0"),
+        (lambda d: d.configure(cutoff=256), "Cut-off layer must be between 0 and 255, not 256"),
+        (lambda d: d.switch(3), r"Phase must be one of 0 \(PREFILL\), .*, not 3"),
+        (lambda d: d.configure_profile(7, ahead=1), "Phase must be one of 0 .*, not 7"),
+        (lambda d: d.configure_profile(0, threshold=-1), "Threshold must be between 0 and 255"),
+        (lambda d: d.configure_profile(0, lower_credits=5), "Lower credits must be .* 4, not 5"),
+        *(
+            (lambda d, c=channels: d.configure_profile(2, ahead=1, channels=c), match)
+            for channels, match in (
+                ({4: {}}, "DMA channel must be between 0 and 3, not 4"),
+                ({2: {"speed": 1}}, "Setting of a DMA channel must be one of enable, .*, not"),
+                ({2: {"traffic": 3}}, "traffic of DMA channel 2 must be between 0 and 2, not 3"),
+                ({2: {"weight": 0}}, "weight of DMA channel 2 must be between 1 and 15, not 0"),
+                ({2: {"credits": 0}}, "credits of DMA channel 2 must be between 1 and 4, not 0"),
+                ({2: {"burst_beats": 3}}, "burst_beats .* must be a power of two from 1 to 64"),
+                ({2: {"burst_beats": 128}}, "must be a power of two from 1 to 64, not 128"),
+                ({2: {"row_bytes": 8}}, "row_bytes .* must be a multiple of 16 from 0 to 512"),
+                ({2: {"row_stride": 1 << 24}}, "row_stride .* must be a multiple of 16 from 0"),
+                ({0: {"enable": 0}}, "enable of DMA channel 0 must be between 1 and 1, not 0"),
+                ({2: {}, 1: {"enable": 0}}, "enable of DMA channel 1 must be between 1 and 1"),
+            )
+        ),
         (lambda d: d.configure(policy=4), r"Policy must be one of 0 \(LRU\), .*, not 4"),
         (
             lambda d: d.configure(throttle={"probes": 3}),
@@ -229,6 +250,73 @@ def test_clear(device):
     device.route(0, 1, [0, 1])
     assert len(arrive(device, 0, 1)) == 2
     assert device.stats()["misses"] == 2
+
+
+def test_profiles(device):
+    """Each phase keeps its settings; configure() means those of the active one."""
+    verify = Phase.VERIFY
+    device.configure(threshold=70, hints=True)
+    device.configure_profile(
+        verify, prefetch=False, hints=False, threshold=90, cutoff=2, lower_credits=3,
+        channels={1: {"weight": 5, "credits": 2}, 3: {"enable": 0, "row_bytes": 64}},
+    )  # fmt: skip
+    device.configure_profile(Phase.PREFILL, ahead=0, prefetch_tiles=4)
+    names = ("predict_threshold", "predict_ahead", "cutoff_layer", "control", "prefetch_tiles")
+
+    def profile(phase):
+        device.write_register("profile_select", phase)
+        return [device.read_register(name) for name in names]
+
+    assert profile(Phase.PREFILL) == [64, 0, 255, 17, 4]
+    assert profile(Phase.DECODE) == [70, 3, 255, 19, 1]
+    assert profile(verify) == [90, 3, 2, 16, 1]
+    device.write_register("dma_channel", 1)
+    assert device.read_register("dma_shape") == 1 | 1 << 4 | 5 << 8 | 2 << 12 | 64 << 20
+    device.write_register("dma_channel", 3)
+    assert device.read_register("dma_shape") == 2 << 4 | 1 << 8 | 4 << 12 | 64 << 20
+    assert device.read_register("dma_row_bytes") == 64
+
+    assert device.read_register("profile_active") == Phase.DECODE
+    device.switch(verify)
+    assert device.read_register("profile_active") == verify
+    device.configure(ahead=9, settle=True)
+    assert profile(verify) == [90, 9, 2, 20, 1]
+    device.configure(follow_phase=True, hints=True)
+    device.begin_token(0, 1, Phase.PREFILL)
+    assert device.read_register("profile_active") == Phase.PREFILL
+    device.configure(ahead=7)
+    assert profile(Phase.PREFILL) == [64, 7, 255, 16 + 4 + 32 + 1, 4]
+    assert profile(verify) == [90, 9, 2, 16 + 4 + 32 + 2, 1]
+    assert device.refusal() is None
+
+
+def test_cutoff(device):
+    """Layers from the cut-off on are not prefetched."""
+    device.configure(hints=True, hint_threshold=0, prefetch=False, cutoff=2)
+    for layer in range(4):
+        device.hint(0, layer, 5)
+        device.hint(0, layer, 6)
+    device.drain()
+    assert device.counters("hints", "prefetch_issued") == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("register", "value", "reason", "text"),
+    [
+        ("dma_channel", 4, Refusal.CHANNEL, "has no such channel"),
+        ("dma_shape", 0, Refusal.WEIGHT, "The weight is 0"),
+        ("profile", 3, Refusal.PROFILE, "No phase has that number"),
+    ],
+)
+def test_refusal(device, register, value, reason, text):
+    """What the driver does not check, the device refuses, and says why."""
+    device.write_register(register, value)
+    device.write_register("dma_row_bytes", 3)
+    for clear in (False, True):
+        refused = device.refusal(clear=clear)
+        assert refused == (register, reason)
+        assert text in str(refused) and register in str(refused)
+    assert device.refusal() is None
 
 
 def test_hints(device):

@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from . import records, wire
-from .records import ERROR_TEXT, MESSAGES, RECORDS, Field, Record
+from .records import ERROR_TEXT, MESSAGES, RECORDS, REFUSAL_TEXT, Field, Record
 from .registers import COUNTERS, DEVICE_ID, REGISTERS, VERSION, register_hash
 
 __all__ = ["c_header", "generated_files", "main", "messages_page", "registers_page"]
@@ -22,6 +22,8 @@ _ENUMS: dict[str, type[IntEnum]] = {
     "Phase": records.Phase,
     "Source": records.Source,
     "ErrorCode": records.ErrorCode,
+    "TrafficClass": records.TrafficClass,
+    "Refusal": records.Refusal,
 }
 
 _SOURCE = "hw/prestage_hw/contract"
@@ -126,6 +128,8 @@ def c_header() -> str:
             text = ""
             if isinstance(member, records.ErrorCode):
                 text = f" /* {ERROR_TEXT[member]} */"
+            elif isinstance(member, records.Refusal):
+                text = f" /* {REFUSAL_TEXT[member]} */"
             lines.append(
                 f"    PRESTAGE_{_snake(name).upper()}_{member.name} = {int(member)},{text}"
             )
@@ -184,6 +188,15 @@ def registers_page() -> str:
         "CRC-32 over address, name, access and reset value of all registers.",
         "",
         *_table(("Address", "Name", "Access", "Reset", "Description"), rows),
+        "",
+        "## Refusals",
+        "",
+        "A write that makes no sense changes nothing and leaves its reason in `refusal`.",
+        "",
+        *_table(
+            ("Reason", "Name", "Meaning"),
+            [[str(int(r)), f"`{r.name}`", REFUSAL_TEXT[r]] for r in records.Refusal],
+        ),
         "",
         "## Counters by stage",
         "",

@@ -24,6 +24,7 @@ __all__ = [
     "MESSAGES",
     "NO_TOKEN",
     "RECORDS",
+    "REFUSAL_TEXT",
     "TABLE_BURST",
     "BufferCode",
     "BufferOp",
@@ -34,6 +35,7 @@ __all__ = [
     "Phase",
     "Policy",
     "Record",
+    "Refusal",
     "SettingsRefusal",
     "Source",
     "TrafficClass",
@@ -144,6 +146,36 @@ class SettingsRefusal(IntEnum):
     BURST = 4  # Burst length no power of two, or longer than the device's longest.
     CREDITS = 5  # No credit, or more than the device has.
     ROWS = 6  # Size or stride of a row no whole number of beats, or the row longer than a tile.
+
+
+class Refusal(IntEnum):
+    """Why the write of a register was refused, in the register ``refusal``. The first ones are
+    those of :class:`SettingsRefusal`.
+    """
+
+    NONE = 0
+    CHANNEL = 1
+    TRAFFIC = 2
+    WEIGHT = 3
+    BURST = 4
+    CREDITS = 5
+    ROWS = 6
+    ENABLE = 7
+    PROFILE = 8
+
+
+#: One sentence for each refusal, for messages and documents.
+REFUSAL_TEXT = {
+    Refusal.NONE: "Nothing was refused.",
+    Refusal.CHANNEL: "The DMA engine has no such channel.",
+    Refusal.TRAFFIC: "There is no such traffic class.",
+    Refusal.WEIGHT: "The weight is 0.",
+    Refusal.BURST: "The burst length is no power of two, or longer than the longest burst.",
+    Refusal.CREDITS: "A channel has no credit, or there are more credits than bursts outstanding.",
+    Refusal.ROWS: "Size or stride of a row is no whole number of beats, or too large.",
+    Refusal.ENABLE: "Channels 0 and 1 carry demands and prefetches and can't be disabled.",
+    Refusal.PROFILE: "No phase has that number.",
+}
 
 
 class ErrorCode(IntEnum):

@@ -6,12 +6,15 @@ import zlib
 from dataclasses import dataclass
 
 from .params import DeviceConfig
-from .records import Policy
+from .records import Phase, Policy
 
 __all__ = [
     "COUNTERS",
     "DEVICE_ID",
+    "PROFILE_REGISTERS",
+    "REFUSAL_FIELDS",
     "REGISTERS",
+    "SHAPE_FIELDS",
     "THROTTLE_FIELDS",
     "VERSION",
     "Counter",
@@ -134,6 +137,34 @@ THROTTLE_FIELDS = {
 }
 
 
+#: Fields of the register ``dma_shape``: lowest bit and width of each.
+SHAPE_FIELDS = {
+    "enable": (0, 1),
+    "traffic": (4, 2),
+    "weight": (8, 4),
+    "credits": (12, 5),
+    "burst_beats": (20, 9),
+}
+
+#: Fields of the register ``refusal``: lowest bit and width of each.
+REFUSAL_FIELDS = {"reason": (0, 8), "register": (8, 16), "refused": (31, 1)}
+
+#: Registers of which each profile has its own; of ``control`` only bits 0 and 1. Those of a DMA
+#: channel are there once a channel.
+PROFILE_REGISTERS = (
+    "control",
+    "prefetch_tiles",
+    "predict_threshold",
+    "predict_far_threshold",
+    "predict_ahead",
+    "cutoff_layer",
+    "dma_lower_credits",
+    "dma_shape",
+    "dma_row_bytes",
+    "dma_row_stride",
+)
+
+
 def _throttle_reset() -> int:
     values = {"useful": 8, "price": 1, "pollution": 8, "wait": 1, "floor": 24, "probe": 10}
     return sum(values[name] << low for name, (low, _) in THROTTLE_FIELDS.items())
@@ -194,7 +225,8 @@ def _layout() -> tuple[Register, ...]:
         " candidate waits until the predictor is at rest and nothing is in flight, so that what is"
         " evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it"
         " saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its"
-        " layer was routed.",
+        " layer was routed. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are"
+        " those of the profile that profile_select names.",
     )
     add(
         0x11,
@@ -282,6 +314,67 @@ def _layout() -> tuple[Register, ...]:
         None,
         "Credit of the kinds near, far and hint in bits 7..0, 15..8 and 23..16, signed; bits 24 to"
         " 26: they are switched on.",
+    )
+    add(
+        0x24,
+        "profile",
+        "rw",
+        int(Phase.DECODE),
+        "Phase whose profile is asked for: "
+        + ", ".join(f"{int(phase)} {phase.name}" for phase in Phase)
+        + ". It becomes active as a whole, its DMA channels included, at the next layer boundary,"
+        " at once if nothing is under way; a write of the active one makes its DMA channels"
+        " active.",
+    )
+    add(0x25, "profile_active", "ro", int(Phase.DECODE), "Phase whose profile is active.")
+    add(
+        0x26,
+        "profile_select",
+        "rw",
+        int(Phase.DECODE),
+        "Profile that these registers belong to: "
+        + ", ".join(PROFILE_REGISTERS).replace("control", "control (bits 0 and 1)")
+        + ". Writes for the active one hold at once, but for those of the DMA.",
+    )
+    add(
+        0x27,
+        "cutoff_layer",
+        "rw",
+        255,
+        "Candidates for this layer and those above are dropped (bits 7..0); 255: none are.",
+    )
+    add(
+        0x28,
+        "dma_lower_credits",
+        "rw",
+        0,
+        "Most bursts outstanding in the classes below demand; 0: as many as hold a tile.",
+    )
+    add(0x29, "dma_channel", "rw", 0, "DMA channel that the next three registers belong to.")
+    add(
+        0x2A,
+        "dma_shape",
+        "rw",
+        None,
+        "Bit 0: the channel is enabled. Bits 5..4: traffic class; 11..8: weight; 16..12: credits;"
+        " 28..20: longest burst, in beats.",
+    )
+    add(0x2B, "dma_row_bytes", "rw", 0, "Bytes of a row if tiles are gathered from rows, else 0.")
+    add(
+        0x2C,
+        "dma_row_stride",
+        "rw",
+        0,
+        "Bytes from the start of a row to the start of the next, below 16,777,216.",
+    )
+    add(
+        0x2D,
+        "refusal",
+        "rw",
+        0,
+        "What was wrong with the first write that was refused, which has changed nothing. Bit 31: a"
+        " write was refused. Bits 23..8: address of its register. Bits 7..0: a Refusal. Any write"
+        " clears it.",
     )
     at = 0x40
     for counter in COUNTERS:

@@ -80,6 +80,11 @@ class Dispatcher(wiring.Component):
         Hints become candidates.
     hint_threshold : ``In(8)``
         Least score of a hint that becomes a candidate.
+    phases : ``Out(stream.Signature(8))``
+        Phase of each token that starts, before it goes to ``begin``.
+    boundary : ``Out(1)``
+        Strobe: the first decision of a layer was accepted. Its first command is valid a cycle
+        later at the earliest.
     engine_idle : ``In(1)``
         Nothing is under way behind the dispatcher.
     clear : ``In(1)``
@@ -112,6 +117,8 @@ class Dispatcher(wiring.Component):
                 "values": In(stream.Signature(RegisterResponseLayout())),
                 "reads": Out(record("ReadRequest")),
                 "beats": In(record("Beat")),
+                "phases": Out(stream.Signature(8)),
+                "boundary": Out(1),
                 "hint_enable": In(1),
                 "hint_threshold": In(8),
                 "engine_idle": In(1),
@@ -187,6 +194,7 @@ class Dispatcher(wiring.Component):
             self.hints,
             self.registers,
             self.reads,
+            self.phases,
         ):
             with m.If(port.valid & port.ready):
                 m.d.sync += port.valid.eq(0)
@@ -215,6 +223,7 @@ class Dispatcher(wiring.Component):
 
         for name in ("tokens", "routes", "releases", "hints", "rejected"):
             m.d.sync += self.strobes[name].eq(0)
+        m.d.sync += self.boundary.eq(0)
 
         with m.If(self.clear):
             m.d.sync += clear_pending.eq(1)
@@ -293,9 +302,14 @@ class Dispatcher(wiring.Component):
                 token = fields["BEGIN_TOKEN"]
                 with m.If(bad_ctx):
                     reject(ErrorCode.BAD_CONTEXT, at_layer=0)
+                with m.Else():
+                    m.d.sync += [self.phases.valid.eq(1), self.phases.payload.eq(token["phase"])]
+                    m.next = "PHASE"
+
+            with m.State("PHASE"):
                 # Decisions, starts of tokens and hints travel on three streams: each waits until
                 # the others have been taken, so that the predictor sees them in the host's order.
-                with m.Elif(~self.decisions.valid & ~self.hints.valid):
+                with m.If(~self.phases.valid & ~self.decisions.valid & ~self.hints.valid):
                     put(self.begin, token)
                     m.d.sync += [nexts[ctx_index].eq(0), self.strobes.tokens.eq(1)]
                     m.next = "BEGUN"
@@ -347,7 +361,10 @@ class Dispatcher(wiring.Component):
                     # whom waits for that one, the time between them is one step all the same.
                     again = nexts[ctx_index] == layer + 1
                     with m.If(~again):
-                        m.d.sync += stamps[ctx_index].eq(stamps[ctx_index] + 1)
+                        m.d.sync += [
+                            stamps[ctx_index].eq(stamps[ctx_index] + 1),
+                            self.boundary.eq(1),
+                        ]
                     m.d.sync += [
                         repeat.eq(again),
                         nexts[ctx_index].eq(layer + 1),

@@ -27,6 +27,8 @@ class CandidateQueue(wiring.Component):
         Oldest candidate.
     enable : ``In(1)``
         0 drops candidates of the predictor on entry.
+    cutoff_layer : ``In(8)``
+        Candidates for this layer and those above are dropped on entry; 255: none are.
     overflow : ``Out(1)``
         A newcomer was lost to a full queue, in the cycle in which it came.
     empty : ``Out(1)``
@@ -42,6 +44,7 @@ class CandidateQueue(wiring.Component):
                 "i": In(stream.Signature(self.layout)),
                 "o": Out(stream.Signature(self.layout)),
                 "enable": In(1),
+                "cutoff_layer": In(8),
                 "overflow": Out(1),
                 "empty": Out(1),
             }
@@ -55,7 +58,12 @@ class CandidateQueue(wiring.Component):
         wanted = Signal()
         m.d.comb += [
             self.i.ready.eq(1),
-            wanted.eq(self.i.valid & (self.enable | (self.i.payload.source != Source.PREDICTOR))),
+            wanted.eq(
+                self.i.valid
+                & (self.enable | (self.i.payload.source != Source.PREDICTOR))
+                # No device has a layer 255.
+                & (self.i.payload.layer < self.cutoff_layer)
+            ),
             queue.w_data.eq(self.i.payload),
             queue.w_en.eq(wanted),
             self.overflow.eq(wanted & ~queue.w_rdy),

@@ -99,6 +99,8 @@ class Scheduler(wiring.Component):
         Most prefetch tiles with the DMA engine; 0 counts as 1.
     enable : ``In(1)``
         0 drops the predictor's candidates on entry.
+    cutoff_layer : ``In(8)``
+        Candidates for this layer and those above are dropped on entry; 255: none are.
     hold : ``In(1)``
         1 lets candidates wait.
     alone : ``In(1)``
@@ -150,6 +152,7 @@ class Scheduler(wiring.Component):
                 "expert_base": In(config.bits("address")),
                 "prefetch_tiles": In(3),
                 "enable": In(1),
+                "cutoff_layer": In(8),
                 "hold": In(1),
                 "alone": In(1),
                 "cancel_enable": In(1),
@@ -260,6 +263,7 @@ class Scheduler(wiring.Component):
             age.eq(Array(routes)[ctx] - deadline),
             entry_age.eq(Array(routes)[table.row.ctx] - table.row.deadline),
             queue.enable.eq(self.enable),
+            queue.cutoff_layer.eq(self.cutoff_layer),
             table.prefetch_tiles.eq(self.prefetch_tiles),
             table.tag.eq(tag),
             table.entry.layer.eq(layer),

@@ -2,6 +2,7 @@
 
 from .accuracy import Accuracy
 from .counters import Counters
+from .profiles import Profiles
 from .registers import RegisterBank
 
-__all__ = ["Accuracy", "Counters", "RegisterBank"]
+__all__ = ["Accuracy", "Counters", "Profiles", "RegisterBank"]

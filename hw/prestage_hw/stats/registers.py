@@ -16,22 +16,25 @@ from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import RegisterRequestLayout, RegisterResponseLayout
 from prestage_hw.scheduler import ThrottleStateLayout, WeightsLayout
 
+from .profiles import ACCESSED, ActiveProfileLayout, Profiles
+
 __all__ = ["RegisterBank"]
 
 #: Cycles after a clear before ``engine_idle`` is looked at again: a block needs one to go busy, one
 #: more passes in registers.
 _CLEAR_CYCLES = 4
 
-#: Registers of 8 bits that only the predictor reads.
-_PREDICT = ("predict_threshold", "predict_far_threshold", "predict_ahead")
+#: Bits of ``control`` that are kept here: all but those of the profile.
+_CONTROL_BITS = range(2, 6)
 
 
 class RegisterBank(wiring.Component):
     """Registers of the contract.
 
     A response comes 2 cycles after its request was taken, for ``table_data`` when the predictor
-    answers and for ``clear`` when the
-    engine is idle again.
+    answers and for ``clear`` when the engine is idle again. For registers in
+    :data:`prestage_hw.stats.profiles.ACCESSED` it comes 3 cycles later than :class:`Profiles`
+    states.
 
     Parameters
     ----------
@@ -57,10 +60,17 @@ class RegisterBank(wiring.Component):
     engine_idle : ``In(1)``
         Nothing is under way.
     control : ``Out(StructLayout)``
-        Fields ``prefetch_enable``, ``hint_enable``, ``settle``, ``throttle_enable``,
-        ``cancel_enable``, ``throttle``, ``policy``, ``hint_threshold``, ``expert_base``,
-        ``token_base``, ``prefetch_tiles``, ``predict_threshold``, ``predict_far_threshold``,
-        ``predict_ahead``.
+        Fields ``settle``, ``throttle_enable``, ``cancel_enable``, ``throttle``, ``policy``,
+        ``hint_threshold``, ``expert_base``, ``token_base``, and ``profile``, an
+        :class:`ActiveProfileLayout`.
+    phases : ``In(stream.Signature(8))``
+        Phase of a token that starts, not while an access is under way: a layer boundary.
+    boundary : ``In(1)``
+        Strobe: a layer boundary, not while an access or a phase is under way.
+    settings : ``Out(stream.Signature(RecordLayout("ChannelSettings", config=config)))``
+        Settings of channels for the DMA engine's shadow.
+    commit : ``Out(1)``
+        Strobe: make that shadow active, with ``control.profile.dma_lower_credits``.
     clear : ``Out(StructLayout)``
         Pulses ``tables``, ``buffer``, ``counters``.
     """
@@ -84,8 +94,6 @@ class RegisterBank(wiring.Component):
                 "control": Out(
                     data.StructLayout(
                         {
-                            "prefetch_enable": 1,
-                            "hint_enable": 1,
                             "settle": 1,
                             "throttle_enable": 1,
                             "cancel_enable": 1,
@@ -94,28 +102,32 @@ class RegisterBank(wiring.Component):
                             "hint_threshold": 8,
                             "expert_base": config.address_bits,
                             "token_base": config.address_bits,
-                            "prefetch_tiles": 3,
-                            **dict.fromkeys(_PREDICT, 8),
+                            "profile": ActiveProfileLayout(),
                         }
                     )
                 ),
                 "clear": Out(data.StructLayout({"tables": 1, "buffer": 1, "counters": 1})),
+                "phases": In(stream.Signature(8)),
+                "boundary": In(1),
+                "settings": Out(stream.Signature(RecordLayout("ChannelSettings", config=config))),
+                "commit": Out(1),
             }
         )
 
     def elaborate(self, platform):
         m = Module()
         config = self.config
+        m.submodules.profiles = profiles = Profiles(config=config)
 
         policy = Signal(2, init=register_by_name("policy").reset)
         throttle = Signal(32, init=register_by_name("throttle").reset)
-        control = Signal(5, init=register_by_name("control").reset)
+        first, last = _CONTROL_BITS[0], _CONTROL_BITS[-1]
+        control = Signal(len(_CONTROL_BITS), init=register_by_name("control").reset >> first)
+        settle, throttle_enable, cancel_enable, follow = control
         hint_threshold = Signal(8, init=register_by_name("hint_threshold").reset)
-        predict = {name: Signal(8, init=register_by_name(name).reset) for name in _PREDICT}
         base_low = Signal(32)
         base_high = Signal(32)
         token_low, token_high = Signal(32), Signal(32)
-        prefetch_tiles = Signal(3, init=register_by_name("prefetch_tiles").reset)
         table_address = Signal(32)
         cycles = Signal(64)
         high = Signal(32)
@@ -125,23 +137,25 @@ class RegisterBank(wiring.Component):
 
         m.d.sync += cycles.eq(cycles + 1)
         m.d.comb += [
-            self.control.prefetch_enable.eq(control[0]),
-            self.control.hint_enable.eq(control[1]),
-            self.control.settle.eq(control[2]),
-            self.control.throttle_enable.eq(control[3]),
-            self.control.cancel_enable.eq(control[4]),
+            self.control.settle.eq(settle),
+            self.control.throttle_enable.eq(throttle_enable),
+            self.control.cancel_enable.eq(cancel_enable),
             self.control.throttle.eq(throttle),
             self.control.policy.eq(policy),
             self.control.hint_threshold.eq(hint_threshold),
             self.control.expert_base.eq(Cat(base_low, base_high)),
             self.control.token_base.eq(Cat(token_low, token_high)),
-            self.control.prefetch_tiles.eq(prefetch_tiles),
-            *(self.control[name].eq(value) for name, value in predict.items()),
+            self.control.profile.eq(profiles.active),
             self.table_select.eq(table_address[24:]),
+            profiles.follow.eq(follow),
+            profiles.boundary.eq(self.boundary),
+            profiles.engine_idle.eq(self.engine_idle),
+            self.commit.eq(profiles.commit),
         ]
+        wiring.connect(m, wiring.flipped(self.phases), profiles.phases)
+        wiring.connect(m, profiles.settings, wiring.flipped(self.settings))
 
         readable = {
-            "control": control,
             "policy": policy,
             "throttle": throttle,
             "throttle_state": self.throttle_state.as_value(),
@@ -150,8 +164,7 @@ class RegisterBank(wiring.Component):
             "expert_base_high": base_high,
             "token_base_low": token_low,
             "token_base_high": token_high,
-            "prefetch_tiles": prefetch_tiles,
-            **predict,
+            "profile_active": profiles.active_phase,
             "table_address": table_address,
             "table_words": self.table_words,
             "cycles_low": cycles[:32],
@@ -170,6 +183,14 @@ class RegisterBank(wiring.Component):
                 latches[f"{counter.name}_low"] = value[32:]
 
         access = Signal(RegisterRequestLayout())
+        of_profiles = Signal()
+        with m.Switch(access.register):
+            with m.Case(*(register_by_name(name).address for name in ACCESSED)):
+                m.d.comb += of_profiles.eq(1)
+        m.d.comb += profiles.requests.payload.eq(access)
+        # Control bits of the profile, and those that are kept here.
+        of_control = access.register == register_by_name("control").address
+        profile_value = profiles.values.payload | Mux(of_control, control << first, 0)
         wait = Signal(range(_CLEAR_CYCLES + 1))
 
         m.d.sync += self.clear.eq(0)
@@ -195,10 +216,11 @@ class RegisterBank(wiring.Component):
 
             with m.State("ACCESS"):
                 m.d.sync += wait.eq(0)
-                with m.If(access.write):
+                with m.If(of_profiles):
+                    m.next = "PROFILE"
+                with m.Elif(access.write):
                     with m.Switch(access.register):
                         for name, target in (
-                            ("control", control),
                             ("policy", policy),
                             ("throttle", throttle),
                             ("hint_threshold", hint_threshold),
@@ -206,7 +228,6 @@ class RegisterBank(wiring.Component):
                             ("token_base_low", token_low),
                             ("token_base_high", token_high),
                             ("table_address", table_address),
-                            *predict.items(),
                         ):
                             with m.Case(register_by_name(name).address):
                                 kept = fields if name == "throttle" else (1 << 32) - 1
@@ -214,13 +235,6 @@ class RegisterBank(wiring.Component):
                                 respond(1)
                         with m.Case(register_by_name("expert_base_low").address):
                             m.d.sync += base_low.eq(access.value & aligned)
-                            respond(1)
-                        with m.Case(register_by_name("prefetch_tiles").address):
-                            # Zero would stop prefetching for ever and more than 4 is not built:
-                            # clamp.
-                            m.d.sync += prefetch_tiles.eq(
-                                Mux(access.value > 4, 4, Mux(access.value == 0, 1, access.value))
-                            )
                             respond(1)
                         with m.Case(register_by_name("clear").address):
                             m.d.sync += self.clear.eq(access.value)
@@ -243,6 +257,18 @@ class RegisterBank(wiring.Component):
                             m.next = "TABLE"
                         with m.Default():
                             respond(0)
+
+            with m.State("PROFILE"):
+                m.d.comb += profiles.requests.valid.eq(1)
+                with m.If(profiles.requests.ready):
+                    with m.If(of_control & access.write):
+                        m.d.sync += control.eq(access.value[first : last + 1])
+                    m.next = "PROFILE_VALUE"
+
+            with m.State("PROFILE_VALUE"):
+                m.d.comb += profiles.values.ready.eq(1)
+                with m.If(profiles.values.valid):
+                    respond(1, profile_value)
 
             with m.State("CLEAR"):
                 with m.If(wait != _CLEAR_CYCLES):

@@ -3,12 +3,13 @@
 from .arbiter import Arbiter
 from .axi import BusError, Memory
 from .dma import DMA, Completion, Engine, Mismatch, Write
-from .settings import Settings
+from .settings import Channel, Settings
 
 __all__ = [
     "DMA",
     "Arbiter",
     "BusError",
+    "Channel",
     "Completion",
     "Engine",
     "Memory",

@@ -19,7 +19,7 @@ from .axi import BusError, Memory
 from .backend import Completion, OpenBurst, OpenTile, complete
 from .frontend import Transfer, check, refused
 from .midend import Cutter, bursts
-from .settings import Settings
+from .settings import Channel, Settings
 
 __all__ = ["DMA", "Completion", "Engine", "Mismatch", "Write"]
 
@@ -42,14 +42,19 @@ class DMA:
         require_config(config)
         self.config = config
 
-    def bursts(self, address: int) -> list[tuple[int, int]]:
+    def bursts(self, address: int, channel: Channel | None = None) -> list[tuple[int, int]]:
         """Address and beats of each burst of the tile at ``address``, in order."""
+        return self._bursts(address, channel)[0]
+
+    def _bursts(self, address: int, channel: Channel | None) -> tuple[list[tuple[int, int]], bool]:
         address %= 1 << self.config.address_bits
         if refused(self.config, address, self.config.tile_bytes):
-            return []
-        return bursts(self.config, address)
+            return [], True
+        return bursts(self.config, address, channel)
 
-    def completion(self, address: int, failing: Container[int] = ()) -> Completion:
+    def completion(
+        self, address: int, failing: Container[int] = (), channel: Channel | None = None
+    ) -> Completion:
         """Completion of the tile at ``address``.
 
         Parameters
@@ -58,29 +63,35 @@ class DMA:
             Address of the tile.
         failing : container of :class:`int`
             Addresses of beats that the memory answers with an error.
+        channel : :class:`Channel` or None
+            Settings of its channel; None stands for those of channel 0 after reset.
         """
         size = self.config.data_bytes
         address %= 1 << self.config.address_bits
-        if refused(self.config, address, self.config.tile_bytes):
-            return Completion(FetchReason.ADDRESS, address)
-        return complete(
+        cut, wraps = self._bursts(address, channel)
+        completion = complete(
             address,
-            self.bursts(address),
+            cut,
             lambda at, beats: any(at + beat * size in failing for beat in range(beats)),
         )
+        if wraps and not completion.failed:
+            return Completion(FetchReason.ADDRESS, address)
+        return completion
 
-    def transfer(self, address: int, memory: Memory) -> tuple[Completion, bytes]:
+    def transfer(
+        self, address: int, memory: Memory, channel: Channel | None = None
+    ) -> tuple[Completion, bytes]:
         """Completion of the tile at ``address`` and its bytes, those of failing bursts as zeros."""
         data = bytearray()
         failed: set[int] = set()
-        for at, beats in self.bursts(address):
+        for at, beats in self.bursts(address, channel):
             size = beats * self.config.data_bytes
             try:
                 data += memory.read(at, size)
             except BusError:
                 data += bytes(size)
                 failed.add(at)
-        return self.completion(address, failed), bytes(data)
+        return self.completion(address, failed, channel), bytes(data)
 
 
 class Mismatch(AssertionError):

@@ -84,15 +84,20 @@ class Cutter:
         return burst
 
 
-def bursts(config: DeviceConfig, address: int) -> list[tuple[int, int]]:
-    """Address and beats of each burst of the tile at ``address``, a multiple of a beat.
+def bursts(
+    config: DeviceConfig, address: int, channel: Channel | None = None
+) -> tuple[list[tuple[int, int]], bool]:
+    """Address and beats of each burst of the tile at ``address``, a multiple of a beat, and whether
+    a row of it went past the top of the address space.
 
-    A burst ends at each multiple of the longest one, which no 4 KiB edge lies within.
+    A burst ends at each multiple of the longest one, which no 4 KiB edge lies within. Without a
+    channel the settings are those of channel 0 after reset.
     """
-    channel = Settings(config).active[0]
+    if channel is None:
+        channel = Settings(config).active[0]
     cutter = Cutter(config, address, config.tile_beats)
     result = []
     while not cutter.done:
         burst = cutter.next(channel)
         result.append((burst.address, burst.beats))
-    return result
+    return result, cutter.wraps

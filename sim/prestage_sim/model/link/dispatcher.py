@@ -9,6 +9,7 @@ from prestage_hw.contract.params import DeviceConfig
 from prestage_hw.contract.records import MESSAGES, RECORDS, TABLE_BURST, ErrorCode, Source
 from prestage_hw.contract.registers import register_by_name
 
+from ..dma.settings import Channel
 from ..scheduler.throttle import Throttle
 from ..stats.accuracy import Accuracy
 from ..stats.counters import Counters
@@ -61,6 +62,8 @@ class Scheduler(Protocol):
     """What the dispatcher needs of a scheduler."""
 
     enable: bool
+    cutoff_layer: int
+    channels: list[Channel]
     expert_base: int
     throttle: Throttle
 
@@ -164,6 +167,7 @@ class Dispatcher:
         self._counters["tokens"] += 1
         self._current[ctx] = -1
         self._accuracy.begin(ctx)
+        self._registers.begin(phase)
         self._configure()
         self._propose(ctx, self._predictor.begin(ctx, token, phase))
         return []
@@ -173,6 +177,8 @@ class Dispatcher:
         registers = self._registers
         self._scheduler.expert_base = registers.expert_base
         self._scheduler.enable = bool(registers["control"] & 1)
+        self._scheduler.cutoff_layer = registers["cutoff_layer"]
+        self._scheduler.channels = registers.profiles.dma.active
         self._scheduler.throttle.enable = bool(registers["control"] & 8)
         self._scheduler.throttle.register = registers["throttle"]
         self._buffer.policy = registers["policy"]

@@ -7,9 +7,9 @@ from prestage_hw.contract.records import Source
 __all__ = ["enters", "stale"]
 
 
-def enters(source: int, *, enable: bool) -> bool:
-    """Whether a candidate of that source enters the queue."""
-    return enable or source != Source.PREDICTOR
+def enters(source: int, layer: int, *, enable: bool, cutoff_layer: int) -> bool:
+    """Whether a candidate of that source, for that layer, enters the queue."""
+    return (enable or source != Source.PREDICTOR) and layer < cutoff_layer
 
 
 def stale(deadline: int, *, routes: int) -> bool:

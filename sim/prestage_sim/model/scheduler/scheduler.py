@@ -11,6 +11,7 @@ from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode
 
 from ..dma.axi import BusError, Memory
 from ..dma.dma import DMA
+from ..dma.settings import Channel, Settings
 from .inflight import Entry
 from .queue import enters, stale
 from .throttle import Throttle, kind_of
@@ -117,6 +118,10 @@ class Scheduler:
         Address of expert 0 of layer 0.
     enable : :class:`bool`
         False drops the predictor's candidates.
+    cutoff_layer : :class:`int`
+        Candidates for this layer and those above are dropped.
+    channels : list of :class:`Channel`
+        Active settings of the DMA engine's channels.
     counters : mutable mapping
         As above.
     throttle : :class:`Throttle`
@@ -143,6 +148,8 @@ class Scheduler:
         self.counters = counters
         self.expert_base = 0
         self.enable = True
+        self.cutoff_layer = 255
+        self.channels = Settings(config).active
         self.throttle = Throttle(config)
         self._dma = DMA(config)
         self._routes = [0] * config.contexts
@@ -212,7 +219,7 @@ class Scheduler:
         request = self.buffer.request
         counters = self.counters
         for ctx, layer, expert, score, source, deadline in candidates:
-            if not enters(source, enable=self.enable):
+            if not enters(source, layer, enable=self.enable, cutoff_layer=self.cutoff_layer):
                 continue
             if stale(deadline, routes=self._routes[ctx]):
                 counters["prefetch_stale"] += 1
@@ -259,10 +266,12 @@ class Scheduler:
         request = self.buffer.request
         size = self._expert_bytes
         address = self.expert_base + (entry.layer * self._experts + entry.expert) * size
+        if self._channel(entry).row_bytes:
+            return self._fill_tiles(entry, address)
         try:
             data = self.memory.read(address, size)
         except BusError:
-            return self._fill_failing(entry, address)
+            return self._fill_tiles(entry, address)
         slot = entry.slot
         last = self._last_tile
         self.buffer.write_expert(slot, data)
@@ -273,7 +282,11 @@ class Scheduler:
         self.counters["fills"] += 1
         return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
 
-    def _fill_failing(self, entry: Entry, address: int) -> list[Ready | Event]:
+    def _channel(self, entry: Entry) -> Channel:
+        """Settings of the channel that fetches an expert."""
+        return self.channels[0 if entry.demand else min(1, self.config.dma_channels - 1)]
+
+    def _fill_tiles(self, entry: Entry, address: int) -> list[Ready | Event]:
         """Fetch tile by tile up to the first that fails.
 
         The RTL may have later tiles under way by then; they are never read and not counted.
@@ -283,7 +296,7 @@ class Scheduler:
         data = bytearray()
         for tile in range(config.tiles):
             completion, tile_data = self._dma.transfer(
-                address + tile * config.tile_bytes, self.memory
+                address + tile * config.tile_bytes, self.memory, self._channel(entry)
             )
             data += tile_data
             failed = completion.failed
@@ -294,7 +307,7 @@ class Scheduler:
             name = "demand_bytes" if entry.demand else "prefetch_bytes"
             self.counters[name] += config.tile_bytes
         if not failed:
-            # Only the address wrapped around.
+            # Only the address wrapped around, or tiles are gathered from rows.
             self.buffer.write_expert(slot, bytes(data))
             self.counters["fills"] += 1
             return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]

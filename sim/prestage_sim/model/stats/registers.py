@@ -7,18 +7,25 @@ from typing import Protocol
 from prestage_hw.contract.params import DeviceConfig
 from prestage_hw.contract.registers import (
     COUNTERS,
+    PROFILE_REGISTERS,
     REGISTERS,
     THROTTLE_FIELDS,
     shape_registers,
 )
 
 from .counters import Counters
+from .profiles import Profiles
 
 __all__ = ["RegisterBank", "Tables"]
 
-
-#: Registers of 8 bits that only the predictor reads.
-_PREDICT = ("predict_threshold", "predict_far_threshold", "predict_ahead")
+#: Registers that the profiles answer for; of ``control`` bits 0 and 1.
+_PROFILES = (
+    *PROFILE_REGISTERS,
+    "dma_channel",
+    "profile",
+    "profile_select",
+    "refusal",
+)
 
 
 class Tables(Protocol):
@@ -55,6 +62,12 @@ class RegisterBank:
         Predictor whose tables ``table_data`` reaches.
     throttle : :class:`State`
         Throttle that ``throttle_state`` shows.
+
+    Attributes
+    ----------
+    profiles : :class:`Profiles`
+        Settings of each phase; those of the active one are the registers' own only while it is
+        selected.
     """
 
     def __init__(
@@ -67,15 +80,25 @@ class RegisterBank:
         self._by_address = {register.address: register for register in REGISTERS}
         self._high = 0
         self._wide = {counter.name for counter in COUNTERS if counter.bits == 64}
+        self.profiles = Profiles(config)
         self._values = {
-            r.name: r.reset for r in REGISTERS if r.access == "rw" and r.reset is not None
+            r.name: r.reset
+            for r in REGISTERS
+            if r.access == "rw"
+            and r.reset is not None
+            and (r.name not in _PROFILES or r.name == "control")
         }
         self._shape = shape_registers(config)
         self.cleared: set[str] = set()
 
     def __getitem__(self, name: str) -> int:
-        """Value of a writable register."""
-        return self._values[name]
+        """Value of a writable register that holds: of the active profile, where it is one of a
+        profile's.
+        """
+        active = self.profiles.active
+        if name == "control":
+            return self._values[name] & ~3 | active[name]
+        return active[name] if name in active else self._values[name]
 
     @property
     def expert_base(self) -> int:
@@ -98,6 +121,11 @@ class RegisterBank:
             return value
         if name == "table_words":
             return self._tables.table_words(self._values["table_address"] >> 24)
+        if name in _PROFILES:
+            value = self.profiles.read(name)
+            return self._values[name] & ~3 | value if name == "control" else value
+        if name == "profile_active":
+            return int(self.profiles.phase)
         if name in self._values:
             return self._values[name]
         if name == "clear":
@@ -132,23 +160,28 @@ class RegisterBank:
             self._tables.write_table(at >> 24, at & 0xFFFFFF, value)
             self._advance()
         else:
-            self._values[name] = self._legal(name, value)
+            if name in _PROFILES:
+                self.profiles.write(name, value)
+            if name in self._values:
+                self._values[name] = self._legal(name, value)
         return True
+
+    def begin(self, phase: int) -> None:
+        """A token starts."""
+        self.profiles.begin(phase, follow=bool(self._values["control"] & 32))
 
     def _legal(self, name: str, value: int) -> int:
         """What is kept of a written value."""
         if name == "control":
-            return value & 31
+            return value & 63
         if name == "policy":
             return value & 3
         if name == "throttle":
             return value & sum((1 << bits) - 1 << low for low, bits in THROTTLE_FIELDS.values())
-        if name in ("hint_threshold", *_PREDICT):
+        if name == "hint_threshold":
             return value & 0xFF
         if name == "expert_base_low":
             return value - value % self._config.data_bytes
-        if name == "prefetch_tiles":
-            return min(max(value, 1), 4)
         return value
 
     def _advance(self) -> None:
