@@ -36,6 +36,7 @@ from prestage_hw.buffer import ExpertBuffer
 from prestage_hw.buffer.arbiter import ReadArbiter
 from prestage_hw.contract import PRESETS, DeviceConfig
 from prestage_hw.dma import DMA
+from prestage_hw.engine import Engine
 from prestage_hw.generate import SynthesisError, area_of_blocks, preset_device
 from prestage_hw.link.dispatcher import Dispatcher
 from prestage_hw.link.link import Link
@@ -71,6 +72,7 @@ BLOCKS = {
     "scheduler": lambda config: Scheduler(config=config),
     "dma": lambda config: DMA(config=config),
     "buffer": lambda config: ExpertBuffer(config=config),
+    "engine": lambda config: Engine(config=config),
     "arbiter": lambda config: ReadArbiter(config=config),
     "counters": lambda config: Counters(config=config),
     "accuracy": lambda config: Accuracy(config=config),

@@ -125,7 +125,7 @@ class Scheduler(wiring.Component):
 
     #: Cycles beside the buffer's, see above.
     hit_latency = 7
-    miss_latency = 9
+    miss_latency = 10
     fill_latency = 6
 
     def __init__(self, *, config):
