@@ -168,10 +168,11 @@ class ExpertBuffer(wiring.Component):
         looked_at = Signal.like(slot)  # slot that the memories are asked for or given
         row = Signal(self._row_bits)  # row under clearing
         clear_wanted = Signal()
-        # Block RAM is slow out of the clock edge: what it gives is looked at a cycle later.
-        entry = Signal.like(directory.entry)
-        state = Signal.like(directory.state)
-        pin = Signal.like(directory.pin)
+        # Block RAM is slow out of the clock edge: what it gives is looked at a cycle later, from
+        # registers that synthesis may take from the block RAM since they have no reset.
+        entry = Signal.like(directory.entry, reset_less=True)
+        state = Signal.like(directory.state, reset_less=True)
+        pin = Signal.like(directory.pin, reset_less=True)
         m.d.sync += [state.eq(directory.state), pin.eq(directory.pin)]
 
         is_demand = Signal()
@@ -184,11 +185,9 @@ class ExpertBuffer(wiring.Component):
         most_locked = self.config.slots - self.config.contexts * self.config.model.top_k
         may_lock = Signal()
         may_take = Signal()
+        all_touched = Signal()  # since the route began, a cycle ago
+        m.d.sync += all_touched.eq(~recency.marked)
         m.d.comb += [
-            is_demand.eq(request.op == BufferOp.DEMAND),
-            is_prefetch.eq(request.op == BufferOp.PREFETCH),
-            is_lock.eq(request.op == BufferOp.LOCK),
-            is_unlock.eq(request.op == BufferOp.UNLOCK),
             is_resident.eq(entry.state != EntryState.EMPTY),
             by_recency.eq(self.policy == Policy.LRU),
             may_lock.eq(locked != most_locked),
@@ -288,7 +287,13 @@ class ExpertBuffer(wiring.Component):
                     self.requests.ready.eq(~clear_wanted & ~self.results.valid),
                     directory.entry_read.eq(1),
                 ]
-                m.d.sync += request.eq(arriving)
+                m.d.sync += [
+                    request.eq(arriving),
+                    is_demand.eq(arriving.op == BufferOp.DEMAND),
+                    is_prefetch.eq(arriving.op == BufferOp.PREFETCH),
+                    is_lock.eq(arriving.op == BufferOp.LOCK),
+                    is_unlock.eq(arriving.op == BufferOp.UNLOCK),
+                ]
                 with m.If(clear_wanted & ~self.results.valid):
                     m.d.sync += clear_wanted.eq(self.clear)
                     m.next = "CLEAR"
@@ -340,7 +345,7 @@ class ExpertBuffer(wiring.Component):
                 with m.Elif(~by_recency):
                     m.d.comb += victims.begin.eq(1)
                     m.next = "SEARCH"
-                with m.Elif(is_prefetch & ~recency.marked):
+                with m.Elif(is_prefetch & all_touched):
                     answer(BufferCode.NO_SLOT)
                     m.next = "IDLE"
                 with m.Else():

@@ -190,13 +190,13 @@ class Directory(wiring.Component):
     def elaborate(self, platform):
         m = Module()
 
-        m.submodules.entries = entries = Memory(
-            shape=self.entry_layout, depth=1 << self._key_bits, init=[]
-        )
-        m.submodules.slots = slots = Memory(
-            shape=self.slot_layout, depth=1 << self.config.bits("slot"), init=[]
-        )
-        m.submodules.pins = pins = Memory(shape=self.pin_layout, depth=1 << self._pin_bits, init=[])
+        def rows(shape, bits):
+            # Never read and written in the same cycle, so synthesis need not care for that.
+            return Memory(shape=shape, depth=1 << bits, init=[], attrs={"no_rw_check": 1})
+
+        m.submodules.entries = entries = rows(self.entry_layout, self._key_bits)
+        m.submodules.slots = slots = rows(self.slot_layout, self.config.bits("slot"))
+        m.submodules.pins = pins = rows(self.pin_layout, self._pin_bits)
 
         entry_read, entry_write = entries.read_port(), entries.write_port()
         slot_read, slot_write = slots.read_port(), slots.write_port()

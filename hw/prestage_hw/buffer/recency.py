@@ -78,11 +78,13 @@ class RecencyList(wiring.Component):
         shape = unsigned(self.config.bits("slot"))
         depth = 1 << self.config.bits("slot")
         last = self.config.slots - 1
-        m.submodules.older = older_rows = Memory(shape=shape, depth=depth, init=[])
-        m.submodules.newer = newer_rows = Memory(shape=shape, depth=depth, init=[])
+        # What is read while a row is written is not looked at, so synthesis need not care for it.
+        own = {"no_rw_check": 1}
+        m.submodules.older = older_rows = Memory(shape=shape, depth=depth, init=[], attrs=own)
+        m.submodules.newer = newer_rows = Memory(shape=shape, depth=depth, init=[], attrs=own)
         older_read, older_write = older_rows.read_port(), older_rows.write_port()
         newer_read, newer_write = newer_rows.read_port(), newer_rows.write_port()
-        older, newer = Signal(shape), Signal(shape)
+        older, newer = Signal(shape, reset_less=True), Signal(shape, reset_less=True)
         m.d.sync += [older.eq(older_read.data), newer.eq(newer_read.data)]
 
         relink = Signal()  # second cycle of a touch

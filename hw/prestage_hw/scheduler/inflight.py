@@ -93,6 +93,9 @@ class InflightTable(wiring.Component):
         The tile was requested for a demand.
     free : ``In(1)``
         The entry is done.
+    hold : ``In(1)``
+        No tile is offered. Must be 1 whenever one of those five is, and may be so more often: it
+        is what the offer can wait for, while those come late in a cycle.
     """
 
     def __init__(self, *, config):
@@ -134,6 +137,7 @@ class InflightTable(wiring.Component):
                 "address": In(config.bits("address")),
                 "complete_demand": Out(1),
                 "free": In(1),
+                "hold": In(1),
             }
         )
 
@@ -259,7 +263,7 @@ class InflightTable(wiring.Component):
         m.d.comb += [
             offer_read.addr.eq(chosen_tag),
             changing.eq(self.allocate | self.wait | self.cancel | self.complete | self.free),
-            load.eq(ready & ~self.fetches.valid & ~changing),
+            load.eq(ready & ~self.fetches.valid & ~self.hold),
         ]
         m.d.sync += [
             chosen.eq(best),

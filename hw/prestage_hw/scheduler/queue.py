@@ -28,7 +28,7 @@ class CandidateQueue(wiring.Component):
     enable : ``In(1)``
         0 drops candidates of the predictor on entry.
     overflow : ``Out(1)``
-        A newcomer was lost to a full queue, in the cycle in which it came.
+        A newcomer was lost to a full queue, in the cycle before.
     empty : ``Out(1)``
         The queue holds nothing.
     """
@@ -52,16 +52,21 @@ class CandidateQueue(wiring.Component):
         m.submodules.fifo = queue = fifo.SyncFIFOBuffered(
             width=self.layout.size, depth=self.config.candidate_depth
         )
+        # Registers before the queue: what is wanted goes to all of it.
+        arrived = Signal(self.layout)
         wanted = Signal()
+        m.d.sync += [
+            arrived.eq(self.i.payload),
+            wanted.eq(self.i.valid & (self.enable | (self.i.payload.source != Source.PREDICTOR))),
+        ]
         m.d.comb += [
             self.i.ready.eq(1),
-            wanted.eq(self.i.valid & (self.enable | (self.i.payload.source != Source.PREDICTOR))),
-            queue.w_data.eq(self.i.payload),
+            queue.w_data.eq(arrived),
             queue.w_en.eq(wanted),
             self.overflow.eq(wanted & ~queue.w_rdy),
             self.o.payload.eq(queue.r_data),
             self.o.valid.eq(queue.r_rdy),
             queue.r_en.eq(self.o.ready),
-            self.empty.eq(queue.level == 0),
+            self.empty.eq((queue.level == 0) & ~wanted),
         ]
         return m
