@@ -583,6 +583,12 @@ ROWS = (
         for block in _ECP5_BLOCKS
     ),
     Row(block="predictor", preset="gpt-oss-20b", options={"predictor": "st_moe"}),
+    # Experts of 1 KiB: 256 of them in 120 of the part's 208 block RAMs.
+    Row(
+        block="engine",
+        preset="gpt-oss-20b",
+        options={"predictor": "perceptron", "slots": 256, "expert_bytes": 1024},
+    ),
     *(
         Row(block="predictor", preset=preset, options={"predictor": "perceptron", "form": form})
         for preset, form in (

@@ -188,6 +188,10 @@ class ExpertBuffer(wiring.Component):
         all_touched = Signal()  # since the route began, a cycle ago
         m.d.sync += all_touched.eq(~recency.marked)
         m.d.comb += [
+            is_demand.eq(request.op == BufferOp.DEMAND),
+            is_prefetch.eq(request.op == BufferOp.PREFETCH),
+            is_lock.eq(request.op == BufferOp.LOCK),
+            is_unlock.eq(request.op == BufferOp.UNLOCK),
             is_resident.eq(entry.state != EntryState.EMPTY),
             by_recency.eq(self.policy == Policy.LRU),
             may_lock.eq(locked != most_locked),
@@ -287,13 +291,7 @@ class ExpertBuffer(wiring.Component):
                     self.requests.ready.eq(~clear_wanted & ~self.results.valid),
                     directory.entry_read.eq(1),
                 ]
-                m.d.sync += [
-                    request.eq(arriving),
-                    is_demand.eq(arriving.op == BufferOp.DEMAND),
-                    is_prefetch.eq(arriving.op == BufferOp.PREFETCH),
-                    is_lock.eq(arriving.op == BufferOp.LOCK),
-                    is_unlock.eq(arriving.op == BufferOp.UNLOCK),
-                ]
+                m.d.sync += request.eq(arriving)
                 with m.If(clear_wanted & ~self.results.valid):
                     m.d.sync += clear_wanted.eq(self.clear)
                     m.next = "CLEAR"
