@@ -39,7 +39,7 @@ from prestage_tb.bench import (
 SLACK = 6
 
 # Cycles for which the throttle counts an outcome: the next lookup's result waits for it.
-OUTCOME = 11
+OUTCOME = 12
 
 
 class Entry:

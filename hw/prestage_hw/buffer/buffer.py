@@ -165,7 +165,7 @@ class ExpertBuffer(wiring.Component):
         request = Signal.like(arriving)
         result = self.results.payload
         slot = Signal(self.config.bits("slot"))  # slot under work
-        looked_at = Signal.like(slot)  # slot that the memories are asked for or given
+        looked_at = Signal.like(slot)  # slot that the memories are asked for
         row = Signal(self._row_bits)  # row under clearing
         clear_wanted = Signal()
         # Block RAM is slow out of the clock edge: what it gives is looked at a cycle later, from
@@ -197,14 +197,16 @@ class ExpertBuffer(wiring.Component):
             may_lock.eq(locked != most_locked),
             may_take.eq((state.pins == 0) & ~state.filling & ~state.locked),
             looked_at.eq(Mux(victims.searching, victims.slot, slot)),
-            directory.slot.eq(looked_at),
+            directory.slot.eq(slot),
+            directory.read_slot.eq(looked_at),
             directory.read_key.expert.eq(arriving.expert),
             directory.read_key.layer.eq(arriving.layer),
             directory.pin_key.index.eq(request.index),
             directory.pin_key.layer.eq(request.layer),
             directory.pin_key.ctx.eq(request.ctx),
             directory.row.eq(row),
-            recency.slot.eq(looked_at),
+            recency.slot.eq(slot),
+            recency.read_slot.eq(looked_at),
             storage.valid_slot.eq(slot),
             victims.layer.eq(request.layer),
             victims.expert.eq(request.expert),

@@ -117,10 +117,10 @@ class Directory(wiring.Component):
         Expert whose entry changes.
     entry_value : ``In(EntryLayout(config=config))``
         New entry.
-    slot : ``In(config.bits("slot"))``
-        Slot to read or write.
+    slot, read_slot : ``In(config.bits("slot"))``
+        Slot to write, and slot to read, which may come late in the cycle.
     slot_read, slot_write : ``In(1)``
-        Read the state of ``slot``; write ``slot_value`` to it.
+        Read the state of ``read_slot``; write ``slot_value`` to ``slot``.
     state : ``Out(SlotLayout(config=config))``
         The slot state that was read.
     slot_value : ``In(SlotLayout(config=config))``
@@ -173,6 +173,7 @@ class Directory(wiring.Component):
                 "write_key": In(key),
                 "entry_value": In(self.entry_layout),
                 "slot": In(unsigned(config.bits("slot"))),
+                "read_slot": In(unsigned(config.bits("slot"))),
                 "slot_read": In(1),
                 "state": Out(self.slot_layout),
                 "slot_write": In(1),
@@ -208,7 +209,7 @@ class Directory(wiring.Component):
             entry_write.addr.eq(self.write_key.as_value()),
             entry_write.data.eq(self.entry_value),
             entry_write.en.eq(self.entry_write),
-            slot_read.addr.eq(self.slot),
+            slot_read.addr.eq(self.read_slot),
             slot_read.en.eq(self.slot_read),
             self.state.eq(slot_read.data),
             slot_write.addr.eq(self.slot),

@@ -28,9 +28,11 @@ class RecencyList(wiring.Component):
     Members
     -------
     slot : ``In(config.bits("slot"))``
-        The slot that ``read``, ``touch`` and ``clear`` are about.
+        The slot that ``touch`` and ``clear`` are about.
+    read_slot : ``In(config.bits("slot"))``
+        The slot that ``read`` is about. It may come late in the cycle.
     read : ``In(1)``
-        Read the neighbours of ``slot``.
+        Read the neighbours of ``read_slot``.
     newer : ``Out(config.bits("slot"))``
         The slot touched next after the one that was read; meaningless for ``newest``.
     touch : ``In(1)``
@@ -60,6 +62,7 @@ class RecencyList(wiring.Component):
         super().__init__(
             {
                 "slot": In(slot),
+                "read_slot": In(slot),
                 "read": In(1),
                 "newer": Out(slot),
                 "touch": In(1),
@@ -93,9 +96,9 @@ class RecencyList(wiring.Component):
         m.d.comb += [
             is_oldest.eq(self.slot == self.oldest),
             is_newest.eq(self.slot == self.newest),
-            older_read.addr.eq(self.slot),
+            older_read.addr.eq(self.read_slot),
             older_read.en.eq(self.read),
-            newer_read.addr.eq(self.slot),
+            newer_read.addr.eq(self.read_slot),
             newer_read.en.eq(self.read),
             self.newer.eq(newer),
         ]

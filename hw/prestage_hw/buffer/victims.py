@@ -415,17 +415,15 @@ class Victims(wiring.Component):
 
         # Stage 7: habit. 8: its share where the chance fails. 9: worth. 10: worth of a use then.
         habit = Signal(9)
-        habit_13 = Signal(13)
-        failing = Signal(9)
+        failing_13 = Signal(12)
         frequency = Signal(8)
         m.d.sync += [
             habit.eq(reuse_6 + rate_6),
-            habit_13.eq((reuse_6 + rate_6) * 13),
-            failing.eq(256 - chance_6),
+            failing_13.eq((256 - chance_6) * 13),
             frequency.eq(Mux(rate_6 > least_6, rate_6, least_6)),
         ]
-        product = Signal(22)
-        m.d.sync += product.eq(failing * habit_13)
+        product = Signal(21)
+        m.d.sync += product.eq(failing_13 * habit)
         habit_8, chance_8 = _delayed(m, habit, 1), _delayed(m, chance_6, 2)
         worth = Signal(9)
         m.d.sync += worth.eq(

@@ -65,7 +65,7 @@ class InflightTable(wiring.Component):
     entry, waiters, demand : ``In``
         What is allocated. ``waiters`` has one bit a context; ``wait`` adds them, too.
     free_tag : ``Out``
-        Entry that ``allocate`` takes.
+        Entry that ``allocate`` takes, from the second cycle after an ``allocate`` or ``free`` on.
     tag : ``In``
         Entry that the other ports are about.
     row : ``Out(EntryLayout(config=config))``
@@ -183,22 +183,21 @@ class InflightTable(wiring.Component):
         failure_read = failures.read_port(domain="comb")
 
         # --- rooms ---
-        vacant = Signal(count)
+        entries_used = Signal(range(count + 1))
+        m.d.sync += entries_used.eq(entries_used + self.allocate - self.free)
         m.d.comb += [
-            vacant.eq(~valid),
-            self.occupied.eq(valid.any()),
+            self.occupied.eq(entries_used != 0),
             self.prefetching.eq(prefetches != 0),
-            self.demand_room.eq(vacant.any()),
+            self.demand_room.eq(entries_used != count),
             self.prefetch_room.eq(
-                (vacant & (vacant - 1)).any() & (prefetches < config.prefetch_inflight)
+                (entries_used < count - 1) & (prefetches < config.prefetch_inflight)
             ),
         ]
-        # The lowest. An expression, not statements: Icarus runs a process only once something
-        # that it reads changes, and before the first allocation nothing has.
+        # The lowest, looked for ahead of time: an allocation comes cycles after the change before.
         free_tag = Const(0, len(self.free_tag))
         for i in reversed(range(count)):
-            free_tag = Mux(vacant[i], i, free_tag)
-        m.d.comb += self.free_tag.eq(free_tag)
+            free_tag = Mux(valid[i], free_tag, i)
+        m.d.sync += self.free_tag.eq(free_tag)
 
         # --- row ---
         row_more = Signal()
