@@ -268,7 +268,24 @@ class ExpertBuffer(wiring.Component):
             with m.Case(BufferOp.CANCEL):
                 m.d.comb += is_valid.eq(names_slot)
 
-        with m.FSM(init="CLEAR"):
+        # Of a FILL or CANCEL, from its second cycle on.
+        is_cancel = Signal()
+        last = Signal()
+        dropped = Signal()
+        m.d.sync += [
+            is_cancel.eq(request.op == BufferOp.CANCEL),
+            last.eq(request.last | (request.op == BufferOp.CANCEL)),
+            dropped.eq((request.failed & request.last) | (request.op == BufferOp.CANCEL)),
+        ]
+
+        # What the directory's entry is written for, from a register: the block RAM is far away.
+        allocates = Signal()
+        m.d.comb += [
+            directory.write_key.expert.eq(Mux(allocates, request.expert, state.expert)),
+            directory.write_key.layer.eq(Mux(allocates, request.layer, state.layer)),
+        ]
+
+        with m.FSM(init="CLEAR") as fsm:
             with m.State("CLEAR"):
                 # `slot` passes all its values whatever it starts from: there are at least as many
                 # rows as slots.
@@ -310,9 +327,7 @@ class ExpertBuffer(wiring.Component):
 
             with m.State("FETCH"):
                 m.d.comb += [
-                    directory.slot_read.eq(1),
                     directory.pin_read.eq(1),
-                    recency.read.eq(1),
                     recency.begin_route.eq(is_demand & (request.index == 0) & is_valid),
                     victims.count.eq(is_demand & is_valid),
                 ]
@@ -329,11 +344,7 @@ class ExpertBuffer(wiring.Component):
 
             with m.State("LOOKUP"):
                 with m.If(is_resident):
-                    m.d.comb += [
-                        looked_at.eq(entry.slot),
-                        directory.slot_read.eq(1),
-                        recency.read.eq(1),
-                    ]
+                    m.d.comb += looked_at.eq(entry.slot)
                     m.d.sync += slot.eq(entry.slot)
                     m.next = "CAPTURE"
                 with m.Elif(request.op == BufferOp.UNLOCK):
@@ -352,7 +363,6 @@ class ExpertBuffer(wiring.Component):
                     m.next = "CHECK"
 
             with m.State("SEARCH"):
-                m.d.comb += [directory.slot_read.eq(1), recency.read.eq(1)]
                 m.d.sync += slot.eq(victims.victim)
                 with m.If(victims.done):
                     m.next = "IDLE"
@@ -365,7 +375,6 @@ class ExpertBuffer(wiring.Component):
                         m.next = "CAPTURE"
 
             with m.State("READ"):
-                m.d.comb += [directory.slot_read.eq(1), recency.read.eq(1)]
                 m.next = "CAPTURE"
 
             with m.State("CAPTURE"):
@@ -392,8 +401,6 @@ class ExpertBuffer(wiring.Component):
                     directory.pin_value.valid.eq(1),
                     directory.pin_value.slot.eq(slot),
                     # The owner is evicted.
-                    directory.write_key.expert.eq(state.expert),
-                    directory.write_key.layer.eq(state.layer),
                     directory.entry_value.evicted_by_prefetch.eq(is_prefetch),
                     directory.entry_write.eq(~is_resident & state.valid),
                     storage.valid_write.eq(~is_resident),
@@ -435,8 +442,6 @@ class ExpertBuffer(wiring.Component):
             with m.State("ALLOCATE"):
                 # Second cycle of the touch, for resident experts too.
                 m.d.comb += [
-                    directory.write_key.expert.eq(request.expert),
-                    directory.write_key.layer.eq(request.layer),
                     directory.entry_value.state.eq(EntryState.FILLING),
                     directory.entry_value.slot.eq(slot),
                     directory.entry_write.eq(~is_resident),
@@ -457,17 +462,9 @@ class ExpertBuffer(wiring.Component):
                 m.next = "FILL"
 
             with m.State("FILL"):
-                is_cancel = Signal()
-                last = Signal()
-                dropped = Signal()
                 acts = Signal()
                 m.d.comb += [
-                    is_cancel.eq(request.op == BufferOp.CANCEL),
-                    last.eq(request.last | is_cancel),
-                    dropped.eq(is_cancel | (request.failed & request.last)),
                     acts.eq(state.filling & (~is_cancel | (state.prefetched & ~state.locked))),
-                    directory.write_key.expert.eq(state.expert),
-                    directory.write_key.layer.eq(state.layer),
                     directory.entry_value.state.eq(
                         Mux(dropped, EntryState.EMPTY, EntryState.READY)
                     ),
@@ -529,13 +526,11 @@ class ExpertBuffer(wiring.Component):
                     m.next = "IDLE"
 
             with m.State("UNPIN READ"):
-                m.d.comb += [
-                    directory.slot_read.eq(1),
-                    directory.pin_read.eq(1),
-                ]
+                m.d.comb += directory.pin_read.eq(1)
                 m.next = "UNPIN CAPTURE"
 
             with m.State("UNPIN CAPTURE"):
                 m.next = "UNPIN"
 
+        m.d.sync += allocates.eq(fsm.ongoing("TOUCH"))
         return m

@@ -90,8 +90,8 @@ class Directory(wiring.Component):
     """Hold the directory (expert to slot), the slot states (slot to expert) and the pin list.
 
     Each has a memory of its own. A read takes one cycle: its value is valid in the next cycle and
-    stays until the next read of the same memory. A memory is never read and written in the same
-    cycle.
+    stays until the next read of the same memory. What is read of a memory in a cycle in which it is
+    written is not valid.
 
     Parameters
     ----------
@@ -118,9 +118,9 @@ class Directory(wiring.Component):
     entry_value : ``In(EntryLayout(config=config))``
         New entry.
     slot, read_slot : ``In(config.bits("slot"))``
-        Slot to write, and slot to read, which may come late in the cycle.
-    slot_read, slot_write : ``In(1)``
-        Read the state of ``read_slot``; write ``slot_value`` to ``slot``.
+        Slot to write, and slot whose state is read in every cycle, which may come late in it.
+    slot_write : ``In(1)``
+        Write ``slot_value`` to ``slot``.
     state : ``Out(SlotLayout(config=config))``
         The slot state that was read.
     slot_value : ``In(SlotLayout(config=config))``
@@ -174,7 +174,6 @@ class Directory(wiring.Component):
                 "entry_value": In(self.entry_layout),
                 "slot": In(unsigned(config.bits("slot"))),
                 "read_slot": In(unsigned(config.bits("slot"))),
-                "slot_read": In(1),
                 "state": Out(self.slot_layout),
                 "slot_write": In(1),
                 "slot_value": In(self.slot_layout),
@@ -192,7 +191,7 @@ class Directory(wiring.Component):
         m = Module()
 
         def rows(shape, bits):
-            # Never read and written in the same cycle, so synthesis need not care for that.
+            # What is read while a row is written is not looked at: synthesis need not care for it.
             return Memory(shape=shape, depth=1 << bits, init=[], attrs={"no_rw_check": 1})
 
         m.submodules.entries = entries = rows(self.entry_layout, self._key_bits)
@@ -210,7 +209,7 @@ class Directory(wiring.Component):
             entry_write.data.eq(self.entry_value),
             entry_write.en.eq(self.entry_write),
             slot_read.addr.eq(self.read_slot),
-            slot_read.en.eq(self.slot_read),
+            slot_read.en.eq(1),
             self.state.eq(slot_read.data),
             slot_write.addr.eq(self.slot),
             slot_write.data.eq(self.slot_value),

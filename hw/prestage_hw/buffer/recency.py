@@ -16,9 +16,10 @@ class RecencyList(wiring.Component):
     The list's ends are registers in place of a sentinel row, so that the least recent slot is known
     without a read.
 
-    *Read* takes two cycles: ``newer`` is valid in the second cycle after and stays until the next
-    read. *Touch* takes two cycles: it starts when the neighbours of ``slot`` have been read, and
-    ``slot`` must be stable in both. *Clear* writes one row a cycle.
+    *Read* takes two cycles, and one begins in each: ``newer`` is valid in the second cycle after;
+    what is read while a row is written is not. *Touch* takes two cycles: it starts when the
+    neighbours of ``slot`` have been read, and ``slot`` must be stable in both. *Clear* writes one
+    row a cycle.
 
     Parameters
     ----------
@@ -30,9 +31,7 @@ class RecencyList(wiring.Component):
     slot : ``In(config.bits("slot"))``
         The slot that ``touch`` and ``clear`` are about.
     read_slot : ``In(config.bits("slot"))``
-        The slot that ``read`` is about. It may come late in the cycle.
-    read : ``In(1)``
-        Read the neighbours of ``read_slot``.
+        The slot whose neighbours are read. It may come late in the cycle.
     newer : ``Out(config.bits("slot"))``
         The slot touched next after the one that was read; meaningless for ``newest``.
     touch : ``In(1)``
@@ -63,7 +62,6 @@ class RecencyList(wiring.Component):
             {
                 "slot": In(slot),
                 "read_slot": In(slot),
-                "read": In(1),
                 "newer": Out(slot),
                 "touch": In(1),
                 "begin_route": In(1),
@@ -97,9 +95,9 @@ class RecencyList(wiring.Component):
             is_oldest.eq(self.slot == self.oldest),
             is_newest.eq(self.slot == self.newest),
             older_read.addr.eq(self.read_slot),
-            older_read.en.eq(self.read),
+            older_read.en.eq(1),
             newer_read.addr.eq(self.read_slot),
-            newer_read.en.eq(self.read),
+            newer_read.en.eq(1),
             self.newer.eq(newer),
         ]
 
