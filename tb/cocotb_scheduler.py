@@ -40,7 +40,7 @@ from prestage_tb.coverage import hit
 SLACK = 6
 
 # Cycles for which the throttle counts an outcome: the next lookup's result waits for it.
-OUTCOME = 11
+OUTCOME = 12
 
 
 class Entry:
@@ -502,7 +502,8 @@ class TB:
             self.candidate_looked_up = candidate
             kind = self.kind_of(candidate)
             assert self.throttle.admits(kind), f"{kind} is switched off"
-            assert self.held_for <= SLACK, "a candidate was looked up while candidates are held"
+            held_for = self.held_for - (self.cycle - self.shown)  # when the request was first shown
+            assert held_for <= SLACK, "a candidate was looked up while candidates are held"
             if str(self.dut.alone.value) == "1":
                 assert not self.inflight, "a candidate was looked up with a fetch in flight"
         names = ("ctx", "layer", "expert", "index", "slot", "tile", "value")

@@ -54,7 +54,10 @@ def order_lemmas(m, inside, traffic, *, prefix=""):
     m.d.sync += known.eq(1)
     for c in range(count):
         m.d.sync += [traffic_before[c].eq(traffic[c]), left_before[c].eq(left[c])]
+        renews = inside.signal(f"{prefix}renews_{c}")
         for d in range(count):
+            renewed = (left_before[d] == 0) & (traffic_before[d] == traffic_before[c])
+            m.d.comb += lemma(~known | (renews[d] == renewed))
             is_before = inside.signal(f"{prefix}before_{c}")[d]
             if c == d:
                 m.d.comb += lemma(~is_before)

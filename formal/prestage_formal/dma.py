@@ -147,6 +147,7 @@ class _Ledger:
         self.outstanding = [signal(f"backend.outstanding_{c}") for c in channels]
         self.live = [signal(f"backend.live_{c}") for c in channels]
         dead = [signal(f"backend.dead_{c}") for c in channels]
+        has_dead = signal("backend.has_dead")
         self.total = signal("midend.all_outstanding")
         config = engine.config
         beat = data.StructLayout(
@@ -171,13 +172,14 @@ class _Ledger:
             m.d.comb += [
                 lemma(self.booked[c]),
                 lemma(self.outstanding[c] == self.live[c] + dead[c]),
+                lemma(has_dead[c] == (dead[c] != 0)),
                 lemma(self.outstanding[c] <= engine.bursts),
                 lemma(
                     ~(engine.burst & (engine.channel == c)) | (self.outstanding[c] < engine.bursts)
                 ),
             ]
             for j, entry in enumerate(lists.queues[c]):
-                burst = Array(table)[entry].burst
+                burst = Array(table)[entry]
                 m.d.comb += lemma(~(j < count) | (burst.channel == c))
         m.d.comb += [
             lemma(self.total == sum(lists.counts) + returned),

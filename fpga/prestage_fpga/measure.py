@@ -36,6 +36,7 @@ from prestage_hw.buffer import ExpertBuffer
 from prestage_hw.buffer.arbiter import ReadArbiter
 from prestage_hw.contract import PRESETS, DeviceConfig
 from prestage_hw.dma import DMA
+from prestage_hw.engine import Engine
 from prestage_hw.generate import SynthesisError, area_of_blocks, preset_device
 from prestage_hw.link.dispatcher import Dispatcher
 from prestage_hw.link.link import Link
@@ -71,6 +72,7 @@ BLOCKS = {
     "scheduler": lambda config: Scheduler(config=config),
     "dma": lambda config: DMA(config=config),
     "buffer": lambda config: ExpertBuffer(config=config),
+    "engine": lambda config: Engine(config=config),
     "arbiter": lambda config: ReadArbiter(config=config),
     "counters": lambda config: Counters(config=config),
     "accuracy": lambda config: Accuracy(config=config),
@@ -594,6 +596,12 @@ ROWS = (
         for block in _ECP5_BLOCKS
     ),
     Row(block="predictor", preset="gpt-oss-20b", options={"predictor": "st_moe"}),
+    # Experts of 1 KiB: 256 of them in 120 of the part's 208 block RAMs.
+    Row(
+        block="engine",
+        preset="gpt-oss-20b",
+        options={"predictor": "perceptron", "slots": 256, "expert_bytes": 1024},
+    ),
     *(
         Row(block="predictor", preset=preset, options={"predictor": "perceptron", "form": form})
         for preset, form in (

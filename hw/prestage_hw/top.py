@@ -16,6 +16,7 @@ from prestage_hw.contract.params import require_config
 from prestage_hw.contract.registers import COUNTERS
 from prestage_hw.dma import DMA
 from prestage_hw.dma.axi import AXI4ReadSignature, AXI4Signature
+from prestage_hw.engine import connect_engine
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import Dispatcher
 from prestage_hw.link.link import Link
@@ -147,10 +148,7 @@ class Top(wiring.Component):
         m.d.sync += scheduler.hold.eq(registers.control.settle & ~predictor.idle)
 
         # 4 dma
-        wiring.connect(m, scheduler.fetches, dma.fetches)
-        wiring.connect(m, dma.completions, scheduler.completions)
         wiring.connect(m, dma.bus, wiring.flipped(self.bus))
-        wiring.connect(m, dma.writes, buffer.writes)
         wiring.connect(m, registers.settings, dma.settings)
         m.d.comb += [
             dma.commit.eq(registers.commit),
@@ -158,16 +156,6 @@ class Top(wiring.Component):
         ]
 
         # 5 buffer
-        wiring.connect(m, scheduler.buffer_requests, buffer.requests)
-        wiring.connect(m, buffer.results, scheduler.buffer_results)
-        # Demands are looked up by what was known before them; policies change between operations.
-        m.d.comb += [
-            buffer.values.payload.eq(predictor.values.payload),
-            buffer.values.valid.eq(predictor.values.valid & ~scheduler.demanding),
-            predictor.values.ready.eq(buffer.values.ready & ~scheduler.demanding),
-        ]
-        with m.If(buffer.idle):
-            m.d.sync += buffer.policy.eq(registers.control.policy)
         wiring.connect(m, wiring.flipped(self.reads), arbiter.reads)
         wiring.connect(m, arbiter.beats, wiring.flipped(self.beats))
         wiring.connect(m, dispatcher.reads, arbiter.link_reads)
@@ -178,6 +166,16 @@ class Top(wiring.Component):
             buffer.clear.eq(registers.clear.buffer),
             dispatcher.clear.eq(registers.clear.buffer),
         ]
+
+        # 3, 4 and 5 with each other
+        connect_engine(
+            m,
+            scheduler=scheduler,
+            dma=dma,
+            buffer=buffer,
+            values=predictor.values,
+            policy=registers.control.policy,
+        )
 
         # 6 stats
         m.d.comb += [

@@ -165,13 +165,14 @@ class ExpertBuffer(wiring.Component):
         request = Signal.like(arriving)
         result = self.results.payload
         slot = Signal(self.config.bits("slot"))  # slot under work
-        looked_at = Signal.like(slot)  # slot that the memories are asked for or given
+        looked_at = Signal.like(slot)  # slot that the memories are asked for
         row = Signal(self._row_bits)  # row under clearing
         clear_wanted = Signal()
-        # Block RAM is slow out of the clock edge: what it gives is looked at a cycle later.
-        entry = Signal.like(directory.entry)
-        state = Signal.like(directory.state)
-        pin = Signal.like(directory.pin)
+        # Block RAM is slow out of the clock edge: what it gives is looked at a cycle later, from
+        # registers that synthesis may take from the block RAM since they have no reset.
+        entry = Signal.like(directory.entry, reset_less=True)
+        state = Signal.like(directory.state, reset_less=True)
+        pin = Signal.like(directory.pin, reset_less=True)
         m.d.sync += [state.eq(directory.state), pin.eq(directory.pin)]
 
         is_demand = Signal()
@@ -184,6 +185,8 @@ class ExpertBuffer(wiring.Component):
         most_locked = self.config.slots - self.config.contexts * self.config.model.top_k
         may_lock = Signal()
         may_take = Signal()
+        all_touched = Signal()  # since the route began, a cycle ago
+        m.d.sync += all_touched.eq(~recency.marked)
         m.d.comb += [
             is_demand.eq(request.op == BufferOp.DEMAND),
             is_prefetch.eq(request.op == BufferOp.PREFETCH),
@@ -194,14 +197,16 @@ class ExpertBuffer(wiring.Component):
             may_lock.eq(locked != most_locked),
             may_take.eq((state.pins == 0) & ~state.filling & ~state.locked),
             looked_at.eq(Mux(victims.searching, victims.slot, slot)),
-            directory.slot.eq(looked_at),
+            directory.slot.eq(slot),
+            directory.read_slot.eq(looked_at),
             directory.read_key.expert.eq(arriving.expert),
             directory.read_key.layer.eq(arriving.layer),
             directory.pin_key.index.eq(request.index),
             directory.pin_key.layer.eq(request.layer),
             directory.pin_key.ctx.eq(request.ctx),
             directory.row.eq(row),
-            recency.slot.eq(looked_at),
+            recency.slot.eq(slot),
+            recency.read_slot.eq(looked_at),
             storage.valid_slot.eq(slot),
             victims.layer.eq(request.layer),
             victims.expert.eq(request.expert),
@@ -263,7 +268,24 @@ class ExpertBuffer(wiring.Component):
             with m.Case(BufferOp.CANCEL):
                 m.d.comb += is_valid.eq(names_slot)
 
-        with m.FSM(init="CLEAR"):
+        # Of a FILL or CANCEL, from its second cycle on.
+        is_cancel = Signal()
+        last = Signal()
+        dropped = Signal()
+        m.d.sync += [
+            is_cancel.eq(request.op == BufferOp.CANCEL),
+            last.eq(request.last | (request.op == BufferOp.CANCEL)),
+            dropped.eq((request.failed & request.last) | (request.op == BufferOp.CANCEL)),
+        ]
+
+        # What the directory's entry is written for, from a register: the block RAM is far away.
+        allocates = Signal()
+        m.d.comb += [
+            directory.write_key.expert.eq(Mux(allocates, request.expert, state.expert)),
+            directory.write_key.layer.eq(Mux(allocates, request.layer, state.layer)),
+        ]
+
+        with m.FSM(init="CLEAR") as fsm:
             with m.State("CLEAR"):
                 # `slot` passes all its values whatever it starts from: there are at least as many
                 # rows as slots.
@@ -305,9 +327,7 @@ class ExpertBuffer(wiring.Component):
 
             with m.State("FETCH"):
                 m.d.comb += [
-                    directory.slot_read.eq(1),
                     directory.pin_read.eq(1),
-                    recency.read.eq(1),
                     recency.begin_route.eq(is_demand & (request.index == 0) & is_valid),
                     victims.count.eq(is_demand & is_valid),
                 ]
@@ -324,11 +344,7 @@ class ExpertBuffer(wiring.Component):
 
             with m.State("LOOKUP"):
                 with m.If(is_resident):
-                    m.d.comb += [
-                        looked_at.eq(entry.slot),
-                        directory.slot_read.eq(1),
-                        recency.read.eq(1),
-                    ]
+                    m.d.comb += looked_at.eq(entry.slot)
                     m.d.sync += slot.eq(entry.slot)
                     m.next = "CAPTURE"
                 with m.Elif(request.op == BufferOp.UNLOCK):
@@ -340,14 +356,13 @@ class ExpertBuffer(wiring.Component):
                 with m.Elif(~by_recency):
                     m.d.comb += victims.begin.eq(1)
                     m.next = "SEARCH"
-                with m.Elif(is_prefetch & ~recency.marked):
+                with m.Elif(is_prefetch & all_touched):
                     answer(BufferCode.NO_SLOT)
                     m.next = "IDLE"
                 with m.Else():
                     m.next = "CHECK"
 
             with m.State("SEARCH"):
-                m.d.comb += [directory.slot_read.eq(1), recency.read.eq(1)]
                 m.d.sync += slot.eq(victims.victim)
                 with m.If(victims.done):
                     m.next = "IDLE"
@@ -360,7 +375,6 @@ class ExpertBuffer(wiring.Component):
                         m.next = "CAPTURE"
 
             with m.State("READ"):
-                m.d.comb += [directory.slot_read.eq(1), recency.read.eq(1)]
                 m.next = "CAPTURE"
 
             with m.State("CAPTURE"):
@@ -387,8 +401,6 @@ class ExpertBuffer(wiring.Component):
                     directory.pin_value.valid.eq(1),
                     directory.pin_value.slot.eq(slot),
                     # The owner is evicted.
-                    directory.write_key.expert.eq(state.expert),
-                    directory.write_key.layer.eq(state.layer),
                     directory.entry_value.evicted_by_prefetch.eq(is_prefetch),
                     directory.entry_write.eq(~is_resident & state.valid),
                     storage.valid_write.eq(~is_resident),
@@ -430,8 +442,6 @@ class ExpertBuffer(wiring.Component):
             with m.State("ALLOCATE"):
                 # Second cycle of the touch, for resident experts too.
                 m.d.comb += [
-                    directory.write_key.expert.eq(request.expert),
-                    directory.write_key.layer.eq(request.layer),
                     directory.entry_value.state.eq(EntryState.FILLING),
                     directory.entry_value.slot.eq(slot),
                     directory.entry_write.eq(~is_resident),
@@ -452,17 +462,9 @@ class ExpertBuffer(wiring.Component):
                 m.next = "FILL"
 
             with m.State("FILL"):
-                is_cancel = Signal()
-                last = Signal()
-                dropped = Signal()
                 acts = Signal()
                 m.d.comb += [
-                    is_cancel.eq(request.op == BufferOp.CANCEL),
-                    last.eq(request.last | is_cancel),
-                    dropped.eq(is_cancel | (request.failed & request.last)),
                     acts.eq(state.filling & (~is_cancel | (state.prefetched & ~state.locked))),
-                    directory.write_key.expert.eq(state.expert),
-                    directory.write_key.layer.eq(state.layer),
                     directory.entry_value.state.eq(
                         Mux(dropped, EntryState.EMPTY, EntryState.READY)
                     ),
@@ -524,13 +526,11 @@ class ExpertBuffer(wiring.Component):
                     m.next = "IDLE"
 
             with m.State("UNPIN READ"):
-                m.d.comb += [
-                    directory.slot_read.eq(1),
-                    directory.pin_read.eq(1),
-                ]
+                m.d.comb += directory.pin_read.eq(1)
                 m.next = "UNPIN CAPTURE"
 
             with m.State("UNPIN CAPTURE"):
                 m.next = "UNPIN"
 
+        m.d.sync += allocates.eq(fsm.ongoing("TOUCH"))
         return m

@@ -90,8 +90,8 @@ class Directory(wiring.Component):
     """Hold the directory (expert to slot), the slot states (slot to expert) and the pin list.
 
     Each has a memory of its own. A read takes one cycle: its value is valid in the next cycle and
-    stays until the next read of the same memory. A memory is never read and written in the same
-    cycle.
+    stays until the next read of the same memory. What is read of a memory in a cycle in which it is
+    written is not valid.
 
     Parameters
     ----------
@@ -117,10 +117,10 @@ class Directory(wiring.Component):
         Expert whose entry changes.
     entry_value : ``In(EntryLayout(config=config))``
         New entry.
-    slot : ``In(config.bits("slot"))``
-        Slot to read or write.
-    slot_read, slot_write : ``In(1)``
-        Read the state of ``slot``; write ``slot_value`` to it.
+    slot, read_slot : ``In(config.bits("slot"))``
+        Slot to write, and slot whose state is read in every cycle, which may come late in it.
+    slot_write : ``In(1)``
+        Write ``slot_value`` to ``slot``.
     state : ``Out(SlotLayout(config=config))``
         The slot state that was read.
     slot_value : ``In(SlotLayout(config=config))``
@@ -173,7 +173,7 @@ class Directory(wiring.Component):
                 "write_key": In(key),
                 "entry_value": In(self.entry_layout),
                 "slot": In(unsigned(config.bits("slot"))),
-                "slot_read": In(1),
+                "read_slot": In(unsigned(config.bits("slot"))),
                 "state": Out(self.slot_layout),
                 "slot_write": In(1),
                 "slot_value": In(self.slot_layout),
@@ -190,13 +190,13 @@ class Directory(wiring.Component):
     def elaborate(self, platform):
         m = Module()
 
-        m.submodules.entries = entries = Memory(
-            shape=self.entry_layout, depth=1 << self._key_bits, init=[]
-        )
-        m.submodules.slots = slots = Memory(
-            shape=self.slot_layout, depth=1 << self.config.bits("slot"), init=[]
-        )
-        m.submodules.pins = pins = Memory(shape=self.pin_layout, depth=1 << self._pin_bits, init=[])
+        def rows(shape, bits):
+            # What is read while a row is written is not looked at: synthesis need not care for it.
+            return Memory(shape=shape, depth=1 << bits, init=[], attrs={"no_rw_check": 1})
+
+        m.submodules.entries = entries = rows(self.entry_layout, self._key_bits)
+        m.submodules.slots = slots = rows(self.slot_layout, self.config.bits("slot"))
+        m.submodules.pins = pins = rows(self.pin_layout, self._pin_bits)
 
         entry_read, entry_write = entries.read_port(), entries.write_port()
         slot_read, slot_write = slots.read_port(), slots.write_port()
@@ -208,8 +208,8 @@ class Directory(wiring.Component):
             entry_write.addr.eq(self.write_key.as_value()),
             entry_write.data.eq(self.entry_value),
             entry_write.en.eq(self.entry_write),
-            slot_read.addr.eq(self.slot),
-            slot_read.en.eq(self.slot_read),
+            slot_read.addr.eq(self.read_slot),
+            slot_read.en.eq(1),
             self.state.eq(slot_read.data),
             slot_write.addr.eq(self.slot),
             slot_write.data.eq(self.slot_value),

@@ -16,9 +16,10 @@ class RecencyList(wiring.Component):
     The list's ends are registers in place of a sentinel row, so that the least recent slot is known
     without a read.
 
-    *Read* takes two cycles: ``newer`` is valid in the second cycle after and stays until the next
-    read. *Touch* takes two cycles: it starts when the neighbours of ``slot`` have been read, and
-    ``slot`` must be stable in both. *Clear* writes one row a cycle.
+    *Read* takes two cycles, and one begins in each: ``newer`` is valid in the second cycle after;
+    what is read while a row is written is not. *Touch* takes two cycles: it starts when the
+    neighbours of ``slot`` have been read, and ``slot`` must be stable in both. *Clear* writes one
+    row a cycle.
 
     Parameters
     ----------
@@ -28,9 +29,9 @@ class RecencyList(wiring.Component):
     Members
     -------
     slot : ``In(config.bits("slot"))``
-        The slot that ``read``, ``touch`` and ``clear`` are about.
-    read : ``In(1)``
-        Read the neighbours of ``slot``.
+        The slot that ``touch`` and ``clear`` are about.
+    read_slot : ``In(config.bits("slot"))``
+        The slot whose neighbours are read. It may come late in the cycle.
     newer : ``Out(config.bits("slot"))``
         The slot touched next after the one that was read; meaningless for ``newest``.
     touch : ``In(1)``
@@ -60,7 +61,7 @@ class RecencyList(wiring.Component):
         super().__init__(
             {
                 "slot": In(slot),
-                "read": In(1),
+                "read_slot": In(slot),
                 "newer": Out(slot),
                 "touch": In(1),
                 "begin_route": In(1),
@@ -78,11 +79,13 @@ class RecencyList(wiring.Component):
         shape = unsigned(self.config.bits("slot"))
         depth = 1 << self.config.bits("slot")
         last = self.config.slots - 1
-        m.submodules.older = older_rows = Memory(shape=shape, depth=depth, init=[])
-        m.submodules.newer = newer_rows = Memory(shape=shape, depth=depth, init=[])
+        # What is read while a row is written is not looked at, so synthesis need not care for it.
+        own = {"no_rw_check": 1}
+        m.submodules.older = older_rows = Memory(shape=shape, depth=depth, init=[], attrs=own)
+        m.submodules.newer = newer_rows = Memory(shape=shape, depth=depth, init=[], attrs=own)
         older_read, older_write = older_rows.read_port(), older_rows.write_port()
         newer_read, newer_write = newer_rows.read_port(), newer_rows.write_port()
-        older, newer = Signal(shape), Signal(shape)
+        older, newer = Signal(shape, reset_less=True), Signal(shape, reset_less=True)
         m.d.sync += [older.eq(older_read.data), newer.eq(newer_read.data)]
 
         relink = Signal()  # second cycle of a touch
@@ -91,10 +94,10 @@ class RecencyList(wiring.Component):
         m.d.comb += [
             is_oldest.eq(self.slot == self.oldest),
             is_newest.eq(self.slot == self.newest),
-            older_read.addr.eq(self.slot),
-            older_read.en.eq(self.read),
-            newer_read.addr.eq(self.slot),
-            newer_read.en.eq(self.read),
+            older_read.addr.eq(self.read_slot),
+            older_read.en.eq(1),
+            newer_read.addr.eq(self.read_slot),
+            newer_read.en.eq(1),
             self.newer.eq(newer),
         ]
 

@@ -13,6 +13,9 @@ __all__ = ["Storage"]
 # Rows of one memory of the data: as deep as an ECP5 block RAM is at nine bits.
 _BANK_ROWS = 2048
 
+# Reads under way and beats that wait for the consumer, together: a power of two above the latency.
+_WAITING = 8
+
 
 class Storage(wiring.Component):
     """Write arriving beats to their slots and read beats for the consumer.
@@ -31,7 +34,7 @@ class Storage(wiring.Component):
     ----------
     read_latency : :class:`int`
         Cycles from the cycle in which a read is taken to the first in which its beat is offered,
-        where ``beats`` never waits: 4.
+        where ``beats`` never waits: 6.
 
     Members
     -------
@@ -61,7 +64,7 @@ class Storage(wiring.Component):
         require_config(config)
         self.config = config
         self._aligned = config.expert_beats & (config.expert_beats - 1) == 0
-        self.read_latency = 4
+        self.read_latency = 6
         super().__init__(
             {
                 "writes": In(stream.Signature(RecordLayout("BufferWrite", config=config))),
@@ -85,41 +88,58 @@ class Storage(wiring.Component):
         config = self.config
 
         depth = config.slots * config.expert_beats
+        # A read waits for writes to what it reads, so that synthesis need not care for those.
+        own = {"no_rw_check": 1}
         banks = [
-            Memory(shape=config.bits("data"), depth=min(_BANK_ROWS, depth - first), init=[])
+            Memory(
+                shape=config.bits("data"),
+                depth=min(_BANK_ROWS, depth - first),
+                init=[],
+                attrs=own,
+            )
             for first in range(0, depth, _BANK_ROWS)
         ]
         for number, bank in enumerate(banks):
             m.submodules[f"rows_{number}"] = bank
         m.submodules.valid_rows = valid_rows = Memory(
-            shape=config.tiles, depth=1 << config.bits("slot"), init=[]
+            shape=config.tiles, depth=1 << config.bits("slot"), init=[], attrs=own
         )
         row = unsigned((depth - 1).bit_length())
-        write = Signal(data.StructLayout({"addr": row, "data": config.bits("data"), "en": 1}))
+        bank_bits = _BANK_ROWS.bit_length() - 1
+        write = Signal(data.StructLayout({"addr": row, "data": config.bits("data")}))
+        write_banks = Signal(len(banks))  # Bank that is written, a bit each.
+        write_row = Signal(row)
         valid_write, valid_read = valid_rows.write_port(), valid_rows.read_port()
 
         arriving = self.writes.payload
-        m.d.comb += self.writes.ready.eq(1)
+        m.d.comb += [self.writes.ready.eq(1), write_row.eq(self._address(arriving))]
         m.d.sync += [
-            write.addr.eq(self._address(arriving)),
+            write.addr.eq(write_row),
             write.data.eq(arriving.data),
-            write.en.eq(self.writes.valid),
+            write_banks.eq(Mux(self.writes.valid, 1 << (write_row >> bank_bits), 0)),
             valid_write.addr.eq(self.valid_slot),
             valid_write.data.eq(self.valid_tiles),
             valid_write.en.eq(self.valid_write),
         ]
 
-        # A request that arrives while the first stage is held waits here, so that `reads.ready`
-        # comes from a register.
+        # Every read that is taken has a place among the beats that wait for the consumer, so that
+        # nothing between the first stage and there ever stops: to hold up all block RAMs, far
+        # apart, takes longer than a cycle.
+        unread = Signal(range(_WAITING + 1))
+        m.d.sync += unread.eq(
+            unread + (self.reads.valid & self.reads.ready) - (self.beats.valid & self.beats.ready)
+        )
+
+        # A request that arrives while the first stage is held waits here.
         waiting = Signal()
         waiting_place = Signal.like(self.reads.payload)
         place = Signal.like(self.reads.payload)
         place_valid = Signal()
         take = Signal()
         m.d.comb += [
-            self.reads.ready.eq(~waiting),
+            self.reads.ready.eq(~waiting & ~unread[-1]),
             place.eq(Mux(waiting, waiting_place, self.reads.payload)),
-            place_valid.eq(waiting | self.reads.valid),
+            place_valid.eq(waiting | (self.reads.valid & self.reads.ready)),
         ]
         m.d.sync += waiting.eq(place_valid & ~take)
         with m.If(~waiting):
@@ -127,8 +147,6 @@ class Storage(wiring.Component):
 
         # First stage: address. It is a register even where the slot and the beat are its bits: what
         # depends on it goes to all block RAMs of the data, far apart.
-        step_capture = Signal()
-        read_valid = Signal()
         address = Signal(row)
         address_valid = Signal()
         address_place = Signal.like(place)
@@ -149,68 +167,71 @@ class Storage(wiring.Component):
             ) | (self.valid_write & (place.slot == self.valid_slot))
 
         m.d.sync += waits.eq(Mux(take, meets_write(place), meets_write(address_place)))
-        m.d.comb += take.eq(~address_valid | ((~read_valid | step_capture) & ~waits))
-        # Second stage: the memories. The waiting is said once more where synthesis can see that no
-        # block RAM has to resolve a collision (which would cost a register and a multiplexer for
-        # every data bit).
-        slot = address_place.slot
-        step_data, step_valid = Signal(), Signal()
+        m.d.comb += take.eq(~address_valid | ~waits)
+
+        # Second stage: the memories. They always read; what was read counts unless the read waits.
+        read_valid = Signal()
         tile_bits = max(1, (config.expert_beats - 1) // config.tile_beats).bit_length()
         read_tile = Signal(tile_bits)
         read_blank = Signal()
-        bank_bits = _BANK_ROWS.bit_length() - 1
         read_bank = Signal(range(len(banks)))
-        m.d.comb += [
-            step_data.eq((~read_valid | step_capture) & ~(write.en & (write.addr == address))),
-            step_valid.eq(
-                (~read_valid | step_capture) & ~(valid_write.en & (valid_write.addr == slot))
-            ),
-            valid_read.addr.eq(slot),
-            valid_read.en.eq(step_valid),
+        m.d.comb += valid_read.addr.eq(address_place.slot)
+        m.d.sync += [
+            read_valid.eq(address_valid & ~waits),
+            read_tile.eq(address_place.beat >> (config.tile_beats - 1).bit_length()),
+            read_blank.eq(self.blank),
+            read_bank.eq(address >> bank_bits),
         ]
-        with m.If(~read_valid | step_capture):
-            m.d.sync += [
-                read_valid.eq(address_valid & ~waits),
-                read_tile.eq(address_place.beat >> (config.tile_beats - 1).bit_length()),
-                read_blank.eq(self.blank),
-                read_bank.eq(address >> bank_bits),
-            ]
 
-        # Third stage: block RAM is slow out of the clock edge, so every bank has its register.
-        step_output = Signal()
+        # Third stage: block RAM is slow out of the clock edge, so every bank has its register. That
+        # has neither reset nor enable, so that it may be the block RAM's own.
         captured = Signal()
         captured_ok = Signal()
         captured_bank = Signal.like(read_bank)
         words = []
-        m.d.comb += step_capture.eq(~captured | step_output)
-        with m.If(step_capture):
-            m.d.sync += [
-                captured.eq(read_valid),
-                captured_ok.eq((valid_read.data >> read_tile)[0] & ~read_blank),
-                captured_bank.eq(read_bank),
-            ]
+        m.d.sync += [
+            captured.eq(read_valid),
+            captured_ok.eq((valid_read.data >> read_tile)[0] & ~read_blank),
+            captured_bank.eq(read_bank),
+        ]
         for number, bank in enumerate(banks):
             bank_read, bank_write = bank.read_port(), bank.write_port()
-            word = Signal(config.bits("data"), name=f"word_{number}")
+            word = Signal(config.bits("data"), name=f"word_{number}", reset_less=True)
             words.append(word)
             m.d.comb += [
                 bank_read.addr.eq(address),
-                # Said for each bank: one signal to all of them is slow.
-                bank_read.en.eq(step_data & (address >> bank_bits == number)),
                 bank_write.addr.eq(write.addr),
                 bank_write.data.eq(write.data),
-                bank_write.en.eq(write.en & (write.addr >> bank_bits == number)),
+                bank_write.en.eq(write_banks[number]),
             ]
-            with m.If(step_capture):
-                m.d.sync += word.eq(bank_read.data)
+            m.d.sync += word.eq(bank_read.data)
 
-        # Fourth stage: the beat leaves from registers.
-        m.d.comb += step_output.eq(~self.beats.valid | self.beats.ready)
-        with m.If(step_output):
-            m.d.sync += [
-                self.beats.valid.eq(captured),
-                self.beats.payload.data.eq(Array(words)[captured_bank]),
-                self.beats.payload.ok.eq(captured_ok),
-            ]
+        # Fourth stage: the bank's word.
+        beat = self.beats.payload.shape()
+        chosen = Signal(beat, reset_less=True)
+        chosen_valid = Signal()
+        m.d.sync += [
+            chosen_valid.eq(captured),
+            chosen.data.eq(Array(words)[captured_bank]),
+            chosen.ok.eq(captured_ok),
+        ]
+
+        # Beats wait for the consumer. The one that is offered is in registers.
+        m.submodules.waiting = beats = Memory(shape=beat, depth=_WAITING, init=[], attrs=own)
+        beats_write, beats_read = beats.write_port(), beats.read_port(domain="comb")
+        level = Signal(range(_WAITING + 1))
+        leaves = Signal()
+        m.d.comb += [
+            leaves.eq((level != 0) & (~self.beats.valid | self.beats.ready)),
+            beats_write.data.eq(chosen),
+            beats_write.en.eq(chosen_valid),
+        ]
+        m.d.sync += [
+            level.eq(level + chosen_valid - leaves),
+            beats_write.addr.eq(beats_write.addr + chosen_valid),
+            beats_read.addr.eq(beats_read.addr + leaves),
+        ]
+        with m.If(~self.beats.valid | self.beats.ready):
+            m.d.sync += [self.beats.valid.eq(level != 0), self.beats.payload.eq(beats_read.data)]
 
         return m

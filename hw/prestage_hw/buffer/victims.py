@@ -28,6 +28,11 @@ def victim_samples(config):
     return min(config.slots, max(8, 32 // config.contexts))
 
 
+def _rows(shape, depth):
+    # What is read while a row is written is not looked at, so synthesis need not care for it.
+    return Memory(shape=shape, depth=depth, init=[], attrs={"no_rw_check": 1})
+
+
 def _delayed(m, value, cycles):
     """``value`` so many cycles later."""
     for _ in range(cycles):
@@ -159,31 +164,39 @@ class Victims(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         m.d.comb += self.values.ready.eq(~self.searching & ~self.clear)
-        rate, age = self._count_uses(m)
-        self._search(m, rate, age)
+        self._search(m, *self._count_uses(m))
         return m
 
     def _count_uses(self, m):
-        """Memories of use rates and visits; their read ports for the search."""
+        """Memories of use rates and visits.
+
+        Returns, for the search, the port of the rates, what was read there a cycle ago, the rate of
+        that a cycle later, and the port of the visits.
+        """
         config = self.config
         rate_layout = data.StructLayout({"rate": 8, "stamp": _VISIT_BITS})
         key_bits = config.bits("expert") + config.bits("layer")
-        m.submodules.rates = rates = Memory(shape=rate_layout, depth=1 << key_bits, init=[])
-        m.submodules.visits = visits = Memory(
-            shape=_VISIT_BITS, depth=1 << config.bits("layer"), init=[]
-        )
+        m.submodules.rates = rates = _rows(rate_layout, 1 << key_bits)
+        m.submodules.visits = visits = _rows(_VISIT_BITS, 1 << config.bits("layer"))
         rate_read, rate_write = rates.read_port(), rates.write_port()
         visit_read, visit_write = visits.read_port(), visits.write_port()
 
         # In the second cycle after `look`: what was read, and a visit counted.
         looked = Signal()
-        read_rate = Signal(rate_layout)
+        rate = Signal(rate_layout, reset_less=True)
+        rate_later = Signal(8)
         read_visits = Signal(_VISIT_BITS)
         counting = Signal()
         first = Signal()
-        m.d.sync += [looked.eq(self.look), counting.eq(self.count), first.eq(self.first)]
+        m.d.sync += [
+            looked.eq(self.look),
+            counting.eq(self.count),
+            first.eq(self.first),
+            rate.eq(rate_read.data),
+            rate_later.eq(rate.rate),
+        ]
         with m.If(looked):
-            m.d.sync += [read_rate.eq(rate_read.data), read_visits.eq(visit_read.data)]
+            m.d.sync += read_visits.eq(visit_read.data)
         key = Signal(key_bits)
         with m.If(self.count):
             m.d.sync += key.eq(Cat(self.expert, self.layer))
@@ -203,8 +216,8 @@ class Victims(wiring.Component):
         left = Signal(8)
         writing = _delayed(m, counting, 2)
         m.d.sync += [
-            decay.eq(self._decay((read_visits - read_rate.stamp)[:_VISIT_BITS], counting & first)),
-            left.eq((read_rate.rate * decay) >> 8),
+            decay.eq(self._decay((read_visits - rate.stamp)[:_VISIT_BITS], counting & first)),
+            left.eq((rate_later * decay) >> 8),
         ]
         m.d.comb += [
             rate_write.addr.eq(key),
@@ -223,7 +236,7 @@ class Victims(wiring.Component):
             rate_read.addr.eq(self.look_key.as_value()),
             visit_read.addr.eq(self.look_key.layer),
         ]
-        return rate_read, visit_read
+        return rate_read, rate, rate_later, visit_read
 
     def _decay(self, age, more=None):
         """What is left of a use rate after so many visits, or one more, in 1/256."""
@@ -249,7 +262,7 @@ class Victims(wiring.Component):
             ("newer", None),
         ):
             width = 8 * lanes if kind is not None else 1
-            memory = Memory(shape=width, depth=depth, init=[])
+            memory = _rows(width, depth)
             m.submodules[name] = memory
             read, write = memory.read_port(), memory.write_port()
             taken = self.values.valid & self.values.ready
@@ -265,7 +278,7 @@ class Victims(wiring.Component):
                         write.data.eq(arriving.values.as_value()),
                         write.en.eq(taken & (arriving.kind == kind)),
                     ]
-            word = Signal(width)
+            word = Signal(width, reset_less=True)
             m.d.sync += word.eq(read.data)
             found.append(word if kind is None else word.word_select(lane, 8))
         return found
@@ -273,7 +286,7 @@ class Victims(wiring.Component):
     def _value_address(self, ctx, layer, beat):
         return Cat(beat[: self._beat_bits], layer, ctx[: self._ctx_bits])
 
-    def _search(self, m, rate_read, visit_read):
+    def _search(self, m, rate_read, rate_4, rate_5, visit_read):
         config = self.config
         contexts, layers = config.contexts, config.model.layers
         slot_bits = config.bits("slot")
@@ -357,9 +370,8 @@ class Victims(wiring.Component):
         is_active = _delayed(m, Array(active)[ctx_2], 2)
 
         # Stage 4: values and rates are in registers. 5: how much of the rate is left.
-        rate_4 = Signal.like(rate_read.data)
         visits_4 = Signal(_VISIT_BITS)
-        m.d.sync += [rate_4.eq(rate_read.data), visits_4.eq(visit_read.data)]
+        m.d.sync += visits_4.eq(visit_read.data)
         candidate_4 = _delayed(m, candidate_2, 2)
         waits = Signal()  # a prefetch whose layer was not routed since
         confidence = Signal(8)
@@ -371,13 +383,11 @@ class Victims(wiring.Component):
             confidence.eq(Mux(candidate_4, self.value, value_4)),
         ]
         decay = Signal(9)
-        rate_5 = Signal(8)
         chance_5, reuse_5, newer_5 = Signal(8), Signal(8), Signal()
         discount_5 = Signal(8)
         full_turn_5 = _delayed(m, full_turn, 1)
         m.d.sync += [
             decay.eq(self._decay((visits_4 - rate_4.stamp)[:_VISIT_BITS])),
-            rate_5.eq(rate_4.rate),
             chance_5.eq(chance),
             reuse_5.eq(reuse),
             newer_5.eq(newer),
@@ -405,17 +415,15 @@ class Victims(wiring.Component):
 
         # Stage 7: habit. 8: its share where the chance fails. 9: worth. 10: worth of a use then.
         habit = Signal(9)
-        habit_13 = Signal(13)
-        failing = Signal(9)
+        failing_13 = Signal(12)
         frequency = Signal(8)
         m.d.sync += [
             habit.eq(reuse_6 + rate_6),
-            habit_13.eq((reuse_6 + rate_6) * 13),
-            failing.eq(256 - chance_6),
+            failing_13.eq((256 - chance_6) * 13),
             frequency.eq(Mux(rate_6 > least_6, rate_6, least_6)),
         ]
-        product = Signal(22)
-        m.d.sync += product.eq(failing * habit_13)
+        product = Signal(21)
+        m.d.sync += product.eq(failing_13 * habit)
         habit_8, chance_8 = _delayed(m, habit, 1), _delayed(m, chance_6, 2)
         worth = Signal(9)
         m.d.sync += worth.eq(

@@ -5,7 +5,6 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import TrafficClass
 
 __all__ = ["Arbiter"]
 
@@ -72,15 +71,12 @@ class Arbiter(wiring.Component):
 
         chosen = Signal(count)
         m.d.sync += chosen.eq(Mux(self.take, self.choice, 0))
-        # Who is chosen without a grant begins a turn of its class.
-        anew = Signal()
-        turn = Signal(TrafficClass)
-        m.d.comb += anew.eq(~(chosen & has_left).any())
+        # Who is chosen without a grant begins a turn of its class. Whose turn that would be is
+        # known from the cycle of the choice: nothing is counted then.
         for c in channels:
-            with m.If(chosen[c]):
-                m.d.comb += turn.eq(self.traffic[c])
-        with m.If(chosen.any()):
-            for c in channels:
-                base = Mux(anew & (self.traffic[c] == turn), self.weight[c], left[c])
-                m.d.sync += left[c].eq(base - chosen[c])
+            renews = Signal(count, name=f"renews_{c}")  # if that channel is chosen
+            for d in channels:
+                m.d.sync += renews[d].eq(~has_left[d] & (self.traffic[d] == self.traffic[c]))
+            base = Mux((chosen & renews).any(), self.weight[c], left[c])
+            m.d.sync += left[c].eq(base - chosen[c])
         return m

@@ -142,11 +142,8 @@ class BackEnd(wiring.Component):
 
         # --- address channel ---
         m.submodules.bursts = bursts = OrderLists(lists=ids, entries=credits)
-        # Whether a burst is a single beat is looked at ahead of time.
-        burst_write, burst_read = small(
-            "burst_table", data.StructLayout({"burst": self.burst.shape(), "single": 1}), credits
-        )
-        read = burst_read.data.burst
+        burst_write, burst_read = small("burst_table", self.burst.shape(), credits)
+        read = burst_read.data
         used = Signal(credits)
         place = Signal(range(max(2, credits)))
         taken = Signal(credits)
@@ -160,12 +157,13 @@ class BackEnd(wiring.Component):
             self.burst_room.eq(~bus.arvalid | bus.arready),
             taken.eq(Mux(self.issue, 1 << place, 0)),
             burst_write.addr.eq(place),
-            burst_write.data.burst.eq(self.burst),
-            burst_write.data.single.eq(self.burst.length == 0),
+            burst_write.data.eq(self.burst),
             burst_write.en.eq(self.issue),
             bursts.push.eq(self.issue),
             bursts.push_list.eq(arid),
             bursts.push_entry.eq(place),
+            # Whether a burst is a single beat is looked at ahead of time.
+            bursts.push_mark.eq(self.burst.length == 0),
             bus.arsize.eq(config.data_bytes.bit_length() - 1),
             bus.arburst.eq(BURST_INCR),
         ]
@@ -294,7 +292,7 @@ class BackEnd(wiring.Component):
                 Mux(
                     counting.bit_select(arrived.id, 1),
                     ending.bit_select(arrived.id, 1),
-                    burst_read.data.single,
+                    bursts.head_mark,
                 )
             ),
             arrived_go.eq(~beat_valid | beat_go),
@@ -335,6 +333,7 @@ class BackEnd(wiring.Component):
         live = Signal()
         outstanding = [Signal(5, name=f"outstanding_{c}") for c in channels]
         dead_counts = [Signal(5, name=f"dead_{c}") for c in channels]
+        has_dead = Signal(len(channels))  # Whose count of dead bursts is not 0.
         live_counts = [Signal(5, name=f"live_{c}") for c in channels]
         expiring = Signal()  # A tile is to be timed out,
         expires = Signal()  # and is in this cycle.
@@ -362,7 +361,7 @@ class BackEnd(wiring.Component):
         m.d.sync += done_room.eq(done.level <= self.tiles - 3)
         m.d.comb += [
             room.eq((~write_valid | self.writes.ready) & (~final | done_room)),
-            dead.eq(Cat(dead_counts[c] != 0 for c in channels).bit_select(beat.channel, 1)),
+            dead.eq(has_dead.bit_select(beat.channel, 1)),
             answering.eq(held_valid & room & ~expiring),
             beat_go.eq(beat_valid & room & ~expiring & ~held_valid),
             live.eq(beat_go & ~dead),
@@ -494,20 +493,28 @@ class BackEnd(wiring.Component):
                 # Where nothing is open, what came for others shows that memory answers.
                 self.progress[c].eq(
                     came
-                    | (beat_go & ~tiles.filled[c] & (dead_counts[c] == 0))
+                    | (beat_go & ~tiles.filled[c] & ~has_dead[c])
                     | (self.answer & (self.burst.channel == c))
                 ),
             ]
             m.d.sync += self.wrote[c].eq(live & (beat.channel == c))
             with m.If(now):
-                m.d.sync += [dead_counts[c].eq(outstanding[c]), within[c].eq(0), failed[c].eq(0)]
+                m.d.sync += [
+                    dead_counts[c].eq(outstanding[c]),
+                    has_dead[c].eq(outstanding[c] != 0),
+                    within[c].eq(0),
+                    failed[c].eq(0),
+                ]
             with m.Elif(live & (beat.channel == c)):
                 m.d.sync += [
                     within[c].eq(~beat.tile_end),
                     failed[c].eq((failed[c] | beat.bad) & ~beat.tile_end),
                 ]
             with m.Elif(returned):
-                m.d.sync += dead_counts[c].eq(dead_counts[c] - 1)
+                m.d.sync += [
+                    dead_counts[c].eq(dead_counts[c] - 1),
+                    has_dead[c].eq(dead_counts[c] != 1),
+                ]
             # Until its last open tile is reported, or the mid end has answered a request that could
             # not begin.
             with m.If(self.expire[c]):

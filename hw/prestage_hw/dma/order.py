@@ -1,6 +1,6 @@
 """Several queues of numbers that share one memory: the order of bursts and of tiles."""
 
-from amaranth import Array, Module, Mux, Signal, unsigned
+from amaranth import Array, Module, Signal, unsigned
 from amaranth.lib import memory, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -19,12 +19,12 @@ class OrderLists(wiring.Component):
 
     Members
     -------
-    push, push_list, push_entry : ``In``
-        Put an entry at the end of a list.
+    push, push_list, push_entry, push_mark : ``In``
+        Put an entry at the end of a list, with a mark of one bit.
     look_list : ``In``
         List whose ``head`` is shown and which ``pop`` shortens.
-    head : ``Out``
-        First entry of that list, if it has any.
+    head, head_mark : ``Out``
+        First entry of that list and its mark, if it has any.
     single : ``Out(1)``
         It is the only one.
     pop : ``In(1)``
@@ -53,8 +53,10 @@ class OrderLists(wiring.Component):
                 "push": In(1),
                 "push_list": In(list_bits),
                 "push_entry": In(entry_bits),
+                "push_mark": In(1),
                 "look_list": In(list_bits),
                 "head": Out(entry_bits),
+                "head_mark": Out(1),
                 "single": Out(1),
                 "pop": In(1),
                 "filled": Out(lists),
@@ -64,6 +66,7 @@ class OrderLists(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         heads = Array(Signal(len(self.head), name=f"head_{i}") for i in range(self.lists))
+        marks = Array(Signal(name=f"mark_{i}") for i in range(self.lists))
         tails = Array(Signal(len(self.head), name=f"tail_{i}") for i in range(self.lists))
         # What follows an entry in its list.
         m.submodules.links = links = memory.Memory(
@@ -71,9 +74,20 @@ class OrderLists(wiring.Component):
         )
         link_write = links.write_port()
         link_read = links.read_port(domain="comb")
+        # The mark of that entry.
+        m.submodules.next_marks = next_marks = memory.Memory(
+            shape=unsigned(1), depth=self.entries, init=[]
+        )
+        mark_write = next_marks.write_port()
+        mark_read = next_marks.read_port(domain="comb")
         ends = Signal()
         m.d.comb += [
             self.head.eq(heads[self.look_list]),
+            self.head_mark.eq(marks[self.look_list]),
+            mark_read.addr.eq(self.head),
+            mark_write.addr.eq(link_write.addr),
+            mark_write.data.eq(self.push_mark),
+            mark_write.en.eq(link_write.en),
             self.single.eq(ends),
             link_read.addr.eq(self.head),
             link_write.addr.eq(tails[self.push_list]),
@@ -91,7 +105,8 @@ class OrderLists(wiring.Component):
                 m.d.sync += self.filled[i].eq(0)
             # An entry that comes to an empty list, or as the last one leaves, is the first.
             with m.If(pushed & (~self.filled[i] | (popped & ends))):
-                m.d.sync += heads[i].eq(self.push_entry)
+                m.d.sync += [heads[i].eq(self.push_entry), marks[i].eq(self.push_mark)]
             with m.Elif(popped):
-                m.d.sync += heads[i].eq(Mux(ends, self.head, link_read.data))
+                # If it was the last one, the list has no head.
+                m.d.sync += [heads[i].eq(link_read.data), marks[i].eq(mark_read.data)]
         return m

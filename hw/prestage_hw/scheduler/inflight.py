@@ -65,7 +65,7 @@ class InflightTable(wiring.Component):
     entry, waiters, demand : ``In``
         What is allocated. ``waiters`` has one bit a context; ``wait`` adds them, too.
     free_tag : ``Out``
-        Entry that ``allocate`` takes.
+        Entry that ``allocate`` takes, from the second cycle after an ``allocate`` or ``free`` on.
     tag : ``In``
         Entry that the other ports are about.
     row : ``Out(EntryLayout(config=config))``
@@ -93,6 +93,9 @@ class InflightTable(wiring.Component):
         The tile was requested for a demand.
     free : ``In(1)``
         The entry is done.
+    hold : ``In(1)``
+        No tile is offered. Must be 1 whenever one of those five is, and may be so more often: it
+        is what the offer can wait for, while those come late in a cycle.
     """
 
     def __init__(self, *, config):
@@ -134,6 +137,7 @@ class InflightTable(wiring.Component):
                 "address": In(config.bits("address")),
                 "complete_demand": Out(1),
                 "free": In(1),
+                "hold": In(1),
             }
         )
 
@@ -179,22 +183,21 @@ class InflightTable(wiring.Component):
         failure_read = failures.read_port(domain="comb")
 
         # --- rooms ---
-        vacant = Signal(count)
+        entries_used = Signal(range(count + 1))
+        m.d.sync += entries_used.eq(entries_used + self.allocate - self.free)
         m.d.comb += [
-            vacant.eq(~valid),
-            self.occupied.eq(valid.any()),
+            self.occupied.eq(entries_used != 0),
             self.prefetching.eq(prefetches != 0),
-            self.demand_room.eq(vacant.any()),
+            self.demand_room.eq(entries_used != count),
             self.prefetch_room.eq(
-                (vacant & (vacant - 1)).any() & (prefetches < config.prefetch_inflight)
+                (entries_used < count - 1) & (prefetches < config.prefetch_inflight)
             ),
         ]
-        # The lowest. An expression, not statements: Icarus runs a process only once something
-        # that it reads changes, and before the first allocation nothing has.
+        # The lowest, looked for ahead of time: an allocation comes cycles after the change before.
         free_tag = Const(0, len(self.free_tag))
         for i in reversed(range(count)):
-            free_tag = Mux(vacant[i], i, free_tag)
-        m.d.comb += self.free_tag.eq(free_tag)
+            free_tag = Mux(valid[i], free_tag, i)
+        m.d.sync += self.free_tag.eq(free_tag)
 
         # --- row ---
         row_more = Signal()
@@ -243,48 +246,57 @@ class InflightTable(wiring.Component):
             with m.If(best[i]):
                 m.d.comb += best_tag.eq(i)
 
-        # The choice is registered, with what is known of it, and must still be the choice one cycle
-        # later: the address is added up meanwhile.
+        # The choice passes through two registers: which entry, then what is known of it. It counts
+        # if nothing has changed since it was made.
         chosen = Signal(count)
         chosen_tag = Signal(config.bits("tag"))
-        chosen_entry = Signal(self.entry_layout)
-        chosen_tile = Signal(tile_shape)
+        stands = Signal()
+        prepared = Signal(count)
+        prepared_tag = Signal(config.bits("tag"))
+        prepared_entry = Signal(self.entry_layout)
+        prepared_tile = Signal(tile_shape)
+        prepared_demand = Signal()
+        ready = Signal()
         load = Signal()
         changing = Signal()
         m.d.comb += [
-            offer_read.addr.eq(best_tag),
+            offer_read.addr.eq(chosen_tag),
             changing.eq(self.allocate | self.wait | self.cancel | self.complete | self.free),
-            load.eq(chosen.any() & (chosen == best) & ~self.fetches.valid & ~changing),
+            load.eq(ready & ~self.fetches.valid & ~self.hold),
         ]
         m.d.sync += [
-            chosen.eq(Mux(load, 0, best)),
+            chosen.eq(best),
             chosen_tag.eq(best_tag),
-            chosen_entry.eq(offer_read.data),
-            chosen_tile.eq(Array(issued)[best_tag]),
+            stands.eq(~changing & ~load),
+            prepared.eq(chosen),
+            prepared_tag.eq(chosen_tag),
+            prepared_entry.eq(offer_read.data),
+            prepared_tile.eq(Array(issued)[chosen_tag]),
+            prepared_demand.eq((chosen & demand).any()),
+            ready.eq(chosen.any() & stands & ~changing & ~load),
         ]
         with m.If(self.fetches.ready):
             m.d.sync += self.fetches.valid.eq(0)
-        with m.If(load):
+        with m.If(~self.fetches.valid):
             m.d.sync += [
-                self.fetches.valid.eq(1),
-                self.fetches.payload.tag.eq(chosen_tag),
-                self.fetches.payload.demand.eq((chosen & demand).any()),
-                self.fetches.payload.channel.eq(
-                    ~(chosen & demand).any() if config.dma_channels > 1 else 0
-                ),
-                self.fetches.payload.slot.eq(chosen_entry.slot),
-                self.fetches.payload.tile.eq(chosen_tile),
+                self.fetches.payload.tag.eq(prepared_tag),
+                self.fetches.payload.demand.eq(prepared_demand),
+                self.fetches.payload.channel.eq(~prepared_demand if config.dma_channels > 1 else 0),
+                self.fetches.payload.slot.eq(prepared_entry.slot),
+                self.fetches.payload.tile.eq(prepared_tile),
                 self.fetches.payload.address.eq(
-                    chosen_entry.address + chosen_tile * config.tile_bytes
+                    prepared_entry.address + prepared_tile * config.tile_bytes
                 ),
             ]
-            with m.If(chosen_tile == config.tiles - 1):
-                m.d.sync += more.eq(more & ~chosen)
-            with m.If(~(chosen & demand).any()):
-                m.d.sync += [under_way.eq(under_way + 1), self.waits_kind.eq(chosen_entry.kind)]
+        with m.If(load):
+            m.d.sync += self.fetches.valid.eq(1)
+            with m.If(prepared_tile == config.tiles - 1):
+                m.d.sync += more.eq(more & ~prepared)
+            with m.If(~prepared_demand):
+                m.d.sync += [under_way.eq(under_way + 1), self.waits_kind.eq(prepared_entry.kind)]
             for i in range(count):
-                with m.If(chosen[i]):
-                    m.d.sync += issued[i].eq(chosen_tile + 1)
+                with m.If(prepared[i]):
+                    m.d.sync += issued[i].eq(prepared_tile + 1)
 
         # --- changes ---
         target = Signal(count)  # Entry that changes, one bit.

@@ -30,7 +30,7 @@ class CandidateQueue(wiring.Component):
     cutoff_layer : ``In(8)``
         Candidates for this layer and those above are dropped on entry; 255: none are.
     overflow : ``Out(1)``
-        A newcomer was lost to a full queue, in the cycle in which it came.
+        A newcomer was lost to a full queue, in the cycle before.
     empty : ``Out(1)``
         The queue holds nothing.
     """
@@ -55,21 +55,26 @@ class CandidateQueue(wiring.Component):
         m.submodules.fifo = queue = fifo.SyncFIFOBuffered(
             width=self.layout.size, depth=self.config.candidate_depth
         )
+        # Registers before the queue: what is wanted goes to all of it.
+        arrived = Signal(self.layout)
         wanted = Signal()
-        m.d.comb += [
-            self.i.ready.eq(1),
+        m.d.sync += [
+            arrived.eq(self.i.payload),
             wanted.eq(
                 self.i.valid
                 & (self.enable | (self.i.payload.source != Source.PREDICTOR))
                 # No device has a layer 255.
                 & (self.i.payload.layer < self.cutoff_layer)
             ),
-            queue.w_data.eq(self.i.payload),
+        ]
+        m.d.comb += [
+            self.i.ready.eq(1),
+            queue.w_data.eq(arrived),
             queue.w_en.eq(wanted),
             self.overflow.eq(wanted & ~queue.w_rdy),
             self.o.payload.eq(queue.r_data),
             self.o.valid.eq(queue.r_rdy),
             queue.r_en.eq(self.o.ready),
-            self.empty.eq(queue.level == 0),
+            self.empty.eq((queue.level == 0) & ~wanted),
         ]
         return m

@@ -57,6 +57,7 @@ class _State(enum.Enum, shape=unsigned(4)):
     JUDGE = 12  # May it be prefetched?
     SCAN = 13  # Was the layer of an entry routed?
     GIVE_UP = 14
+    FREE = 15
 
 
 class Scheduler(wiring.Component):
@@ -127,7 +128,7 @@ class Scheduler(wiring.Component):
 
     #: Cycles beside the buffer's, see above.
     hit_latency = 7
-    miss_latency = 9
+    miss_latency = 10
     fill_latency = 6
 
     def __init__(self, *, config):
@@ -278,6 +279,13 @@ class Scheduler(wiring.Component):
             table.tile.eq(completion.tile),
             table.failed.eq(completion.failed),
             table.address.eq(completion.address),
+            table.hold.eq(
+                (state == _State.ALLOCATE)
+                | (state == _State.MERGE)
+                | (state == _State.GIVE_UP)
+                | (state == _State.RETURN)
+                | (state == _State.FREE)
+            ),
             filling_write.addr.eq(result.slot),
             filling_write.data.eq(table.free_tag),
             filling_read.addr.eq(self.buffer_results.payload.slot),
@@ -288,6 +296,17 @@ class Scheduler(wiring.Component):
         for stream_ in (self.buffer_requests, self.ready, self.events):
             with m.If(stream_.ready):
                 m.d.sync += stream_.valid.eq(0)
+
+        # Whether a candidate may come, known from the state's second cycle on. There nothing of it
+        # changes but that the throttle comes to an end: what it was told before counts.
+        may_prefetch = Signal()
+        m.d.sync += may_prefetch.eq(
+            (state == _State.DISPATCH)
+            & table.prefetch_room
+            & throttle.idle
+            & ~outcome_valid
+            & ~(self.alone & table.occupied)
+        )
 
         lowest = Signal(contexts)
         lowest_ctx = Signal(config.bits("ctx"))
@@ -327,15 +346,7 @@ class Scheduler(wiring.Component):
                         ]
                 with m.Elif(scans != 0):
                     m.d.sync += [scans.eq(scans - 1), tag.eq(scans - 1), state.eq(_State.SCAN)]
-                with m.Elif(
-                    queue.o.valid
-                    & table.prefetch_room
-                    & ~self.hold
-                    # What the throttle was told before counts.
-                    & throttle.idle
-                    & ~outcome_valid
-                    & ~(self.alone & table.occupied)
-                ):
+                with m.Elif(queue.o.valid & may_prefetch & ~self.hold):
                     m.d.comb += queue.o.ready.eq(1)
                     m.d.sync += [
                         op.eq(BufferOp.PREFETCH),
@@ -444,9 +455,9 @@ class Scheduler(wiring.Component):
                         tell(Outcome.DROPPED, slot=table.row.slot)
                     m.d.sync += state.eq(Mux(last, _State.ANSWER, _State.DISPATCH))
                 with m.Elif(op == BufferOp.CANCEL):
-                    m.d.comb += [strobe.prefetch_cancelled.eq(1), table.free.eq(1)]
+                    m.d.comb += strobe.prefetch_cancelled.eq(1)
                     tell(Outcome.DROPPED, slot=table.row.slot)
-                    m.d.sync += state.eq(_State.DISPATCH)
+                    m.d.sync += state.eq(_State.FREE)
                 with m.Else():
                     m.d.sync += tag.eq(filling_read.data)
                     self._decide(
@@ -551,8 +562,7 @@ class Scheduler(wiring.Component):
                     with m.If(held & (held_tag == tag)):
                         m.d.sync += [pending.eq(held_ctx), held.eq(0)]
                     with m.Else():
-                        m.d.comb += table.free.eq(1)
-                        m.d.sync += state.eq(_State.DISPATCH)
+                        m.d.sync += state.eq(_State.FREE)
                 with m.Elif(table.row_failed):
                     with m.If(~self.events.valid):
                         m.d.sync += [
@@ -574,6 +584,10 @@ class Scheduler(wiring.Component):
                             self.ready.payload.expert.eq(table.row.expert),
                             self.ready.payload.slot.eq(table.row.slot),
                         ]
+
+            with m.Case(_State.FREE):
+                m.d.comb += table.free.eq(1)
+                m.d.sync += state.eq(_State.DISPATCH)
 
         m.d.sync += self.demanding.eq(
             (commands.level != 0)

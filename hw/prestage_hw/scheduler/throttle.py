@@ -109,7 +109,7 @@ class Throttle(wiring.Component):
     """
 
     #: Cycles from an outcome being taken to the next one.
-    latency = 11
+    latency = 12
 
     def __init__(self, *, config):
         require_config(config)
@@ -135,13 +135,19 @@ class Throttle(wiring.Component):
         )
         owner_layout = data.StructLayout({"number": number_layout, "kind": unsigned(2)})
 
-        # Whom a slot belongs to: read only for slots that were given away before.
-        m.submodules.owners = owners = Memory(shape=owner_layout, depth=config.slots, init=[])
+        # Whom a slot belongs to: read only for slots that were given away before, and never while
+        # one is written.
+        own = {"no_rw_check": 1}
+        m.submodules.owners = owners = Memory(
+            shape=owner_layout, depth=config.slots, init=[], attrs=own
+        )
         owner_read, owner_write = owners.read_port(), owners.write_port()
         # When an expert was evicted last.
         depth = config.model.layers << expert_bits
         eviction_bits = max(_EVICTION_BITS, config.slots.bit_length() + 2)
-        m.submodules.evicted = evicted = Memory(shape=unsigned(eviction_bits), depth=depth, init=[])
+        m.submodules.evicted = evicted = Memory(
+            shape=unsigned(eviction_bits), depth=depth, init=[], attrs=own
+        )
         evicted_read, evicted_write = evicted.read_port(), evicted.write_port()
 
         credits = [Signal(signed(8), name=f"credit{n}", init=_START) for n in range(_KINDS)]
@@ -169,12 +175,12 @@ class Throttle(wiring.Component):
         ]
 
         now = Signal(OutcomeLayout(config=config))
-        before = Signal(owner_layout)  # who had the slot
-        since = Signal(eviction_bits)
+        before = Signal(owner_layout, reset_less=True)  # who had the slot
+        since = Signal(eviction_bits, reset_less=True)
         age = Signal(eviction_bits)
         eighths = Signal(range(9))
         worth = Signal(8)
-        steps = Signal(_KINDS + 3)
+        steps = Signal(_KINDS + 4)
         clear_waits = Signal(init=1)
         with m.If(self.clear):
             m.d.sync += clear_waits.eq(1)
@@ -243,7 +249,7 @@ class Throttle(wiring.Component):
                 ]
                 m.next = "Count"
             with m.State("Count"):
-                # One kind after the other, each in four cycles.
+                # One kind after the other, each in five cycles.
                 m.d.comb += [
                     owner_write.en.eq(takes & steps[0]),
                     evicted_write.en.eq(takes & now.evicted & steps[0]),
@@ -255,7 +261,7 @@ class Throttle(wiring.Component):
                 # ``admits`` is a register behind the flags.
                 m.next = "Idle"
 
-        # Step n looks at kind n; what it finds goes on through the registers of three more cycles.
+        # Step n looks at kind n; what it finds goes on through the registers of four more cycles.
         for n in range(_KINDS):
             missed, mine, frees = (Signal(name=f"{w}{n}") for w in ("missed", "mine", "frees"))
             change, total = Signal(signed(9), name=f"change{n}"), Signal(signed(10))
@@ -300,9 +306,10 @@ class Throttle(wiring.Component):
                 m.d.sync += total.eq(credits[n] + change)
             with m.If(steps[n + 3]):
                 m.d.sync += [credits[n].eq(credit), due[n].eq((misses[n] >> apart[n]).any())]
-                with m.If(credit < floor):
+            with m.If(steps[n + 4]):
+                with m.If(credits[n] < floor):
                     m.d.sync += on[n].eq(0)
-                with m.Elif(credit >= 0):
+                with m.Elif(credits[n] >= 0):
                     m.d.sync += on[n].eq(1)
 
         m.d.comb += self.idle.eq(fsm.ongoing("Idle") & ~clear_waits)

@@ -1,0 +1,165 @@
+"""The engine of the device: scheduler, DMA engine and expert buffer, without what tells them what
+to do.
+
+::
+
+    commands, candidates ─▶ 3 scheduler ─▶ 4 dma ─▶ 5 buffer ─▶ beats
+    ready, events        ◀─────┘   ▲        │ bus      │  ▲
+                                   └────────┴──────────┘  └─ values, policy
+"""
+
+from amaranth import Module
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from prestage_hw.buffer import ExpertBuffer
+from prestage_hw.contract.params import require_config
+from prestage_hw.dma import DMA
+from prestage_hw.layouts import RecordLayout
+from prestage_hw.scheduler import Scheduler
+
+__all__ = ["Engine", "connect_engine"]
+
+# Ports by block that lead out of the engine under their own names.
+_SCHEDULER_PORTS = (
+    *("commands", "candidates", "ready", "events", "expert_base", "prefetch_tiles", "enable"),
+    *(
+        "cutoff_layer",
+        "hold",
+        "alone",
+        "cancel_enable",
+        "throttle_enable",
+        "throttle_weights",
+        "throttle_state",
+    ),
+    *("demanding", "strobes"),
+)
+_DMA_PORTS = (
+    *("bus", "settings", "commit", "lower_credits", "refused", "refusal", "abort", "abort_tag"),
+    *("abort_all", "timeout", "stray", "expired"),
+)
+_BUFFER_PORTS = ("reads", "beats")
+
+
+def connect_engine(m, *, scheduler, dma, buffer, values, policy):
+    """Connect the blocks of an engine with each other.
+
+    Parameters
+    ----------
+    m : :class:`Module`
+        Module that the blocks are part of.
+    scheduler, dma, buffer : :class:`Scheduler`, :class:`DMA`, :class:`ExpertBuffer`
+        The blocks.
+    values : ``Out(stream.Signature(RecordLayout("ValueBeat", config=config)))``
+        What the predictor says of experts.
+    policy : value of 2 bits
+        Policy that the buffer is to follow.
+    """
+    wiring.connect(m, scheduler.fetches, dma.fetches)
+    wiring.connect(m, dma.completions, scheduler.completions)
+    wiring.connect(m, dma.writes, buffer.writes)
+    wiring.connect(m, scheduler.buffer_requests, buffer.requests)
+    wiring.connect(m, buffer.results, scheduler.buffer_results)
+    # Demands are looked up by what was known before them; policies change between operations.
+    m.d.comb += [
+        buffer.values.payload.eq(values.payload),
+        buffer.values.valid.eq(values.valid & ~scheduler.demanding),
+        values.ready.eq(buffer.values.ready & ~scheduler.demanding),
+    ]
+    with m.If(buffer.idle):
+        m.d.sync += buffer.policy.eq(policy)
+
+
+class Engine(wiring.Component):
+    """Scheduler, DMA engine and expert buffer as the device has them, to be measured together.
+
+    The device has the three blocks side by side, each under its own name; they are connected by
+    the same :func:`connect_engine`.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device.
+
+    Members
+    -------
+    commands, candidates, ready, events, expert_base, prefetch_tiles, enable, cutoff_layer, \
+    hold, alone, cancel_enable, throttle_enable, throttle_weights, throttle_state, demanding, strobes
+        As of :class:`Scheduler`.
+    bus, settings, commit, lower_credits, refused, refusal, abort, abort_tag, abort_all, timeout, \
+    stray, expired
+        As of :class:`DMA`.
+    reads, beats
+        As of :class:`ExpertBuffer`.
+    channel_strobes, buffer_strobes
+        ``strobes`` of :class:`DMA` and :class:`ExpertBuffer`.
+    values : ``In(stream.Signature(RecordLayout("ValueBeat", config=config)))``
+        What the predictor says of experts; waits while a demand does.
+    policy : ``In(2)``
+        As of :class:`ExpertBuffer`; may change at any time, and counts from the next request on.
+    clear : ``In(1)``
+        As of :class:`Scheduler` and :class:`ExpertBuffer`.
+    idle : ``Out(1)``
+        All blocks are.
+    """
+
+    def __init__(self, *, config):
+        require_config(config)
+        self.config = config
+        self._scheduler = Scheduler(config=config)
+        self._dma = DMA(config=config)
+        self._buffer = ExpertBuffer(config=config)
+        super().__init__(
+            {
+                **{
+                    name: block.signature.members[name]
+                    for block, names in self._own_ports()
+                    for name in names
+                },
+                "channel_strobes": self._dma.signature.members["strobes"],
+                "buffer_strobes": self._buffer.signature.members["strobes"],
+                "values": In(stream.Signature(RecordLayout("ValueBeat", config=config))),
+                "policy": In(2),
+                "clear": In(1),
+                "idle": Out(1),
+            }
+        )
+
+    def _own_ports(self):
+        return (
+            (self._scheduler, _SCHEDULER_PORTS),
+            (self._dma, _DMA_PORTS),
+            (self._buffer, _BUFFER_PORTS),
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.scheduler = scheduler = self._scheduler
+        m.submodules.dma = dma = self._dma
+        m.submodules.buffer = buffer = self._buffer
+        connect_engine(
+            m,
+            scheduler=scheduler,
+            dma=dma,
+            buffer=buffer,
+            values=wiring.flipped(self.values),
+            policy=self.policy,
+        )
+        for block, names in self._own_ports():
+            for name in names:
+                member = block.signature.members[name]
+                outside, inside = getattr(self, name), getattr(block, name)
+                if member.is_signature:
+                    wiring.connect(m, wiring.flipped(outside), inside)
+                elif member.flow == In:
+                    m.d.comb += inside.eq(outside)
+                else:
+                    m.d.comb += outside.eq(inside)
+        m.d.comb += [
+            self.channel_strobes.eq(dma.strobes),
+            self.buffer_strobes.eq(buffer.strobes),
+            scheduler.clear.eq(self.clear),
+            buffer.clear.eq(self.clear),
+            self.idle.eq(scheduler.idle & dma.idle & buffer.idle),
+        ]
+        return m
