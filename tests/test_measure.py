@@ -227,7 +227,10 @@ def test_type_of_deep_single_ports(tmp_path, words, bits, style):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"device": "ice40"}, "Device must be one of ecp5, ultrascale+, not 'ice40'"),
+        (
+            {"device": "ice40"},
+            "Device must be one of ecp5, ultrascale+, ultrascale+memories, not 'ice40'",
+        ),
         ({"seed": -1}, "Seed must not be negative, but is -1"),
         ({"target_mhz": 0}, "Target clock must be between 1 and 1000 MHz, not 0"),
         ({"block": "cache"}, "Block must be one of link, dispatcher, .*, top, not 'cache'"),
