@@ -305,6 +305,8 @@ class Slots(Elaboratable):
             )
 
         # --- what was read ---
+        filling = at("FILL READ", "FILL")
+        is_cancel = op == BufferOp.CANCEL
         m.d.comb += [
             lemma(~at("FETCH") | is_same(signal("directory.entry"), entry_here)),
             lemma(~at(*lookup) | is_same(entry, entry_here)),
@@ -319,6 +321,10 @@ class Slots(Elaboratable):
             lemma(~at("TOUCH") | is_resident | may_take(here)),
             lemma(~at("FILL") | is_same(state, here)),
             lemma(~at("FILL READ", "FILL") | (slot == inner.slot)),
+            lemma(signal("allocates") == at("ALLOCATE")),
+            lemma(~filling | (signal("is_cancel") == is_cancel)),
+            lemma(~filling | (signal("last") == (inner.last | is_cancel))),
+            lemma(~filling | (signal("dropped") == (inner.failed & inner.last | is_cancel))),
         ]
 
         # --- pins ---

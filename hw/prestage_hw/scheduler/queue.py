@@ -58,6 +58,8 @@ class CandidateQueue(wiring.Component):
         # Registers before the queue: what is wanted goes to all of it.
         arrived = Signal(self.layout)
         wanted = Signal()
+        count = Signal(range(self.config.candidate_depth + 1))  # of those that wait, the oldest too
+        full = Signal()
         m.d.sync += [
             arrived.eq(self.i.payload),
             wanted.eq(
@@ -69,12 +71,18 @@ class CandidateQueue(wiring.Component):
         ]
         m.d.comb += [
             self.i.ready.eq(1),
+            full.eq(count == self.config.candidate_depth),
             queue.w_data.eq(arrived),
-            queue.w_en.eq(wanted),
-            self.overflow.eq(wanted & ~queue.w_rdy),
-            self.o.payload.eq(queue.r_data),
-            self.o.valid.eq(queue.r_rdy),
-            queue.r_en.eq(self.o.ready),
-            self.empty.eq((queue.level == 0) & ~wanted),
+            queue.w_en.eq(wanted & ~full),
+            self.overflow.eq(wanted & full),
+            self.empty.eq((count == 0) & ~wanted),
+            queue.r_en.eq(~self.o.valid | self.o.ready),
         ]
+        m.d.sync += count.eq(count + queue.w_en - (self.o.valid & self.o.ready))
+        # The oldest is in a register of its own, since block RAM is slow out of the clock edge. It
+        # has no reset, so that it may be the block RAM's own.
+        oldest = Signal(self.layout, reset_less=True)
+        m.d.comb += self.o.payload.eq(oldest)
+        with m.If(queue.r_en):
+            m.d.sync += [oldest.eq(queue.r_data), self.o.valid.eq(queue.r_rdy)]
         return m
