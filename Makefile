@@ -19,7 +19,7 @@ setup: ## Install everything for development into .venv.
 demo: ## Replay 2048 tokens of the shipped model on the simulated RTL and write build/demo.html.
 	@scripts/setup.sh sim && mkdir -p build && .venv/bin/prestage replay models/tinymoe/traces/tinymoe__code.npz --device sim:// --first 2048 --report build/demo.html
 
-test: ## Run all tests and benches (under 15 minutes on two cores).
+test: ## Run all tests and benches.
 	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2
 
 soak: ## Run the benches that make test leaves out: more shapes of blocks that it has shown already.
