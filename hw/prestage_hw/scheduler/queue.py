@@ -1,7 +1,8 @@
 """Bounded queue of prefetch candidates that loses newcomers rather than block."""
 
-from amaranth import Module, Signal
-from amaranth.lib import fifo, stream, wiring
+from amaranth import Module, Mux, Signal
+from amaranth.lib import stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
@@ -52,13 +53,23 @@ class CandidateQueue(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.fifo = queue = fifo.SyncFIFOBuffered(
-            width=self.layout.size, depth=self.config.candidate_depth
+        depth = self.config.candidate_depth
+        # A row is read in the cycle after its write at the earliest, so synthesis need not care for
+        # what is read while it is written.
+        m.submodules.rows = rows = Memory(
+            shape=self.layout, depth=depth, init=[], attrs={"no_rw_check": 1}
         )
+        write, read = rows.write_port(), rows.read_port()
         # Registers before the queue: what is wanted goes to all of it.
         arrived = Signal(self.layout)
         wanted = Signal()
-        count = Signal(range(self.config.candidate_depth + 1))  # of those that wait, the oldest too
+        count = Signal(range(depth + 1))  # of those that wait, the oldest too
+        stored = Signal(range(depth + 1))  # those that are still to be read
+        shown = Signal()  # the memory shows one
+        # The oldest is in a register of its own, since block RAM is slow out of the clock edge. It
+        # has no reset, so that it may be the block RAM's own.
+        oldest = Signal(self.layout, reset_less=True)
+        moves = Signal()
         full = Signal()
         m.d.sync += [
             arrived.eq(self.i.payload),
@@ -71,18 +82,23 @@ class CandidateQueue(wiring.Component):
         ]
         m.d.comb += [
             self.i.ready.eq(1),
-            full.eq(count == self.config.candidate_depth),
-            queue.w_data.eq(arrived),
-            queue.w_en.eq(wanted & ~full),
+            full.eq(count == depth),
+            write.data.eq(arrived),
+            write.en.eq(wanted & ~full),
             self.overflow.eq(wanted & full),
             self.empty.eq((count == 0) & ~wanted),
-            queue.r_en.eq(~self.o.valid | self.o.ready),
+            moves.eq(~self.o.valid | self.o.ready),
+            read.en.eq((stored != 0) & (~shown | moves)),
+            self.o.payload.eq(oldest),
         ]
-        m.d.sync += count.eq(count + queue.w_en - (self.o.valid & self.o.ready))
-        # The oldest is in a register of its own, since block RAM is slow out of the clock edge. It
-        # has no reset, so that it may be the block RAM's own.
-        oldest = Signal(self.layout, reset_less=True)
-        m.d.comb += self.o.payload.eq(oldest)
-        with m.If(queue.r_en):
-            m.d.sync += [oldest.eq(queue.r_data), self.o.valid.eq(queue.r_rdy)]
+        m.d.sync += [
+            count.eq(count + write.en - (self.o.valid & self.o.ready)),
+            stored.eq(stored + write.en - read.en),
+            shown.eq(read.en | (shown & ~moves)),
+        ]
+        for port in (write, read):
+            with m.If(port.en):
+                m.d.sync += port.addr.eq(Mux(port.addr == depth - 1, 0, port.addr + 1))
+        with m.If(moves):
+            m.d.sync += [oldest.eq(read.data), self.o.valid.eq(shown)]
         return m
