@@ -32,6 +32,7 @@ import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import random
@@ -51,6 +52,8 @@ from amaranth.lib import data
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.verilog import without_zero_memories
+from prestage_tb import collisions
+from prestage_tb.collisions import poison_collisions
 
 __all__ = [
     "Stall",
@@ -200,10 +203,11 @@ def _to_verilog(
     with contextlib.nullcontext() if sim == "icarus" else without_zero_memories():
         text = rtlil.convert(component, name=name, ports=ports, emit_src=False)
     version = importlib.metadata.version("amaranth")
-    path = _ROOT / "build" / "tb" / "verilog" / f"{name}-{_digest(text, version, sim)}.v"
+    passes = inspect.getsource(collisions)
+    path = _ROOT / "build" / "tb" / "verilog" / f"{name}-{_digest(text, passes, version, sim)}.v"
     with _locked(path):
         if not path.exists():
-            result = verilog._convert_rtlil_text(text)
+            result = poison_collisions(verilog._convert_rtlil_text(text))
             if sim == "icarus":
                 # Icarus counts whole seconds without a time scale. And it evaluates a process only
                 # when an input changes, so that what depends on constants would stay X: yosys puts
