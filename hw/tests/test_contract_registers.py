@@ -14,6 +14,7 @@ from prestage_hw.contract import (
     register_hash,
     registers,
 )
+from prestage_hw.contract.records import REFUSAL_TEXT, Refusal, SettingsRefusal
 
 
 def test_addresses_and_names_are_unique_and_ascend():
@@ -87,3 +88,9 @@ def test_shape_registers():
     assert {*values} - {"device_id", "version"} == {
         r.name for r in REGISTERS if r.access == "ro" and r.reset is None
     } - {"table_words", "cycles_low", "cycles_high", "throttle_state"}
+
+
+def test_refusals_begin_with_those_of_channel_settings():
+    settings = {reason.name: int(reason) for reason in SettingsRefusal}
+    assert settings.items() <= {reason.name: int(reason) for reason in Refusal}.items()
+    assert len(REFUSAL_TEXT) == len(Refusal)

@@ -33,6 +33,8 @@ from prestage_hw.contract.registers import (
     COUNTERS,
     REFUSAL_FIELDS,
     REGISTERS,
+    ROW_STRIDE_BITS,
+    SCHEDULED_CHANNELS,
     SHAPE_FIELDS,
     THROTTLE_FIELDS,
     shape_registers,
@@ -75,8 +77,6 @@ _CLEAR_PREDICTOR, _CLEAR_BUFFER, _CLEAR_COUNTERS = 1, 2, 4
 #: Settings of a DMA channel that have a register each.
 _ROW_SETTINGS = ("row_bytes", "row_stride")
 
-#: DMA channels that carry demands and prefetches.
-_USED_CHANNELS = 2
 
 #: Events that refuse a whole routing decision.
 _REFUSED_ROUTE = frozenset(
@@ -943,13 +943,13 @@ class Device:
             )
         known = (*SHAPE_FIELDS, *_ROW_SETTINGS)
         limits = {
-            "enable": (int(channel < _USED_CHANNELS), 1),
+            "enable": (int(channel < SCHEDULED_CHANNELS), 1),
             "traffic": (min(TrafficClass), max(TrafficClass)),
             "weight": (1, 15),
             "credits": (1, config.outstanding_bursts),
             "burst_beats": (1, config.longest_burst),
             "row_bytes": (0, config.tile_bytes),
-            "row_stride": (0, (1 << 24) - config.data_bytes),
+            "row_stride": (0, (1 << ROW_STRIDE_BITS) - config.data_bytes),
         }
         for name, value in settings.items():
             if name not in known:

@@ -14,6 +14,8 @@ __all__ = [
     "PROFILE_REGISTERS",
     "REFUSAL_FIELDS",
     "REGISTERS",
+    "ROW_STRIDE_BITS",
+    "SCHEDULED_CHANNELS",
     "SHAPE_FIELDS",
     "THROTTLE_FIELDS",
     "VERSION",
@@ -148,6 +150,13 @@ SHAPE_FIELDS = {
 
 #: Fields of the register ``refusal``: lowest bit and width of each.
 REFUSAL_FIELDS = {"reason": (0, 8), "register": (8, 16), "refused": (31, 1)}
+
+#: DMA channels that the scheduler sends to, demands to the first. None of them can be disabled: a
+#: tile that waits in one for ever would hold up demands.
+SCHEDULED_CHANNELS = 2
+
+#: Bits of the register ``dma_row_stride``.
+ROW_STRIDE_BITS = 24
 
 #: Registers of which each profile has its own; of ``control`` only bits 0 and 1. Those of a DMA
 #: channel are there once a channel.
@@ -365,7 +374,7 @@ def _layout() -> tuple[Register, ...]:
         "dma_row_stride",
         "rw",
         0,
-        "Bytes from the start of a row to the start of the next, below 16,777,216.",
+        f"Bytes from the start of a row to the start of the next, below {1 << ROW_STRIDE_BITS:,}.",
     )
     add(
         0x2D,

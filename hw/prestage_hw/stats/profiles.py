@@ -8,7 +8,10 @@ from amaranth.lib.wiring import In, Out
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import Phase, Refusal, TrafficClass
 from prestage_hw.contract.registers import (
+    PROFILE_REGISTERS,
     REFUSAL_FIELDS,
+    ROW_STRIDE_BITS,
+    SCHEDULED_CHANNELS,
     SHAPE_FIELDS,
     register_by_name,
 )
@@ -19,32 +22,7 @@ from prestage_hw.link.dispatcher import RegisterRequestLayout
 __all__ = ["ACCESSED", "ActiveProfileLayout", "Profiles"]
 
 #: Registers that are read and written here.
-ACCESSED = (
-    "control",
-    "prefetch_tiles",
-    "predict_threshold",
-    "predict_far_threshold",
-    "predict_ahead",
-    "cutoff_layer",
-    "dma_lower_credits",
-    "dma_channel",
-    "dma_shape",
-    "dma_row_bytes",
-    "dma_row_stride",
-    "profile",
-    "profile_select",
-    "refusal",
-)
-
-#: Those of a DMA channel.
-_CHANNEL_REGISTERS = ("dma_shape", "dma_row_bytes", "dma_row_stride")
-
-#: Channels that the scheduler sends to: a tile that waits in one of them for ever would hold up
-#: demands, which a disabled channel must not do.
-_USED_CHANNELS = 2
-
-#: Bits of ``row_stride``, as in the record ChannelSettings.
-_STRIDE_BITS = 24
+ACCESSED = (*PROFILE_REGISTERS, "dma_channel", "profile", "profile_select", "refusal")
 
 
 class ActiveProfileLayout(data.StructLayout):
@@ -73,7 +51,7 @@ class _ChannelLayout(data.StructLayout):
             {
                 **{name: bits for name, (_, bits) in SHAPE_FIELDS.items()},
                 "row_bytes": config.bits("tile_bytes"),
-                "row_stride": _STRIDE_BITS,
+                "row_stride": ROW_STRIDE_BITS,
             }
         )
 
@@ -196,13 +174,13 @@ class Profiles(wiring.Component):
                     (shape["credits"] == 0) | (shape["credits"] > config.outstanding_bursts),
                     Refusal.CREDITS,
                 ),
-                (~shape["enable"] & (channel < _USED_CHANNELS), Refusal.ENABLE),
+                (~shape["enable"] & (channel < SCHEDULED_CHANNELS), Refusal.ENABLE),
             ),
             "dma_row_bytes": (
                 ((value & part_of_beat).any() | (value > config.tile_bytes), Refusal.ROWS),
             ),
             "dma_row_stride": (
-                ((value & part_of_beat).any() | value[_STRIDE_BITS:].any(), Refusal.ROWS),
+                ((value & part_of_beat).any() | value[ROW_STRIDE_BITS:].any(), Refusal.ROWS),
             ),
         }
         reason = Signal(Refusal)

@@ -9,6 +9,8 @@ from prestage_hw.contract.records import Phase, Refusal
 from prestage_hw.contract.registers import (
     PROFILE_REGISTERS,
     REFUSAL_FIELDS,
+    ROW_STRIDE_BITS,
+    SCHEDULED_CHANNELS,
     SHAPE_FIELDS,
     register_by_name,
 )
@@ -170,13 +172,12 @@ class Profiles:
             return Refusal.CREDITS
         if name in ("dma_shape", "dma_row_bytes", "dma_row_stride"):
             fields = self._fields(name, value)
-            if fields.get("row_stride", 0) >= 1 << 24:
+            if fields.get("row_stride", 0) >= 1 << ROW_STRIDE_BITS:
                 return Refusal.ROWS
             old = vars(self.profiles[self.selected].channels[self._channel])
             reason = self.dma.refusal({**old, "channel": self._channel, **fields})
             if reason:
                 return Refusal(reason)
-            # The scheduler's demands and prefetches.
-            if self._channel < 2 and not fields.get("enable", 1):
+            if self._channel < SCHEDULED_CHANNELS and not fields.get("enable", 1):
                 return Refusal.ENABLE
         return Refusal.NONE
