@@ -39,7 +39,7 @@ from prestage_tb.coverage import hit
 # a lookup's result or a completion being taken to the table, and from the table to ``fetches``.
 SLACK = 6
 
-# Cycles for which the throttle counts an outcome: the next lookup's result waits for it.
+# Cycles for which the throttle counts an outcome: what follows from the next lookup waits for it.
 OUTCOME = 12
 
 
@@ -149,6 +149,7 @@ class TB:
         self.lookups = []
         self.log = {}
         self.retrying = None
+        self.undecided = None  # An entry of a demand whose result was taken, but not counted yet.
         self.offered_now = None
         self.fill_queue = deque()  # Completions taken whose FILL has not come.
         self.shown = 0
@@ -289,6 +290,8 @@ class TB:
                 if strobes >> n & 1:
                     self.strobes[name] += 1
                     self.log[name] = self.cycle
+                    if name == "demands" and self.undecided is not None:
+                        self._decided()
             self._watch_idle()
             self._watch_offer()
             self.held_for = self.held_for + 1 if str(dut.hold.value) == "1" else 0
@@ -374,7 +377,8 @@ class TB:
             if e.demand
             and e.offered < config.tiles
             and e.failed_at is None
-            and self.cycle - e.since > SLACK + OUTCOME
+            and e is not self.undecided
+            and self.cycle - e.since > SLACK
         ]
         if fetch["demand"]:
             assert entry.demand
@@ -384,7 +388,8 @@ class TB:
                 )
         else:
             assert not waiting, "a prefetch tile was offered while a demand's tiles wait"
-            assert not entry.demand or self.cycle - entry.since <= SLACK
+            late = entry.demand and entry is not self.undecided
+            assert not late or self.cycle - entry.since <= SLACK
             under_way = sum(not f["demand"] for f, *_ in self.memory_queue)
             assert under_way < max(1, self.prefetch_tiles), "too many prefetch tiles with the DMA"
             self.last_kind = entry.kind
@@ -600,6 +605,7 @@ class TB:
             )
             self.charged |= waits_for is not None
             self._start(layer, expert, slot, demand=True, ctx=ctx)
+            self.undecided = self.inflight[slot]
         elif code == BufferCode.NO_SLOT:
             expected["refused"] += 1
             self.due_events.append(Event(ErrorCode.NO_SLOT, ctx, layer, expert, 0))
@@ -610,6 +616,7 @@ class TB:
             if not entry.demand:
                 entry.demand = True
                 entry.since = self.cycle
+                self.undecided = entry
             if ctx in entry.waiters:
                 entry.again = [ctx]
             else:
@@ -619,6 +626,12 @@ class TB:
         return kind_of(
             candidate["source"], candidate["deadline"], routes=self.routes[candidate["ctx"]]
         )
+
+    def _decided(self):
+        """The demand whose result was taken last has its place in the order from now on."""
+        assert self.cycle - self.undecided.since <= SLACK + OUTCOME, "a demand's result waits"
+        self.undecided.since = self.cycle
+        self.undecided = None
 
     def _may_be_given_up(self, entry):
         """It is a prefetch in part, of which nothing is on its way, and its deadline has come."""

@@ -258,8 +258,13 @@ async def follows_golden(dut):
     for _ in range(3):
         await jobs.run(steps)
     if bench.config.perceptron.hints:
-        # Values that depend on learning were compared.
-        assert sum(map(abs, sum(bench.golden.trust, []))) > 10
+        # Values that depend on learning must be compared, and chance decides how soon they do.
+        for _ in range(20):
+            if sum(map(abs, sum(bench.golden.trust, []))) > 40:
+                break
+            await jobs.run(steps)
+        else:
+            raise AssertionError("the jobs must move the trust")
     assert bench.parity_errors == 0
     assert_no_x(dut.idle, dut.parity_errors)
 
