@@ -476,7 +476,11 @@ async def timed_pace(dut, profiles):
             host.post("REGISTER_WRITE", register_by_name("profile").address, phase)
 
     for phase in Phase if profiles else ():
-        for address, value in _profile_writes(bench, phase):
+        flags = 1 | (phase is not Phase.PREFILL) << 1 | 1 << 4
+        for address, value in (
+            *_profile_writes(bench, phase),
+            (register_by_name("control").address, flags),
+        ):
             host.post("REGISTER_WRITE", address, value)
     for _ in range(3):
         layer, expert = rng.randrange(model.layers), rng.randrange(model.experts)
@@ -522,6 +526,9 @@ async def timed_pace(dut, profiles):
                 mine = [(expert + ctx) % model.experts for expert in experts]
                 waiting[ctx, layer] = set(mine)
                 switch()
+                # Without a predictor, too, there is something to prefetch.
+                for wanted in range(layer, model.layers) if profiles else ():
+                    host.post("HINT", ctx, wanted, rng.randrange(model.experts), 255)
                 host.post("ROUTE", ctx, layer, mine)
                 boundary()
                 routes += 1
