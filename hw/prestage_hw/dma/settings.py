@@ -8,16 +8,54 @@ from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import SettingsRefusal, TrafficClass
 from prestage_hw.layouts import RecordLayout
 
-__all__ = ["ActiveLayout", "Settings", "reset_traffic"]
+__all__ = ["ActiveLayout", "Settings", "channel_reset", "rows_are_bad", "shape_refusals"]
 
 
-def reset_traffic(config, channel):
-    """Class of a channel after reset: 0 is for demands, the last of three or more for streams."""
+def channel_reset(config, channel):
+    """Settings of a channel after reset, by name, as in the record ``ChannelSettings``.
+
+    Channel 0 is for demands, the last of three or more for streams.
+    """
+    traffic = TrafficClass.PREFETCH
     if channel == 0:
-        return TrafficClass.DEMAND
-    if channel == config.dma_channels - 1 >= 2:
-        return TrafficClass.STREAM
-    return TrafficClass.PREFETCH
+        traffic = TrafficClass.DEMAND
+    elif channel == config.dma_channels - 1 >= 2:
+        traffic = TrafficClass.STREAM
+    return {
+        "enable": 1,
+        "traffic": traffic,
+        "weight": 1,
+        "credits": config.outstanding_bursts,
+        "burst_beats": config.longest_burst,
+        "row_bytes": 0,
+        "row_stride": 0,
+    }
+
+
+def shape_refusals(config, *, traffic, weight, burst_beats, credits):
+    """What may be wrong with a channel's shape: pairs of a condition and its ``SettingsRefusal``,
+    the first that holds is the reason.
+    """
+    beats = burst_beats
+    return (
+        (traffic > max(TrafficClass), SettingsRefusal.TRAFFIC),
+        (weight == 0, SettingsRefusal.WEIGHT),
+        (
+            (beats == 0) | (beats & (beats - 1)).any() | (beats > config.longest_burst),
+            SettingsRefusal.BURST,
+        ),
+        ((credits == 0) | (credits > config.outstanding_bursts), SettingsRefusal.CREDITS),
+    )
+
+
+def rows_are_bad(config, *, row_bytes=None, row_stride=None):
+    """Whether rows, or one of their two numbers, are no whole beats or longer than a tile."""
+    part_of_beat = config.data_bytes - 1
+    bad = Const(0, 1)
+    for size in (row_bytes, row_stride):
+        if size is not None:
+            bad |= (size & part_of_beat).any()
+    return bad if row_bytes is None else bad | (row_bytes > config.tile_bytes)
 
 
 class ActiveLayout(data.StructLayout):
@@ -93,19 +131,6 @@ class Settings(wiring.Component):
             }
         )
 
-    def _reset(self, channel):
-        config = self.config
-        return {
-            "enable": 1,
-            "traffic": reset_traffic(config, channel),
-            "weight": 1,
-            "mask": config.longest_burst - 1,
-            "credits": config.outstanding_bursts,
-            "rows": 0,
-            "row_left": 0,
-            "stride": 0,
-        }
-
     def elaborate(self, platform):
         m = Module()
         config = self.config
@@ -129,28 +154,14 @@ class Settings(wiring.Component):
             m.d.sync += lower_credits.eq(self.lower_credits)
         committed = commits[-1]
 
-        beats = offered.burst_beats
-        part_of_beat = (1 << low) - 1
         refusal = Signal(SettingsRefusal)
+        shape = {name: offered[name] for name in ("traffic", "weight", "burst_beats", "credits")}
+        rows = {name: offered[name] for name in ("row_bytes", "row_stride")}
         for bad, reason in reversed(
             (
                 (offered.channel >= config.dma_channels, SettingsRefusal.CHANNEL),
-                (offered.traffic > max(TrafficClass), SettingsRefusal.TRAFFIC),
-                (offered.weight == 0, SettingsRefusal.WEIGHT),
-                (
-                    (beats == 0) | (beats & (beats - 1)).any() | (beats > config.longest_burst),
-                    SettingsRefusal.BURST,
-                ),
-                (
-                    (offered.credits == 0) | (offered.credits > config.outstanding_bursts),
-                    SettingsRefusal.CREDITS,
-                ),
-                (
-                    (offered.row_bytes & part_of_beat).any()
-                    | (offered.row_stride & part_of_beat).any()
-                    | (offered.row_bytes > config.tile_bytes),
-                    SettingsRefusal.ROWS,
-                ),
+                *shape_refusals(config, **shape),
+                (rows_are_bad(config, **rows), SettingsRefusal.ROWS),
             )
         ):
             with m.If(bad):
@@ -163,8 +174,13 @@ class Settings(wiring.Component):
             m.d.sync += self.refusal.eq(refusal)
 
         for channel in range(config.dma_channels):
-            shadow = Signal(layout, init=self._reset(channel), name=f"shadow_{channel}")
-            active = Signal(layout, init=self._reset(channel), name=f"active_{channel}")
+            reset = channel_reset(config, channel)
+            init = {
+                **{name: reset[name] for name in ("enable", "traffic", "weight", "credits")},
+                "mask": reset["burst_beats"] - 1,
+            }
+            shadow = Signal(layout, init=init, name=f"shadow_{channel}")
+            active = Signal(layout, init=init, name=f"active_{channel}")
             following = Signal(layout, name=f"following_{channel}")
             m.d.comb += following.eq(shadow)
             with m.If(good & (write.channel == channel)):

@@ -6,7 +6,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import Phase, Refusal, TrafficClass
+from prestage_hw.contract.records import Phase, Refusal
 from prestage_hw.contract.registers import (
     PROFILE_REGISTERS,
     REFUSAL_FIELDS,
@@ -15,7 +15,7 @@ from prestage_hw.contract.registers import (
     SHAPE_FIELDS,
     register_by_name,
 )
-from prestage_hw.dma.settings import reset_traffic
+from prestage_hw.dma.settings import channel_reset, rows_are_bad, shape_refusals
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import RegisterRequestLayout
 
@@ -139,48 +139,27 @@ class Profiles(wiring.Component):
             },
         }
 
-    def _channel_reset(self, channel):
-        config = self.config
-        return {
-            "enable": 1,
-            "traffic": reset_traffic(config, channel),
-            "weight": 1,
-            "credits": config.outstanding_bursts,
-            "burst_beats": config.longest_burst,
-            "row_bytes": 0,
-            "row_stride": 0,
-        }
-
     def _reason(self, m, access, channel):
         """What is wrong with an access."""
         config = self.config
         value = access.value
         shape = {name: value[low : low + bits] for name, (low, bits) in SHAPE_FIELDS.items()}
-        beats = shape["burst_beats"]
-        part_of_beat = config.data_bytes - 1
+        enabled = shape.pop("enable")
         checks = {
             "profile": ((value > max(Phase), Refusal.PROFILE),),
             "profile_select": ((value > max(Phase), Refusal.PROFILE),),
             "dma_channel": ((value >= config.dma_channels, Refusal.CHANNEL),),
             "dma_lower_credits": ((value > config.outstanding_bursts, Refusal.CREDITS),),
             "dma_shape": (
-                (shape["traffic"] > max(TrafficClass), Refusal.TRAFFIC),
-                (shape["weight"] == 0, Refusal.WEIGHT),
-                (
-                    (beats == 0) | (beats & (beats - 1)).any() | (beats > config.longest_burst),
-                    Refusal.BURST,
-                ),
-                (
-                    (shape["credits"] == 0) | (shape["credits"] > config.outstanding_bursts),
-                    Refusal.CREDITS,
-                ),
-                (~shape["enable"] & (channel < SCHEDULED_CHANNELS), Refusal.ENABLE),
+                *shape_refusals(config, **shape),
+                (~enabled & (channel < SCHEDULED_CHANNELS), Refusal.ENABLE),
             ),
-            "dma_row_bytes": (
-                ((value & part_of_beat).any() | (value > config.tile_bytes), Refusal.ROWS),
-            ),
+            "dma_row_bytes": ((rows_are_bad(config, row_bytes=value), Refusal.ROWS),),
             "dma_row_stride": (
-                ((value & part_of_beat).any() | value[ROW_STRIDE_BITS:].any(), Refusal.ROWS),
+                (
+                    rows_are_bad(config, row_stride=value) | value[ROW_STRIDE_BITS:].any(),
+                    Refusal.ROWS,
+                ),
             ),
         }
         reason = Signal(Refusal)
@@ -312,7 +291,7 @@ class Profiles(wiring.Component):
                         m.d.comb += write.data.eq(profile_layout.const(self._reset()).as_value())
                     for channel in range(channels):
                         with m.Case(channel + 1):
-                            reset = channel_layout.const(self._channel_reset(channel))
+                            reset = channel_layout.const(channel_reset(config, channel))
                             m.d.comb += write.data.eq(reset.as_value())
                 m.d.sync += sweep.eq(sweep + 1)
                 with m.If(sweep.all()):
