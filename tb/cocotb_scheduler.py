@@ -162,11 +162,11 @@ class TB:
     # --- stimulus ---
 
     def demand(self, ctx, layer, experts, *, repeat=0):
-        command = {"release": 0, "ctx": ctx, "layer": layer, "repeat": repeat}
+        command = {"release": 0, "lock": 0, "ctx": ctx, "layer": layer, "repeat": repeat}
         self.commands.send(*({**command, "expert": e, "index": i} for i, e in enumerate(experts)))
 
     def release(self, ctx, layer):
-        command = {"release": 1, "ctx": ctx, "layer": layer, "repeat": 0}
+        command = {"release": 1, "lock": 0, "ctx": ctx, "layer": layer, "repeat": 0}
         self.commands.send({**command, "expert": 0, "index": 0})
 
     def candidate(self, ctx, layer, expert, *, deadline=None, source=Source.PREDICTOR, score=None):

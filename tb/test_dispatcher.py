@@ -215,13 +215,21 @@ class _Recorder:
             self._command(0, ctx, layer, expert, index, repeat)
         return []
 
-    def _command(self, release, ctx, layer, expert, index, repeat):
-        names = ("release", "ctx", "layer", "expert", "index", "repeat")
-        values = (release, ctx, layer, expert, index, int(repeat))
+    def _command(self, release, ctx, layer, expert, index, repeat, *, lock=0):
+        names = ("release", "lock", "ctx", "layer", "expert", "index", "repeat")
+        values = (release, lock, ctx, layer, expert, index, int(repeat))
         self.seen["commands"].append(dict(zip(names, values, strict=True)))
 
     def release(self, ctx, layer):
         self._command(1, ctx, layer, 0, 0, 0)
+
+    def lock(self, ctx, layer, expert):
+        self._command(0, ctx, layer, expert, 0, 0, lock=1)
+        return []
+
+    def unlock(self, ctx, layer, expert):
+        self._command(1, ctx, layer, expert, 0, 0, lock=1)
+        return []
 
     def offer(self, candidates):
         pass
@@ -454,8 +462,8 @@ def _random_message(config, rng):
     layer = rng.randrange(min(model.layers + 3, 256) if wild else model.layers)
     kind = rng.choices(
         ["BEGIN_TOKEN", "ROUTE", "RELEASE", "HINT", "READ", "SYNC", "REGISTER_READ",
-         "REGISTER_WRITE", "TABLE_READ", "TABLE_WRITE", "UNKNOWN"],
-        [4, 30, 25, 10, 3, 3, 14, 20, 4, 4, 1],
+         "REGISTER_WRITE", "TABLE_READ", "TABLE_WRITE", "LOCK", "UNKNOWN"],
+        [4, 30, 25, 10, 3, 3, 14, 20, 4, 4, 6, 1],
     )[0]  # fmt: skip
     if kind == "BEGIN_TOKEN":
         return _message(config, kind, ctx, rng.randrange(3), rng.randrange(1 << 32))
@@ -466,6 +474,9 @@ def _random_message(config, rng):
         return _message(config, kind, ctx, layer, experts)
     if kind == "RELEASE":
         return _message(config, kind, ctx, layer)
+    if kind == "LOCK":
+        expert = rng.randrange(model.experts + 2 if wild else model.experts)
+        return _message(config, kind, ctx, layer, expert, rng.randrange(2))
     if kind == "HINT":
         expert = rng.randrange(model.experts + 2 if wild else model.experts)
         return _message(config, kind, ctx, layer, expert, rng.randrange(256))

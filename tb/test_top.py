@@ -411,6 +411,52 @@ async def profiles_drained(dut, policy):
 
 
 @cocotb.test()
+@cocotb.parametrize(policy=[Policy.LRU, Policy.NEXT_USE])
+async def locks_drained(dut, policy):
+    """Locked experts stay, whatever else is fetched; every answer and counter is the model's."""
+    bench = _Bench(dut, stall=0.1)
+    config, rng = bench.config, bench.random
+    golden = GoldenTop(config, bench.image)
+    await bench.reset()
+    await _settle(bench, golden, policy=policy)
+    if policy is Policy.LRU:
+        # Other policies look first at the slot that a failing fetch frees, which hangs on time.
+        address = config.expert_address(1, 1)
+        bench.memory.failing.append((address, address + config.data_bytes, SLVERR))
+        golden.memory.failing.append((address, address + config.data_bytes))
+        # A lock that fails is none.
+        for lock, code in ((1, ErrorCode.BUS), (0, ErrorCode.NOT_LOCKED)):
+            answers = await bench.drained(golden, "LOCK", 0, 1, 1, lock)
+            assert [body[0] for _, body in answers] == [code]
+    locked = {}
+    codes = Counter()
+    for token, layers in enumerate(_decisions(bench, 6)):
+        await bench.drained(golden, "BEGIN_TOKEN", 0, Phase.DECODE, token)
+        for layer, experts in enumerate(layers):
+            for _ in range(2):
+                # Few experts, so that those come that are locked, or demanded, already.
+                at, expert = rng.choice([(1, 2), (layer, rng.randrange(4)), (layer, experts[0])])
+                lock = int(rng.random() < 0.6)
+                answers = await bench.drained(golden, "LOCK", 0, at, expert, lock)
+                for ready in bench.readies(answers):
+                    locked[at, expert] = ready
+                events = [body[0] for code, body in answers if code == MESSAGES["EVENT"].code]
+                codes.update(events)
+                if not lock and not events:
+                    del locked[at, expert]
+            answers = await bench.drained(golden, "ROUTE", 0, layer, experts)
+            for ready in bench.readies(answers):
+                held = locked.get((layer, ready["expert"]))
+                assert held is None or held["slot"] == ready["slot"], (held, ready)
+            await bench.drained(golden, "RELEASE", 0, layer)
+        await bench.check_bytes(list(locked.values()))
+    counters = golden.counters
+    assert counters["locks"] > counters["lock_misses"] > 0, counters
+    assert codes[ErrorCode.NOT_LOCKED] and codes[ErrorCode.NO_SLOT], codes
+    await bench.compare_registers(golden)
+
+
+@cocotb.test()
 async def rows_drained(dut):
     """Tiles gathered from rows at a stride, on some channels only, are the golden model's."""
     bench = _Bench(dut, stall=0.1)
@@ -488,9 +534,40 @@ async def timed_pace(dut, profiles):
         bench.memory.failing.append((address, address + config.data_bytes, DECERR))
 
     routes = 0
+    locked = []  # Experts that were asked to be locked, and not unlocked since.
+    locks = Counter()  # Answers to that which have not come, by (context, layer, expert).
     waiting = {}  # (ctx, layer) -> experts that are not answered yet
     seen = 0
     ready_layers = []
+
+    def lock():
+        """Lock an expert, or unlock one, without waiting for anything."""
+        if locked and rng.random() < 0.4:
+            host.post("LOCK", 0, *locked.pop(0), 0)
+        elif len(locked) < config.slots - config.contexts * model.top_k:
+            ctx, place = (
+                rng.randrange(config.contexts),
+                (rng.randrange(model.layers), rng.randrange(model.experts)),
+            )
+            if place not in locked and not failing(*place):
+                host.post("LOCK", ctx, *place, 1)
+                locked.append(place)
+                locks[ctx, *place] += 1
+
+    def failing(layer, expert):
+        address = config.expert_address(layer, expert)
+        return any(start == address for start, *_ in bench.memory.failing)
+
+    def answered(fields):
+        """Whether a READY is for the route, not for the lock of its expert: if both are awaited the
+        first to come is the lock's, since both count on the same slot.
+        """
+        key = fields["ctx"], fields["layer"], fields["expert"]
+        if locks[key]:
+            locks[key] -= 1
+            return False
+        waiting[key[:2]].remove(key[2])
+        return True
 
     async def answers_to(key):
         nonlocal seen
@@ -499,9 +576,8 @@ async def timed_pace(dut, profiles):
             for code, body in host.answers[seen:]:
                 if code == MESSAGES["READY"].code:
                     fields = RECORDS["Ready"].unpack(config, body)
-                    layer_key = (fields["ctx"], fields["layer"])
-                    waiting[layer_key].remove(fields["expert"])
-                    await bench.check_bytes([fields] if rng.random() < 0.2 else [])
+                    routed = answered(fields)
+                    await bench.check_bytes([fields] if routed and rng.random() < 0.2 else [])
                 elif code == MESSAGES["EVENT"].code:
                     fields = RECORDS["Event"].unpack(config, body)
                     assert fields["code"] in (ErrorCode.BUS, ErrorCode.NO_SLOT), fields
@@ -526,6 +602,8 @@ async def timed_pace(dut, profiles):
                 mine = [(expert + ctx) % model.experts for expert in experts]
                 waiting[ctx, layer] = set(mine)
                 switch()
+                if rng.random() < 0.3:
+                    lock()
                 # Without a predictor, too, there is something to prefetch.
                 for wanted in range(layer, model.layers) if profiles else ():
                     host.post("HINT", ctx, wanted, rng.randrange(model.experts), 255)
@@ -541,7 +619,12 @@ async def timed_pace(dut, profiles):
                 host.post("RELEASE", *key)
     host.post("SYNC", 9)
     await host.wait(dut, until=MESSAGES["SYNCED"].code)
+    host.poll()
+    for code, body in host.answers[seen:]:
+        if code == MESSAGES["READY"].code:
+            answered(RECORDS["Ready"].unpack(config, body))
     assert all(not experts for experts in waiting.values())
+    assert not any(locks.values()), locks
 
     counters = {}
     for counter in COUNTERS:
@@ -554,7 +637,8 @@ async def timed_pace(dut, profiles):
     assert c["demands"] == routes * model.top_k
     assert c["hits"] + c["misses"] + c["late"] + c["merged"] + c["refused"] == c["demands"]
     ended = c["fills"] + c["fill_errors"] + c["prefetch_cancelled"]
-    assert ended == c["misses"] + c["prefetch_issued"]
+    assert ended == c["misses"] + c["lock_misses"] + c["prefetch_issued"]
+    assert c["locks"] >= c["lock_misses"] > 0
     assert c["useful"] + c["useless"] <= c["prefetch_issued"]
     assert c["demand_bytes"] + c["prefetch_bytes"] >= c["fills"] * config.expert_bytes
     assert c["link_errors"] == c["link_replays"] == c["rejected"] == 0

@@ -618,9 +618,12 @@ def test_only_a_prefetch_in_flight_is_cancelled():
     assert buffer.request(CANCEL, slot=slot) == result(REFUSED)
     buffer.check_invariants()
     slot = buffer.request(PREFETCH, expert=1).slot
-    assert buffer.request(LOCK, expert=1) == result(FILLING, slot)
+    assert buffer.request(LOCK, expert=1) == result(FILLING, slot, prefetched=True)
     assert buffer.request(CANCEL, slot=slot) == result(REFUSED)
     buffer.check_invariants()
+    # The prefetch was used by the lock; a demand doesn't use it once more.
+    assert buffer.request(LOCK, expert=1) == result(FILLING, slot)
+    assert buffer.request(DEMAND, ctx=0, layer=0, expert=1, index=1) == result(FILLING, slot)
 
 
 @pytest.mark.parametrize("policy", Policy)

@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0xa6cbfe72u
+#define PRESTAGE_REGISTER_HASH 0xe53d8c98u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -41,6 +41,7 @@ enum prestage_message {
     PRESTAGE_RELEASE = 0x13, /* to the device */
     PRESTAGE_READ = 0x14, /* to the device */
     PRESTAGE_SYNC = 0x15, /* to the device */
+    PRESTAGE_LOCK = 0x16, /* to the device */
     PRESTAGE_LINK_RESET = 0x7c, /* to the device */
     PRESTAGE_LINK_RESET_DONE = 0x7d, /* to the host */
     PRESTAGE_LINK_ACK = 0x7e, /* both ways */
@@ -71,13 +72,14 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_DUPLICATE_EXPERT = 4, /* An expert occurs twice in one routing decision. */
     PRESTAGE_ERROR_CODE_UNRELEASED = 5, /* The layer was routed again before it was released. */
     PRESTAGE_ERROR_CODE_UNROUTED = 6, /* The layer was released without having been routed. */
-    PRESTAGE_ERROR_CODE_NO_SLOT = 7, /* Every slot is pinned and nothing is in flight. */
+    PRESTAGE_ERROR_CODE_NO_SLOT = 7, /* Every slot is pinned or locked and nothing is in flight, or no more experts may be locked. */
     PRESTAGE_ERROR_CODE_BUS = 8, /* The memory answered a read with an error. */
     PRESTAGE_ERROR_CODE_BAD_MESSAGE = 9, /* The message type is unknown or its body has the wrong length. */
     PRESTAGE_ERROR_CODE_BAD_REGISTER = 10, /* No register has that address, or it is read-only. */
     PRESTAGE_ERROR_CODE_BAD_READ = 11, /* The slot or the beat of a read is out of range. */
     PRESTAGE_ERROR_CODE_HINT_PASSED = 12, /* The hint is for a layer that was routed already. */
     PRESTAGE_ERROR_CODE_BAD_TABLE = 13, /* The table or the words of a table access are out of range. */
+    PRESTAGE_ERROR_CODE_NOT_LOCKED = 14, /* The expert was unlocked without having been locked. */
 };
 
 enum prestage_traffic_class {
@@ -157,26 +159,28 @@ enum prestage_register {
     PRESTAGE_REG_LATE = 0x4c, /* ro: Demands that found their expert in flight as a prefetch. Stage 3. */
     PRESTAGE_REG_MERGED = 0x4d, /* ro: Demands that found their expert in flight as a demand. Stage 3. */
     PRESTAGE_REG_REFUSED = 0x4e, /* ro: Demands that found every slot pinned. Stage 3. */
-    PRESTAGE_REG_PREFETCH_ISSUED = 0x4f, /* ro: Prefetches started. Stage 3. */
-    PRESTAGE_REG_PREFETCH_REDUNDANT = 0x50, /* ro: Candidates found resident or in flight. Stage 3. */
-    PRESTAGE_REG_PREFETCH_STALE = 0x51, /* ro: Candidates whose layer had been routed. Stage 3. */
-    PRESTAGE_REG_PREFETCH_NO_SLOT = 0x52, /* ro: Candidates that found no slot to take. Stage 3. */
-    PRESTAGE_REG_PREFETCH_OUTBID = 0x53, /* ro: Candidates that were worth less than every expert that could give way. Stage 3. */
-    PRESTAGE_REG_PREFETCH_OVERFLOW = 0x54, /* ro: Candidates lost to a full queue. Stage 3. */
-    PRESTAGE_REG_PREFETCH_THROTTLED = 0x55, /* ro: Candidates of a kind that has cost more than it has saved. Stage 3. */
-    PRESTAGE_REG_PREFETCH_CANCELLED = 0x56, /* ro: Prefetches in flight that were given up because their layer was routed. Stage 3. */
-    PRESTAGE_REG_USEFUL = 0x57, /* ro: Prefetched experts demanded before eviction. Stage 5. */
-    PRESTAGE_REG_USELESS = 0x58, /* ro: Prefetched experts evicted without a demand. Stage 5. */
-    PRESTAGE_REG_EVICTIONS = 0x59, /* ro: Experts evicted. Stage 5. */
-    PRESTAGE_REG_POLLUTION = 0x5a, /* ro: Demand misses on an expert that a prefetch evicted. Stage 5. */
-    PRESTAGE_REG_FILLS = 0x5b, /* ro: Experts that arrived whole. Stage 5. */
-    PRESTAGE_REG_FILL_ERRORS = 0x5c, /* ro: Fetches that ended in an error. Stage 5. */
-    PRESTAGE_REG_DEMAND_BYTES_LOW = 0x5d, /* ro: Bytes fetched for demands. Stage 4. Bits 31..0; latches the rest. */
-    PRESTAGE_REG_DEMAND_BYTES_HIGH = 0x5e, /* ro: Bytes fetched for demands. Stage 4. Bits 63..32, as latched. */
-    PRESTAGE_REG_PREFETCH_BYTES_LOW = 0x5f, /* ro: Bytes fetched for prefetches. Stage 4. Bits 31..0; latches the rest. */
-    PRESTAGE_REG_PREFETCH_BYTES_HIGH = 0x60, /* ro: Bytes fetched for prefetches. Stage 4. Bits 63..32, as latched. */
-    PRESTAGE_REG_LINK_ERRORS = 0x61, /* ro: Damaged frames received. Stage 1. */
-    PRESTAGE_REG_LINK_REPLAYS = 0x62, /* ro: Times the link went back to resend. Stage 1. */
+    PRESTAGE_REG_LOCKS = 0x4f, /* ro: Experts that the host locked. Stage 3. */
+    PRESTAGE_REG_LOCK_MISSES = 0x50, /* ro: Locks that had to start a fetch. Stage 3. */
+    PRESTAGE_REG_PREFETCH_ISSUED = 0x51, /* ro: Prefetches started. Stage 3. */
+    PRESTAGE_REG_PREFETCH_REDUNDANT = 0x52, /* ro: Candidates found resident or in flight. Stage 3. */
+    PRESTAGE_REG_PREFETCH_STALE = 0x53, /* ro: Candidates whose layer had been routed. Stage 3. */
+    PRESTAGE_REG_PREFETCH_NO_SLOT = 0x54, /* ro: Candidates that found no slot to take. Stage 3. */
+    PRESTAGE_REG_PREFETCH_OUTBID = 0x55, /* ro: Candidates that were worth less than every expert that could give way. Stage 3. */
+    PRESTAGE_REG_PREFETCH_OVERFLOW = 0x56, /* ro: Candidates lost to a full queue. Stage 3. */
+    PRESTAGE_REG_PREFETCH_THROTTLED = 0x57, /* ro: Candidates of a kind that has cost more than it has saved. Stage 3. */
+    PRESTAGE_REG_PREFETCH_CANCELLED = 0x58, /* ro: Prefetches in flight that were given up because their layer was routed. Stage 3. */
+    PRESTAGE_REG_USEFUL = 0x59, /* ro: Prefetched experts demanded or locked before eviction. Stage 5. */
+    PRESTAGE_REG_USELESS = 0x5a, /* ro: Prefetched experts evicted without a demand. Stage 5. */
+    PRESTAGE_REG_EVICTIONS = 0x5b, /* ro: Experts evicted. Stage 5. */
+    PRESTAGE_REG_POLLUTION = 0x5c, /* ro: Demand misses on an expert that a prefetch evicted. Stage 5. */
+    PRESTAGE_REG_FILLS = 0x5d, /* ro: Experts that arrived whole. Stage 5. */
+    PRESTAGE_REG_FILL_ERRORS = 0x5e, /* ro: Fetches that ended in an error. Stage 5. */
+    PRESTAGE_REG_DEMAND_BYTES_LOW = 0x5f, /* ro: Bytes fetched for demands. Stage 4. Bits 31..0; latches the rest. */
+    PRESTAGE_REG_DEMAND_BYTES_HIGH = 0x60, /* ro: Bytes fetched for demands. Stage 4. Bits 63..32, as latched. */
+    PRESTAGE_REG_PREFETCH_BYTES_LOW = 0x61, /* ro: Bytes fetched for prefetches. Stage 4. Bits 31..0; latches the rest. */
+    PRESTAGE_REG_PREFETCH_BYTES_HIGH = 0x62, /* ro: Bytes fetched for prefetches. Stage 4. Bits 63..32, as latched. */
+    PRESTAGE_REG_LINK_ERRORS = 0x63, /* ro: Damaged frames received. Stage 1. */
+    PRESTAGE_REG_LINK_REPLAYS = 0x64, /* ro: Times the link went back to resend. Stage 1. */
 };
 
 /* Bodies of the messages. */
@@ -246,6 +250,14 @@ struct prestage_read {
 /* Answer when everything before this is done and the engine is idle. */
 struct prestage_sync {
     uint16_t tag; /* Echoed by the answer. */
+};
+
+/* Keep an expert in the buffer, say a shared one, or no longer. */
+struct prestage_lock {
+    uint8_t ctx; /* Context (sequence) number. */
+    uint8_t layer; /* MoE layer, from 0. */
+    uint16_t expert; /* Expert within the layer. */
+    uint8_t lock; /* 1: fetch it if it is missing, answer with a Ready of this context, and never evict it; 0: it may be evicted again. */
 };
 
 /* A register's value. */

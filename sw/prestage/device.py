@@ -267,6 +267,9 @@ class Device:
         self._link = HostLink(pipe, config)
         self._simulated = pipe if isinstance(pipe, SimulatedPipe) else None
         self._routes: dict[tuple[int, int], _Route] = {}
+        self._locked: dict[tuple[int, int], Ready] = {}
+        self._locking: set[tuple[int, int, int]] = set()  # context, layer, expert
+        self._lock_errors: dict[tuple[int, int, int], DeviceError] = {}
         self._current = [-1] * config.contexts
         self._unclaimed: list[DeviceError] = []
         self._values: deque[tuple[int, int]] = deque()
@@ -447,9 +450,7 @@ class Device:
             Confidence, 0 to 255. Hints below the threshold are dropped, and all of them unless
             hints are enabled: see :meth:`configure`.
         """
-        self._check_layer(ctx, layer)
-        if not 0 <= operator.index(expert) < self._experts:
-            raise ArgumentError(f"Expert must be between 0 and {self._experts - 1}, not {expert}")
+        self._check_expert(ctx, layer, expert)
         if not 0 <= operator.index(score) <= 255:
             raise ArgumentError(f"Hint score must be between 0 and 255, not {score}")
         if layer <= self._current[ctx]:
@@ -527,7 +528,8 @@ class Device:
             If a tile of the slot isn't valid.
         """
         route = self._routes.get((ready.ctx, ready.layer))
-        if route is None or ready.expert not in route.experts:
+        routed = route is not None and ready.expert in route.experts
+        if not routed and (ready.layer, ready.expert) not in self._locked:
             raise ArgumentError(
                 f"Expert {ready.expert} of layer {ready.layer}, context {ready.ctx}, must not be"
                 f" read"
@@ -589,6 +591,79 @@ class Device:
             self._post("RELEASE", ctx, layer)
         del self._routes[key]
         self._unclaimed.extend(route.errors)
+
+    def lock(self, layer: int, expert: int, *, ctx: int = 0, timeout: float | None = None) -> Ready:
+        """Keep an expert in the buffer until :meth:`unlock`, say one that all tokens share.
+
+        It is fetched if it is missing, like a demand. Clearing the buffer ends all locks.
+
+        Parameters
+        ----------
+        layer, expert : :class:`int`
+            Which expert. The device has ``slots - contexts * top_k`` locks.
+        ctx : :class:`int`
+            Context in whose name the expert is asked for; any will do.
+        timeout : :class:`float` or None
+            Longest wait without any answer, as in :meth:`wait_ready`.
+
+        Returns
+        -------
+        :class:`Ready`
+            Its slot, which it keeps; :meth:`read` takes it until it is unlocked.
+
+        Raises
+        ------
+        ArgumentError
+            If a number is out of range, or a route of the context still waits for this expert.
+        NoSlotError
+            If no slot may be taken, or no more experts may be locked.
+        BusError
+            If the expert can't be read; it is not locked then.
+        DeviceTimeoutError
+            If nothing arrives in time.
+        """
+        self._check_expert(ctx, layer, expert)
+        route = self._routes.get((ctx, layer))
+        if route is not None and expert in route.waiting:
+            raise ArgumentError(
+                f"Expert {expert} of layer {layer} must not be locked while context {ctx} waits"
+                " for it"
+            )
+        key = (ctx, layer, expert)
+        self._lock_errors.pop(key, None)
+        self._post("LOCK", ctx, layer, expert, 1)
+        self._locking.add(key)
+        while key in self._locking:
+            if not self._pump(1, timeout):
+                # It counts as locked as soon as the answer comes.
+                raise DeviceTimeoutError(
+                    f"Device didn't answer in time: expert {expert} of layer {layer} is still not"
+                    " locked"
+                )
+        if key in self._lock_errors:
+            raise self._lock_errors.pop(key)
+        return self._locked[layer, expert]
+
+    def unlock(self, layer: int, expert: int) -> None:
+        """Let a locked expert be evicted again.
+
+        Raises
+        ------
+        ArgumentError
+            If it isn't locked.
+        """
+        self._check_expert(0, layer, expert)
+        if (layer, expert) not in self._locked:
+            raise ArgumentError(
+                f"Expert {expert} of layer {layer} must be locked before it's unlocked"
+            )
+        self._post("LOCK", 0, layer, expert, 0)
+        del self._locked[layer, expert]
+
+    @property
+    def locked(self) -> tuple[Ready, ...]:
+        """The experts that are locked, in the order in which they were."""
+        return tuple(self._locked.values())
 
     def drain(self, *, timeout: float | None = None) -> None:
         """Wait until everything posted is done and the device is idle.
@@ -785,13 +860,16 @@ class Device:
             + clear_counters * _CLEAR_COUNTERS
         )
         if clear:
-            if clear_buffer and any(route.waiting for route in self._routes.values()):
+            awaited = self._locking or any(route.waiting for route in self._routes.values())
+            if clear_buffer and awaited:
                 raise ArgumentError("Buffer must not be cleared while experts are awaited")
             writes.append(("clear", clear))
         loads = [(n, self._check_table(n, t)) for n, t in (tables or {}).items()]
         self._write(writes)
         if clear_buffer:
             self._routes.clear()
+            self._locked.clear()
+            self._locking.clear()
             self._current = [-1] * self._contexts
         for number, values in loads:
             self._load_table(number, values)
@@ -1193,6 +1271,11 @@ class Device:
         if not 0 <= operator.index(layer) < self._layers:
             raise ArgumentError(f"Layer must be between 0 and {self._layers - 1}, not {layer}")
 
+    def _check_expert(self, ctx: int, layer: int, expert: int) -> None:
+        self._check_layer(ctx, layer)
+        if not 0 <= operator.index(expert) < self._experts:
+            raise ArgumentError(f"Expert must be between 0 and {self._experts - 1}, not {expert}")
+
     def _post(self, name: str, *values: int) -> None:
         code, pack = self._pack[name]
         self._send(code, pack(*values))
@@ -1258,22 +1341,33 @@ class Device:
 
     def _on_ready(self, ctx: int, layer: int, expert: int, slot: int) -> None:
         route = self._routes.get((ctx, layer))
-        if route is None or expert not in route.waiting:
+        locks = (ctx, layer, expert) in self._locking
+        if not locks and (route is None or expert not in route.waiting):
             raise LinkError(
                 f"Device announced expert {expert} of layer {layer}, context {ctx}, which isn't"
                 f" awaited"
             )
         if slot >= self.config.slots:
             raise LinkError(f"Device announced slot {slot}, but has only {self.config.slots}")
+        ready = Ready(ctx, layer, expert, slot)
+        if locks:
+            self._locking.remove((ctx, layer, expert))
+            self._locked[layer, expert] = ready
+            return
+        assert route is not None
         route.waiting.remove(expert)
-        route.ready.append(Ready(ctx, layer, expert, slot))
+        route.ready.append(ready)
 
     def _on_event(self, code: int, ctx: int, layer: int, expert: int, address: int) -> None:
         error = device_error(code, ctx=ctx, layer=layer, expert=expert, address=address)
         if isinstance(error, LinkError):
             raise error
         route = self._routes.get((ctx, layer))
-        if route is not None and error.code in _FAILED_DEMAND and expert in route.waiting:
+        key = (ctx, layer, expert)
+        if key in self._locking and error.code in _FAILED_DEMAND:
+            self._locking.remove(key)
+            self._lock_errors[key] = error
+        elif route is not None and error.code in _FAILED_DEMAND and expert in route.waiting:
             route.waiting.remove(expert)
             route.errors.append(error)
         elif route is not None and error.code in _REFUSED_ROUTE and route.waiting:

@@ -157,7 +157,7 @@ class UnroutedError(DeviceError):
 
 
 class NoSlotError(_ExpertError):
-    """Every slot is pinned and nothing is in flight."""
+    """Every slot is pinned or locked and nothing is in flight, or no more experts may be locked."""
 
     code = ErrorCode.NO_SLOT
 
@@ -213,6 +213,12 @@ class HintPassedError(_ExpertError):
     code = ErrorCode.HINT_PASSED
 
 
+class NotLockedError(_ExpertError):
+    """The expert was unlocked without having been locked."""
+
+    code = ErrorCode.NOT_LOCKED
+
+
 #: The exception of each error code.
 DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
     kind.code: kind
@@ -230,6 +236,7 @@ DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
         BadReadError,
         HintPassedError,
         BadTableError,
+        NotLockedError,
     )
 }
 

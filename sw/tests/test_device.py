@@ -23,6 +23,7 @@ from prestage.errors import (
     MismatchError,
     MissingExtraError,
     NoSlotError,
+    NotLockedError,
     UnknownDeviceError,
     UnreleasedError,
     UnroutedError,
@@ -150,6 +151,10 @@ def test_more_messages_than_the_link_holds(device):
         (lambda d: d.hint(0, 4, 1), "Layer must be between 0 and 3, not 4"),
         (lambda d: d.release(0, 0), "Layer 0 of context 0 must be routed before it's released"),
         (lambda d: d.release(0, 9), "Layer must be between 0 and 3, not 9"),
+        (lambda d: d.lock(0, 8), "Expert must be between 0 and 7, not 8"),
+        (lambda d: d.lock(4, 0), "Layer must be between 0 and 3, not 4"),
+        (lambda d: d.lock(0, 0, ctx=2), "Context must be between 0 and 1, not 2"),
+        (lambda d: d.unlock(1, 2), "Expert 2 of layer 1 must be locked before it's unlocked"),
         (lambda d: d.wait_ready(0, 1), "Layer 1 of context 0 must be routed before it's waited"),
         (lambda d: d.read(Ready(0, 1, 2, 3)), "must not be read after its layer was released"),
         (lambda d: d.run(5), "Only a device with a clock can run, not model://"),
@@ -401,6 +406,69 @@ def test_bus_error():
         device.drain()
         device.route(0, 1, [4, 5])
         assert set(arrive(device, 0, 1)) == {4, 5}
+
+
+def test_locked_experts_stay(device):
+    image = expert_memory(CONFIG)
+    ready = device.lock(2, 5, ctx=1)
+    assert (ready.ctx, ready.layer, ready.expert) == (1, 2, 5)
+    assert device.locked == (ready,)
+    assert device.lock(2, 5) == Ready(0, 2, 5, ready.slot)
+    for layer in range(4):
+        for experts in ([0, 1], [2, 3], [4, 6]):
+            device.route(0, layer, experts)
+            assert len(arrive(device, 0, layer)) == 2
+            device.release(0, layer)
+    start = CONFIG.expert_address(2, 5)
+    assert device.read(ready) == image[start : start + CONFIG.expert_bytes].tobytes()
+    hits = device.stats()["hits"]
+    device.route(0, 2, [5, 7])
+    with pytest.raises(ArgumentError, match="Expert 7 of layer 2 must not be locked while"):
+        device.lock(2, 7)
+    assert arrive(device, 0, 2)[5] == ready.slot
+    device.release(0, 2)
+    stats = device.stats()
+    assert (stats["hits"] - hits, stats["locks"], stats["lock_misses"]) == (1, 2, 1)
+    device.unlock(2, 5)
+    assert device.locked == ()
+    with pytest.raises(ArgumentError, match="must not be read after its layer was released"):
+        device.read(ready)
+    device.drain()
+
+
+def test_locks_end(device):
+    # One slot is left for each demand at a time.
+    for expert in range(4):
+        device.lock(0, expert)
+    with pytest.raises(NoSlotError, match="layer 1, expert 0"):
+        device.lock(1, 0)
+    device.configure(clear_buffer=True)
+    assert device.locked == ()
+    device.lock(1, 0)
+    with prestage.open("model://?error=0:1024", config=CONFIG) as other:
+        with pytest.raises(BusError, match="layer 0, expert 0"):
+            other.lock(0, 0)
+        assert other.locked == ()
+
+
+def test_a_lock_that_comes_late():
+    late = []
+
+    def hold(body, answers):
+        if body[-1]:
+            late.extend(answers)
+            return []
+        return [event(ErrorCode.NOT_LOCKED, layer=1, expert=3)]
+
+    with Device(Faulty(LOCK=hold, SYNC=lambda body, answers: late + answers), CONFIG) as device:
+        with pytest.raises(DeviceTimeoutError, match="expert 3 of layer 1 is still not locked"):
+            device.lock(1, 3, timeout=100)
+        device.sync()
+        late.clear()
+        assert [(ready.layer, ready.expert) for ready in device.locked] == [(1, 3)]
+        device.unlock(1, 3)
+        with pytest.raises(NotLockedError, match="NOT_LOCKED: context 0, layer 1, expert 3"):
+            device.drain()
 
 
 def test_error_of_a_layer_that_nobody_waits_for():

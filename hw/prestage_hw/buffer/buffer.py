@@ -406,7 +406,7 @@ class ExpertBuffer(wiring.Component):
                     storage.valid_write.eq(~is_resident),
                     # A demand pins a resident expert.
                     directory.slot_value.eq(state),
-                    directory.slot_value.prefetched.eq(state.prefetched & ~is_demand),
+                    directory.slot_value.prefetched.eq(state.prefetched & ~(is_demand | is_lock)),
                     directory.slot_value.pins.eq(state.pins + is_demand),
                     directory.slot_value.locked.eq(is_lock | (state.locked & ~is_unlock)),
                 ]
@@ -426,7 +426,7 @@ class ExpertBuffer(wiring.Component):
                             slot=slot,
                         )
                         m.d.sync += [
-                            result.prefetched.eq(is_demand & state.prefetched),
+                            result.prefetched.eq((is_demand | is_lock) & state.prefetched),
                             locked.eq(locked + (is_lock & ~state.locked) - is_unlock),
                         ]
                 with m.Else():

@@ -194,6 +194,7 @@ class ErrorCode(IntEnum):
     BAD_READ = 11
     HINT_PASSED = 12
     BAD_TABLE = 13
+    NOT_LOCKED = 14
 
 
 #: One sentence for each error code, for messages and documents.
@@ -204,13 +205,15 @@ ERROR_TEXT = {
     ErrorCode.DUPLICATE_EXPERT: "An expert occurs twice in one routing decision.",
     ErrorCode.UNRELEASED: "The layer was routed again before it was released.",
     ErrorCode.UNROUTED: "The layer was released without having been routed.",
-    ErrorCode.NO_SLOT: "Every slot is pinned and nothing is in flight.",
+    ErrorCode.NO_SLOT: "Every slot is pinned or locked and nothing is in flight, or no more experts"
+    " may be locked.",
     ErrorCode.BUS: "The memory answered a read with an error.",
     ErrorCode.BAD_MESSAGE: "The message type is unknown or its body has the wrong length.",
     ErrorCode.BAD_REGISTER: "No register has that address, or it is read-only.",
     ErrorCode.BAD_READ: "The slot or the beat of a read is out of range.",
     ErrorCode.HINT_PASSED: "The hint is for a layer that was routed already.",
     ErrorCode.BAD_TABLE: "The table or the words of a table access are out of range.",
+    ErrorCode.NOT_LOCKED: "The expert was unlocked without having been locked.",
 }
 
 
@@ -416,9 +419,21 @@ RECORDS: dict[str, Record] = {
         ),
         Record(
             name="Command",
-            description="A demand for one expert or the release of a layer, in the host's order.",
+            description="A demand for one expert, the release of a layer, or an expert's lock or"
+            " unlock, in the host's order.",
             fields=(
-                Field(name="release", kind=1, wire_bits=8, description="1: release, 0: demand."),
+                Field(
+                    name="release",
+                    kind=1,
+                    wire_bits=8,
+                    description="1: release or unlock, 0: demand or lock.",
+                ),
+                Field(
+                    name="lock",
+                    kind=1,
+                    wire_bits=8,
+                    description="1: lock or unlock one expert, 0: demand one or release a layer.",
+                ),
                 _CTX,
                 _LAYER,
                 _EXPERT,
@@ -451,6 +466,22 @@ RECORDS: dict[str, Record] = {
             name="Release",
             description="The consumer is done with a layer of a context.",
             fields=(_CTX, _LAYER),
+        ),
+        Record(
+            name="Lock",
+            description="Keep an expert in the buffer, say a shared one, or no longer.",
+            fields=(
+                _CTX,
+                _LAYER,
+                _EXPERT,
+                Field(
+                    name="lock",
+                    kind=1,
+                    wire_bits=8,
+                    description="1: fetch it if it is missing, answer with a Ready of this context,"
+                    " and never evict it; 0: it may be evicted again.",
+                ),
+            ),
         ),
         Record(
             name="Candidate",
@@ -804,6 +835,7 @@ MESSAGES: dict[str, Message] = {
         Message(code=0x13, name="RELEASE", to_device=True, record=RECORDS["Release"]),
         Message(code=0x14, name="READ", to_device=True, record=RECORDS["Read"]),
         Message(code=0x15, name="SYNC", to_device=True, record=RECORDS["Sync"]),
+        Message(code=0x16, name="LOCK", to_device=True, record=RECORDS["Lock"]),
         Message(code=LINK_RESET, name="LINK_RESET", to_device=True),
         Message(code=LINK_RESET_DONE, name="LINK_RESET_DONE", to_device=False),
         Message(code=LINK_ACK, name="LINK_ACK", to_device=True),

@@ -91,6 +91,8 @@ COUNTERS: tuple[Counter, ...] = (
         name="merged", stage=3, description="Demands that found their expert in flight as a demand."
     ),
     Counter(name="refused", stage=3, description="Demands that found every slot pinned."),
+    Counter(name="locks", stage=3, description="Experts that the host locked."),
+    Counter(name="lock_misses", stage=3, description="Locks that had to start a fetch."),
     Counter(name="prefetch_issued", stage=3, description="Prefetches started."),
     Counter(
         name="prefetch_redundant", stage=3, description="Candidates found resident or in flight."
@@ -113,7 +115,9 @@ COUNTERS: tuple[Counter, ...] = (
         stage=3,
         description="Prefetches in flight that were given up because their layer was routed.",
     ),
-    Counter(name="useful", stage=5, description="Prefetched experts demanded before eviction."),
+    Counter(
+        name="useful", stage=5, description="Prefetched experts demanded or locked before eviction."
+    ),
     Counter(name="useless", stage=5, description="Prefetched experts evicted without a demand."),
     Counter(name="evictions", stage=5, description="Experts evicted."),
     Counter(

@@ -143,8 +143,8 @@ class Dispatcher(wiring.Component):
             if message.to_device and message.record is not None
         }
 
-        # Route, Release, Hint and BeginToken all start with the context, the first three go on with
-        # the layer.
+        # Route, Release, Hint, Lock and BeginToken all start with the context, the first four go on
+        # with the layer.
         ctx = fields["ROUTE"]["ctx"]
         layer = fields["ROUTE"]["layer"]
         experts = Array(fields["ROUTE"]["experts"])
@@ -264,7 +264,7 @@ class Dispatcher(wiring.Component):
                         with m.Case(MESSAGES["BEGIN_TOKEN"].code):
                             m.next = "BEGIN"
                         with m.Case(
-                            MESSAGES["ROUTE"].code, MESSAGES["RELEASE"].code, MESSAGES["HINT"].code
+                            *(MESSAGES[name].code for name in ("ROUTE", "RELEASE", "HINT", "LOCK"))
                         ):
                             m.next = "PLACE"
                         with m.Case(MESSAGES["READ"].code):
@@ -318,8 +318,8 @@ class Dispatcher(wiring.Component):
                 with m.If(self.begin.ready):
                     done()
 
-            # Context and layer of a Route, Release or Hint; the memory of unreleased layers is read
-            # meanwhile.
+            # Context and layer of a Route, Release, Hint or Lock; the memory of unreleased layers
+            # is read meanwhile.
             with m.State("PLACE"):
                 with m.If(bad_ctx):
                     reject(ErrorCode.BAD_CONTEXT)
@@ -329,6 +329,8 @@ class Dispatcher(wiring.Component):
                     m.next = "EXPERTS"
                 with m.Elif(code == MESSAGES["RELEASE"].code):
                     m.next = "RELEASE"
+                with m.Elif(code == MESSAGES["LOCK"].code):
+                    m.next = "LOCK"
                 with m.Else():
                     m.next = "HINT"
 
@@ -381,6 +383,7 @@ class Dispatcher(wiring.Component):
                             self.commands,
                             {
                                 "release": 0,
+                                "lock": 0,
                                 "ctx": ctx,
                                 "layer": layer,
                                 "expert": expert,
@@ -410,6 +413,7 @@ class Dispatcher(wiring.Component):
                         self.commands,
                         {
                             "release": 1,
+                            "lock": 0,
                             "ctx": ctx,
                             "layer": layer,
                             "expert": 0,
@@ -418,6 +422,25 @@ class Dispatcher(wiring.Component):
                         },
                     )
                     m.d.sync += self.strobes.releases.eq(1)
+                    done()
+
+            with m.State("LOCK"):
+                lock = fields["LOCK"]
+                with m.If(lock["expert"] >= model.experts):
+                    reject(ErrorCode.BAD_EXPERT, at_expert=lock["expert"])
+                with m.Elif(~self.commands.valid):
+                    put(
+                        self.commands,
+                        {
+                            "release": ~lock["lock"][0],
+                            "lock": 1,
+                            "ctx": ctx,
+                            "layer": layer,
+                            "expert": lock["expert"],
+                            "index": 0,
+                            "repeat": 0,
+                        },
+                    )
                     done()
 
             with m.State("HINT"):

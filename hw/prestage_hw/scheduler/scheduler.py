@@ -22,6 +22,8 @@ STROBES = (
     "late",
     "merged",
     "refused",
+    "locks",
+    "lock_misses",
     "prefetch_issued",
     "prefetch_redundant",
     "prefetch_stale",
@@ -79,7 +81,8 @@ class Scheduler(wiring.Component):
     Members
     -------
     commands : ``In(stream.Signature(RecordLayout("Command")))``
-        Demands and releases in the host's order.
+        Demands, releases, locks and unlocks in the host's order. A lock is served as a demand is,
+        but it pins nothing, and its expert stays.
     candidates : ``In(stream.Signature(RecordLayout("Candidate")))``
         Always ready; a newcomer is lost when ``config.candidate_depth`` candidates wait.
     buffer_requests : ``Out(stream.Signature(RecordLayout("BufferRequest")))``
@@ -195,6 +198,9 @@ class Scheduler(wiring.Component):
 
         # What is served: a command or a candidate, kept while a demand waits.
         op = Signal(BufferOp)
+        wanted = (
+            Signal()
+        )  # It is a demand or a lock: it is answered, and fetched before prefetches.
         ctx = Signal(config.bits("ctx"))
         layer = Signal(config.bits("layer"))
         expert = Signal(config.bits("expert"))
@@ -261,6 +267,7 @@ class Scheduler(wiring.Component):
         age, entry_age = Signal(8), Signal(8)
         m.d.comb += [
             one_ctx.eq(Const(1) << ctx),
+            wanted.eq((op == BufferOp.DEMAND) | (op == BufferOp.LOCK)),
             age.eq(Array(routes)[ctx] - deadline),
             entry_age.eq(Array(routes)[table.row.ctx] - table.row.deadline),
             queue.enable.eq(self.enable),
@@ -274,8 +281,8 @@ class Scheduler(wiring.Component):
             table.entry.ctx.eq(ctx),
             table.entry.deadline.eq(deadline),
             table.entry.kind.eq(kind),
-            table.waiters.eq(Mux(op == BufferOp.DEMAND, one_ctx, 0)),
-            table.demand.eq(op == BufferOp.DEMAND),
+            table.waiters.eq(Mux(wanted, one_ctx, 0)),
+            table.demand.eq(wanted),
             table.tile.eq(completion.tile),
             table.failed.eq(completion.failed),
             table.address.eq(completion.address),
@@ -334,13 +341,22 @@ class Scheduler(wiring.Component):
                     with m.If(commands.r_rdy & (command.release | table.demand_room)):
                         m.d.comb += commands.r_en.eq(1)
                         m.d.sync += [
-                            op.eq(Mux(command.release, BufferOp.RELEASE, BufferOp.DEMAND)),
+                            op.eq(
+                                Mux(
+                                    command.lock,
+                                    Mux(command.release, BufferOp.UNLOCK, BufferOp.LOCK),
+                                    Mux(command.release, BufferOp.RELEASE, BufferOp.DEMAND),
+                                )
+                            ),
                             ctx.eq(command.ctx),
                             layer.eq(command.layer),
                             expert.eq(command.expert),
                             index.eq(command.index),
                             route_starts.eq(
-                                ~command.release & (command.index == 0) & ~command.repeat
+                                ~command.release
+                                & ~command.lock
+                                & (command.index == 0)
+                                & ~command.repeat
                             ),
                             state.eq(_State.LOOKUP),
                         ]
@@ -473,9 +489,10 @@ class Scheduler(wiring.Component):
 
             with m.Case(_State.MERGE):
                 m.d.comb += [
-                    strobe.demands.eq(1),
-                    strobe.late.eq(~table.row_demand),
-                    strobe.merged.eq(table.row_demand),
+                    strobe.demands.eq(op == BufferOp.DEMAND),
+                    strobe.late.eq((op == BufferOp.DEMAND) & ~table.row_demand),
+                    strobe.merged.eq((op == BufferOp.DEMAND) & table.row_demand),
+                    strobe.locks.eq(op == BufferOp.LOCK),
                 ]
                 with m.If((table.row_waiters & one_ctx).any()):
                     m.d.sync += [held.eq(1), held_tag.eq(tag), held_ctx.eq(one_ctx)]
@@ -488,14 +505,14 @@ class Scheduler(wiring.Component):
             with m.Case(_State.ALLOCATE):
                 m.d.comb += [table.allocate.eq(1), filling_write.en.eq(1)]
                 tell(
-                    Mux(op == BufferOp.DEMAND, Outcome.MISS, Outcome.PREFETCH),
+                    Mux(wanted, Outcome.MISS, Outcome.PREFETCH),
                     slot=result.slot,
                     layer=layer,
                     expert=expert,
                     evicted=result.evicted,
                     unused=result.evicted_unused,
-                    waits=waits,
-                    kind=Mux(op == BufferOp.DEMAND, waits_kind, kind),
+                    waits=waits & (op == BufferOp.DEMAND),
+                    kind=Mux(wanted, waits_kind, kind),
                 )
                 with m.If((op == BufferOp.DEMAND) & waits):
                     m.d.sync += charged.eq(1)
@@ -518,7 +535,9 @@ class Scheduler(wiring.Component):
                 with m.If(~self.events.valid):
                     m.d.sync += [
                         self.events.valid.eq(1),
-                        self.events.payload.code.eq(ErrorCode.NO_SLOT),
+                        self.events.payload.code.eq(
+                            Mux(op == BufferOp.UNLOCK, ErrorCode.NOT_LOCKED, ErrorCode.NO_SLOT)
+                        ),
                         self.events.payload.ctx.eq(ctx),
                         self.events.payload.layer.eq(layer),
                         self.events.payload.expert.eq(expert),
@@ -590,9 +609,7 @@ class Scheduler(wiring.Component):
                 m.d.sync += state.eq(_State.DISPATCH)
 
         m.d.sync += self.demanding.eq(
-            (commands.level != 0)
-            | waiting
-            | ((state != _State.DISPATCH) & (op == BufferOp.DEMAND) & ~filled)
+            (commands.level != 0) | waiting | ((state != _State.DISPATCH) & wanted & ~filled)
         )
         m.d.comb += strobe.prefetch_overflow.eq(queue.overflow)
         m.d.sync += self.strobes.eq(strobe)
@@ -619,19 +636,29 @@ class Scheduler(wiring.Component):
                 strobe.useless.eq(result.evicted_unused),
             ]
         with m.Switch(op):
-            with m.Case(BufferOp.DEMAND):
+            with m.Case(BufferOp.DEMAND, BufferOp.LOCK):
+                demand, lock = op == BufferOp.DEMAND, op == BufferOp.LOCK
                 m.d.comb += [
                     strobe.useful.eq(result.prefetched),
                     strobe.pollution.eq(result.polluted),
                 ]
                 with m.Switch(result.code):
                     with m.Case(BufferCode.RESIDENT):
-                        m.d.comb += [strobe.demands.eq(1), strobe.hits.eq(1)]
+                        m.d.comb += [
+                            strobe.demands.eq(demand),
+                            strobe.hits.eq(demand),
+                            strobe.locks.eq(lock),
+                        ]
                         m.d.sync += state.eq(_State.HIT)
                     with m.Case(BufferCode.FILLING):
                         m.d.sync += state.eq(_State.MERGE)
                     with m.Case(BufferCode.ALLOCATED):
-                        m.d.comb += [strobe.demands.eq(1), strobe.misses.eq(1)]
+                        m.d.comb += [
+                            strobe.demands.eq(demand),
+                            strobe.misses.eq(demand),
+                            strobe.locks.eq(lock),
+                            strobe.lock_misses.eq(lock),
+                        ]
                         m.d.sync += state.eq(_State.ALLOCATE)
                     with m.Default():
                         with m.If(occupied):
@@ -641,7 +668,7 @@ class Scheduler(wiring.Component):
                                 state.eq(_State.DISPATCH),
                             ]
                         with m.Else():
-                            m.d.comb += [strobe.demands.eq(1), strobe.refused.eq(1)]
+                            m.d.comb += [strobe.demands.eq(demand), strobe.refused.eq(demand)]
                             m.d.sync += state.eq(_State.REFUSE)
             with m.Case(BufferOp.PREFETCH):
                 with m.Switch(result.code):
@@ -657,5 +684,9 @@ class Scheduler(wiring.Component):
                     with m.Default():
                         m.d.comb += strobe.prefetch_redundant.eq(1)
                         m.d.sync += state.eq(_State.DISPATCH)
+            with m.Case(BufferOp.UNLOCK):
+                m.d.sync += state.eq(
+                    Mux(result.code == BufferCode.REFUSED, _State.REFUSE, _State.DISPATCH)
+                )
             with m.Default():
                 m.d.sync += state.eq(_State.DISPATCH)

@@ -80,7 +80,7 @@ class Accuracy(wiring.Component):
         with m.If(fresh):
             m.d.sync += place.eq(1)
 
-        demanded = self.command_valid & ~self.command.release
+        demanded = self.command_valid & ~self.command.release & ~self.command.lock
         predicted = Signal()
         m.d.comb += predicted.eq(
             demanded

@@ -322,9 +322,13 @@ class ExpertBuffer:
         if self.locked >= most:
             return _NO_SLOT
         if slot >= 0:
-            directory.slots[slot].locked = True
+            held = directory.slots[slot]
+            held.locked = True
             self.locked += 1
-            return BufferResult(_RESIDENT if state == READY else _IN_FLIGHT, slot)
+            prefetched, held.prefetched = held.prefetched, False
+            return BufferResult(
+                _RESIDENT if state == READY else _IN_FLIGHT, slot, prefetched=prefetched
+            )
         slot = self._victim()
         if slot < 0:
             return _NO_SLOT

@@ -78,6 +78,12 @@ class Scheduler(Protocol):
     def release(self, ctx: int, layer: int) -> None:
         """Release a layer."""
 
+    def lock(self, ctx: int, layer: int, expert: int) -> Sequence[object]:
+        """Lock an expert."""
+
+    def unlock(self, ctx: int, layer: int, expert: int) -> Sequence[object]:
+        """Unlock an expert."""
+
     def clear(self) -> None:
         """Forget what was counted."""
 
@@ -122,6 +128,7 @@ class Dispatcher:
                 ("ROUTE", self._route),
                 ("RELEASE", self._release),
                 ("HINT", self._hint),
+                ("LOCK", self._lock),
                 ("READ", self._read),
                 ("SYNC", self._sync),
                 ("REGISTER_READ", self._register_read),
@@ -257,6 +264,18 @@ class Dispatcher:
             self._configure()
             self._propose(ctx, self._predictor.hint(ctx, layer, expert, score, deadline))
         return []
+
+    def _lock(self, body: bytes) -> list[Answer]:
+        ctx, layer, expert, lock = self._values("Lock", body)
+        reason = self._misplaced(ctx, layer)
+        if reason is None and expert >= self._config.model.experts:
+            reason = ErrorCode.BAD_EXPERT
+        if reason is not None:
+            named = expert if reason is ErrorCode.BAD_EXPERT else 0
+            return self._reject(reason, ctx=ctx, layer=layer, expert=named)
+        self._configure()
+        act = self._scheduler.lock if lock & 1 else self._scheduler.unlock
+        return [self._scheduled(answer) for answer in act(ctx, layer, expert)]
 
     def _read(self, body: bytes) -> list[Answer]:
         slot, beat, count = self._values("Read", body)

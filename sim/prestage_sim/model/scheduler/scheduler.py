@@ -78,9 +78,10 @@ class Buffer(Protocol):
 
 _DEMAND, _PREFETCH = BufferOp.DEMAND, BufferOp.PREFETCH
 _FILL, _RELEASE = BufferOp.FILL, BufferOp.RELEASE
+_LOCK, _UNLOCK = BufferOp.LOCK, BufferOp.UNLOCK
 _RESIDENT = BufferCode.RESIDENT
 _ALLOCATED, _NO_SLOT = BufferCode.ALLOCATED, BufferCode.NO_SLOT
-_OUTBID = BufferCode.OUTBID
+_OUTBID, _REFUSED = BufferCode.OUTBID, BufferCode.REFUSED
 
 
 class Scheduler:
@@ -251,6 +252,35 @@ class Scheduler:
     def release(self, ctx: int, layer: int) -> None:
         """Release a layer."""
         self.buffer.request(_RELEASE, ctx=ctx, layer=layer)
+
+    def lock(self, ctx: int, layer: int, expert: int) -> list[Ready | Event]:
+        """Keep an expert until it is unlocked, and give the answer: it is fetched if it is missing.
+
+        No slot for it: either none may be taken, or as many as may be are locked.
+        """
+        result = self.buffer.request(_LOCK, layer=layer, expert=expert)
+        if result.code == _NO_SLOT:
+            return [Event(ErrorCode.NO_SLOT, ctx, layer, expert, 0)]
+        counters = self.counters
+        counters["locks"] += 1
+        if result.prefetched:
+            counters["useful"] += 1
+            self.throttle.used(result.slot)
+        if result.code == _RESIDENT:
+            return [Ready(ctx, layer, expert, result.slot)]
+        counters["lock_misses"] += 1
+        self._count_eviction(result)
+        self.throttle.miss(
+            layer, expert, slot=result.slot, evicted=result.evicted, unused=result.evicted_unused
+        )
+        return self._fill(Entry(layer, expert, result.slot, True, [ctx]))
+
+    def unlock(self, ctx: int, layer: int, expert: int) -> list[Ready | Event]:
+        """Let an expert be evicted again; an event if it was not locked."""
+        result = self.buffer.request(_UNLOCK, layer=layer, expert=expert)
+        if result.code == _REFUSED:
+            return [Event(ErrorCode.NOT_LOCKED, ctx, layer, expert, 0)]
+        return []
 
     def clear(self) -> None:
         """Forget what was counted, along with the buffer."""
