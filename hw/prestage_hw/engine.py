@@ -26,6 +26,7 @@ _SCHEDULER_PORTS = (
     *(
         "cutoff_layer",
         "hold",
+        "wanted",
         "alone",
         "cancel_enable",
         "throttle_enable",
@@ -84,8 +85,8 @@ class Engine(wiring.Component):
     Members
     -------
     commands, candidates, ready, events, expert_base, prefetch_tiles, enable, cutoff_layer, \
-    hold, alone, cancel_enable, throttle_enable, throttle_weights, throttle_state, demanding, \
-    strobes
+    hold, wanted, alone, cancel_enable, throttle_enable, throttle_weights, throttle_state, \
+    demanding, strobes
         As of :class:`Scheduler`.
     bus, settings, commit, lower_credits, refused, refusal, abort, abort_tag, abort_all, timeout, \
     stray, expired

@@ -21,7 +21,7 @@ from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import Dispatcher
 from prestage_hw.link.link import Link
 from prestage_hw.predictor import create_predictor
-from prestage_hw.scheduler import Scheduler
+from prestage_hw.scheduler import ChunkUnion, Scheduler
 from prestage_hw.stats import Accuracy, Counters, RegisterBank
 
 __all__ = ["Top"]
@@ -85,6 +85,7 @@ class Top(wiring.Component):
         m.submodules.link = link = Link(config=config, **self.link_options)
         m.submodules.dispatcher = dispatcher = Dispatcher(config=config)
         m.submodules.predictor = predictor = create_predictor(config)
+        m.submodules.chunks = chunks = ChunkUnion(config=config)
         m.submodules.scheduler = scheduler = Scheduler(config=config)
         m.submodules.dma = dma = DMA(config=config)
         m.submodules.buffer = buffer = ExpertBuffer(config=config)
@@ -128,8 +129,17 @@ class Top(wiring.Component):
             m.d.comb += predictor.base.eq(registers.control.token_base)
 
         # 3 scheduler: candidates are the predictor's and those of hints, which the predictor hands
-        # on in its own order; the scheduler says which it drops.
-        wiring.connect(m, predictor.candidates, scheduler.candidates)
+        # on in its own order; those of a chunk are gathered; the scheduler says which it drops.
+        wiring.connect(m, predictor.candidates, chunks.i)
+        wiring.connect(m, chunks.o, scheduler.candidates)
+        m.d.comb += [
+            chunks.token_valid.eq(dispatcher.begin.valid & dispatcher.begin.ready),
+            chunks.token.eq(dispatcher.begin.p),
+            chunks.decision_valid.eq(dispatcher.decisions.valid & dispatcher.decisions.ready),
+            chunks.decision.eq(dispatcher.decisions.p),
+            chunks.wanted.eq(scheduler.wanted),
+            chunks.hold.eq(scheduler.hold),
+        ]
         wiring.connect(m, dispatcher.commands, scheduler.commands)
         wiring.connect(m, scheduler.ready, dispatcher.ready)
         wiring.connect(m, scheduler.events, dispatcher.events)
@@ -199,7 +209,7 @@ class Top(wiring.Component):
                 if counter.name in dict(strobes.shape()):
                     m.d.comb += counters.strobes[counter.name].eq(strobes[counter.name])
 
-        engine_idle = predictor.idle & scheduler.idle & dma.idle & buffer.idle
+        engine_idle = predictor.idle & chunks.idle & scheduler.idle & dma.idle & buffer.idle
         m.d.comb += [
             dispatcher.engine_idle.eq(engine_idle),
             registers.engine_idle.eq(engine_idle),

@@ -107,6 +107,8 @@ class Scheduler(wiring.Component):
         Candidates for this layer and those above are dropped on entry; 255: none are.
     hold : ``In(1)``
         1 lets candidates wait.
+    wanted : ``Out(1)``
+        No candidate waits to be looked up.
     alone : ``In(1)``
         1 lets a candidate wait until nothing is in flight.
     cancel_enable : ``In(1)``
@@ -158,6 +160,7 @@ class Scheduler(wiring.Component):
                 "enable": In(1),
                 "cutoff_layer": In(8),
                 "hold": In(1),
+                "wanted": Out(1),
                 "alone": In(1),
                 "cancel_enable": In(1),
                 "throttle_enable": In(1),
@@ -272,6 +275,7 @@ class Scheduler(wiring.Component):
             entry_age.eq(Array(routes)[table.row.ctx] - table.row.deadline),
             queue.enable.eq(self.enable),
             queue.cutoff_layer.eq(self.cutoff_layer),
+            self.wanted.eq(queue.empty),
             table.prefetch_tiles.eq(self.prefetch_tiles),
             table.tag.eq(tag),
             table.entry.layer.eq(layer),

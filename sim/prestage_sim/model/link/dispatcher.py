@@ -10,6 +10,7 @@ from prestage_hw.contract.records import MESSAGES, RECORDS, TABLE_BURST, ErrorCo
 from prestage_hw.contract.registers import register_by_name
 
 from ..dma.settings import Channel
+from ..scheduler.chunks import ChunkUnion
 from ..scheduler.throttle import Throttle
 from ..stats.accuracy import Accuracy
 from ..stats.counters import Counters
@@ -118,6 +119,7 @@ class Dispatcher:
         self._buffer = buffer
         self._registers = registers
         self._accuracy = Accuracy(config, counters)
+        self._chunks = ChunkUnion(config)
         self._stamp = [0] * config.contexts
         self._current = [-1] * config.contexts
         self._unreleased: set[tuple[int, int]] = set()
@@ -175,6 +177,7 @@ class Dispatcher:
         self._current[ctx] = -1
         self._accuracy.begin(ctx)
         self._registers.begin(phase)
+        self._chunks.begin(ctx, phase)
         self._configure()
         self._propose(ctx, self._predictor.begin(ctx, token, phase))
         return []
@@ -198,7 +201,8 @@ class Dispatcher:
         self._accuracy.proposed(ctx, [(c[1], c[2]) for c in candidates if c[4] != Source.HINT])
         for value in self._predictor.values():
             self._buffer.values(*value)
-        self._scheduler.offer(candidates)
+        for offered in self._chunks.offer(candidates):
+            self._scheduler.offer(offered)
 
     def _route(self, body: bytes) -> list[Answer]:
         fields = RECORDS["Route"].unpack(self._config, body)
@@ -229,6 +233,7 @@ class Dispatcher:
             for answer in self._scheduler.demand(ctx, layer, experts, repeat=repeat)
         ]
         self._accuracy.truth(ctx, layer, experts)
+        self._chunks.decide(ctx, layer)
         self._propose(ctx, self._predictor.decide(ctx, layer, experts, self._stamp[ctx]))
         return answers
 
