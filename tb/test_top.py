@@ -164,8 +164,9 @@ class _Bench:
             got = await self.beats.receive(beats)
             assert all(beat["ok"] for beat in got), ready
             data = b"".join(bytes(beat["data"]) for beat in got)
-            start = self.config.expert_address(ready["layer"], ready["expert"])
-            assert data == self.image[start : start + self.config.expert_bytes].tobytes(), ready
+            spans = self.config.expert_spans(ready["layer"], ready["expert"])
+            whole = b"".join(self.image[start : start + size].tobytes() for start, size in spans)
+            assert data == whole, ready
 
     def readies(self, answers):
         return [
@@ -301,7 +302,8 @@ async def hints_and_errors(dut):
     bad = {(rng.randrange(model.layers), rng.randrange(model.experts)) for _ in range(6)}
     for layer, expert in bad:
         # The second beat from the end, so that the failing burst isn't the first one.
-        address = config.expert_address(layer, expert) + config.expert_bytes - config.data_bytes * 2
+        start, size = config.expert_spans(layer, expert)[-1]
+        address = start + size - config.data_bytes * 2
         bench.memory.failing.append((address, address + config.data_bytes, SLVERR))
         golden.memory.failing.append((address, address + config.data_bytes))
     control = register_by_name("control").address
@@ -646,6 +648,18 @@ def test_top(shape):
     config = _SHAPES[shape]
     run_bench(
         lambda: Top(config=config), module=__file__, name="top", parameters={"config": config}
+    )
+
+
+def test_parts():
+    """Experts that lie in three parts: whole, or refused with the address in their part."""
+    config = TINY_DEVICE.replace(expert_bytes=2048, parts=(512, 1024, 512))
+    run_bench(
+        lambda: Top(config=config),
+        module=__file__,
+        name="top",
+        parameters={"config": config},
+        testcase=[f"drained_pace/stall=0.3/policy={Policy.LRU.name}", "hints_and_errors"],
     )
 
 

@@ -34,6 +34,7 @@ _SCHEDULER_PORTS = (
     ),
     *("demanding", "strobes"),
 )
+_PARTS_PORTS = ("part_bases",)
 _DMA_PORTS = (
     *("bus", "settings", "commit", "lower_credits", "refused", "refusal", "abort", "abort_tag"),
     *("abort_all", "timeout", "stray", "expired"),
@@ -83,7 +84,8 @@ class Engine(wiring.Component):
 
     Members
     -------
-    commands, candidates, ready, events, expert_base, prefetch_tiles, enable, cutoff_layer, \
+    commands, candidates, ready, events, expert_base, part_bases, prefetch_tiles, enable, \
+    cutoff_layer, \
     hold, alone, cancel_enable, throttle_enable, throttle_weights, throttle_state, demanding, \
     strobes
         As of :class:`Scheduler`.
@@ -129,6 +131,7 @@ class Engine(wiring.Component):
     def _own_ports(self):
         return (
             (self._scheduler, _SCHEDULER_PORTS),
+            (self._scheduler, _PARTS_PORTS if len(self.config.part_bytes) > 1 else ()),
             (self._dma, _DMA_PORTS),
             (self._buffer, _BUFFER_PORTS),
         )

@@ -135,6 +135,10 @@ class Top(wiring.Component):
         wiring.connect(m, scheduler.events, dispatcher.events)
         m.d.comb += [
             scheduler.expert_base.eq(registers.control.expert_base),
+            *(
+                scheduler.part_bases[at].eq(registers.control.part_bases[at])
+                for at in range(len(config.part_bytes) - 1)
+            ),
             scheduler.prefetch_tiles.eq(profile.prefetch_tiles),
             scheduler.enable.eq(profile.prefetch_enable),
             scheduler.cutoff_layer.eq(profile.cutoff_layer),

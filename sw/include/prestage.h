@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0xa6cbfe72u
+#define PRESTAGE_REGISTER_HASH 0xe5ba5ef0u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -116,8 +116,8 @@ enum prestage_register {
     PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its layer was routed. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are those of the profile that profile_select names. */
     PRESTAGE_REG_CLEAR = 0x11, /* wo: Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free, every layer released). Bit 2: counters. Waits until the engine is idle. */
     PRESTAGE_REG_HINT_THRESHOLD = 0x12, /* rw: Hints with a lower score are dropped (bits 7..0). */
-    PRESTAGE_REG_EXPERT_BASE_LOW = 0x13, /* rw: Address of expert 0 of layer 0, bits 31..0. */
-    PRESTAGE_REG_EXPERT_BASE_HIGH = 0x14, /* rw: Address of expert 0 of layer 0, bits 63..32. */
+    PRESTAGE_REG_EXPERT_BASE_LOW = 0x13, /* rw: Address of (part 0 of) expert 0 of layer 0, bits 31..0. */
+    PRESTAGE_REG_EXPERT_BASE_HIGH = 0x14, /* rw: Address of (part 0 of) expert 0 of layer 0, bits 63..32. */
     PRESTAGE_REG_PREFETCH_TILES = 0x15, /* rw: Prefetch tiles that the DMA may hold at once, 1 to 4. */
     PRESTAGE_REG_PREDICT_THRESHOLD = 0x16, /* rw: Least confidence of a candidate for the next layer, in 1/256 (bits 7..0). */
     PRESTAGE_REG_PREDICT_FAR_THRESHOLD = 0x17, /* rw: Least confidence of a candidate for a layer after the next, in 1/256 (bits 7..0). */
@@ -142,6 +142,16 @@ enum prestage_register {
     PRESTAGE_REG_DMA_ROW_BYTES = 0x2b, /* rw: Bytes of a row if tiles are gathered from rows, else 0. */
     PRESTAGE_REG_DMA_ROW_STRIDE = 0x2c, /* rw: Bytes from the start of a row to the start of the next, below 16,777,216. */
     PRESTAGE_REG_REFUSAL = 0x2d, /* rw: What was wrong with the first write that was refused, which has changed nothing. Bit 31: a write was refused. Bits 23..8: address of its register. Bits 7..0: a Refusal. Any write clears it. */
+    PRESTAGE_REG_PART1_BASE_LOW = 0x30, /* rw: Address of part 1 of expert 0 of layer 0, bits 31..0. After reset the parts' arrays follow each other from address 0 on; 0 where experts have no such part. */
+    PRESTAGE_REG_PART1_BASE_HIGH = 0x31, /* rw: Address of part 1 of expert 0 of layer 0, bits 63..32. */
+    PRESTAGE_REG_PART2_BASE_LOW = 0x32, /* rw: Address of part 2 of expert 0 of layer 0, bits 31..0. After reset the parts' arrays follow each other from address 0 on; 0 where experts have no such part. */
+    PRESTAGE_REG_PART2_BASE_HIGH = 0x33, /* rw: Address of part 2 of expert 0 of layer 0, bits 63..32. */
+    PRESTAGE_REG_PART3_BASE_LOW = 0x34, /* rw: Address of part 3 of expert 0 of layer 0, bits 31..0. After reset the parts' arrays follow each other from address 0 on; 0 where experts have no such part. */
+    PRESTAGE_REG_PART3_BASE_HIGH = 0x35, /* rw: Address of part 3 of expert 0 of layer 0, bits 63..32. */
+    PRESTAGE_REG_PART0_BYTES = 0x36, /* ro: Size of part 0 of an expert, in bytes, 0 if there is none. */
+    PRESTAGE_REG_PART1_BYTES = 0x37, /* ro: Size of part 1 of an expert, in bytes, 0 if there is none. */
+    PRESTAGE_REG_PART2_BYTES = 0x38, /* ro: Size of part 2 of an expert, in bytes, 0 if there is none. */
+    PRESTAGE_REG_PART3_BYTES = 0x39, /* ro: Size of part 3 of an expert, in bytes, 0 if there is none. */
     PRESTAGE_REG_TOKENS = 0x40, /* ro: Tokens begun. Stage 1. */
     PRESTAGE_REG_ROUTES = 0x41, /* ro: Routing decisions accepted. Stage 1. */
     PRESTAGE_REG_RELEASES = 0x42, /* ro: Layers released. Stage 1. */

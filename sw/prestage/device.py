@@ -668,6 +668,7 @@ class Device:
         hints: bool | None = None,
         hint_threshold: int | None = None,
         expert_base: int | None = None,
+        part_bases: Mapping[int, int] | None = None,
         token_base: int | None = None,
         prefetch_tiles: int | None = None,
         policy: Policy | None = None,
@@ -698,7 +699,11 @@ class Device:
         hint_threshold : :class:`int` or None
             Least score of a hint that counts, 0 to 255.
         expert_base : :class:`int` or None
-            Address of expert 0 of layer 0, in bytes: a multiple of the memory port's width.
+            Address of expert 0 of layer 0, in bytes: a multiple of the memory port's width. Of
+            experts in several parts that of part 0, as ``part_bases[0]``.
+        part_bases : mapping of :class:`int` to :class:`int`, or None
+            Address of the array of each of these parts of experts, in bytes: a multiple of the
+            memory port's width. After reset they follow each other from address 0 on.
         token_base : :class:`int` or None
             Address of the predictor's token tables where they lie behind a memory port, in bytes: a
             multiple of 4,096.
@@ -759,9 +764,14 @@ class Device:
                 )
             writes.append(("hint_threshold", hint_threshold))
         if expert_base is not None:
-            self._check_base(expert_base)
-            writes.append(("expert_base_low", expert_base & 0xFFFFFFFF))
-            writes.append(("expert_base_high", expert_base >> 32))
+            if 0 in (part_bases or {}):
+                raise ArgumentError("Base of part 0 must be given once, not as expert base too")
+            part_bases = {**(part_bases or {}), 0: expert_base}
+        for part, base in (part_bases or {}).items():
+            self._check_base(part, base)
+            name = f"part{part}_base" if part else "expert_base"
+            writes.append((f"{name}_low", base & 0xFFFFFFFF))
+            writes.append((f"{name}_high", base >> 32))
         if token_base is not None:
             most = (1 << self.config.address_bits) - 4096
             if not 0 <= operator.index(token_base) <= most or token_base % 4096:
@@ -1011,15 +1021,18 @@ class Device:
             value = value & ~(most << low) | weight << low
         return value
 
-    def _check_base(self, base: int) -> None:
+    def _check_base(self, part: int, base: int) -> None:
         model = self.config.model
-        size = model.layers * model.experts * self.config.expert_bytes
-        most = (1 << self.config.address_bits) - size
+        parts = self.config.part_bytes
+        if not 0 <= operator.index(part) < len(parts):
+            raise ArgumentError(f"Experts have parts 0 to {len(parts) - 1}, not {part}")
+        what = f"Base of part {part}" if len(parts) > 1 else "Expert base"
+        most = (1 << self.config.address_bits) - model.layers * model.experts * parts[part]
         if not 0 <= operator.index(base) <= most:
-            raise ArgumentError(f"Expert base must be between 0 and {most:#x}, not {base:#x}")
+            raise ArgumentError(f"{what} must be between 0 and {most:#x}, not {base:#x}")
         if base % self.config.data_bytes:
             raise ArgumentError(
-                f"Expert base must be a multiple of {self.config.data_bytes} bytes, not {base:#x}"
+                f"{what} must be a multiple of {self.config.data_bytes} bytes, not {base:#x}"
             )
 
     def stats(self) -> dict[str, int]:

@@ -30,7 +30,7 @@ from prestage.errors import (
 from prestage_hw.contract import MESSAGES, DeviceConfig, preset
 from prestage_hw.contract.pattern import expert_memory, expert_pattern
 from prestage_hw.contract.records import ErrorCode, Phase, Policy, Refusal
-from prestage_hw.contract.registers import COUNTERS, shape_registers
+from prestage_hw.contract.registers import COUNTERS, register_by_name, shape_registers
 from prestage_sim.model.pipe import ModelPipe
 
 CONFIG = DeviceConfig(model=preset("tiny"), slots=8, expert_bytes=1024, contexts=2)
@@ -358,6 +358,40 @@ def test_expert_base():
         assert device.pipe.compare([ready[2].slot], [0], [2]) == []
 
 
+def test_bases_of_parts():
+    config = CONFIG.replace(expert_bytes=1536, parts=(512, 1024))
+    memory = expert_memory(config)
+    arrays = np.split(memory, [32 * 512])
+    moved = np.concatenate(arrays[::-1])
+    with prestage.open("model://", config=config, memory=moved) as device:
+        device.configure(expert_base=32 * 1024, part_bases={1: 0})
+        assert device.read_register("part1_base_low") == 0
+        device.route(0, 0, [2, 7])
+        for ready in device.wait_ready(0, 0):
+            whole = expert_pattern(0, ready.expert, size=1536)
+            assert device.read(ready) == whole.tobytes()
+            assert device.pipe.compare([ready.slot], [0], [ready.expert]) == []
+        most = (1 << 40) - 32 * 1024
+        for bases, text in (
+            ({2: 0}, "Experts have parts 0 to 1, not 2"),
+            ({1: most + 16}, f"Base of part 1 must be between 0 and {most:#x}, not {most + 16:#x}"),
+            ({1: 8}, "Base of part 1 must be a multiple of 16 bytes, not 0x8"),
+        ):
+            with pytest.raises(ArgumentError, match=text):
+                device.configure(part_bases=bases)
+        with pytest.raises(ArgumentError, match="Base of part 0 must be given once"):
+            device.configure(part_bases={0: 0}, expert_base=0)
+
+
+def test_an_error_in_a_part_tells_its_address():
+    config = CONFIG.replace(expert_bytes=1536, parts=(512, 1024))
+    at = config.expert_spans(0, 3)[1][0] + 512
+    with prestage.open(f"model://?error={at}:1", config=config) as device:
+        device.route(0, 0, [2, 3])
+        with pytest.raises(BusError, match=f"{at:#x}"):
+            list(device.wait_ready(0, 0))
+
+
 def test_snapshot_and_profile(device):
     rng = np.random.default_rng(4)
     for token in range(20):
@@ -535,11 +569,11 @@ def test_answers_in_the_wrong_order():
 
 @pytest.mark.parametrize("name", [n for n in shape_registers(CONFIG) if n != "version"])
 def test_every_shape_register_is_checked(name):
-    registers = list(shape_registers(CONFIG))
-
     def wrong(body, answers):
         address, value = MESSAGES["REGISTER_VALUE"].record.unpack(CONFIG, answers[0][1]).values()
-        return [message("REGISTER_VALUE", address, value + (address == registers.index(name)))]
+        return [
+            message("REGISTER_VALUE", address, value + (address == register_by_name(name).address))
+        ]
 
     pipe = Faulty(REGISTER_READ=wrong)
     with pytest.raises(MismatchError, match=f"Register {name} must be .*, but the") as caught:

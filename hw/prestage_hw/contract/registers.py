@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
-from .params import DeviceConfig
+from .params import MOST_PARTS, DeviceConfig
 from .records import Phase, Policy
 
 __all__ = [
@@ -246,8 +246,14 @@ def _layout() -> tuple[Register, ...]:
         " every layer released). Bit 2: counters. Waits until the engine is idle.",
     )
     add(0x12, "hint_threshold", "rw", 128, "Hints with a lower score are dropped (bits 7..0).")
-    add(0x13, "expert_base_low", "rw", 0, "Address of expert 0 of layer 0, bits 31..0.")
-    add(0x14, "expert_base_high", "rw", 0, "Address of expert 0 of layer 0, bits 63..32.")
+    add(0x13, "expert_base_low", "rw", 0, "Address of (part 0 of) expert 0 of layer 0, bits 31..0.")
+    add(
+        0x14,
+        "expert_base_high",
+        "rw",
+        0,
+        "Address of (part 0 of) expert 0 of layer 0, bits 63..32.",
+    )
     add(0x15, "prefetch_tiles", "rw", 1, "Prefetch tiles that the DMA may hold at once, 1 to 4.")
     add(
         0x16,
@@ -385,6 +391,25 @@ def _layout() -> tuple[Register, ...]:
         " write was refused. Bits 23..8: address of its register. Bits 7..0: a Refusal. Any write"
         " clears it.",
     )
+    for part in range(1, MOST_PARTS):
+        text = f"Address of part {part} of expert 0 of layer 0"
+        add(
+            0x2E + 2 * part,
+            f"part{part}_base_low",
+            "rw",
+            None,
+            f"{text}, bits 31..0. After reset the parts' arrays follow each other from address 0"
+            " on; 0 where experts have no such part.",
+        )
+        add(0x2F + 2 * part, f"part{part}_base_high", "rw", None, f"{text}, bits 63..32.")
+    for part in range(MOST_PARTS):
+        add(
+            0x36 + part,
+            f"part{part}_bytes",
+            "ro",
+            None,
+            f"Size of part {part} of an expert, in bytes, 0 if there is none.",
+        )
     at = 0x40
     for counter in COUNTERS:
         text = f"{counter.description} Stage {counter.stage}."
@@ -442,4 +467,8 @@ def shape_registers(config: DeviceConfig) -> dict[str, int]:
         "predictor": config.PREDICTORS.index(config.predictor),
         "successors": config.successors,
         "data_bytes": config.data_bytes,
+        **{
+            f"part{part}_bytes": sum(config.part_bytes[part : part + 1])
+            for part in range(MOST_PARTS)
+        },
     }

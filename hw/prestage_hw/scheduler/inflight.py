@@ -25,7 +25,8 @@ class EntryLayout(data.StructLayout):
                 "layer": unsigned(config.bits("layer")),
                 "expert": unsigned(config.bits("expert")),
                 "slot": unsigned(config.bits("slot")),
-                "address": unsigned(config.bits("address")),
+                # Of each part, as if the tiles before it lay there, too.
+                "addresses": data.ArrayLayout(config.bits("address"), len(config.part_bytes)),
                 "ctx": unsigned(config.bits("ctx")),  # of a prefetch, as the next two
                 "deadline": unsigned(8),
                 "kind": unsigned(2),
@@ -157,6 +158,9 @@ class InflightTable(wiring.Component):
         older = [Signal(count, name=f"older_{i}") for i in range(count)]
         issued = [Signal(tile_shape, name=f"issued_{i}") for i in range(count)]
         returned = [Signal(tile_shape, name=f"returned_{i}") for i in range(count)]
+        # Part that the next tile is of.
+        parts = len(config.part_bytes)
+        part = [Signal(range(parts), name=f"part_{i}") for i in range(count)]
         waiters = [Signal(config.contexts, name=f"waiters_{i}") for i in range(count)]
         prefetches = Signal(range(count + 1))  # Entries of the class prefetch.
         under_way = Signal(3)  # Prefetch tiles offered.
@@ -253,8 +257,12 @@ class InflightTable(wiring.Component):
         stands = Signal()
         prepared = Signal(count)
         prepared_tag = Signal(config.bits("tag"))
-        prepared_entry = Signal(self.entry_layout)
+        prepared_slot = Signal(config.bits("slot"))
+        prepared_kind = Signal(2)
+        prepared_address = Signal(config.bits("address"))
         prepared_tile = Signal(tile_shape)
+        prepared_part = Signal(range(parts))
+        next_part = Signal(range(parts))
         prepared_demand = Signal()
         ready = Signal()
         load = Signal()
@@ -270,8 +278,13 @@ class InflightTable(wiring.Component):
             stands.eq(~changing & ~load),
             prepared.eq(chosen),
             prepared_tag.eq(chosen_tag),
-            prepared_entry.eq(offer_read.data),
+            prepared_slot.eq(offer_read.data.slot),
+            prepared_kind.eq(offer_read.data.kind),
+            prepared_address.eq(
+                offer_read.data.addresses[Array(part)[chosen_tag] if parts > 1 else 0]
+            ),
             prepared_tile.eq(Array(issued)[chosen_tag]),
+            prepared_part.eq(Array(part)[chosen_tag]),
             prepared_demand.eq((chosen & demand).any()),
             ready.eq(chosen.any() & stands & ~changing & ~load),
         ]
@@ -282,21 +295,26 @@ class InflightTable(wiring.Component):
                 self.fetches.payload.tag.eq(prepared_tag),
                 self.fetches.payload.demand.eq(prepared_demand),
                 self.fetches.payload.channel.eq(~prepared_demand if config.dma_channels > 1 else 0),
-                self.fetches.payload.slot.eq(prepared_entry.slot),
+                self.fetches.payload.slot.eq(prepared_slot),
                 self.fetches.payload.tile.eq(prepared_tile),
                 self.fetches.payload.address.eq(
-                    prepared_entry.address + prepared_tile * config.tile_bytes
+                    prepared_address + prepared_tile * config.tile_bytes
                 ),
             ]
+        m.d.comb += next_part.eq(prepared_part)
+        for at, first in enumerate(config.first_tiles):
+            if at:
+                with m.If(prepared_tile == first - 1):
+                    m.d.comb += next_part.eq(at)
         with m.If(load):
             m.d.sync += self.fetches.valid.eq(1)
             with m.If(prepared_tile == config.tiles - 1):
                 m.d.sync += more.eq(more & ~prepared)
             with m.If(~prepared_demand):
-                m.d.sync += [under_way.eq(under_way + 1), self.waits_kind.eq(prepared_entry.kind)]
+                m.d.sync += [under_way.eq(under_way + 1), self.waits_kind.eq(prepared_kind)]
             for i in range(count):
                 with m.If(prepared[i]):
-                    m.d.sync += issued[i].eq(prepared_tile + 1)
+                    m.d.sync += [issued[i].eq(prepared_tile + 1), part[i].eq(next_part)]
 
         # --- changes ---
         target = Signal(count)  # Entry that changes, one bit.
@@ -349,6 +367,7 @@ class InflightTable(wiring.Component):
             with m.If(target[i] & self.allocate):
                 m.d.sync += [
                     issued[i].eq(0),
+                    part[i].eq(0),
                     returned[i].eq(0),
                     waiters[i].eq(self.waiters),
                 ]

@@ -96,6 +96,8 @@ class Scheduler(wiring.Component):
         Demands that could not be served.
     expert_base : ``In(address bits)``
         Address of expert 0 of layer 0: a whole number of beats.
+    part_bases : ``In(ArrayLayout(address bits, parts - 1))``
+        The same of the parts of experts after the first one; only where there are any.
     prefetch_tiles : ``In(3)``
         Most prefetch tiles with the DMA engine; 0 counts as 1.
     enable : ``In(1)``
@@ -140,8 +142,11 @@ class Scheduler(wiring.Component):
         def record(name):
             return stream.Signature(RecordLayout(name, config=config))
 
+        others = len(config.part_bytes) - 1
+        bases = {"part_bases": In(data.ArrayLayout(config.address_bits, others))}
         super().__init__(
             {
+                **(bases if others else {}),
                 "commands": In(record("Command")),
                 "candidates": In(record("Candidate")),
                 "buffer_requests": Out(record("BufferRequest")),
@@ -247,15 +252,23 @@ class Scheduler(wiring.Component):
             m.d.sync += [told[name].eq(value) for name, value in fields.items()]
 
         # Address of the expert that is served, three cycles after it is known: sooner than any
-        # lookup ends.
+        # lookup ends. Of each further part the address that the expert would have if its tiles
+        # before the part lay there, too, so that a tile's number counts from 0 in all of them.
         number = Signal(range(config.model.layers * config.model.experts))
-        offset = Signal(range(config.model.layers * config.model.experts * config.expert_bytes))
-        address = Signal(config.bits("address"))
-        m.d.sync += [
-            number.eq(layer * config.model.experts + expert),
-            offset.eq(number * config.expert_bytes),
-            address.eq(self.expert_base + offset),
-        ]
+        m.d.sync += number.eq(layer * config.model.experts + expert)
+        addresses = []
+        for part, size in enumerate(config.part_bytes):
+            offset = Signal(
+                range(config.model.layers * config.model.experts * size), name=f"offset_{part}"
+            )
+            address = Signal(config.bits("address"), name=f"address_{part}")
+            start = self.expert_base
+            if part:
+                start = Signal(config.bits("address"), name=f"start_{part}")
+                before = config.first_tiles[part] * config.tile_bytes
+                m.d.sync += start.eq(self.part_bases[part - 1] - before)
+            m.d.sync += [offset.eq(number * size), address.eq(start + offset)]
+            addresses.append(address)
 
         one_ctx = Signal(contexts)
         age, entry_age = Signal(8), Signal(8)
@@ -270,7 +283,7 @@ class Scheduler(wiring.Component):
             table.entry.layer.eq(layer),
             table.entry.expert.eq(expert),
             table.entry.slot.eq(result.slot),
-            table.entry.address.eq(address),
+            *(table.entry.addresses[part].eq(each) for part, each in enumerate(addresses)),
             table.entry.ctx.eq(ctx),
             table.entry.deadline.eq(deadline),
             table.entry.kind.eq(kind),

@@ -64,7 +64,7 @@ class Scheduler(Protocol):
     enable: bool
     cutoff_layer: int
     channels: list[Channel]
-    expert_base: int
+    bases: list[int]
     throttle: Throttle
 
     def demand(
@@ -175,7 +175,7 @@ class Dispatcher:
     def _configure(self) -> None:
         """Show the registers to the stages behind."""
         registers = self._registers
-        self._scheduler.expert_base = registers.expert_base
+        self._scheduler.bases = registers.bases
         self._scheduler.enable = bool(registers["control"] & 1)
         self._scheduler.cutoff_layer = registers["cutoff_layer"]
         self._scheduler.channels = registers.profiles.dma.active

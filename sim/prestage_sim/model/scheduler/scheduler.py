@@ -114,8 +114,8 @@ class Scheduler:
 
     Attributes
     ----------
-    expert_base : :class:`int`
-        Address of expert 0 of layer 0.
+    bases : list of :class:`int`
+        Address of expert 0 of layer 0, for each part of experts.
     enable : :class:`bool`
         False drops the predictor's candidates.
     cutoff_layer : :class:`int`
@@ -146,7 +146,7 @@ class Scheduler:
         self.buffer = buffer
         self.memory = memory
         self.counters = counters
-        self.expert_base = 0
+        self.bases = list(config.part_bases())
         self.enable = True
         self.cutoff_layer = 255
         self.channels = Settings(config).active
@@ -156,7 +156,17 @@ class Scheduler:
         # Looked up once: a fill is the hottest path of a replay.
         self._experts = config.model.experts
         self._expert_bytes = config.expert_bytes
+        self._parts = config.part_bytes
         self._last_tile = config.tiles - 1
+
+    @property
+    def expert_base(self) -> int:
+        """Address of expert 0 of layer 0: of its first part, where it has several."""
+        return self.bases[0]
+
+    @expert_base.setter
+    def expert_base(self, base: int) -> None:
+        self.bases[0] = base
 
     def demand(
         self, ctx: int, layer: int, experts: Sequence[int], *, repeat: bool = False
@@ -265,13 +275,16 @@ class Scheduler:
         """Fetch an expert whole; the answers to who waits for it."""
         request = self.buffer.request
         size = self._expert_bytes
-        address = self.expert_base + (entry.layer * self._experts + entry.expert) * size
+        number = entry.layer * self._experts + entry.expert
+        spans = [
+            (base + number * part, part) for base, part in zip(self.bases, self._parts, strict=True)
+        ]
         if self._channel(entry).row_bytes:
-            return self._fill_tiles(entry, address)
+            return self._fill_tiles(entry, spans)
         try:
-            data = self.memory.read(address, size)
+            data = b"".join([self.memory.read(address, part) for address, part in spans])
         except BusError:
-            return self._fill_tiles(entry, address)
+            return self._fill_tiles(entry, spans)
         slot = entry.slot
         last = self._last_tile
         self.buffer.write_expert(slot, data)
@@ -286,18 +299,19 @@ class Scheduler:
         """Settings of the channel that fetches an expert."""
         return self.channels[0 if entry.demand else min(1, self.config.dma_channels - 1)]
 
-    def _fill_tiles(self, entry: Entry, address: int) -> list[Ready | Event]:
-        """Fetch tile by tile up to the first that fails.
+    def _fill_tiles(self, entry: Entry, spans: Sequence[tuple[int, int]]) -> list[Ready | Event]:
+        """Fetch tile by tile up to the first that fails; ``spans`` are the expert's parts.
 
         The RTL may have later tiles under way by then; they are never read and not counted.
         """
         config = self.config
         slot = entry.slot
         data = bytearray()
-        for tile in range(config.tiles):
-            completion, tile_data = self._dma.transfer(
-                address + tile * config.tile_bytes, self.memory, self._channel(entry)
-            )
+        addresses = [
+            address + at for address, size in spans for at in range(0, size, config.tile_bytes)
+        ]
+        for tile, address in enumerate(addresses):
+            completion, tile_data = self._dma.transfer(address, self.memory, self._channel(entry))
             data += tile_data
             failed = completion.failed
             last = failed or tile == config.tiles - 1

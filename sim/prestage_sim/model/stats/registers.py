@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from prestage_hw.contract.params import DeviceConfig
+from prestage_hw.contract.params import MOST_PARTS, DeviceConfig
 from prestage_hw.contract.registers import (
     COUNTERS,
     PROFILE_REGISTERS,
@@ -88,6 +88,11 @@ class RegisterBank:
             and r.reset is not None
             and (r.name not in _PROFILES or r.name == "control")
         }
+        self._parts = len(config.part_bytes)
+        for part in range(1, MOST_PARTS):
+            base = config.part_bases()[part] if part < self._parts else 0
+            self._values[f"part{part}_base_low"] = base & 0xFFFFFFFF
+            self._values[f"part{part}_base_high"] = base >> 32
         self._shape = shape_registers(config)
         self.cleared: set[str] = set()
 
@@ -101,10 +106,14 @@ class RegisterBank:
         return active[name] if name in active else self._values[name]
 
     @property
-    def expert_base(self) -> int:
-        """Address of the first expert."""
-        base = self._values["expert_base_high"] << 32 | self._values["expert_base_low"]
-        return base % (1 << self._config.address_bits)
+    def bases(self) -> list[int]:
+        """Address of the first expert, for each part of experts."""
+        names = ("expert_base", *(f"part{part}_base" for part in range(1, self._parts)))
+        return [
+            (self._values[f"{name}_high"] << 32 | self._values[f"{name}_low"])
+            % (1 << self._config.address_bits)
+            for name in names
+        ]
 
     def read(self, address: int) -> int | None:
         """Value of a register, None if there is none at the address."""
@@ -180,7 +189,9 @@ class RegisterBank:
             return value & sum((1 << bits) - 1 << low for low, bits in THROTTLE_FIELDS.values())
         if name == "hint_threshold":
             return value & 0xFF
-        if name == "expert_base_low":
+        if name.startswith("part") and int(name[4]) >= self._parts:
+            return 0
+        if name.endswith("_base_low") and name != "token_base_low":
             return value - value % self._config.data_bytes
         return value
 
