@@ -35,6 +35,7 @@ _SCHEDULER_PORTS = (
     *("demanding", "strobes"),
 )
 _PARTS_PORTS = ("part_bases",)
+_SLOT_PORTS = ("slot_bus", "slot_base")
 _DMA_PORTS = (
     *("bus", "settings", "commit", "lower_credits", "refused", "refusal", "abort", "abort_tag"),
     *("abort_all", "timeout", "stray", "expired"),
@@ -58,7 +59,8 @@ def connect_engine(m, *, scheduler, dma, buffer, values, policy):
     """
     wiring.connect(m, scheduler.fetches, dma.fetches)
     wiring.connect(m, dma.completions, scheduler.completions)
-    wiring.connect(m, dma.writes, buffer.writes)
+    if dma.config.slot_store == "internal":
+        wiring.connect(m, dma.writes, buffer.writes)
     wiring.connect(m, scheduler.buffer_requests, buffer.requests)
     wiring.connect(m, buffer.results, scheduler.buffer_results)
     # Demands are looked up by what was known before them; policies change between operations.
@@ -93,7 +95,9 @@ class Engine(wiring.Component):
     stray, expired
         As of :class:`DMA`.
     reads, beats
-        As of :class:`ExpertBuffer`.
+        As of :class:`ExpertBuffer`; not with ``config.slot_store`` "axi".
+    slot_bus, slot_base
+        As of :class:`DMA`; only with "axi".
     channel_strobes, buffer_strobes
         ``strobes`` of :class:`DMA` and :class:`ExpertBuffer`.
     values : ``In(stream.Signature(RecordLayout("ValueBeat", config=config)))``
@@ -133,7 +137,9 @@ class Engine(wiring.Component):
             (self._scheduler, _SCHEDULER_PORTS),
             (self._scheduler, _PARTS_PORTS if len(self.config.part_bytes) > 1 else ()),
             (self._dma, _DMA_PORTS),
-            (self._buffer, _BUFFER_PORTS),
+            (self._buffer, _BUFFER_PORTS)
+            if self.config.slot_store == "internal"
+            else (self._dma, _SLOT_PORTS),
         )
 
     def elaborate(self, platform):

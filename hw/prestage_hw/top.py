@@ -15,7 +15,7 @@ from prestage_hw.buffer.arbiter import ReadArbiter
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.registers import COUNTERS
 from prestage_hw.dma import DMA
-from prestage_hw.dma.axi import AXI4ReadSignature, AXI4Signature
+from prestage_hw.dma.axi import AXI4ReadSignature, AXI4Signature, AXI4WriteSignature
 from prestage_hw.engine import connect_engine
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import Dispatcher
@@ -45,7 +45,9 @@ class Top(wiring.Component):
     bus : ``Out(AXI4ReadSignature(...))``
         Memory that holds the experts.
     reads, beats : ``In(stream of ReadRequest)``, ``Out(stream of Beat)``
-        Consumer port of the expert buffer.
+        Consumer port of the expert buffer; not with ``config.slot_store`` "axi".
+    slot_bus : ``Out(AXI4WriteSignature(...))``
+        Memory that holds the slots; only with "axi".
     tokens : ``Out(AXI4Signature(...))``
         Memory that holds the predictor's token tables; only with ``config.token_memory``.
     idle : ``Out(1)``
@@ -61,6 +63,15 @@ class Top(wiring.Component):
                 AXI4Signature(address_bits=config.address_bits, data_bits=config.bits("data"))
             )
         }
+        consumer = {
+            "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
+            "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+        }
+        slots = {
+            "slot_bus": Out(
+                AXI4WriteSignature(address_bits=config.address_bits, data_bits=config.bits("data"))
+            )
+        }
         super().__init__(
             {
                 **(memory if config.token_memory else {}),
@@ -73,8 +84,7 @@ class Top(wiring.Component):
                         id_bits=config.bits("axi_id"),
                     )
                 ),
-                "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
-                "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+                **(consumer if config.slot_store == "internal" else slots),
                 "idle": Out(1),
             }
         )
@@ -88,7 +98,6 @@ class Top(wiring.Component):
         m.submodules.scheduler = scheduler = Scheduler(config=config)
         m.submodules.dma = dma = DMA(config=config)
         m.submodules.buffer = buffer = ExpertBuffer(config=config)
-        m.submodules.arbiter = arbiter = ReadArbiter(config=config)
         m.submodules.counters = counters = Counters(config=config)
         m.submodules.accuracy = accuracy = Accuracy(config=config)
         m.submodules.registers = registers = RegisterBank(config=config)
@@ -160,12 +169,17 @@ class Top(wiring.Component):
         ]
 
         # 5 buffer
-        wiring.connect(m, wiring.flipped(self.reads), arbiter.reads)
-        wiring.connect(m, arbiter.beats, wiring.flipped(self.beats))
-        wiring.connect(m, dispatcher.reads, arbiter.link_reads)
-        wiring.connect(m, arbiter.link_beats, dispatcher.beats)
-        wiring.connect(m, arbiter.port_reads, buffer.reads)
-        wiring.connect(m, buffer.beats, arbiter.port_beats)
+        if config.slot_store == "internal":
+            m.submodules.arbiter = arbiter = ReadArbiter(config=config)
+            wiring.connect(m, wiring.flipped(self.reads), arbiter.reads)
+            wiring.connect(m, arbiter.beats, wiring.flipped(self.beats))
+            wiring.connect(m, dispatcher.reads, arbiter.link_reads)
+            wiring.connect(m, arbiter.link_beats, dispatcher.beats)
+            wiring.connect(m, arbiter.port_reads, buffer.reads)
+            wiring.connect(m, buffer.beats, arbiter.port_beats)
+        else:
+            wiring.connect(m, dma.slot_bus, wiring.flipped(self.slot_bus))
+            m.d.comb += dma.slot_base.eq(registers.control.slot_base)
         m.d.comb += [
             buffer.clear.eq(registers.clear.buffer),
             dispatcher.clear.eq(registers.clear.buffer),

@@ -195,6 +195,10 @@ class DeviceConfig:
         up and down matrices. Each is a whole number of tiles, all together are ``expert_bytes``.
         The parts of all experts lie in an array of their own, layer by layer; in a slot they follow
         each other. Empty stands for one part.
+    slot_store : :class:`str`
+        Where the slots' bytes are: ``"internal"`` in block RAM, to be read through the consumer
+        port; ``"axi"`` in a memory of their own behind an AXI4 write port, which the consumer reads
+        itself.
 
     Raises
     ------
@@ -223,8 +227,10 @@ class DeviceConfig:
     dma_queue_depth: int = 4
     axi_ids: int = 0
     parts: tuple[int, ...] = ()
+    slot_store: str = "internal"
 
     PREDICTORS = ("none", "st_moe", "perceptron")
+    SLOT_STORES = ("internal", "axi")
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
@@ -283,6 +289,16 @@ class DeviceConfig:
         if self.axi_ids == 0:
             object.__setattr__(self, "axi_ids", self.dma_channels)
         self._check_parts()
+        if self.slot_store not in self.SLOT_STORES:
+            raise ValueError(
+                f"Slot store must be one of {', '.join(self.SLOT_STORES)}, not {self.slot_store!r}"
+            )
+        total = self.slots * self.expert_bytes
+        if self.slot_store == "axi" and total > 1 << self.address_bits:
+            raise ValueError(
+                f"Address width must span all slots ({total} bytes),"
+                f" but is {self.address_bits} bits"
+            )
 
     def _check_parts(self) -> None:
         """Refuse parts that do not make up an expert."""

@@ -134,6 +134,7 @@ class FetchReason(IntEnum):
     ABORTED = 3  # The tile was aborted before its last beat came.
     CRC = 4  # The expert's bytes do not have the checksum that the request names.
     ADDRESS = 5  # Address or size is no whole number of beats or goes past the top of memory.
+    WRITE = 6  # The slots' memory answered an error.
 
 
 class SettingsRefusal(IntEnum):

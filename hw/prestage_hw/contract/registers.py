@@ -17,6 +17,7 @@ __all__ = [
     "ROW_STRIDE_BITS",
     "SCHEDULED_CHANNELS",
     "SHAPE_FIELDS",
+    "SLOT_BASE_BYTES",
     "THROTTLE_FIELDS",
     "VERSION",
     "Counter",
@@ -150,6 +151,9 @@ SHAPE_FIELDS = {
 
 #: Fields of the register ``refusal``: lowest bit and width of each.
 REFUSAL_FIELDS = {"reason": (0, 8), "register": (8, 16), "refused": (31, 1)}
+
+#: What the address of slot 0 is a multiple of, in bytes, where slots are in a memory of their own.
+SLOT_BASE_BYTES = 4096
 
 #: DMA channels that the scheduler sends to, demands to the first. None of them can be disabled: a
 #: tile that waits in one for ever would hold up demands.
@@ -410,6 +414,22 @@ def _layout() -> tuple[Register, ...]:
             None,
             f"Size of part {part} of an expert, in bytes, 0 if there is none.",
         )
+    add(
+        0x3A,
+        "slot_base_low",
+        "rw",
+        0,
+        "Address of slot 0 where slots are in a memory behind an AXI4 write port, bits 31..0: a"
+        f" multiple of {SLOT_BASE_BYTES}.",
+    )
+    add(0x3B, "slot_base_high", "rw", 0, "The same, bits 63..32.")
+    add(
+        0x3C,
+        "features",
+        "ro",
+        None,
+        "What the device has. Bit 0: slots are in a memory behind an AXI4 write port.",
+    )
     at = 0x40
     for counter in COUNTERS:
         text = f"{counter.description} Stage {counter.stage}."
@@ -471,4 +491,5 @@ def shape_registers(config: DeviceConfig) -> dict[str, int]:
             f"part{part}_bytes": sum(config.part_bytes[part : part + 1])
             for part in range(MOST_PARTS)
         },
+        "features": int(config.slot_store == "axi"),
     }

@@ -8,6 +8,7 @@ from prestage_hw.contract import REGISTERS
 from prestage_hw.contract.params import MOST_PARTS, require_config
 from prestage_hw.contract.registers import (
     COUNTERS,
+    SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
     register_by_name,
     shape_registers,
@@ -62,7 +63,7 @@ class RegisterBank(wiring.Component):
     control : ``Out(StructLayout)``
         Fields ``settle``, ``throttle_enable``, ``cancel_enable``, ``throttle``, ``policy``,
         ``hint_threshold``, ``expert_base``, ``part_bases`` (of the parts after the first),
-        ``token_base``, and ``profile``, an :class:`ActiveProfileLayout`.
+        ``token_base``, ``slot_base``, and ``profile``, an :class:`ActiveProfileLayout`.
     phases : ``In(stream.Signature(8))``
         Phase of a token that starts, not while an access is under way: a layer boundary.
     boundary : ``In(1)``
@@ -105,6 +106,7 @@ class RegisterBank(wiring.Component):
                                 config.address_bits, len(config.part_bytes) - 1
                             ),
                             "token_base": config.address_bits,
+                            "slot_base": config.address_bits,
                             "profile": ActiveProfileLayout(),
                         }
                     )
@@ -131,6 +133,7 @@ class RegisterBank(wiring.Component):
         base_low = Signal(32)
         base_high = Signal(32)
         token_low, token_high = Signal(32), Signal(32)
+        slot_low, slot_high = Signal(32), Signal(32)
         part_bases = [
             (
                 Signal(32, name=f"part_low_{part}", init=base & 0xFFFFFFFF),
@@ -156,6 +159,7 @@ class RegisterBank(wiring.Component):
             self.control.hint_threshold.eq(hint_threshold),
             self.control.expert_base.eq(Cat(base_low, base_high)),
             self.control.token_base.eq(Cat(token_low, token_high)),
+            self.control.slot_base.eq(Cat(slot_low, slot_high)),
             *(
                 self.control.part_bases[at].eq(Cat(low, high))
                 for at, (low, high) in enumerate(part_bases)
@@ -179,6 +183,8 @@ class RegisterBank(wiring.Component):
             "expert_base_high": base_high,
             "token_base_low": token_low,
             "token_base_high": token_high,
+            "slot_base_low": slot_low,
+            "slot_base_high": slot_high,
             "profile_active": profiles.active_phase,
             "table_address": table_address,
             "table_words": self.table_words,
@@ -249,6 +255,7 @@ class RegisterBank(wiring.Component):
                             ("expert_base_high", base_high),
                             ("token_base_low", token_low),
                             ("token_base_high", token_high),
+                            ("slot_base_high", slot_high),
                             ("table_address", table_address),
                             *bases_high.items(),
                         ):
@@ -262,6 +269,9 @@ class RegisterBank(wiring.Component):
                                 if target is not None:
                                     m.d.sync += target.eq(access.value & aligned)
                                 respond(1)
+                        with m.Case(register_by_name("slot_base_low").address):
+                            m.d.sync += slot_low.eq(access.value & -SLOT_BASE_BYTES)
+                            respond(1)
                         with m.Case(register_by_name("clear").address):
                             m.d.sync += self.clear.eq(access.value)
                             m.next = "CLEAR"

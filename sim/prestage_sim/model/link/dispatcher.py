@@ -260,7 +260,13 @@ class Dispatcher:
 
     def _read(self, body: bytes) -> list[Answer]:
         slot, beat, count = self._values("Read", body)
-        if slot >= self._config.slots or count == 0 or beat + count > self._config.expert_beats:
+        config = self._config
+        if (
+            slot >= config.slots
+            or count == 0
+            or beat + count > config.expert_beats
+            or config.slot_store != "internal"
+        ):
             return self._reject(ErrorCode.BAD_READ, expert=slot, address=beat)
         answers = []
         for at in range(beat, beat + count):

@@ -9,6 +9,7 @@ from prestage_hw.contract.registers import (
     COUNTERS,
     PROFILE_REGISTERS,
     REGISTERS,
+    SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
     shape_registers,
 )
@@ -191,6 +192,8 @@ class RegisterBank:
             return value & 0xFF
         if name.startswith("part") and int(name[4]) >= self._parts:
             return 0
+        if name == "slot_base_low":
+            return value - value % SLOT_BASE_BYTES
         if name.endswith("_base_low") and name != "token_base_low":
             return value - value % self._config.data_bytes
         return value
