@@ -87,6 +87,15 @@ def test_bad_parts(parts, kind, text):
         device(expert_bytes=2048, parts=parts)
 
 
+def test_slot_store():
+    with raises(ValueError, "Slot store must be one of internal, axi, not 'ddr'"):
+        device(slot_store="ddr")
+    shape = {"slots": 40, "expert_bytes": 2048, "address_bits": 16}
+    assert device(**shape).slot_store == "internal"
+    with raises(ValueError, "Address width must span all slots (81920 bytes), but is 16 bits"):
+        device(**shape, slot_store="axi")
+
+
 def test_unknown_preset():
     with raises(
         ValueError, f"Model preset must be one of {', '.join(sorted(PRESETS))}, not 'gpt-5'"

@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0xe5ba5ef0u
+#define PRESTAGE_REGISTER_HASH 0xa3f36a96u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -78,6 +78,8 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_BAD_READ = 11, /* The slot or the beat of a read is out of range. */
     PRESTAGE_ERROR_CODE_HINT_PASSED = 12, /* The hint is for a layer that was routed already. */
     PRESTAGE_ERROR_CODE_BAD_TABLE = 13, /* The table or the words of a table access are out of range. */
+    PRESTAGE_ERROR_CODE_SLOT_MEMORY = 14, /* The slots' memory answered a write with an error. */
+    PRESTAGE_ERROR_CODE_CHECKSUM = 15, /* The expert's bytes do not have the checksum that was loaded for it. */
 };
 
 enum prestage_traffic_class {
@@ -152,6 +154,9 @@ enum prestage_register {
     PRESTAGE_REG_PART1_BYTES = 0x37, /* ro: Size of part 1 of an expert, in bytes, 0 if there is none. */
     PRESTAGE_REG_PART2_BYTES = 0x38, /* ro: Size of part 2 of an expert, in bytes, 0 if there is none. */
     PRESTAGE_REG_PART3_BYTES = 0x39, /* ro: Size of part 3 of an expert, in bytes, 0 if there is none. */
+    PRESTAGE_REG_SLOT_BASE_LOW = 0x3a, /* rw: Address of slot 0 where slots are in a memory behind an AXI4 write port, bits 31..0: a multiple of 4096. */
+    PRESTAGE_REG_SLOT_BASE_HIGH = 0x3b, /* rw: The same, bits 63..32. */
+    PRESTAGE_REG_FEATURES = 0x3c, /* ro: What the device has. Bit 0: slots are in a memory behind an AXI4 write port. */
     PRESTAGE_REG_TOKENS = 0x40, /* ro: Tokens begun. Stage 1. */
     PRESTAGE_REG_ROUTES = 0x41, /* ro: Routing decisions accepted. Stage 1. */
     PRESTAGE_REG_RELEASES = 0x42, /* ro: Layers released. Stage 1. */

@@ -36,6 +36,7 @@ from prestage_hw.contract.registers import (
     ROW_STRIDE_BITS,
     SCHEDULED_CHANNELS,
     SHAPE_FIELDS,
+    SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
     shape_registers,
 )
@@ -90,7 +91,9 @@ _REFUSED_ROUTE = frozenset(
 )
 
 #: Events about one demand of a routing decision.
-_FAILED_DEMAND = frozenset({ErrorCode.BUS, ErrorCode.NO_SLOT})
+_FAILED_DEMAND = frozenset(
+    {ErrorCode.BUS, ErrorCode.NO_SLOT, ErrorCode.SLOT_MEMORY, ErrorCode.CHECKSUM}
+)
 
 
 class Ready(NamedTuple):
@@ -522,7 +525,7 @@ class Device:
         Raises
         ------
         ArgumentError
-            If the layer was released.
+            If the layer was released, or the device's slots are in a memory of their own.
         DataError
             If a tile of the slot isn't valid.
         """
@@ -534,6 +537,11 @@ class Device:
                 " after its layer was released"
             )
         self._check_open()
+        stored = self.config.slot_store == "internal"
+        if not stored and (self._simulated is None or over_link):
+            raise ArgumentError(
+                "Slots in a memory of their own must be read there, not through the device"
+            )
         if self._simulated is not None and not over_link:
             try:
                 return self._simulated.read_slot(ready.slot)
@@ -670,6 +678,7 @@ class Device:
         expert_base: int | None = None,
         part_bases: Mapping[int, int] | None = None,
         token_base: int | None = None,
+        slot_base: int | None = None,
         prefetch_tiles: int | None = None,
         policy: Policy | None = None,
         settle: bool | None = None,
@@ -707,6 +716,9 @@ class Device:
         token_base : :class:`int` or None
             Address of the predictor's token tables where they lie behind a memory port, in bytes: a
             multiple of 4,096.
+        slot_base : :class:`int` or None
+            Address of slot 0 where slots are in a memory of their own (``slot_store`` "axi"), in
+            bytes: a multiple of 4,096. Nothing may be in flight.
         prefetch_tiles : :class:`int` or None
             Prefetch tiles that may be under way at once, 1 to 4. A demand waits behind at most so
             many.
@@ -781,6 +793,18 @@ class Device:
                 )
             writes.append(("token_base_low", token_base & 0xFFFFFFFF))
             writes.append(("token_base_high", token_base >> 32))
+        if slot_base is not None:
+            size = self.config.slots * self.config.expert_bytes
+            most = ((1 << self.config.address_bits) - size) // SLOT_BASE_BYTES * SLOT_BASE_BYTES
+            if self.config.slot_store == "internal":
+                raise ArgumentError("Slot base is only for slots in a memory of their own")
+            if not 0 <= operator.index(slot_base) <= most or slot_base % SLOT_BASE_BYTES:
+                raise ArgumentError(
+                    f"Slot base must be a multiple of {SLOT_BASE_BYTES} from 0 to {most:#x},"
+                    f" not {slot_base:#x}"
+                )
+            writes.append(("slot_base_low", slot_base & 0xFFFFFFFF))
+            writes.append(("slot_base_high", slot_base >> 32))
         if isinstance(throttle, Mapping):
             writes.append(("throttle", self._throttle(throttle)))
         if policy is not None:

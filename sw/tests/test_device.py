@@ -392,6 +392,29 @@ def test_an_error_in_a_part_tells_its_address():
             list(device.wait_ready(0, 0))
 
 
+def test_slots_in_a_memory_of_their_own(device):
+    with pytest.raises(ArgumentError, match="only for slots in a memory of their own"):
+        device.configure(slot_base=0)
+    config = CONFIG.replace(slot_store="axi")
+    with prestage.open("model://", config=config) as device:
+        device.configure(slot_base=0x1_0000_3000)
+        assert device.read_register("slot_base_low") == 0x3000
+        assert device.read_register("slot_base_high") == 1
+        device.route(0, 0, [2, 3])
+        ready = next(device.wait_ready(0, 0))
+        assert device.read(ready) == expert_pattern(0, ready.expert, size=1024).tobytes()
+        with pytest.raises(ArgumentError, match="must be read there, not through the device"):
+            device.read(ready, over_link=True)
+        most = (1 << 40) - 8192
+        for base in (-4096, 512, most + 4096):
+            with pytest.raises(
+                ArgumentError, match=f"multiple of 4096 from 0 to {most:#x}, not {base:#x}"
+            ):
+                device.configure(slot_base=base)
+    with pytest.raises(ArgumentError, match="must have internal slots"):
+        prestage.open("sim://", config=config)
+
+
 def test_snapshot_and_profile(device):
     rng = np.random.default_rng(4)
     for token in range(20):

@@ -195,6 +195,8 @@ class ErrorCode(IntEnum):
     BAD_READ = 11
     HINT_PASSED = 12
     BAD_TABLE = 13
+    SLOT_MEMORY = 14
+    CHECKSUM = 15
 
 
 #: One sentence for each error code, for messages and documents.
@@ -212,6 +214,8 @@ ERROR_TEXT = {
     ErrorCode.BAD_READ: "The slot or the beat of a read is out of range.",
     ErrorCode.HINT_PASSED: "The hint is for a layer that was routed already.",
     ErrorCode.BAD_TABLE: "The table or the words of a table access are out of range.",
+    ErrorCode.SLOT_MEMORY: "The slots' memory answered a write with an error.",
+    ErrorCode.CHECKSUM: "The expert's bytes do not have the checksum that was loaded for it.",
 }
 
 

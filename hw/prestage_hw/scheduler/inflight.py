@@ -73,9 +73,9 @@ class InflightTable(wiring.Component):
         What entry ``tag`` is about.
     row_demand, row_waiters : ``Out``
         Class and waiting contexts of entry ``tag``.
-    row_last, row_failed, row_address : ``Out``
-        Nothing of entry ``tag`` is on its way nor will be; a tile failed; address of its first
-        failure.
+    row_last, row_failed, row_address, row_reason : ``Out``
+        Nothing of entry ``tag`` is on its way nor will be; a tile failed; address and
+        :class:`FetchReason` of its first failure.
     row_cancelled, row_returned : ``Out``
         Entry ``tag`` was cancelled, and is no demand; tiles that came back.
     row_idle, row_disposable : ``Out``
@@ -87,8 +87,8 @@ class InflightTable(wiring.Component):
     cancel : ``In(1)``
         No more tiles of the entry.
     complete : ``In(1)``
-        Tile ``tile`` came back, ``failed`` or not, with ``address``.
-    tile, failed, address : ``In``
+        Tile ``tile`` came back, ``failed`` or not, with ``address`` and ``reason``.
+    tile, failed, address, reason : ``In``
         See ``complete``.
     complete_demand : ``Out(1)``
         The tile was requested for a demand.
@@ -124,6 +124,7 @@ class InflightTable(wiring.Component):
                 "row_last": Out(1),
                 "row_failed": Out(1),
                 "row_address": Out(config.bits("address")),
+                "row_reason": Out(3),
                 "row_cancelled": Out(1),
                 "row_returned": Out(range(config.tiles + 1)),
                 "row_idle": Out(1),
@@ -136,6 +137,7 @@ class InflightTable(wiring.Component):
                 "tile": In(config.bits("tile")),
                 "failed": In(1),
                 "address": In(config.bits("address")),
+                "reason": In(3),
                 "complete_demand": Out(1),
                 "free": In(1),
                 "hold": In(1),
@@ -181,7 +183,9 @@ class InflightTable(wiring.Component):
         promotion_read = promotions.read_port(domain="comb")
         # Written by an entry's first failure.
         m.submodules.failures = failures = memory.Memory(
-            shape=unsigned(config.address_bits), depth=count, init=[]
+            shape=data.StructLayout({"address": config.address_bits, "reason": 3}),
+            depth=count,
+            init=[],
         )
         failure_write = failures.write_port()
         failure_read = failures.read_port(domain="comb")
@@ -212,7 +216,8 @@ class InflightTable(wiring.Component):
             promotion_read.addr.eq(self.tag),
             failure_read.addr.eq(self.tag),
             self.row.eq(entry_read.data),
-            self.row_address.eq(failure_read.data),
+            self.row_address.eq(failure_read.data.address),
+            self.row_reason.eq(failure_read.data.reason),
             self.row_demand.eq(demand.bit_select(self.tag, 1)),
             self.row_failed.eq(failed.bit_select(self.tag, 1)),
             self.row_waiters.eq(Array(waiters)[self.tag]),
@@ -324,7 +329,8 @@ class InflightTable(wiring.Component):
             entry_write.data.eq(self.entry),
             entry_write.en.eq(self.allocate),
             failure_write.addr.eq(self.tag),
-            failure_write.data.eq(self.address),
+            failure_write.data.address.eq(self.address),
+            failure_write.data.reason.eq(self.reason),
             failure_write.en.eq(self.complete & self.failed & ~self.row_failed),
             promotion_write.addr.eq(Mux(self.allocate, self.free_tag, self.tag)),
             promotion_write.data.eq(

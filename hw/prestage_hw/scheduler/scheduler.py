@@ -5,7 +5,14 @@ from amaranth.lib import data, enum, fifo, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode, PrefetchKind, Source
+from prestage_hw.contract.records import (
+    BufferCode,
+    BufferOp,
+    ErrorCode,
+    FetchReason,
+    PrefetchKind,
+    Source,
+)
 from prestage_hw.layouts import RecordLayout
 
 from .inflight import InflightTable
@@ -292,6 +299,7 @@ class Scheduler(wiring.Component):
             table.tile.eq(completion.tile),
             table.failed.eq(completion.failed),
             table.address.eq(completion.address),
+            table.reason.eq(completion.reason),
             table.hold.eq(
                 (state == _State.ALLOCATE)
                 | (state == _State.MERGE)
@@ -581,7 +589,7 @@ class Scheduler(wiring.Component):
                         m.d.sync += [
                             pending.eq(pending & ~lowest),
                             self.events.valid.eq(1),
-                            self.events.payload.code.eq(ErrorCode.BUS),
+                            self.events.payload.code.eq(self._error(table.row_reason)),
                             self.events.payload.ctx.eq(lowest_ctx),
                             self.events.payload.layer.eq(table.row.layer),
                             self.events.payload.expert.eq(table.row.expert),
@@ -623,6 +631,13 @@ class Scheduler(wiring.Component):
             & ~outcome_valid
         )
         return m
+
+    def _error(self, reason):
+        """Code of the event for a fetch that failed."""
+        code = Const(ErrorCode.BUS, self.events.payload.code.shape())
+        if self.config.slot_store == "axi":
+            code = Mux(reason == FetchReason.WRITE, ErrorCode.SLOT_MEMORY, code)
+        return code
 
     def _decide(self, m, *, op, result, occupied, strobe, state, waiting, retry):
         """Next state after the buffer's answer to a command or candidate."""

@@ -167,7 +167,7 @@ class CompiledPipe:
     TypeError
         If the memory is not a contiguous array of uint8.
     ValueError
-        If the memory has the wrong size.
+        If the memory has the wrong size, or slots are in a memory of their own.
     BuildError
         If the simulation can't be built.
     """
@@ -187,6 +187,8 @@ class CompiledPipe:
             raise TypeError("Memory image must be an array of uint8")
         if not memory.flags.c_contiguous:
             raise TypeError("Memory image must be contiguous")
+        if config.slot_store != "internal":
+            raise ValueError("A compiled device must have internal slots, not slots in a memory")
         size = config.model.layers * config.model.experts * config.expert_bytes
         if memory.shape != (size,):
             raise ValueError(f"Memory image must have shape ({size},), not {memory.shape}")
