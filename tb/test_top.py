@@ -9,6 +9,7 @@
 """
 
 import random
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from prestage_hw.contract import (
     decode_frame,
     encode_frame,
 )
+from prestage_hw.contract.crc import CHECKSUM_TABLE
 from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.contract.pattern import expert_memory
 from prestage_hw.contract.perceptron import perceptron_form
@@ -671,6 +673,73 @@ async def reset_in_flight(dut):
 
 
 @cocotb.test()
+async def wrong_bits(dut):
+    """Experts with a wrong bit in memory are never ready, where their checksum was loaded."""
+    bench = _Bench(dut, stall=0.1)
+    config, rng, model = bench.config, bench.random, bench.config.model
+    if not config.checksums:
+        return
+    spans = {
+        (layer, expert): config.expert_spans(layer, expert)
+        for layer in range(model.layers)
+        for expert in range(model.experts)
+    }
+    sums = [
+        zlib.crc32(b"".join(bench.image[at : at + size].tobytes() for at, size in each))
+        for each in spans.values()
+    ]
+    bench.image = bench.image.copy()
+    bad = rng.sample(sorted(spans), 10)
+    for key in bad:
+        at, size = rng.choice(spans[key])
+        bench.image[at + rng.randrange(size)] ^= 1 << rng.randrange(8)
+    golden = GoldenTop(config, bench.image)
+    await bench.reset()
+    # A few have no checksum, and some others a wrong one.
+    unchecked = set(rng.sample(range(len(sums)), 4))
+    for number in rng.sample(range(len(sums)), 2):
+        sums[number] ^= 1 << rng.randrange(32)
+    for number, value in enumerate(sums):
+        if number not in unchecked:
+            values = [value, *(rng.getrandbits(32) for _ in range(TABLE_BURST - 1))]
+            golden.handle(*bench.host.post("TABLE_WRITE", CHECKSUM_TABLE, number, 1, values))
+    await bench.drained(golden, "TABLE_READ", CHECKSUM_TABLE, 0, len(sums) // 2)
+    await bench.drained(golden, "TABLE_READ", CHECKSUM_TABLE, len(sums) // 2, len(sums) // 2)
+    await bench.drained(golden, "TABLE_READ", CHECKSUM_TABLE, len(sums) - 1, 2)
+    await bench.drained(golden, "REGISTER_WRITE", register_by_name("control").address, 3)
+    codes = Counter()
+    for token, layers in enumerate(_decisions(bench, 6)):
+        await bench.drained(golden, "BEGIN_TOKEN", 0, 1, token)
+        for layer, experts in enumerate(layers):
+            for wanted, expert in rng.sample(bad, 2):
+                if wanted >= layer:
+                    await bench.drained(golden, "HINT", 0, wanted, expert, 255)
+            answers = await bench.drained(golden, "ROUTE", 0, layer, experts)
+            codes.update(body[0] for code, body in answers if code == MESSAGES["EVENT"].code)
+            await bench.check_bytes(
+                [
+                    ready
+                    for ready in bench.readies(answers)
+                    if ready["layer"] * model.experts + ready["expert"] not in unchecked
+                ][:1]
+            )
+            await bench.drained(golden, "RELEASE", 0, layer)
+    assert codes[ErrorCode.CHECKSUM] and golden.counters["prefetch_issued"] > 3
+    assert golden.counters["checksum_errors"] > codes[ErrorCode.CHECKSUM]
+    await bench.compare_registers(golden)
+    # Without checksums they are ready again.
+    await bench.drained(golden, "REGISTER_WRITE", register_by_name("clear").address, 8)
+    await bench.drained(golden, "TABLE_READ", CHECKSUM_TABLE, 0, 4)
+    before = golden.counters["checksum_errors"]
+    for layer, expert in bad[:3]:
+        experts = [expert, (expert + 1) % model.experts]
+        await bench.drained(golden, "ROUTE", 0, layer, experts)
+        await bench.drained(golden, "RELEASE", 0, layer)
+    assert golden.counters["checksum_errors"] == before
+    hit("checksum.device")
+
+
+@cocotb.test()
 async def slot_memory_fails(dut):
     """A slot that can't be written is never ready; the error names the expert and where."""
     bench = _Bench(dut, stall=0.1)
@@ -740,20 +809,24 @@ def test_top(shape):
 
 
 def test_parts():
-    """Experts that lie in three parts: whole, or refused with the address in their part."""
-    config = TINY_DEVICE.replace(expert_bytes=2048, parts=(512, 1024, 512))
+    """Experts that lie in three parts and have checksums: whole, or refused with their address."""
+    config = TINY_DEVICE.replace(expert_bytes=2048, parts=(512, 1024, 512), checksums=True)
     run_bench(
         lambda: Top(config=config),
         module=__file__,
         name="top",
         parameters={"config": config},
-        testcase=[f"drained_pace/stall=0.3/policy={Policy.LRU.name}", "hints_and_errors"],
+        testcase=[
+            f"drained_pace/stall=0.3/policy={Policy.LRU.name}",
+            "hints_and_errors",
+            "wrong_bits",
+        ],
     )
 
 
 def test_slots_in_memory():
     """Slots behind an AXI4 write port: right there at each Ready, at any pace."""
-    config = TINY_DEVICE.replace(slot_store="axi")
+    config = TINY_DEVICE.replace(slot_store="axi", checksums=True)
     run_bench(
         lambda: Top(config=config),
         module=__file__,
@@ -764,6 +837,7 @@ def test_slots_in_memory():
             "hints_and_errors",
             "reset_in_flight",
             "slot_memory_fails",
+            "wrong_bits",
             "tables_and_reads",
         ],
     )

@@ -6,12 +6,13 @@
     tx ◀─────┘         └─ 6 register bank, counters    bus ◀─────┘
 """
 
-from amaranth import Module
+from amaranth import Module, Mux
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.buffer import ExpertBuffer
 from prestage_hw.buffer.arbiter import ReadArbiter
+from prestage_hw.contract.crc import CHECKSUM_TABLE
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.registers import COUNTERS
 from prestage_hw.dma import DMA
@@ -121,11 +122,8 @@ class Top(wiring.Component):
         wiring.connect(m, dispatcher.begin, predictor.begin)
         wiring.connect(m, dispatcher.decisions, predictor.decisions)
         wiring.connect(m, dispatcher.hints, predictor.hints)
-        wiring.connect(m, registers.table_requests, predictor.table_requests)
-        wiring.connect(m, predictor.table_values, registers.table_values)
         m.d.comb += [
             predictor.table_select.eq(registers.table_select),
-            registers.table_words.eq(predictor.table_words),
             predictor.clear.eq(registers.clear.tables),
             predictor.threshold.eq(profile.predict_threshold),
             predictor.far_threshold.eq(profile.predict_far_threshold),
@@ -186,7 +184,7 @@ class Top(wiring.Component):
         ]
 
         # 3, 4 and 5 with each other
-        connect_engine(
+        checksums = connect_engine(
             m,
             scheduler=scheduler,
             dma=dma,
@@ -194,6 +192,38 @@ class Top(wiring.Component):
             values=predictor.values,
             policy=registers.control.policy,
         )
+
+        # Tables of the predictor, and that of checksums.
+        requests, table_values = registers.table_requests, registers.table_values
+        if checksums is None:
+            wiring.connect(m, requests, predictor.table_requests)
+            wiring.connect(m, predictor.table_values, table_values)
+            m.d.comb += registers.table_words.eq(predictor.table_words)
+        else:
+            mine = requests.payload.table == CHECKSUM_TABLE
+            asked, told = checksums.requests, checksums.values
+            m.d.comb += [
+                asked.payload.eq(requests.payload),
+                asked.valid.eq(requests.valid & mine),
+                predictor.table_requests.payload.eq(requests.payload),
+                predictor.table_requests.valid.eq(requests.valid & ~mine),
+                requests.ready.eq(Mux(mine, asked.ready, predictor.table_requests.ready)),
+                # One access at a time: only one of them has a value.
+                table_values.valid.eq(told.valid | predictor.table_values.valid),
+                table_values.payload.eq(
+                    Mux(told.valid, told.payload, predictor.table_values.payload)
+                ),
+                told.ready.eq(table_values.ready),
+                predictor.table_values.ready.eq(table_values.ready),
+                registers.table_words.eq(
+                    Mux(
+                        registers.table_select == CHECKSUM_TABLE,
+                        config.model.layers * config.model.experts,
+                        predictor.table_words,
+                    )
+                ),
+                checksums.clear.eq(registers.clear.checksums),
+            ]
 
         # 6 stats
         m.d.comb += [
@@ -218,6 +248,8 @@ class Top(wiring.Component):
                     m.d.comb += counters.strobes[counter.name].eq(strobes[counter.name])
 
         engine_idle = predictor.idle & scheduler.idle & dma.idle & buffer.idle
+        if checksums is not None:
+            engine_idle &= checksums.idle
         m.d.comb += [
             dispatcher.engine_idle.eq(engine_idle),
             registers.engine_idle.eq(engine_idle),

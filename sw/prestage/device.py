@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prestage_hw.contract import MESSAGES, DeviceConfig, Pipe, SimulatedPipe, register_by_name
+from prestage_hw.contract.crc import CHECKSUM_TABLE
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.pattern import expert_memory
 from prestage_hw.contract.records import (
@@ -73,7 +74,7 @@ _CONTROL_THROTTLE, _CONTROL_CANCEL, _CONTROL_FOLLOW = 8, 16, 32
 
 #: Bits of ``control`` that each profile has for itself.
 _CONTROL_PROFILE = _CONTROL_PREFETCH | _CONTROL_HINTS
-_CLEAR_PREDICTOR, _CLEAR_BUFFER, _CLEAR_COUNTERS = 1, 2, 4
+_CLEAR_PREDICTOR, _CLEAR_BUFFER, _CLEAR_COUNTERS, _CLEAR_CHECKSUMS = 1, 2, 4, 8
 
 #: Settings of a DMA channel that have a register each.
 _ROW_SETTINGS = ("row_bytes", "row_stride")
@@ -692,6 +693,7 @@ class Device:
         clear_predictor: bool = False,
         clear_buffer: bool = False,
         clear_counters: bool = False,
+        clear_checksums: bool = False,
         tables: Mapping[int, NDArray[np.uint32]] | None = None,
     ) -> None:
         """Change settings; None leaves one as it is.
@@ -743,9 +745,9 @@ class Device:
             Layers from this one on are not prefetched; 255 (after reset) for none.
         follow_phase : :class:`bool` or None
             The phase of :meth:`begin_token` makes its profile active (off after reset).
-        clear_predictor, clear_buffer, clear_counters : :class:`bool`
-            Clear the predictor's tables, the buffer (every layer counts as released), the counters.
-            Waits for the engine to be idle.
+        clear_predictor, clear_buffer, clear_counters, clear_checksums : :class:`bool`
+            Clear the predictor's tables, the buffer (every layer counts as released), the counters,
+            the checksums of experts. Waits for the engine to be idle.
         tables : mapping of :class:`int` to arrays of uint32, or None
             Predictor tables to load after clearing, as :meth:`snapshot` gives them.
         """
@@ -817,6 +819,7 @@ class Device:
             clear_predictor * _CLEAR_PREDICTOR
             + clear_buffer * _CLEAR_BUFFER
             + clear_counters * _CLEAR_COUNTERS
+            + clear_checksums * _CLEAR_CHECKSUMS
         )
         if clear:
             if clear_buffer and any(route.waiting for route in self._routes.values()):
@@ -1106,6 +1109,55 @@ class Device:
         self._check_table_number(table)
         self.write_register("table_address", table << 24)
         return self.read_register("table_words")
+
+    def load_checksums(self, sums: Mapping[tuple[int, int], int] | NDArray[np.uint32]) -> None:
+        """Let experts be compared with their checksum as they arrive: :func:`zlib.crc32` of the
+        bytes, in their order in the slot.
+
+        An expert that has another is never ready; its demands end in a :class:`ChecksumError`.
+        Experts that are in the buffer already are not compared.
+
+        Parameters
+        ----------
+        sums : mapping or array of uint32
+            Checksum of each expert by (layer, expert); others stay as they are. An array
+            ``[layers, experts]`` holds all.
+
+        Raises
+        ------
+        ArgumentError
+            If the device has no checksums, or an expert or a checksum is out of range.
+        """
+        layers, experts = self._layers, self._experts
+        if not self.config.checksums:
+            raise ArgumentError("Device must have been built with checksums")
+        if not isinstance(sums, Mapping):
+            array = np.asarray(sums)
+            if array.shape != (layers, experts):
+                raise ArgumentError(
+                    f"Checksums must have shape ({layers}, {experts}), not {array.shape}"
+                )
+            sums = {
+                (layer, expert): int(array[layer, expert])
+                for layer in range(layers)
+                for expert in range(experts)
+            }
+        words: dict[int, int] = {}
+        for (layer, expert), value in sums.items():
+            if not 0 <= layer < layers or not 0 <= expert < experts:
+                raise ArgumentError(f"Model has no expert {expert} in layer {layer}")
+            if not 0 <= operator.index(value) < 1 << 32:
+                raise ArgumentError(f"Checksum must fit in 32 bits, not {value}")
+            words[layer * experts + expert] = value
+        order = sorted(words)
+        at = 0
+        while at < len(order):
+            # What lies side by side goes together.
+            run = [n for i, n in enumerate(order[at : at + TABLE_BURST]) if n == order[at] + i]
+            values = [words[n] for n in run] + [0] * (TABLE_BURST - len(run))
+            self._post("TABLE_WRITE", CHECKSUM_TABLE, run[0], len(run), *values)
+            at += len(run)
+        self.sync()
 
     def save_table(self, table: int) -> NDArray[np.uint32]:
         """Words of a predictor table, read one at a time while the device is idle.

@@ -199,6 +199,8 @@ class DeviceConfig:
         Where the slots' bytes are: ``"internal"`` in block RAM, to be read through the consumer
         port; ``"axi"`` in a memory of their own behind an AXI4 write port, which the consumer reads
         itself.
+    checksums : :class:`bool`
+        Whether experts are compared with checksums as they arrive, where some were loaded.
 
     Raises
     ------
@@ -228,6 +230,7 @@ class DeviceConfig:
     axi_ids: int = 0
     parts: tuple[int, ...] = ()
     slot_store: str = "internal"
+    checksums: bool = False
 
     PREDICTORS = ("none", "st_moe", "perceptron")
     SLOT_STORES = ("internal", "axi")
@@ -293,6 +296,8 @@ class DeviceConfig:
             raise ValueError(
                 f"Slot store must be one of {', '.join(self.SLOT_STORES)}, not {self.slot_store!r}"
             )
+        if not isinstance(self.checksums, bool):
+            raise TypeError(f"Checksums must be True or False, not {self.checksums!r}")
         total = self.slots * self.expert_bytes
         if self.slot_store == "axi" and total > 1 << self.address_bits:
             raise ValueError(

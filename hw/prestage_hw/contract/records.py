@@ -132,7 +132,7 @@ class FetchReason(IntEnum):
     BUS = 1  # The memory answered an error, or ended a burst in the wrong place.
     TIMEOUT = 2  # The memory did not answer in time.
     ABORTED = 3  # The tile was aborted before its last beat came.
-    CRC = 4  # The expert's bytes do not have the checksum that the request names.
+    CRC = 4  # The expert's bytes do not have the checksum that was loaded for it.
     ADDRESS = 5  # Address or size is no whole number of beats or goes past the top of memory.
     WRITE = 6  # The slots' memory answered an error.
 

@@ -126,6 +126,11 @@ COUNTERS: tuple[Counter, ...] = (
     Counter(name="prefetch_bytes", stage=4, bits=64, description="Bytes fetched for prefetches."),
     Counter(name="link_errors", stage=1, description="Damaged frames received."),
     Counter(name="link_replays", stage=1, description="Times the link went back to resend."),
+    Counter(
+        name="checksum_errors",
+        stage=4,
+        description="Experts that arrived whole but not with the checksum loaded for them.",
+    ),
 )
 
 
@@ -247,7 +252,8 @@ def _layout() -> tuple[Register, ...]:
         "wo",
         0,
         "Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free,"
-        " every layer released). Bit 2: counters. Waits until the engine is idle.",
+        " every layer released). Bit 2: counters. Bit 3: checksums of experts, so that none is"
+        " checked. Waits until the engine is idle.",
     )
     add(0x12, "hint_threshold", "rw", 128, "Hints with a lower score are dropped (bits 7..0).")
     add(0x13, "expert_base_low", "rw", 0, "Address of (part 0 of) expert 0 of layer 0, bits 31..0.")
@@ -285,7 +291,8 @@ def _layout() -> tuple[Register, ...]:
         "table_address",
         "rw",
         0,
-        "Table word for table_data: table in bits 31..24, word in bits 23..0.",
+        "Table word for table_data: table in bits 31..24, word in bits 23..0. Table 255 holds the"
+        " experts' checksums.",
     )
     add(
         0x1A,
@@ -428,7 +435,8 @@ def _layout() -> tuple[Register, ...]:
         "features",
         "ro",
         None,
-        "What the device has. Bit 0: slots are in a memory behind an AXI4 write port.",
+        "What the device has. Bit 0: slots are in a memory behind an AXI4 write port. Bit 1:"
+        " checksums of experts.",
     )
     at = 0x40
     for counter in COUNTERS:
@@ -491,5 +499,5 @@ def shape_registers(config: DeviceConfig) -> dict[str, int]:
             f"part{part}_bytes": sum(config.part_bytes[part : part + 1])
             for part in range(MOST_PARTS)
         },
-        "features": int(config.slot_store == "axi"),
+        "features": (config.slot_store == "axi") | config.checksums << 1,
     }

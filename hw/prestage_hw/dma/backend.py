@@ -9,6 +9,7 @@ from prestage_hw.contract.records import FetchReason
 from prestage_hw.layouts import RecordLayout
 
 from .axi import BURST_INCR, AXI4ReadSignature, AXI4WriteSignature
+from .checksum import TapLayout
 from .midend import AnswerLayout, BurstLayout, TileLayout
 from .order import OrderLists
 from .writer import SlotWriter
@@ -84,6 +85,8 @@ class BackEnd(wiring.Component):
     completions : ``Out(stream.Signature(RecordLayout("Completion")))``
         One for each tile, after its last beat was taken, or with "axi" written; those of a channel
         in order.
+    tap : ``Out(TapLayout(config=config))``
+        Beats and ends of tiles as they leave; only with ``config.checksums``.
     wrote : ``Out(config.dma_channels)``
         Strobe: a beat of the channel goes to the buffer.
     stray : ``Out(1)``
@@ -137,6 +140,7 @@ class BackEnd(wiring.Component):
                 ),
                 **slot_ports(config),
                 "completions": Out(stream.Signature(RecordLayout("Completion", config=config))),
+                **({"tap": Out(TapLayout(config=config))} if config.checksums else {}),
                 "wrote": Out(channels),
                 "stray": Out(1),
             }
@@ -546,6 +550,8 @@ class BackEnd(wiring.Component):
                 item.completion.eq(ended),
                 room.eq(~(write_valid | final) | writer.items.ready),
             ]
+            left = write_valid & writer.items.ready, final & writer.items.ready
+            self._tap(m, *left, write=write, ended=ended)
             with m.If(writer.items.ready):
                 m.d.sync += [write_valid.eq(0), final.eq(0)]
             return
@@ -563,7 +569,18 @@ class BackEnd(wiring.Component):
             done.r_en.eq(self.completions.ready),
             room.eq((~write_valid | self.writes.ready) & (~final | done_room)),
         ]
+        self._tap(m, write_valid & self.writes.ready, done.w_en, write=write, ended=ended)
         with m.If(self.writes.ready):
             m.d.sync += write_valid.eq(0)
         with m.If(done.w_en):
             m.d.sync += final.eq(0)
+
+    def _tap(self, m, beat, final, *, write, ended):
+        """Show what leaves."""
+        if self.config.checksums:
+            m.d.comb += [
+                self.tap.beat.eq(beat),
+                self.tap.final.eq(final),
+                self.tap.channel.eq(ended.channel),
+                self.tap.data.eq(write.data),
+            ]

@@ -10,6 +10,7 @@ from prestage_hw.layouts import RecordLayout
 
 from .axi import AXI4ReadSignature
 from .backend import BackEnd, slot_ports
+from .checksum import TapLayout
 from .frontend import FrontEnd
 from .midend import MidEnd
 from .settings import Settings
@@ -66,6 +67,9 @@ class DMA(wiring.Component):
     completions : ``Out(stream.Signature(RecordLayout("Completion")))``
         One for each fetch, after the tile's last beat was taken, or with "axi" after the answers to
         all its writes; those of a channel in order.
+    tap : ``Out(TapLayout(config=config))``
+        Beats and ends of tiles as they leave, for :class:`Checksums`; only with
+        ``config.checksums``.
     settings, commit, lower_credits, refused, refusal
         As of :class:`prestage_hw.dma.settings.Settings`.
     abort, abort_tag : ``In``
@@ -110,6 +114,7 @@ class DMA(wiring.Component):
                 ),
                 **slot_ports(config),
                 "completions": Out(stream.Signature(RecordLayout("Completion", config=config))),
+                **({"tap": Out(TapLayout(config=config))} if config.checksums else {}),
                 "settings": In(stream.Signature(RecordLayout("ChannelSettings", config=config))),
                 "commit": In(1),
                 "lower_credits": In(5),
@@ -144,6 +149,9 @@ class DMA(wiring.Component):
             m.d.comb += backend.slot_base.eq(self.slot_base)
         wiring.connect(m, wiring.flipped(self.completions), backend.completions)
         wiring.connect(m, wiring.flipped(self.settings), settings.settings)
+
+        if config.checksums:
+            m.d.comb += self.tap.eq(backend.tap)
 
         # Aborts reach every place in the same cycle, so that no tile slips from one to the next in
         # between.

@@ -45,6 +45,7 @@ STROBES = (
     "fill_errors",
     "demand_bytes",
     "prefetch_bytes",
+    "checksum_errors",
 )
 
 
@@ -97,6 +98,9 @@ class Scheduler(wiring.Component):
         Tiles for the DMA engine.
     completions : ``In(stream.Signature(RecordLayout("Completion")))``
         One for each fetch.
+    start, start_tag, start_number, start_address : ``Out``
+        Strobe: the fetch of this expert begins; only with ``config.checksums``. See
+        :class:`prestage_hw.dma.checksum.Checksums`.
     ready : ``Out(stream.Signature(RecordLayout("Ready")))``
         Experts that a demand may use.
     events : ``Out(stream.Signature(RecordLayout("Event")))``
@@ -151,9 +155,16 @@ class Scheduler(wiring.Component):
 
         others = len(config.part_bytes) - 1
         bases = {"part_bases": In(data.ArrayLayout(config.address_bits, others))}
+        starts = {
+            "start": Out(1),
+            "start_tag": Out(config.bits("tag")),
+            "start_number": Out(range(config.model.layers * config.model.experts)),
+            "start_address": Out(config.bits("address")),
+        }
         super().__init__(
             {
                 **(bases if others else {}),
+                **(starts if config.checksums else {}),
                 "commands": In(record("Command")),
                 "candidates": In(record("Candidate")),
                 "buffer_requests": Out(record("BufferRequest")),
@@ -468,6 +479,11 @@ class Scheduler(wiring.Component):
                     m.d.comb += [
                         strobe.fills.eq(last & ~table.row_failed & ~table.row_cancelled),
                         strobe.fill_errors.eq(last & table.row_failed),
+                        strobe.checksum_errors.eq(
+                            last & table.row_failed & (table.row_reason == FetchReason.CRC)
+                            if config.checksums
+                            else 0
+                        ),
                         strobe.prefetch_cancelled.eq(
                             last & table.row_cancelled & ~table.row_failed
                         ),
@@ -610,6 +626,13 @@ class Scheduler(wiring.Component):
                 m.d.comb += table.free.eq(1)
                 m.d.sync += state.eq(_State.DISPATCH)
 
+        if config.checksums:
+            m.d.sync += [
+                self.start.eq(table.allocate),
+                self.start_tag.eq(table.free_tag),
+                self.start_number.eq(number),
+                self.start_address.eq(addresses[0]),
+            ]
         m.d.sync += self.demanding.eq(
             (commands.level != 0)
             | waiting
@@ -637,6 +660,8 @@ class Scheduler(wiring.Component):
         code = Const(ErrorCode.BUS, self.events.payload.code.shape())
         if self.config.slot_store == "axi":
             code = Mux(reason == FetchReason.WRITE, ErrorCode.SLOT_MEMORY, code)
+        if self.config.checksums:
+            code = Mux(reason == FetchReason.CRC, ErrorCode.CHECKSUM, code)
         return code
 
     def _decide(self, m, *, op, result, occupied, strobe, state, waiting, retry):

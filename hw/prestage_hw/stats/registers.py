@@ -73,7 +73,7 @@ class RegisterBank(wiring.Component):
     commit : ``Out(1)``
         Strobe: make that shadow active, with ``control.profile.dma_lower_credits``.
     clear : ``Out(StructLayout)``
-        Pulses ``tables``, ``buffer``, ``counters``.
+        Pulses ``tables``, ``buffer``, ``counters``, ``checksums``.
     """
 
     def __init__(self, *, config):
@@ -111,7 +111,9 @@ class RegisterBank(wiring.Component):
                         }
                     )
                 ),
-                "clear": Out(data.StructLayout({"tables": 1, "buffer": 1, "counters": 1})),
+                "clear": Out(
+                    data.StructLayout({"tables": 1, "buffer": 1, "counters": 1, "checksums": 1})
+                ),
                 "phases": In(stream.Signature(8)),
                 "boundary": In(1),
                 "settings": Out(stream.Signature(RecordLayout("ChannelSettings", config=config))),

@@ -9,6 +9,7 @@ from prestage_hw.contract.params import DeviceConfig
 from prestage_hw.contract.records import MESSAGES, RECORDS, TABLE_BURST, ErrorCode, Source
 from prestage_hw.contract.registers import register_by_name
 
+from ..dma.checksum import Checksums
 from ..dma.settings import Channel
 from ..scheduler.throttle import Throttle
 from ..stats.accuracy import Accuracy
@@ -65,6 +66,7 @@ class Scheduler(Protocol):
     cutoff_layer: int
     channels: list[Channel]
     bases: list[int]
+    checksums: Checksums
     throttle: Throttle
 
     def demand(
@@ -325,4 +327,6 @@ class Dispatcher:
             self._current = [-1] * self._config.contexts
         if "counters" in cleared:
             self._counters.clear()
+        if "checksums" in cleared:
+            self._scheduler.checksums.clear()
         return []

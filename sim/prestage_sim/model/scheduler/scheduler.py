@@ -10,6 +10,7 @@ from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode
 
 from ..dma.axi import BusError, Memory
+from ..dma.checksum import Checksums
 from ..dma.dma import DMA
 from ..dma.settings import Channel, Settings
 from .inflight import Entry
@@ -111,6 +112,8 @@ class Scheduler:
         Memory that holds the experts.
     counters : mutable mapping of :class:`str` to :class:`int`
         Counters by name; those of the stages 3, 4 and 5 are counted, the bytes counters in bytes.
+    checksums : :class:`Checksums` or None
+        Checksums of experts; None stands for none.
 
     Attributes
     ----------
@@ -140,9 +143,11 @@ class Scheduler:
         buffer: Buffer,
         memory: Memory,
         counters: MutableMapping[str, int],
+        checksums: Checksums | None = None,
     ) -> None:
         require_config(config)
         self.config = config
+        self.checksums = Checksums(config) if checksums is None else checksums
         self.buffer = buffer
         self.memory = memory
         self.counters = counters
@@ -290,6 +295,11 @@ class Scheduler:
         self.buffer.write_expert(slot, data)
         for tile in range(last):
             request(_FILL, slot=slot, tile=tile)
+        if not self.checksums.good(entry.layer, entry.expert, data):
+            self.counters["demand_bytes" if entry.demand else "prefetch_bytes"] += (
+                size - self.config.tile_bytes
+            )
+            return self._mismatch(entry, spans)
         request(_FILL, slot=slot, tile=last, last=True)
         self.counters["demand_bytes" if entry.demand else "prefetch_bytes"] += size
         self.counters["fills"] += 1
@@ -314,6 +324,10 @@ class Scheduler:
             completion, tile_data = self._dma.transfer(address, self.memory, self._channel(entry))
             data += tile_data
             failed = completion.failed
+            if tile == config.tiles - 1 and not failed:
+                self.buffer.write_expert(slot, bytes(data))
+                if not self.checksums.good(entry.layer, entry.expert, bytes(data)):
+                    return self._mismatch(entry, spans)
             last = failed or tile == config.tiles - 1
             self.buffer.request(_FILL, slot=slot, tile=tile, last=last, failed=failed)
             if failed:
@@ -322,13 +336,21 @@ class Scheduler:
             self.counters[name] += config.tile_bytes
         if not failed:
             # Only the address wrapped around, or tiles are gathered from rows.
-            self.buffer.write_expert(slot, bytes(data))
             self.counters["fills"] += 1
             return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
+        return self._failed(entry, ErrorCode.BUS, completion.address)
+
+    def _mismatch(self, entry: Entry, spans: Sequence[tuple[int, int]]) -> list[Ready | Event]:
+        """The last tile has come, but the expert has not its checksum."""
+        last = self._last_tile
+        self.buffer.request(_FILL, slot=entry.slot, tile=last, last=True, failed=True)
+        self.counters["checksum_errors"] += 1
+        address = spans[0][0] % (1 << self.config.address_bits)
+        return self._failed(entry, ErrorCode.CHECKSUM, address)
+
+    def _failed(self, entry: Entry, code: ErrorCode, address: int) -> list[Ready | Event]:
+        """A fetch ended in an error."""
         self.counters["fill_errors"] += 1
         if not entry.demand:
-            self.throttle.dropped(slot)
-        return [
-            Event(ErrorCode.BUS, ctx, entry.layer, entry.expert, completion.address)
-            for ctx in entry.waiters
-        ]
+            self.throttle.dropped(entry.slot)
+        return [Event(code, ctx, entry.layer, entry.expert, address) for ctx in entry.waiters]

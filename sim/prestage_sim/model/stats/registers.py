@@ -163,7 +163,7 @@ class RegisterBank:
             return False
         name = register.name
         if name == "clear":
-            parts = ("tables", "buffer", "counters")
+            parts = ("tables", "buffer", "counters", "checksums")
             self.cleared = {part for i, part in enumerate(parts) if value >> i & 1}
         elif name == "table_data":
             at = self._values["table_address"]
