@@ -96,6 +96,11 @@ def test_slot_store():
         device(**shape, slot_store="axi")
 
 
+def test_checksums_are_asked_for_or_not():
+    with raises(TypeError, "Checksums must be True or False, not 1"):
+        device(checksums=1)
+
+
 def test_unknown_preset():
     with raises(
         ValueError, f"Model preset must be one of {', '.join(sorted(PRESETS))}, not 'gpt-5'"

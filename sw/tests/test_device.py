@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zlib
 from importlib.metadata import EntryPoint
 
 import numpy as np
@@ -15,6 +16,7 @@ from prestage.errors import (
     BadReadError,
     BadRegisterError,
     BusError,
+    ChecksumError,
     ClosedError,
     DataError,
     DeviceTimeoutError,
@@ -413,6 +415,49 @@ def test_slots_in_a_memory_of_their_own(device):
                 device.configure(slot_base=base)
     with pytest.raises(ArgumentError, match="must have internal slots"):
         prestage.open("sim://", config=config)
+
+
+def test_checksums():
+    config = CONFIG.replace(checksums=True)
+    memory = expert_memory(config)
+    sums = np.array([zlib.crc32(e.tobytes()) for e in memory.reshape(32, 1024)], np.uint32)
+    memory = memory.copy()
+    memory[3 * 1024 + 7] ^= 4
+    with prestage.open("model://", config=config, memory=memory) as device:
+        device.load_checksums(sums.reshape(4, 8))
+        assert np.array_equal(device.save_table(255), sums)
+        device.route(0, 0, [2, 3])
+        with pytest.raises(ChecksumError, match=r"layer 0, expert 3, address 0xc00"):
+            list(device.wait_ready(0, 0))
+        device.release(0, 0)
+        assert device.stats()["checksum_errors"] == device.stats()["fill_errors"] == 1
+        # One by one: now for what is really there.
+        right = zlib.crc32(memory[3 * 1024 : 4 * 1024].tobytes())
+        device.load_checksums({(0, 3): right, (0, 4): 5, (3, 7): 9})
+        device.route(0, 0, [3, 2])
+        assert {ready.expert for ready in device.wait_ready(0, 0)} == {2, 3}
+        device.release(0, 0)
+        device.route(0, 0, [4, 2])
+        with pytest.raises(ChecksumError):
+            list(device.wait_ready(0, 0))
+        device.release(0, 0)
+        device.configure(clear_checksums=True)
+        assert not device.save_table(255).any()
+        device.route(0, 0, [4, 2])
+        assert len(list(device.wait_ready(0, 0))) == 2
+        for wrong, text in (
+            ({(0, 8): 0}, "Model has no expert 8 in layer 0"),
+            ({(0, 0): 1 << 32}, "Checksum must fit in 32 bits, not 4294967296"),
+            (sums, r"Checksums must have shape \(4, 8\), not \(32,\)"),
+        ):
+            with pytest.raises(ArgumentError, match=text):
+                device.load_checksums(wrong)
+
+
+def test_a_device_without_checksums(device):
+    with pytest.raises(ArgumentError, match="Device must have been built with checksums"):
+        device.load_checksums({(0, 0): 0})
+    assert device.table_words(255) == 0
 
 
 def test_snapshot_and_profile(device):
