@@ -5,6 +5,8 @@
     fetches ─▶ DMA ─▶ writes          every event, in its cycle ─▶ golden Engine
                 │  ─▶ completions
                bus ─▶ AXIMemory
+
+With slots in a memory of their own there is slot_bus ─▶ AXIWriteMemory in place of writes.
 """
 
 import random
@@ -17,11 +19,19 @@ from prestage_hw.contract.records import FetchReason, SettingsRefusal, TrafficCl
 from prestage_hw.dma import DMA
 from prestage_hw.dma.dma import ChannelStrobes
 from prestage_hw.dma.settings import Settings
+from prestage_hw.dma.writer import SlotWriter
 from prestage_hw.layouts import RecordLayout
 from prestage_sim.model.dma import DMA as GoldenDMA
 from prestage_sim.model.dma import Engine
 from prestage_sim.model.dma.watchdog import bounds
-from prestage_tb.axi import DECERR, SLVERR, AXIMemory, pattern, random_address
+from prestage_tb.axi import (
+    DECERR,
+    SLVERR,
+    AXIMemory,
+    AXIWriteMemory,
+    pattern,
+    random_address,
+)
 from prestage_tb.bench import (
     Stall,
     StreamSink,
@@ -63,9 +73,27 @@ class TB:
         self.fetches = StreamSource(
             dut, "fetches", RecordLayout("FetchRequest", config=config), stall=stall
         )
-        self.writes = StreamSink(
-            dut, "writes", RecordLayout("BufferWrite", config=config), stall=stall
-        )
+        self.writes = self.slots = None
+        if config.slot_store == "internal":
+            self.writes = StreamSink(
+                dut, "writes", RecordLayout("BufferWrite", config=config), stall=stall
+            )
+        else:
+            self.slots = AXIWriteMemory(
+                dut,
+                "slot_bus",
+                data_bytes=config.data_bytes,
+                latency=self.random.choice((1, 3, 20)) if stall else 8,
+                address_stall=stall,
+                data_stall=stall,
+                answer_stall=stall,
+                # With one that wants the data first no rate is promised.
+                data_first=bool(stall) and self.random.random() < 0.5,
+                outstanding=SlotWriter.outstanding,
+                burst_beats=16,
+            )
+            self.slot_base = self.random.randrange(16) * 4096
+            dut.slot_base.value = self.slot_base
         self.completions = StreamSink(
             dut, "completions", RecordLayout("Completion", config=config), stall=stall
         )
@@ -95,6 +123,10 @@ class TB:
     def forget(self):
         """Begin anew, after a reset."""
         self.engine = Engine(self.config)
+        if self.slots is not None:
+            self.engine.slot_base = self.slot_base
+            self._answered = len(self.slots.transfers)
+            self._stored = len(self.slots.beats)
         self.inside = 0
         self.accepted = []  # Cycle and request of each fetch.
         self.launched = []  # Cycle, channel, address and beats of each burst.
@@ -165,7 +197,12 @@ class TB:
             )
             if write is not None:
                 self.expected.append(write)
-        if self._moves("writes"):
+                if self.slots is not None:
+                    self.written[id(write.transfer)] += 1
+                    self.counts["beats", write.transfer.channel] += 1
+        if self.slots is not None:
+            self._follow_slots()
+        elif self._moves("writes"):
             got = self._payload(self.writes)
             assert self.expected, f"no beat may be written, but {got} was"
             write = self.expected.popleft()
@@ -182,7 +219,7 @@ class TB:
                 self._expire(record["channel"])
             transfer = engine.complete(record)
             if record["reason"] in (FetchReason.OK, FetchReason.BUS):
-                taken = self.written[id(transfer)]
+                taken = self.written[id(transfer)] if self.slots is None else transfer.written
                 assert taken == transfer.beats or transfer.null or transfer.aborted, (
                     f"{record} came after {taken} of {transfer.beats} beats"
                 )
@@ -216,6 +253,28 @@ class TB:
             for name, field in ChannelStrobes():
                 at = channel * width + field.offset
                 self.strobes[name, channel] += strobes >> at & 1
+
+    def _follow_slots(self):
+        """Tell the model which writes were answered, and keep what they wrote."""
+        slots = self.slots
+        for transfer in slots.transfers[self._answered :]:
+            self._answered += 1
+            last = transfer.address + transfer.beats * self.config.data_bytes
+            error = any(first < last and transfer.address < end for first, end, _ in slots.failing)
+            self.engine.answer(transfer.address, transfer.beats, error=error)
+
+    def check_slots(self):
+        """Everything that the model let be written was, once, and nothing else."""
+        config = self.config
+        expected = Counter(
+            (
+                self.slot_base + write.slot * config.expert_bytes + write.beat * config.data_bytes,
+                int.from_bytes(pattern(write.address, config.data_bytes), "little"),
+            )
+            for write in self.expected
+        )
+        assert Counter(self.slots.beats[self._stored :]) == expected
+        assert not self.engine.unclaimed and not self.slots.waiting
 
     def _effect(self, delay, action):
         self._effects.append((self.cycle + delay, action))
@@ -328,8 +387,12 @@ class TB:
             limit -= 1
             assert limit, f"{self.inside} tiles are still inside"
         await cycles(self.dut, 8)
-        assert not self.expected and not self.engine.inside
-        assert str(self.dut.writes__valid.value) == "0"
+        assert not self.engine.inside
+        if self.slots is not None:
+            self.check_slots()
+        else:
+            assert not self.expected
+            assert str(self.dut.writes__valid.value) == "0"
         for (name, channel), count in sorted(self.counts.items()):
             assert self.strobes[name, channel] == count, (name, channel)
 
@@ -656,6 +719,8 @@ async def time_out(dut):
     assert all(record["reason"] == FetchReason.OK for record in records)
     hit("dma.retry_after_timeout")
     # Nothing expires while memory answers, however slow the buffer is.
+    if tb.writes is None:
+        return
     tb.writes.stall = Stall(0.8, burst=(limit, 2 * limit))
     await tb.run(again[:2])
 
@@ -1024,7 +1089,9 @@ async def reset_in_flight(dut):
     """After a reset at any moment nothing of before comes out."""
     tb = TB(dut, stall=0.2, latency=6, reorder=0.2)
     await reset(dut)
-    drivers = [tb.fetches, tb.writes, tb.completions, tb.settings]
+    drivers = [tb.fetches, tb.completions, tb.settings]
+    if tb.writes is not None:
+        drivers.append(tb.writes)
     for _ in range(12):
         for _ in range(6):
             fetch = tb.any_fetch()
@@ -1038,6 +1105,115 @@ async def reset_in_flight(dut):
         if tb.random.random() < 0.3:
             await tb.pulse("commit")
         await reset(dut, drivers=drivers)
-        assert str(dut.writes__valid.value) in "0"
+        if tb.writes is not None:
+            assert str(dut.writes__valid.value) in "0"
         await tb.run([tb.any_fetch() for _ in range(3)])
     hit("dma.reset")
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=list(STALLS), reorder=[0.0, 0.6])
+async def write_errors(dut, stall, reorder):
+    """Errors of the slots' memory fail the tile, with the first burst's address, and no other."""
+    tb = TB(dut, stall=STALLS[stall], reorder=reorder)
+    if tb.slots is None:
+        return
+    await reset(dut)
+    config = tb.config
+    fetches = [tb.any_fetch() for _ in range(60)]
+    for fetch in tb.random.sample(fetches, 20):
+        size = config.tile_bytes
+        start = tb.slot_base + fetch["slot"] * config.expert_bytes + fetch["tile"] * size
+        at = start + tb.random.randrange(0, size, config.data_bytes)
+        response = tb.random.choice((SLVERR, DECERR))
+        tb.slots.failing.append((at, at + config.data_bytes, response))
+    for fetch in tb.random.sample(fetches, 10):
+        tb.break_a_beat(fetch)
+    records = await tb.run(fetches)
+    reasons = Counter(record["reason"] for record in records)
+    assert reasons[FetchReason.WRITE] and reasons[FetchReason.BUS] and reasons[FetchReason.OK]
+    hit("dma.write_error")
+    if reorder:
+        hit("dma.write_interleaved")
+    # Nothing of it is left.
+    tb.slots.failing.clear()
+    tb.memory.failing.clear()
+    records = await tb.run([tb.fetch(n * config.tile_bytes, channel=n % 2) for n in range(6)])
+    assert all(record["reason"] == FetchReason.OK for record in records)
+
+
+@cocotb.test()
+async def writes_wait_for_answers(dut):
+    """No tile completes before the last of its writes was answered, and no time-out counts that."""
+    tb = TB(dut)
+    if tb.slots is None:
+        return
+    await reset(dut)
+    config = tb.config
+    tb.slots.paused = True
+    count = config.dma_channels * config.dma_queue_depth
+    # Longer than the last channel waits for its turn.
+    timeout = 3 * count * config.tile_beats
+    dut.timeout.value = timeout
+    tb.fetches.send(
+        *(
+            tb.fetch(tb.spread(n << 13, n % config.dma_channels), channel=n % config.dma_channels)
+            for n in range(count)
+        )
+    )
+    await cycles(dut, 2 * timeout)
+    assert tb.inside == count and not tb.completed
+    tb.slots.paused = False
+    await tb.done(count)
+    assert all(r["reason"] == FetchReason.OK for _, _, r in tb.completed)
+    dut.timeout.value = 0
+    hit("dma.write_answers")
+
+
+@cocotb.test()
+@cocotb.parametrize(reorder=[0.0, 1.0], latency=[8, 100])
+async def write_rate(dut, reorder, latency):
+    """Beats of all channels in turns are written at the rate at which they come."""
+    tb = TB(dut, latency=2, reorder=reorder)
+    if tb.slots is None:
+        return
+    await reset(dut)
+    config = tb.config
+    tb.slots.latency = latency
+    count = max(16, 1600 // config.tile_beats)
+    # At the credits that read a beat a cycle, and without a choice between classes.
+    await tb.configure(*(tb.channel_settings(c, traffic=TrafficClass.DEMAND) for c in tb.channels))
+    await tb.run(
+        [
+            tb.fetch(tb.spread(n << 13, n % config.dma_channels), channel=n % config.dma_channels)
+            for n in range(count)
+        ]
+    )
+    beats = tb.slots.beat_cycles
+    share = len(beats) / (beats[-1] - beats[0] + 1)
+    dut._log.info("writes: %.3f beats a cycle", share)
+    assert share >= 0.97
+    hit("dma.write_rate")
+
+
+@cocotb.test()
+async def write_latency(dut):
+    """From the last beat of a write burst to its address and its data."""
+    tb = TB(dut, latency=10)
+    if tb.slots is None:
+        return
+    await reset(dut)
+    size = tb.config.data_bytes
+    for beats in (1, 4, 16):
+        await cycles(dut, 5)
+        tb.fetches.send(tb.fetch(0, size=beats * size))
+        seen = {}
+        while len(seen) < 3:
+            await FallingEdge(dut.clk)
+            for name in ("bus__r", "slot_bus__aw", "slot_bus__w"):
+                if tb._high(f"{name}valid") and (name != "bus__r" or tb._high("bus__rlast")):
+                    seen.setdefault(name, tb.cycle)
+        await tb.done()
+        to_writer = 3  # From a beat being taken to the writer.
+        assert seen["slot_bus__aw"] - seen["bus__r"] == to_writer + SlotWriter.launch_latency
+        assert seen["slot_bus__w"] - seen["bus__r"] == to_writer + SlotWriter.data_latency

@@ -101,10 +101,18 @@ class TB:
         self.latency = latency
         self.failing = failing
         self.base = base
+        # The parts' arrays follow each other, the last part's first.
+        whole = config.model.layers * config.model.experts
+        sizes = config.part_bytes
+        self.bases = [base + whole * sum(sizes[part + 1 :]) for part in range(len(sizes))]
+        if len(sizes) > 1:
+            dut.part_bases.value = sum(
+                each << at * config.address_bits for at, each in enumerate(self.bases[1:])
+            )
         self.broken = []  # Address ranges of the memory that fail.
         self.golden_dma = GoldenDMA(config)
         self.prefetch_tiles = 1
-        dut.expert_base.value = base
+        dut.expert_base.value = self.bases[0]
         dut.prefetch_tiles.value = 1
         dut.enable.value = 1
         dut.cutoff_layer.value = 255
@@ -272,6 +280,12 @@ class TB:
 
     # --- scoreboard ---
 
+    def tile_address(self, layer, expert, tile):
+        """Address of a tile of an expert."""
+        spans = self.config.expert_spans(layer, expert, bases=self.bases)
+        size = self.config.tile_bytes
+        return [at + offset for at, each in spans for offset in range(0, each, size)][tile]
+
     def _taken(self, stream):
         """Payload of a stream if it is taken in this cycle."""
         if str(stream.valid.value) == "1" and str(stream.ready.value) == "1":
@@ -360,8 +374,7 @@ class TB:
         self.log.setdefault("fetch", self.cycle)
         entry = self.inflight[fetch["slot"]]
         config = self.config
-        address = config.expert_address(entry.layer, entry.expert, base=self.base)
-        address += fetch["tile"] * config.tile_bytes
+        address = self.tile_address(entry.layer, entry.expert, fetch["tile"])
         assert fetch["address"] == address % (1 << config.address_bits)
         assert fetch["tile"] == entry.offered, "an entry's tiles must come in order"
         assert entry.tag in (None, fetch["tag"])
@@ -651,8 +664,10 @@ class TB:
             layer=layer, expert=expert, slot=slot, demand=demand, ctx=ctx, cycle=self.cycle
         )
         if self.random.random() < self.failing:
-            first = self.config.expert_address(layer, expert, base=self.base)
-            first += self.random.randrange(self.config.expert_beats) * self.config.data_bytes
+            tile, beat = divmod(
+                self.random.randrange(self.config.expert_beats), self.config.tile_beats
+            )
+            first = self.tile_address(layer, expert, tile) + beat * self.config.data_bytes
             self.broken.append((first, first + self.config.data_bytes))
 
     def _answer(self, entry, ctx):
@@ -781,6 +796,8 @@ async def timed(dut, stall, latency, failing):
         names += ["prefetch_issued", "prefetch_redundant", "prefetch_stale"]
     for name in names:
         assert tb.strobes[name], f"the workload has no {name}"
+    if len(config.part_bytes) > 1:
+        hit("scheduler.parts")
     dut._log.info("counters: %s", dict(tb.strobes))
 
 
@@ -826,7 +843,7 @@ async def drained(dut, stall, failing, full):
         memory=Memory(np.zeros(size, np.uint8), failing=tb.broken),
         counters=counters,
     )
-    golden.expert_base = tb.base
+    golden.bases = list(tb.bases)
     golden.throttle.enable = tb.throttle_enable
     golden.throttle.register = tb.throttle_weights
     # With many layers unreleased every slot is pinned in the end, and demands are refused.
@@ -1111,7 +1128,7 @@ async def contexts_share_a_fetch(dut, fails):
     config = tb.config
     await tb.reset()
     tb.hold_memory = True
-    address = config.expert_address(1, 2)
+    address = tb.tile_address(1, 2, 0)
     if fails:
         tb.broken.append((address + config.tile_bytes // 2, address + config.tile_bytes))
     for ctx in reversed(range(config.contexts)):

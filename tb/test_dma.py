@@ -52,6 +52,9 @@ CONFIGS = {
         dma_channels=2,
         axi_ids=1,
     ),
+    "slots-in-memory": TINY_DEVICE.replace(
+        slot_store="axi", data_bytes=16, outstanding_bursts=8, expert_bytes=2048, tile_bytes=1024
+    ),
     "one-credit": DeviceConfig(
         model=preset("tiny"),
         slots=5,

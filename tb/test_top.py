@@ -9,6 +9,7 @@
 """
 
 import random
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from prestage_hw.contract import (
     decode_frame,
     encode_frame,
 )
+from prestage_hw.contract.crc import CHECKSUM_TABLE
 from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.contract.pattern import expert_memory
 from prestage_hw.contract.perceptron import perceptron_form
@@ -47,7 +49,7 @@ from prestage_hw.layouts import RecordLayout
 from prestage_hw.top import Top
 from prestage_sim.model.top import Top as GoldenTop
 from prestage_sim.traces import load_trace
-from prestage_tb.axi import DECERR, SLVERR, AXIMemory
+from prestage_tb.axi import DECERR, SLVERR, AXIMemory, AXIWriteMemory
 from prestage_tb.bench import (
     Stall,
     StreamSink,
@@ -133,10 +135,31 @@ class _Bench:
         self.image = expert_memory(self.config)
         start_clock(dut)
         self.host = _Host(dut, self.config, stall=stall)
-        self.reads = StreamSource(
-            dut, "reads", RecordLayout("ReadRequest", config=self.config), stall=stall
-        )
-        self.beats = StreamSink(dut, "beats", RecordLayout("Beat", config=self.config), stall=stall)
+        self.drivers = [self.host.rx, self.host.tx]
+        self.slots = None
+        if self.config.slot_store == "internal":
+            self.reads = StreamSource(
+                dut, "reads", RecordLayout("ReadRequest", config=self.config), stall=stall
+            )
+            self.beats = StreamSink(
+                dut, "beats", RecordLayout("Beat", config=self.config), stall=stall
+            )
+            self.drivers += [self.reads, self.beats]
+        else:
+            self.slots = AXIWriteMemory(
+                dut,
+                "slot_bus",
+                data_bytes=self.config.data_bytes,
+                # Longer than a Ready takes to the host.
+                latency=200,
+                address_stall=stall,
+                data_stall=stall,
+                answer_stall=stall,
+                outstanding=16,
+                burst_beats=16,
+            )
+            self.slot_base = 0
+            cocotb.start_soon(self._watch_slots())
         self.memory = AXIMemory(
             dut,
             data=lambda address, size: self.image[address : address + size].tobytes(),
@@ -148,24 +171,51 @@ class _Bench:
             outstanding=self.config.outstanding_bursts,
             burst_beats=self.config.burst_beats,
         )
-        self.drivers = [self.host.rx, self.host.tx, self.reads, self.beats]
 
     async def reset(self):
         self.host.clear()
         await reset(self.dut, drivers=self.drivers)
         self.host.clear()
 
+    def _check_slot(self, ready):
+        """Every byte of a slot in memory is the expert's."""
+        size = self.config.data_bytes
+        start = self.slot_base + ready["slot"] * self.config.expert_bytes
+        data = b"".join(
+            self.slots.words[at].to_bytes(size, "little")
+            for at in range(start, start + self.config.expert_bytes, size)
+        )
+        spans = self.config.expert_spans(ready["layer"], ready["expert"])
+        whole = b"".join(self.image[at : at + length].tobytes() for at, length in spans)
+        assert data == whole, ready
+
+    async def _watch_slots(self):
+        """Check every Ready as soon as it has come, long before a late write would be done."""
+        seen, answers = 0, None
+        while True:
+            await cycles(self.dut, 4)
+            self.host.poll()
+            if self.host.answers is not answers:
+                seen, answers = 0, self.host.answers
+            for ready in self.readies(answers[seen:]):
+                self._check_slot(ready)
+            seen = len(answers)
+
     async def check_bytes(self, readies):
         """Every byte of the slots is the expert's."""
         beats = self.config.expert_beats
         for ready in readies:
+            if self.slots is not None:
+                self._check_slot(ready)
+                continue
             for beat in range(beats):
                 self.reads.send({"slot": ready["slot"], "beat": beat})
             got = await self.beats.receive(beats)
             assert all(beat["ok"] for beat in got), ready
             data = b"".join(bytes(beat["data"]) for beat in got)
-            start = self.config.expert_address(ready["layer"], ready["expert"])
-            assert data == self.image[start : start + self.config.expert_bytes].tobytes(), ready
+            spans = self.config.expert_spans(ready["layer"], ready["expert"])
+            whole = b"".join(self.image[start : start + size].tobytes() for start, size in spans)
+            assert data == whole, ready
 
     def readies(self, answers):
         return [
@@ -301,7 +351,8 @@ async def hints_and_errors(dut):
     bad = {(rng.randrange(model.layers), rng.randrange(model.experts)) for _ in range(6)}
     for layer, expert in bad:
         # The second beat from the end, so that the failing burst isn't the first one.
-        address = config.expert_address(layer, expert) + config.expert_bytes - config.data_bytes * 2
+        start, size = config.expert_spans(layer, expert)[-1]
+        address = start + size - config.data_bytes * 2
         bench.memory.failing.append((address, address + config.data_bytes, SLVERR))
         golden.memory.failing.append((address, address + config.data_bytes))
     control = register_by_name("control").address
@@ -705,6 +756,114 @@ async def reset_in_flight(dut):
         await bench.compare_registers(golden)
 
 
+@cocotb.test()
+async def wrong_bits(dut):
+    """Experts with a wrong bit in memory are never ready, where their checksum was loaded."""
+    bench = _Bench(dut, stall=0.1)
+    config, rng, model = bench.config, bench.random, bench.config.model
+    if not config.checksums:
+        return
+    spans = {
+        (layer, expert): config.expert_spans(layer, expert)
+        for layer in range(model.layers)
+        for expert in range(model.experts)
+    }
+    sums = [
+        zlib.crc32(b"".join(bench.image[at : at + size].tobytes() for at, size in each))
+        for each in spans.values()
+    ]
+    bench.image = bench.image.copy()
+    bad = rng.sample(sorted(spans), 10)
+    for key in bad:
+        at, size = rng.choice(spans[key])
+        bench.image[at + rng.randrange(size)] ^= 1 << rng.randrange(8)
+    golden = GoldenTop(config, bench.image)
+    await bench.reset()
+    # A few have no checksum, and some others a wrong one.
+    unchecked = set(rng.sample(range(len(sums)), 4))
+    for number in rng.sample(range(len(sums)), 2):
+        sums[number] ^= 1 << rng.randrange(32)
+    for number, value in enumerate(sums):
+        if number not in unchecked:
+            values = [value, *(rng.getrandbits(32) for _ in range(TABLE_BURST - 1))]
+            golden.handle(*bench.host.post("TABLE_WRITE", CHECKSUM_TABLE, number, 1, values))
+    await bench.drained(golden, "TABLE_READ", CHECKSUM_TABLE, 0, len(sums) // 2)
+    await bench.drained(golden, "TABLE_READ", CHECKSUM_TABLE, len(sums) // 2, len(sums) // 2)
+    await bench.drained(golden, "TABLE_READ", CHECKSUM_TABLE, len(sums) - 1, 2)
+    await bench.drained(golden, "REGISTER_WRITE", register_by_name("control").address, 3)
+    codes = Counter()
+    for token, layers in enumerate(_decisions(bench, 6)):
+        await bench.drained(golden, "BEGIN_TOKEN", 0, 1, token)
+        for layer, experts in enumerate(layers):
+            for wanted, expert in rng.sample(bad, 2):
+                if wanted >= layer:
+                    await bench.drained(golden, "HINT", 0, wanted, expert, 255)
+            answers = await bench.drained(golden, "ROUTE", 0, layer, experts)
+            codes.update(body[0] for code, body in answers if code == MESSAGES["EVENT"].code)
+            await bench.check_bytes(
+                [
+                    ready
+                    for ready in bench.readies(answers)
+                    if ready["layer"] * model.experts + ready["expert"] not in unchecked
+                ][:1]
+            )
+            await bench.drained(golden, "RELEASE", 0, layer)
+    assert codes[ErrorCode.CHECKSUM] and golden.counters["prefetch_issued"] > 3
+    assert golden.counters["checksum_errors"] > codes[ErrorCode.CHECKSUM]
+    await bench.compare_registers(golden)
+    # Without checksums they are ready again.
+    await bench.drained(golden, "REGISTER_WRITE", register_by_name("clear").address, 8)
+    await bench.drained(golden, "TABLE_READ", CHECKSUM_TABLE, 0, 4)
+    before = golden.counters["checksum_errors"]
+    for layer, expert in bad[:3]:
+        experts = [expert, (expert + 1) % model.experts]
+        await bench.drained(golden, "ROUTE", 0, layer, experts)
+        await bench.drained(golden, "RELEASE", 0, layer)
+    assert golden.counters["checksum_errors"] == before
+    hit("checksum.device")
+
+
+@cocotb.test()
+async def slot_memory_fails(dut):
+    """A slot that can't be written is never ready; the error names the expert and where."""
+    bench = _Bench(dut, stall=0.1)
+    if bench.slots is None:
+        return
+    config, rng, model = bench.config, bench.random, bench.config.model
+    await bench.reset()
+    bench.slot_base = 0x5000
+    for name, value in (("slot_base_low", 0x5FFF), ("slot_base_high", 0)):
+        bench.host.post("REGISTER_WRITE", register_by_name(name).address, value)
+    bad = {}
+    for slot in rng.sample(range(config.slots), 3):
+        tile, beat = divmod(rng.randrange(config.expert_beats), config.tile_beats)
+        at = bench.slot_base + slot * config.expert_bytes + tile * config.tile_bytes
+        burst = at + beat // 16 * 16 * config.data_bytes
+        bench.slots.failing.append((burst, burst + config.data_bytes, rng.choice((SLVERR, DECERR))))
+        bad[slot] = burst
+    failed = set()
+    for layer in range(model.layers):
+        experts = rng.sample(range(model.experts), model.top_k)
+        bench.host.post("ROUTE", 0, layer, experts)
+        bench.host.post("SYNC", 1)
+        answers = await bench.host.wait(dut, until=MESSAGES["SYNCED"].code)
+        readies = bench.readies(answers)
+        await bench.check_bytes(readies)
+        assert not {ready["slot"] for ready in readies} & {*bad}
+        told = [ready["expert"] for ready in readies]
+        for code, body in answers:
+            if code == MESSAGES["EVENT"].code:
+                event = RECORDS["Event"].unpack(config, body)
+                assert event["code"] == ErrorCode.SLOT_MEMORY and event["layer"] == layer
+                assert event["address"] in bad.values()
+                failed.add(event["address"])
+                told.append(event["expert"])
+        assert sorted(told) == sorted(experts)
+        bench.host.post("RELEASE", 0, layer)
+    assert failed
+    hit("dma.slots_in_memory")
+
+
 _SHAPES = {
     "tiny": TINY_DEVICE,
     "tiny-none": TINY_DEVICE.replace(predictor="none"),
@@ -730,6 +889,41 @@ def test_top(shape):
     config = _SHAPES[shape]
     run_bench(
         lambda: Top(config=config), module=__file__, name="top", parameters={"config": config}
+    )
+
+
+def test_parts():
+    """Experts that lie in three parts and have checksums: whole, or refused with their address."""
+    config = TINY_DEVICE.replace(expert_bytes=2048, parts=(512, 1024, 512), checksums=True)
+    run_bench(
+        lambda: Top(config=config),
+        module=__file__,
+        name="top",
+        parameters={"config": config},
+        testcase=[
+            f"drained_pace/stall=0.3/policy={Policy.LRU.name}",
+            "hints_and_errors",
+            "wrong_bits",
+        ],
+    )
+
+
+def test_slots_in_memory():
+    """Slots behind an AXI4 write port: right there at each Ready, at any pace."""
+    config = TINY_DEVICE.replace(slot_store="axi", checksums=True)
+    run_bench(
+        lambda: Top(config=config),
+        module=__file__,
+        name="top",
+        parameters={"config": config},
+        testcase=[
+            f"drained_pace/stall=0.3/policy={Policy.NEXT_USE.name}",
+            "hints_and_errors",
+            "reset_in_flight",
+            "slot_memory_fails",
+            "wrong_bits",
+            "tables_and_reads",
+        ],
     )
 
 

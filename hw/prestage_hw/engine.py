@@ -15,6 +15,7 @@ from amaranth.lib.wiring import In, Out
 from prestage_hw.buffer import ExpertBuffer
 from prestage_hw.contract.params import require_config
 from prestage_hw.dma import DMA
+from prestage_hw.dma.checksum import Checksums
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.scheduler import Scheduler
 
@@ -35,6 +36,8 @@ _SCHEDULER_PORTS = (
     ),
     *("demanding", "strobes"),
 )
+_PARTS_PORTS = ("part_bases",)
+_SLOT_PORTS = ("slot_bus", "slot_base")
 _DMA_PORTS = (
     *("bus", "settings", "commit", "lower_credits", "refused", "refusal", "abort", "abort_tag"),
     *("abort_all", "timeout", "stray", "expired"),
@@ -55,10 +58,27 @@ def connect_engine(m, *, scheduler, dma, buffer, values, policy):
         What the predictor says of experts.
     policy : value of 2 bits
         Policy that the buffer is to follow.
+
+    Returns
+    -------
+    :class:`Checksums` or None
+        What compares experts with their checksums, with ``config.checksums``. Its table is not
+        connected.
     """
     wiring.connect(m, scheduler.fetches, dma.fetches)
-    wiring.connect(m, dma.completions, scheduler.completions)
-    wiring.connect(m, dma.writes, buffer.writes)
+    config = dma.config
+    checksums = None
+    if config.checksums:
+        m.submodules.checksums = checksums = Checksums(config=config)
+        wiring.connect(m, dma.completions, checksums.ended)
+        wiring.connect(m, checksums.completions, scheduler.completions)
+        m.d.comb += checksums.tap.eq(dma.tap)
+        for name in ("start", "start_tag", "start_number", "start_address"):
+            m.d.comb += getattr(checksums, name).eq(getattr(scheduler, name))
+    else:
+        wiring.connect(m, dma.completions, scheduler.completions)
+    if config.slot_store == "internal":
+        wiring.connect(m, dma.writes, buffer.writes)
     wiring.connect(m, scheduler.buffer_requests, buffer.requests)
     wiring.connect(m, buffer.results, scheduler.buffer_results)
     # Demands are looked up by what was known before them; policies change between operations.
@@ -69,6 +89,7 @@ def connect_engine(m, *, scheduler, dma, buffer, values, policy):
     ]
     with m.If(buffer.idle):
         m.d.sync += buffer.policy.eq(policy)
+    return checksums
 
 
 class Engine(wiring.Component):
@@ -84,15 +105,19 @@ class Engine(wiring.Component):
 
     Members
     -------
-    commands, candidates, ready, events, expert_base, prefetch_tiles, enable, cutoff_layer, \
-    hold, wanted, alone, cancel_enable, throttle_enable, throttle_weights, throttle_state, \
-    demanding, strobes
+    commands, candidates, ready, events, expert_base, part_bases, prefetch_tiles, enable, \
+    cutoff_layer, hold, wanted, alone, cancel_enable, throttle_enable, throttle_weights, \
+    throttle_state, demanding, strobes
         As of :class:`Scheduler`.
     bus, settings, commit, lower_credits, refused, refusal, abort, abort_tag, abort_all, timeout, \
     stray, expired
         As of :class:`DMA`.
     reads, beats
-        As of :class:`ExpertBuffer`.
+        As of :class:`ExpertBuffer`; not with ``config.slot_store`` "axi".
+    slot_bus, slot_base
+        As of :class:`DMA`; only with "axi".
+    checksum_requests, checksum_values
+        As ``requests`` and ``values`` of :class:`Checksums`; only with ``config.checksums``.
     channel_strobes, buffer_strobes
         ``strobes`` of :class:`DMA` and :class:`ExpertBuffer`.
     values : ``In(stream.Signature(RecordLayout("ValueBeat", config=config)))``
@@ -108,6 +133,10 @@ class Engine(wiring.Component):
     def __init__(self, *, config):
         require_config(config)
         self.config = config
+        checksums = {
+            "checksum_requests": In(stream.Signature(RecordLayout("TableRequest", config=config))),
+            "checksum_values": Out(stream.Signature(32)),
+        }
         self._scheduler = Scheduler(config=config)
         self._dma = DMA(config=config)
         self._buffer = ExpertBuffer(config=config)
@@ -120,6 +149,7 @@ class Engine(wiring.Component):
                 },
                 "channel_strobes": self._dma.signature.members["strobes"],
                 "buffer_strobes": self._buffer.signature.members["strobes"],
+                **(checksums if config.checksums else {}),
                 "values": In(stream.Signature(RecordLayout("ValueBeat", config=config))),
                 "policy": In(2),
                 "clear": In(1),
@@ -130,8 +160,11 @@ class Engine(wiring.Component):
     def _own_ports(self):
         return (
             (self._scheduler, _SCHEDULER_PORTS),
+            (self._scheduler, _PARTS_PORTS if len(self.config.part_bytes) > 1 else ()),
             (self._dma, _DMA_PORTS),
-            (self._buffer, _BUFFER_PORTS),
+            (self._buffer, _BUFFER_PORTS)
+            if self.config.slot_store == "internal"
+            else (self._dma, _SLOT_PORTS),
         )
 
     def elaborate(self, platform):
@@ -139,7 +172,7 @@ class Engine(wiring.Component):
         m.submodules.scheduler = scheduler = self._scheduler
         m.submodules.dma = dma = self._dma
         m.submodules.buffer = buffer = self._buffer
-        connect_engine(
+        checksums = connect_engine(
             m,
             scheduler=scheduler,
             dma=dma,
@@ -147,6 +180,11 @@ class Engine(wiring.Component):
             values=wiring.flipped(self.values),
             policy=self.policy,
         )
+        idle = scheduler.idle & dma.idle & buffer.idle
+        if checksums is not None:
+            wiring.connect(m, wiring.flipped(self.checksum_requests), checksums.requests)
+            wiring.connect(m, checksums.values, wiring.flipped(self.checksum_values))
+            idle &= checksums.idle
         for block, names in self._own_ports():
             for name in names:
                 member = block.signature.members[name]
@@ -162,6 +200,6 @@ class Engine(wiring.Component):
             self.buffer_strobes.eq(buffer.strobes),
             scheduler.clear.eq(self.clear),
             buffer.clear.eq(self.clear),
-            self.idle.eq(scheduler.idle & dma.idle & buffer.idle),
+            self.idle.eq(idle),
         ]
         return m

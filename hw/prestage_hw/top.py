@@ -6,16 +6,17 @@
     tx ◀─────┘         └─ 6 register bank, counters    bus ◀─────┘
 """
 
-from amaranth import Module
+from amaranth import Module, Mux
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.buffer import ExpertBuffer
 from prestage_hw.buffer.arbiter import ReadArbiter
+from prestage_hw.contract.crc import CHECKSUM_TABLE
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.registers import COUNTERS
 from prestage_hw.dma import DMA
-from prestage_hw.dma.axi import AXI4ReadSignature, AXI4Signature
+from prestage_hw.dma.axi import AXI4ReadSignature, AXI4Signature, AXI4WriteSignature
 from prestage_hw.engine import connect_engine
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import Dispatcher
@@ -45,7 +46,9 @@ class Top(wiring.Component):
     bus : ``Out(AXI4ReadSignature(...))``
         Memory that holds the experts.
     reads, beats : ``In(stream of ReadRequest)``, ``Out(stream of Beat)``
-        Consumer port of the expert buffer.
+        Consumer port of the expert buffer; not with ``config.slot_store`` "axi".
+    slot_bus : ``Out(AXI4WriteSignature(...))``
+        Memory that holds the slots; only with "axi".
     tokens : ``Out(AXI4Signature(...))``
         Memory that holds the predictor's token tables; only with ``config.token_memory``.
     idle : ``Out(1)``
@@ -61,6 +64,15 @@ class Top(wiring.Component):
                 AXI4Signature(address_bits=config.address_bits, data_bits=config.bits("data"))
             )
         }
+        consumer = {
+            "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
+            "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+        }
+        slots = {
+            "slot_bus": Out(
+                AXI4WriteSignature(address_bits=config.address_bits, data_bits=config.bits("data"))
+            )
+        }
         super().__init__(
             {
                 **(memory if config.token_memory else {}),
@@ -73,8 +85,7 @@ class Top(wiring.Component):
                         id_bits=config.bits("axi_id"),
                     )
                 ),
-                "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
-                "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+                **(consumer if config.slot_store == "internal" else slots),
                 "idle": Out(1),
             }
         )
@@ -89,7 +100,6 @@ class Top(wiring.Component):
         m.submodules.scheduler = scheduler = Scheduler(config=config)
         m.submodules.dma = dma = DMA(config=config)
         m.submodules.buffer = buffer = ExpertBuffer(config=config)
-        m.submodules.arbiter = arbiter = ReadArbiter(config=config)
         m.submodules.counters = counters = Counters(config=config)
         m.submodules.accuracy = accuracy = Accuracy(config=config)
         m.submodules.registers = registers = RegisterBank(config=config)
@@ -113,11 +123,8 @@ class Top(wiring.Component):
         wiring.connect(m, dispatcher.begin, predictor.begin)
         wiring.connect(m, dispatcher.decisions, predictor.decisions)
         wiring.connect(m, dispatcher.hints, predictor.hints)
-        wiring.connect(m, registers.table_requests, predictor.table_requests)
-        wiring.connect(m, predictor.table_values, registers.table_values)
         m.d.comb += [
             predictor.table_select.eq(registers.table_select),
-            registers.table_words.eq(predictor.table_words),
             predictor.clear.eq(registers.clear.tables),
             predictor.threshold.eq(profile.predict_threshold),
             predictor.far_threshold.eq(profile.predict_far_threshold),
@@ -145,6 +152,10 @@ class Top(wiring.Component):
         wiring.connect(m, scheduler.events, dispatcher.events)
         m.d.comb += [
             scheduler.expert_base.eq(registers.control.expert_base),
+            *(
+                scheduler.part_bases[at].eq(registers.control.part_bases[at])
+                for at in range(len(config.part_bytes) - 1)
+            ),
             scheduler.prefetch_tiles.eq(profile.prefetch_tiles),
             scheduler.enable.eq(profile.prefetch_enable),
             scheduler.cutoff_layer.eq(profile.cutoff_layer),
@@ -166,19 +177,24 @@ class Top(wiring.Component):
         ]
 
         # 5 buffer
-        wiring.connect(m, wiring.flipped(self.reads), arbiter.reads)
-        wiring.connect(m, arbiter.beats, wiring.flipped(self.beats))
-        wiring.connect(m, dispatcher.reads, arbiter.link_reads)
-        wiring.connect(m, arbiter.link_beats, dispatcher.beats)
-        wiring.connect(m, arbiter.port_reads, buffer.reads)
-        wiring.connect(m, buffer.beats, arbiter.port_beats)
+        if config.slot_store == "internal":
+            m.submodules.arbiter = arbiter = ReadArbiter(config=config)
+            wiring.connect(m, wiring.flipped(self.reads), arbiter.reads)
+            wiring.connect(m, arbiter.beats, wiring.flipped(self.beats))
+            wiring.connect(m, dispatcher.reads, arbiter.link_reads)
+            wiring.connect(m, arbiter.link_beats, dispatcher.beats)
+            wiring.connect(m, arbiter.port_reads, buffer.reads)
+            wiring.connect(m, buffer.beats, arbiter.port_beats)
+        else:
+            wiring.connect(m, dma.slot_bus, wiring.flipped(self.slot_bus))
+            m.d.comb += dma.slot_base.eq(registers.control.slot_base)
         m.d.comb += [
             buffer.clear.eq(registers.clear.buffer),
             dispatcher.clear.eq(registers.clear.buffer),
         ]
 
         # 3, 4 and 5 with each other
-        connect_engine(
+        checksums = connect_engine(
             m,
             scheduler=scheduler,
             dma=dma,
@@ -186,6 +202,38 @@ class Top(wiring.Component):
             values=predictor.values,
             policy=registers.control.policy,
         )
+
+        # Tables of the predictor, and that of checksums.
+        requests, table_values = registers.table_requests, registers.table_values
+        if checksums is None:
+            wiring.connect(m, requests, predictor.table_requests)
+            wiring.connect(m, predictor.table_values, table_values)
+            m.d.comb += registers.table_words.eq(predictor.table_words)
+        else:
+            mine = requests.payload.table == CHECKSUM_TABLE
+            asked, told = checksums.requests, checksums.values
+            m.d.comb += [
+                asked.payload.eq(requests.payload),
+                asked.valid.eq(requests.valid & mine),
+                predictor.table_requests.payload.eq(requests.payload),
+                predictor.table_requests.valid.eq(requests.valid & ~mine),
+                requests.ready.eq(Mux(mine, asked.ready, predictor.table_requests.ready)),
+                # One access at a time: only one of them has a value.
+                table_values.valid.eq(told.valid | predictor.table_values.valid),
+                table_values.payload.eq(
+                    Mux(told.valid, told.payload, predictor.table_values.payload)
+                ),
+                told.ready.eq(table_values.ready),
+                predictor.table_values.ready.eq(table_values.ready),
+                registers.table_words.eq(
+                    Mux(
+                        registers.table_select == CHECKSUM_TABLE,
+                        config.model.layers * config.model.experts,
+                        predictor.table_words,
+                    )
+                ),
+                checksums.clear.eq(registers.clear.checksums),
+            ]
 
         # 6 stats
         m.d.comb += [
@@ -210,6 +258,8 @@ class Top(wiring.Component):
                     m.d.comb += counters.strobes[counter.name].eq(strobes[counter.name])
 
         engine_idle = predictor.idle & chunks.idle & scheduler.idle & dma.idle & buffer.idle
+        if checksums is not None:
+            engine_idle &= checksums.idle
         m.d.comb += [
             dispatcher.engine_idle.eq(engine_idle),
             registers.engine_idle.eq(engine_idle),

@@ -49,6 +49,58 @@ def test_expert_sizes():
     assert preset("gpt-oss-20b").expert_bytes == 3 * 2880 * 2880 * 17 // 32
 
 
+def test_parts():
+    whole = device(expert_bytes=2048)
+    assert whole.part_bytes == (2048,) and whole.first_tiles == (0,)
+    assert whole.expert_spans(1, 2, bases=(64,)) == ((64 + 10 * 2048, 2048),)
+    config = device(expert_bytes=2048, parts=(512, 1024, 512))
+    assert config.first_tiles == (0, 1, 3)
+    assert config.part_bases(4096) == (4096, 4096 + 32 * 512, 4096 + 32 * 1536)
+    assert config.expert_spans(1, 2, bases=(0, 1 << 20, 1 << 21)) == (
+        (10 * 512, 512),
+        ((1 << 20) + 10 * 1024, 1024),
+        ((1 << 21) + 10 * 512, 512),
+    )
+    assert DeviceConfig.from_fields(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    "parts, kind, text",
+    [
+        ([512], TypeError, "Parts must be a tuple of sizes in bytes, not [512]"),
+        ((512,) * 5, ValueError, "Expert must have at most 4 parts, not 5"),
+        (("512",), TypeError, "Size of part 0 in bytes must be an integer, not '512'"),
+        (
+            (512, 700),
+            ValueError,
+            "Size of part 1 must be a whole number of 512-byte tiles, not 700 bytes",
+        ),
+        (
+            (512, 512),
+            ValueError,
+            "Parts must add up to the expert size of 2048 bytes, not to 1024",
+        ),
+    ],
+)
+def test_bad_parts(parts, kind, text):
+    with raises(kind, text):
+        device(expert_bytes=2048, parts=parts)
+
+
+def test_slot_store():
+    with raises(ValueError, "Slot store must be one of internal, axi, not 'ddr'"):
+        device(slot_store="ddr")
+    shape = {"slots": 40, "expert_bytes": 2048, "address_bits": 16}
+    assert device(**shape).slot_store == "internal"
+    with raises(ValueError, "Address width must span all slots (81920 bytes), but is 16 bits"):
+        device(**shape, slot_store="axi")
+
+
+def test_checksums_are_asked_for_or_not():
+    with raises(TypeError, "Checksums must be True or False, not 1"):
+        device(checksums=1)
+
+
 def test_unknown_preset():
     with raises(
         ValueError, f"Model preset must be one of {', '.join(sorted(PRESETS))}, not 'gpt-5'"

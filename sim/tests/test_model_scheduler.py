@@ -165,6 +165,25 @@ def test_expert_base():
     assert contents(scheduler, slot) == expert_pattern(0, 4, size=CONFIG.expert_bytes).tobytes()
 
 
+def test_parts_of_an_expert_lie_in_arrays_of_their_own():
+    config = CONFIG.replace(parts=(512, CONFIG.expert_bytes - 512))
+    counters = Counter()
+    memory = bytes(n // 512 % 256 for n in range(1 << 16))
+    scheduler = Scheduler(
+        config, buffer=ExpertBuffer(config), memory=Memory(memory), counters=counters
+    )
+    scheduler.bases = [512, 40 * 512]
+    slot = scheduler.demand(0, 0, [3, 4])[0].slot
+    second = 40 + 3 * (config.tiles - 1)
+    tiles = [4, *range(second, second + config.tiles - 1)]
+    assert contents(scheduler, slot) == b"".join(bytes([tile] * 512) for tile in tiles)
+    # What fails in the second part is told with its address there.
+    scheduler.memory.failing.append(((second + 1 - config.tiles) * 512, second * 512))
+    scheduler.release(0, 0)
+    (event,) = [e for e in scheduler.demand(0, 0, [2, 5]) if isinstance(e, Event)]
+    assert event.address == (second + 1 - config.tiles) * 512
+
+
 def test_address_space_wraps():
     """An expert may lie across the end of the address space."""
     config = CONFIG.replace(address_bits=16)

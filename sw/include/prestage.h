@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0xe53d8c98u
+#define PRESTAGE_REGISTER_HASH 0x8d5f3ce2u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -80,6 +80,8 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_HINT_PASSED = 12, /* The hint is for a layer that was routed already. */
     PRESTAGE_ERROR_CODE_BAD_TABLE = 13, /* The table or the words of a table access are out of range. */
     PRESTAGE_ERROR_CODE_NOT_LOCKED = 14, /* The expert was unlocked without having been locked. */
+    PRESTAGE_ERROR_CODE_SLOT_MEMORY = 15, /* The slots' memory answered a write with an error. */
+    PRESTAGE_ERROR_CODE_CHECKSUM = 16, /* The expert's bytes do not have the checksum that was loaded for it. */
 };
 
 enum prestage_traffic_class {
@@ -116,15 +118,15 @@ enum prestage_register {
     PRESTAGE_REG_SUCCESSORS = 0x0b, /* ro: Entries in a row of the correlation table (K). */
     PRESTAGE_REG_DATA_BYTES = 0x0c, /* ro: Width of the memory port, in bytes. */
     PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its layer was routed. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are those of the profile that profile_select names. */
-    PRESTAGE_REG_CLEAR = 0x11, /* wo: Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free, every layer released). Bit 2: counters. Waits until the engine is idle. */
+    PRESTAGE_REG_CLEAR = 0x11, /* wo: Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free, every layer released). Bit 2: counters. Bit 3: checksums of experts, so that none is checked. Waits until the engine is idle. */
     PRESTAGE_REG_HINT_THRESHOLD = 0x12, /* rw: Hints with a lower score are dropped (bits 7..0). */
-    PRESTAGE_REG_EXPERT_BASE_LOW = 0x13, /* rw: Address of expert 0 of layer 0, bits 31..0. */
-    PRESTAGE_REG_EXPERT_BASE_HIGH = 0x14, /* rw: Address of expert 0 of layer 0, bits 63..32. */
+    PRESTAGE_REG_EXPERT_BASE_LOW = 0x13, /* rw: Address of (part 0 of) expert 0 of layer 0, bits 31..0. */
+    PRESTAGE_REG_EXPERT_BASE_HIGH = 0x14, /* rw: Address of (part 0 of) expert 0 of layer 0, bits 63..32. */
     PRESTAGE_REG_PREFETCH_TILES = 0x15, /* rw: Prefetch tiles that the DMA may hold at once, 1 to 4. */
     PRESTAGE_REG_PREDICT_THRESHOLD = 0x16, /* rw: Least confidence of a candidate for the next layer, in 1/256 (bits 7..0). */
     PRESTAGE_REG_PREDICT_FAR_THRESHOLD = 0x17, /* rw: Least confidence of a candidate for a layer after the next, in 1/256 (bits 7..0). */
     PRESTAGE_REG_PREDICT_AHEAD = 0x18, /* rw: Layers, from layer 0 on, that are proposed when a token starts (bits 7..0). */
-    PRESTAGE_REG_TABLE_ADDRESS = 0x19, /* rw: Table word for table_data: table in bits 31..24, word in bits 23..0. */
+    PRESTAGE_REG_TABLE_ADDRESS = 0x19, /* rw: Table word for table_data: table in bits 31..24, word in bits 23..0. Table 255 holds the experts' checksums. */
     PRESTAGE_REG_TABLE_DATA = 0x1a, /* rw: The addressed table word; each access moves table_address one word on. */
     PRESTAGE_REG_TABLE_WORDS = 0x1b, /* ro: Words in the table that table_address selects. */
     PRESTAGE_REG_TOKEN_BASE_LOW = 0x1c, /* rw: Address of the predictor's token tables where they lie behind a memory port, bits 31..0: a multiple of 4096. */
@@ -144,6 +146,19 @@ enum prestage_register {
     PRESTAGE_REG_DMA_ROW_BYTES = 0x2b, /* rw: Bytes of a row if tiles are gathered from rows, else 0. */
     PRESTAGE_REG_DMA_ROW_STRIDE = 0x2c, /* rw: Bytes from the start of a row to the start of the next, below 16,777,216. */
     PRESTAGE_REG_REFUSAL = 0x2d, /* rw: What was wrong with the first write that was refused, which has changed nothing. Bit 31: a write was refused. Bits 23..8: address of its register. Bits 7..0: a Refusal. Any write clears it. */
+    PRESTAGE_REG_PART1_BASE_LOW = 0x30, /* rw: Address of part 1 of expert 0 of layer 0, bits 31..0. After reset the parts' arrays follow each other from address 0 on; 0 where experts have no such part. */
+    PRESTAGE_REG_PART1_BASE_HIGH = 0x31, /* rw: Address of part 1 of expert 0 of layer 0, bits 63..32. */
+    PRESTAGE_REG_PART2_BASE_LOW = 0x32, /* rw: Address of part 2 of expert 0 of layer 0, bits 31..0. After reset the parts' arrays follow each other from address 0 on; 0 where experts have no such part. */
+    PRESTAGE_REG_PART2_BASE_HIGH = 0x33, /* rw: Address of part 2 of expert 0 of layer 0, bits 63..32. */
+    PRESTAGE_REG_PART3_BASE_LOW = 0x34, /* rw: Address of part 3 of expert 0 of layer 0, bits 31..0. After reset the parts' arrays follow each other from address 0 on; 0 where experts have no such part. */
+    PRESTAGE_REG_PART3_BASE_HIGH = 0x35, /* rw: Address of part 3 of expert 0 of layer 0, bits 63..32. */
+    PRESTAGE_REG_PART0_BYTES = 0x36, /* ro: Size of part 0 of an expert, in bytes, 0 if there is none. */
+    PRESTAGE_REG_PART1_BYTES = 0x37, /* ro: Size of part 1 of an expert, in bytes, 0 if there is none. */
+    PRESTAGE_REG_PART2_BYTES = 0x38, /* ro: Size of part 2 of an expert, in bytes, 0 if there is none. */
+    PRESTAGE_REG_PART3_BYTES = 0x39, /* ro: Size of part 3 of an expert, in bytes, 0 if there is none. */
+    PRESTAGE_REG_SLOT_BASE_LOW = 0x3a, /* rw: Address of slot 0 where slots are in a memory behind an AXI4 write port, bits 31..0: a multiple of 4096. */
+    PRESTAGE_REG_SLOT_BASE_HIGH = 0x3b, /* rw: The same, bits 63..32. */
+    PRESTAGE_REG_FEATURES = 0x3c, /* ro: What the device has. Bit 0: slots are in a memory behind an AXI4 write port. Bit 1: checksums of experts. */
     PRESTAGE_REG_TOKENS = 0x40, /* ro: Tokens begun. Stage 1. */
     PRESTAGE_REG_ROUTES = 0x41, /* ro: Routing decisions accepted. Stage 1. */
     PRESTAGE_REG_RELEASES = 0x42, /* ro: Layers released. Stage 1. */
@@ -181,6 +196,7 @@ enum prestage_register {
     PRESTAGE_REG_PREFETCH_BYTES_HIGH = 0x62, /* ro: Bytes fetched for prefetches. Stage 4. Bits 63..32, as latched. */
     PRESTAGE_REG_LINK_ERRORS = 0x63, /* ro: Damaged frames received. Stage 1. */
     PRESTAGE_REG_LINK_REPLAYS = 0x64, /* ro: Times the link went back to resend. Stage 1. */
+    PRESTAGE_REG_CHECKSUM_ERRORS = 0x65, /* ro: Experts that arrived whole but not with the checksum loaded for them. Stage 4. */
 };
 
 /* Bodies of the messages. */

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prestage_hw.contract import MESSAGES, DeviceConfig, Pipe, SimulatedPipe, register_by_name
+from prestage_hw.contract.crc import CHECKSUM_TABLE
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.pattern import expert_memory
 from prestage_hw.contract.records import (
@@ -36,6 +37,7 @@ from prestage_hw.contract.registers import (
     ROW_STRIDE_BITS,
     SCHEDULED_CHANNELS,
     SHAPE_FIELDS,
+    SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
     shape_registers,
 )
@@ -72,7 +74,7 @@ _CONTROL_THROTTLE, _CONTROL_CANCEL, _CONTROL_FOLLOW = 8, 16, 32
 
 #: Bits of ``control`` that each profile has for itself.
 _CONTROL_PROFILE = _CONTROL_PREFETCH | _CONTROL_HINTS
-_CLEAR_PREDICTOR, _CLEAR_BUFFER, _CLEAR_COUNTERS = 1, 2, 4
+_CLEAR_PREDICTOR, _CLEAR_BUFFER, _CLEAR_COUNTERS, _CLEAR_CHECKSUMS = 1, 2, 4, 8
 
 #: Settings of a DMA channel that have a register each.
 _ROW_SETTINGS = ("row_bytes", "row_stride")
@@ -90,7 +92,9 @@ _REFUSED_ROUTE = frozenset(
 )
 
 #: Events about one demand of a routing decision.
-_FAILED_DEMAND = frozenset({ErrorCode.BUS, ErrorCode.NO_SLOT})
+_FAILED_DEMAND = frozenset(
+    {ErrorCode.BUS, ErrorCode.NO_SLOT, ErrorCode.SLOT_MEMORY, ErrorCode.CHECKSUM}
+)
 
 
 class Ready(NamedTuple):
@@ -523,7 +527,7 @@ class Device:
         Raises
         ------
         ArgumentError
-            If the layer was released.
+            If the layer was released, or the device's slots are in a memory of their own.
         DataError
             If a tile of the slot isn't valid.
         """
@@ -536,6 +540,11 @@ class Device:
                 " after its layer was released"
             )
         self._check_open()
+        stored = self.config.slot_store == "internal"
+        if not stored and (self._simulated is None or over_link):
+            raise ArgumentError(
+                "Slots in a memory of their own must be read there, not through the device"
+            )
         if self._simulated is not None and not over_link:
             try:
                 return self._simulated.read_slot(ready.slot)
@@ -743,7 +752,9 @@ class Device:
         hints: bool | None = None,
         hint_threshold: int | None = None,
         expert_base: int | None = None,
+        part_bases: Mapping[int, int] | None = None,
         token_base: int | None = None,
+        slot_base: int | None = None,
         prefetch_tiles: int | None = None,
         policy: Policy | None = None,
         settle: bool | None = None,
@@ -757,6 +768,7 @@ class Device:
         clear_predictor: bool = False,
         clear_buffer: bool = False,
         clear_counters: bool = False,
+        clear_checksums: bool = False,
         tables: Mapping[int, NDArray[np.uint32]] | None = None,
     ) -> None:
         """Change settings; None leaves one as it is.
@@ -773,10 +785,17 @@ class Device:
         hint_threshold : :class:`int` or None
             Least score of a hint that counts, 0 to 255.
         expert_base : :class:`int` or None
-            Address of expert 0 of layer 0, in bytes: a multiple of the memory port's width.
+            Address of expert 0 of layer 0, in bytes: a multiple of the memory port's width. Of
+            experts in several parts that of part 0, as ``part_bases[0]``.
+        part_bases : mapping of :class:`int` to :class:`int`, or None
+            Address of the array of each of these parts of experts, in bytes: a multiple of the
+            memory port's width. After reset they follow each other from address 0 on.
         token_base : :class:`int` or None
             Address of the predictor's token tables where they lie behind a memory port, in bytes: a
             multiple of 4,096.
+        slot_base : :class:`int` or None
+            Address of slot 0 where slots are in a memory of their own (``slot_store`` "axi"), in
+            bytes: a multiple of 4,096. Nothing may be in flight.
         prefetch_tiles : :class:`int` or None
             Prefetch tiles that may be under way at once, 1 to 4. A demand waits behind at most so
             many.
@@ -801,9 +820,9 @@ class Device:
             Layers from this one on are not prefetched; 255 (after reset) for none.
         follow_phase : :class:`bool` or None
             The phase of :meth:`begin_token` makes its profile active (off after reset).
-        clear_predictor, clear_buffer, clear_counters : :class:`bool`
-            Clear the predictor's tables, the buffer (every layer counts as released), the counters.
-            Waits for the engine to be idle.
+        clear_predictor, clear_buffer, clear_counters, clear_checksums : :class:`bool`
+            Clear the predictor's tables, the buffer (every layer counts as released), the counters,
+            the checksums of experts. Waits for the engine to be idle.
         tables : mapping of :class:`int` to arrays of uint32, or None
             Predictor tables to load after clearing, as :meth:`snapshot` gives them.
         """
@@ -834,9 +853,14 @@ class Device:
                 )
             writes.append(("hint_threshold", hint_threshold))
         if expert_base is not None:
-            self._check_base(expert_base)
-            writes.append(("expert_base_low", expert_base & 0xFFFFFFFF))
-            writes.append(("expert_base_high", expert_base >> 32))
+            if 0 in (part_bases or {}):
+                raise ArgumentError("Base of part 0 must be given once, not as expert base too")
+            part_bases = {**(part_bases or {}), 0: expert_base}
+        for part, base in (part_bases or {}).items():
+            self._check_base(part, base)
+            name = f"part{part}_base" if part else "expert_base"
+            writes.append((f"{name}_low", base & 0xFFFFFFFF))
+            writes.append((f"{name}_high", base >> 32))
         if token_base is not None:
             most = (1 << self.config.address_bits) - 4096
             if not 0 <= operator.index(token_base) <= most or token_base % 4096:
@@ -846,6 +870,18 @@ class Device:
                 )
             writes.append(("token_base_low", token_base & 0xFFFFFFFF))
             writes.append(("token_base_high", token_base >> 32))
+        if slot_base is not None:
+            size = self.config.slots * self.config.expert_bytes
+            most = ((1 << self.config.address_bits) - size) // SLOT_BASE_BYTES * SLOT_BASE_BYTES
+            if self.config.slot_store == "internal":
+                raise ArgumentError("Slot base is only for slots in a memory of their own")
+            if not 0 <= operator.index(slot_base) <= most or slot_base % SLOT_BASE_BYTES:
+                raise ArgumentError(
+                    f"Slot base must be a multiple of {SLOT_BASE_BYTES} from 0 to {most:#x},"
+                    f" not {slot_base:#x}"
+                )
+            writes.append(("slot_base_low", slot_base & 0xFFFFFFFF))
+            writes.append(("slot_base_high", slot_base >> 32))
         if isinstance(throttle, Mapping):
             writes.append(("throttle", self._throttle(throttle)))
         if policy is not None:
@@ -858,6 +894,7 @@ class Device:
             clear_predictor * _CLEAR_PREDICTOR
             + clear_buffer * _CLEAR_BUFFER
             + clear_counters * _CLEAR_COUNTERS
+            + clear_checksums * _CLEAR_CHECKSUMS
         )
         if clear:
             awaited = self._locking or any(route.waiting for route in self._routes.values())
@@ -1089,15 +1126,18 @@ class Device:
             value = value & ~(most << low) | weight << low
         return value
 
-    def _check_base(self, base: int) -> None:
+    def _check_base(self, part: int, base: int) -> None:
         model = self.config.model
-        size = model.layers * model.experts * self.config.expert_bytes
-        most = (1 << self.config.address_bits) - size
+        parts = self.config.part_bytes
+        if not 0 <= operator.index(part) < len(parts):
+            raise ArgumentError(f"Experts have parts 0 to {len(parts) - 1}, not {part}")
+        what = f"Base of part {part}" if len(parts) > 1 else "Expert base"
+        most = (1 << self.config.address_bits) - model.layers * model.experts * parts[part]
         if not 0 <= operator.index(base) <= most:
-            raise ArgumentError(f"Expert base must be between 0 and {most:#x}, not {base:#x}")
+            raise ArgumentError(f"{what} must be between 0 and {most:#x}, not {base:#x}")
         if base % self.config.data_bytes:
             raise ArgumentError(
-                f"Expert base must be a multiple of {self.config.data_bytes} bytes, not {base:#x}"
+                f"{what} must be a multiple of {self.config.data_bytes} bytes, not {base:#x}"
             )
 
     def stats(self) -> dict[str, int]:
@@ -1147,6 +1187,55 @@ class Device:
         self._check_table_number(table)
         self.write_register("table_address", table << 24)
         return self.read_register("table_words")
+
+    def load_checksums(self, sums: Mapping[tuple[int, int], int] | NDArray[np.uint32]) -> None:
+        """Let experts be compared with their checksum as they arrive: :func:`zlib.crc32` of the
+        bytes, in their order in the slot.
+
+        An expert that has another is never ready; its demands end in a :class:`ChecksumError`.
+        Experts that are in the buffer already are not compared.
+
+        Parameters
+        ----------
+        sums : mapping or array of uint32
+            Checksum of each expert by (layer, expert); others stay as they are. An array
+            ``[layers, experts]`` holds all.
+
+        Raises
+        ------
+        ArgumentError
+            If the device has no checksums, or an expert or a checksum is out of range.
+        """
+        layers, experts = self._layers, self._experts
+        if not self.config.checksums:
+            raise ArgumentError("Device must have been built with checksums")
+        if not isinstance(sums, Mapping):
+            array = np.asarray(sums)
+            if array.shape != (layers, experts):
+                raise ArgumentError(
+                    f"Checksums must have shape ({layers}, {experts}), not {array.shape}"
+                )
+            sums = {
+                (layer, expert): int(array[layer, expert])
+                for layer in range(layers)
+                for expert in range(experts)
+            }
+        words: dict[int, int] = {}
+        for (layer, expert), value in sums.items():
+            if not 0 <= layer < layers or not 0 <= expert < experts:
+                raise ArgumentError(f"Model has no expert {expert} in layer {layer}")
+            if not 0 <= operator.index(value) < 1 << 32:
+                raise ArgumentError(f"Checksum must fit in 32 bits, not {value}")
+            words[layer * experts + expert] = value
+        order = sorted(words)
+        at = 0
+        while at < len(order):
+            # What lies side by side goes together.
+            run = [n for i, n in enumerate(order[at : at + TABLE_BURST]) if n == order[at] + i]
+            values = [words[n] for n in run] + [0] * (TABLE_BURST - len(run))
+            self._post("TABLE_WRITE", CHECKSUM_TABLE, run[0], len(run), *values)
+            at += len(run)
+        self.sync()
 
     def save_table(self, table: int) -> NDArray[np.uint32]:
         """Words of a predictor table, read one at a time while the device is idle.

@@ -15,6 +15,7 @@ __all__ = [
     "BadRegisterError",
     "BadTableError",
     "BusError",
+    "ChecksumError",
     "ClosedError",
     "DataError",
     "DeviceError",
@@ -26,6 +27,7 @@ __all__ = [
     "MissingExtraError",
     "NoSlotError",
     "PrestageError",
+    "SlotMemoryError",
     "UnknownDeviceError",
     "UnreleasedError",
     "UnroutedError",
@@ -219,6 +221,24 @@ class NotLockedError(_ExpertError):
     code = ErrorCode.NOT_LOCKED
 
 
+class SlotMemoryError(_ExpertError):
+    """The slots' memory answered a write with an error; ``address`` is one of that memory."""
+
+    code = ErrorCode.SLOT_MEMORY
+
+    def _about(self) -> str:
+        return f"{super()._about()}, address {self.address:#x}"
+
+
+class ChecksumError(_ExpertError):
+    """The expert's bytes do not have the checksum that was loaded for it."""
+
+    code = ErrorCode.CHECKSUM
+
+    def _about(self) -> str:
+        return f"{super()._about()}, address {self.address:#x}"
+
+
 #: The exception of each error code.
 DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
     kind.code: kind
@@ -237,6 +257,8 @@ DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
         HintPassedError,
         BadTableError,
         NotLockedError,
+        SlotMemoryError,
+        ChecksumError,
     )
 }
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zlib
 from importlib.metadata import EntryPoint
 
 import numpy as np
@@ -15,6 +16,7 @@ from prestage.errors import (
     BadReadError,
     BadRegisterError,
     BusError,
+    ChecksumError,
     ClosedError,
     DataError,
     DeviceTimeoutError,
@@ -31,7 +33,7 @@ from prestage.errors import (
 from prestage_hw.contract import MESSAGES, DeviceConfig, preset
 from prestage_hw.contract.pattern import expert_memory, expert_pattern
 from prestage_hw.contract.records import ErrorCode, Phase, Policy, Refusal
-from prestage_hw.contract.registers import COUNTERS, shape_registers
+from prestage_hw.contract.registers import COUNTERS, register_by_name, shape_registers
 from prestage_sim.model.pipe import ModelPipe
 
 CONFIG = DeviceConfig(model=preset("tiny"), slots=8, expert_bytes=1024, contexts=2)
@@ -363,6 +365,106 @@ def test_expert_base():
         assert device.pipe.compare([ready[2].slot], [0], [2]) == []
 
 
+def test_bases_of_parts():
+    config = CONFIG.replace(expert_bytes=1536, parts=(512, 1024))
+    memory = expert_memory(config)
+    arrays = np.split(memory, [32 * 512])
+    moved = np.concatenate(arrays[::-1])
+    with prestage.open("model://", config=config, memory=moved) as device:
+        device.configure(expert_base=32 * 1024, part_bases={1: 0})
+        assert device.read_register("part1_base_low") == 0
+        device.route(0, 0, [2, 7])
+        for ready in device.wait_ready(0, 0):
+            whole = expert_pattern(0, ready.expert, size=1536)
+            assert device.read(ready) == whole.tobytes()
+            assert device.pipe.compare([ready.slot], [0], [ready.expert]) == []
+        most = (1 << 40) - 32 * 1024
+        for bases, text in (
+            ({2: 0}, "Experts have parts 0 to 1, not 2"),
+            ({1: most + 16}, f"Base of part 1 must be between 0 and {most:#x}, not {most + 16:#x}"),
+            ({1: 8}, "Base of part 1 must be a multiple of 16 bytes, not 0x8"),
+        ):
+            with pytest.raises(ArgumentError, match=text):
+                device.configure(part_bases=bases)
+        with pytest.raises(ArgumentError, match="Base of part 0 must be given once"):
+            device.configure(part_bases={0: 0}, expert_base=0)
+
+
+def test_an_error_in_a_part_tells_its_address():
+    config = CONFIG.replace(expert_bytes=1536, parts=(512, 1024))
+    at = config.expert_spans(0, 3)[1][0] + 512
+    with prestage.open(f"model://?error={at}:1", config=config) as device:
+        device.route(0, 0, [2, 3])
+        with pytest.raises(BusError, match=f"{at:#x}"):
+            list(device.wait_ready(0, 0))
+
+
+def test_slots_in_a_memory_of_their_own(device):
+    with pytest.raises(ArgumentError, match="only for slots in a memory of their own"):
+        device.configure(slot_base=0)
+    config = CONFIG.replace(slot_store="axi")
+    with prestage.open("model://", config=config) as device:
+        device.configure(slot_base=0x1_0000_3000)
+        assert device.read_register("slot_base_low") == 0x3000
+        assert device.read_register("slot_base_high") == 1
+        device.route(0, 0, [2, 3])
+        ready = next(device.wait_ready(0, 0))
+        assert device.read(ready) == expert_pattern(0, ready.expert, size=1024).tobytes()
+        with pytest.raises(ArgumentError, match="must be read there, not through the device"):
+            device.read(ready, over_link=True)
+        most = (1 << 40) - 8192
+        for base in (-4096, 512, most + 4096):
+            with pytest.raises(
+                ArgumentError, match=f"multiple of 4096 from 0 to {most:#x}, not {base:#x}"
+            ):
+                device.configure(slot_base=base)
+    with pytest.raises(ArgumentError, match="must have internal slots"):
+        prestage.open("sim://", config=config)
+
+
+def test_checksums():
+    config = CONFIG.replace(checksums=True)
+    memory = expert_memory(config)
+    sums = np.array([zlib.crc32(e.tobytes()) for e in memory.reshape(32, 1024)], np.uint32)
+    memory = memory.copy()
+    memory[3 * 1024 + 7] ^= 4
+    with prestage.open("model://", config=config, memory=memory) as device:
+        device.load_checksums(sums.reshape(4, 8))
+        assert np.array_equal(device.save_table(255), sums)
+        device.route(0, 0, [2, 3])
+        with pytest.raises(ChecksumError, match=r"layer 0, expert 3, address 0xc00"):
+            list(device.wait_ready(0, 0))
+        device.release(0, 0)
+        assert device.stats()["checksum_errors"] == device.stats()["fill_errors"] == 1
+        # One by one: now for what is really there.
+        right = zlib.crc32(memory[3 * 1024 : 4 * 1024].tobytes())
+        device.load_checksums({(0, 3): right, (0, 4): 5, (3, 7): 9})
+        device.route(0, 0, [3, 2])
+        assert {ready.expert for ready in device.wait_ready(0, 0)} == {2, 3}
+        device.release(0, 0)
+        device.route(0, 0, [4, 2])
+        with pytest.raises(ChecksumError):
+            list(device.wait_ready(0, 0))
+        device.release(0, 0)
+        device.configure(clear_checksums=True)
+        assert not device.save_table(255).any()
+        device.route(0, 0, [4, 2])
+        assert len(list(device.wait_ready(0, 0))) == 2
+        for wrong, text in (
+            ({(0, 8): 0}, "Model has no expert 8 in layer 0"),
+            ({(0, 0): 1 << 32}, "Checksum must fit in 32 bits, not 4294967296"),
+            (sums, r"Checksums must have shape \(4, 8\), not \(32,\)"),
+        ):
+            with pytest.raises(ArgumentError, match=text):
+                device.load_checksums(wrong)
+
+
+def test_a_device_without_checksums(device):
+    with pytest.raises(ArgumentError, match="Device must have been built with checksums"):
+        device.load_checksums({(0, 0): 0})
+    assert device.table_words(255) == 0
+
+
 def test_snapshot_and_profile(device):
     rng = np.random.default_rng(4)
     for token in range(20):
@@ -603,11 +705,11 @@ def test_answers_in_the_wrong_order():
 
 @pytest.mark.parametrize("name", [n for n in shape_registers(CONFIG) if n != "version"])
 def test_every_shape_register_is_checked(name):
-    registers = list(shape_registers(CONFIG))
-
     def wrong(body, answers):
         address, value = MESSAGES["REGISTER_VALUE"].record.unpack(CONFIG, answers[0][1]).values()
-        return [message("REGISTER_VALUE", address, value + (address == registers.index(name)))]
+        return [
+            message("REGISTER_VALUE", address, value + (address == register_by_name(name).address))
+        ]
 
     pipe = Faulty(REGISTER_READ=wrong)
     with pytest.raises(MismatchError, match=f"Register {name} must be .*, but the") as caught:

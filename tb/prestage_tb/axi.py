@@ -13,7 +13,16 @@ from dataclasses import dataclass
 
 from prestage_tb.bench import Stall, _pauses
 
-__all__ = ["DECERR", "OKAY", "SLVERR", "AXIMemory", "AXIWritableMemory", "Transfer", "pattern"]
+__all__ = [
+    "DECERR",
+    "OKAY",
+    "SLVERR",
+    "AXIMemory",
+    "AXIWritableMemory",
+    "AXIWriteMemory",
+    "Transfer",
+    "pattern",
+]
 
 OKAY, SLVERR, DECERR = 0, 2, 3
 
@@ -492,6 +501,232 @@ class AXIWritableMemory(AXIMemory):
         )
         held[channel] = None if ready else offer
         return offer
+
+
+class AXIWriteMemory:
+    """Take the writes of an AXI4 master and check that it keeps the rules.
+
+    Addresses and data are taken independently of each other, in each cycle, so that data may come
+    before their address. Writes are answered in the order of their addresses.
+
+    Parameters
+    ----------
+    dut : handle
+        Device under test.
+    name : :class:`str`
+        Name of the bus, a port with :class:`prestage_hw.dma.axi.AXI4WriteSignature`.
+    data_bytes : :class:`int`
+        Width of the bus, in bytes.
+    latency : :class:`int`
+        Cycles from a burst's last beat being taken to its answer being offered, at least 1.
+    address_stall, data_stall, answer_stall : :class:`float` or :class:`Stall`
+        When ``awready``, ``wready`` are 0 and when no new answer is offered.
+    data_first : :class:`bool`
+        Take an address only when all beats of its burst are there.
+    outstanding : :class:`int` or None
+        Most bursts that the master may have outstanding.
+    burst_beats : :class:`int`
+        Longest burst that the master may ask for.
+
+    Members
+    -------
+    failing : list of (first, one past the last, response)
+        Addresses of beats whose write answers an error; nothing of such a burst is written.
+    paused : :class:`bool`
+        True takes and answers nothing.
+    words : :class:`dict`
+        Beats that were written, by address.
+    transfers : list of :class:`Transfer`
+        Bursts that were answered, in order; ``end`` is the cycle of the answer.
+    beats : list of (address, beat)
+        Beats of these, failing ones too.
+    beat_cycles : list of :class:`int`
+        Cycles in which a beat was taken.
+    asked, waiting : :class:`int`
+        Bursts asked for so far, and those without an answer.
+    """
+
+    def __init__(
+        self,
+        dut: object,
+        name: str,
+        *,
+        data_bytes: int,
+        latency: int = 4,
+        address_stall: float | Stall = 0.0,
+        data_stall: float | Stall = 0.0,
+        answer_stall: float | Stall = 0.0,
+        data_first: bool = False,
+        outstanding: int | None = None,
+        burst_beats: int = 256,
+        seed: object = None,
+    ) -> None:
+        import cocotb
+
+        self._clk = dut.clk
+        self._rst = getattr(dut, "rst", None)
+        members = {
+            "aw": ("valid", "ready", "addr", "len", "size", "burst", "id"),
+            "w": ("valid", "ready", "data", "strb", "last"),
+            "b": ("valid", "ready", "resp", "id"),
+        }
+        self._signals = {
+            channel + member: getattr(dut, f"{name}__{channel}{member}")
+            for channel, names in members.items()
+            for member in names
+        }
+        self._bytes = data_bytes
+        self.latency = latency
+        self._stalls = [
+            _pauses(stall, seed=seed, name=f"{name}.{channel}")
+            for channel, stall in (
+                ("aw", address_stall),
+                ("w", data_stall),
+                ("b", answer_stall),
+            )
+        ]
+        self._data_first = data_first
+        self._outstanding = outstanding
+        self._burst_beats = burst_beats
+        self.failing: list[tuple[int, int, int]] = []
+        self.paused = False
+        self.words: dict[int, int] = {}
+        self.transfers: list[Transfer] = []
+        self.beats: list[tuple[int, int]] = []
+        self.beat_cycles: list[int] = []
+        self.asked = 0
+        self.cycle = 0
+        self._forget()
+        for member in ("awready", "wready", "bvalid", "bresp", "bid"):
+            self._signals[member].value = 0
+        cocotb.start_soon(self._run())
+
+    @property
+    def waiting(self) -> int:
+        """Bursts that were asked for and not answered."""
+        return len(self._addresses) + len(self._whole)
+
+    def _forget(self) -> None:
+        # Addresses without their data, data without their address, whole bursts to answer.
+        self._addresses: deque[Transfer] = deque()
+        self._data: deque[list[int]] = deque([[]])
+        self._whole: deque[tuple[Transfer, list[int], int]] = deque()
+        self._held: dict[str, object] = {}
+        self._answering = False
+
+    def _require(self, condition: bool, rule: str) -> None:
+        if not condition:
+            raise AssertionError(f"AXI4, cycle {self.cycle}: {rule}")
+
+    def _number(self, member: str) -> int:
+        value = str(self._signals[member].value)
+        self._require(set(value) <= {"0", "1"}, f"{member} must hold only 0 and 1, not {value}")
+        return int(value, 2)
+
+    def _offer(self, channel: str, members: tuple[str, ...], ready: bool) -> tuple[int, ...] | None:
+        """What a channel offers, which must stay until it is taken; None if it is not taken."""
+        before = self._held.get(channel)
+        if not self._number(f"{channel}valid"):
+            self._require(before is None, f"{channel}valid must not fall before ready")
+            return None
+        offer = tuple(self._number(channel + member) for member in members)
+        self._require(
+            before is None or before == offer,
+            f"channel {channel} must not change while it waits: {before} to {offer}",
+        )
+        self._held[channel] = None if ready else offer
+        return offer if ready else None
+
+    def _check(self, address: int, length: int, size: int, burst: int, identifier: int) -> None:
+        total = (length + 1) * self._bytes
+        self._require(1 << size == self._bytes, f"awsize must be the full width, not {size}")
+        self._require(burst == _INCR, f"awburst must be INCR, not {burst}")
+        self._require(identifier == 0, f"awid must be 0, not {identifier}")
+        self._require(
+            length < self._burst_beats,
+            f"a burst must have at most {self._burst_beats} beats, not {length + 1}",
+        )
+        self._require(
+            address % self._bytes == 0, f"awaddr must be a multiple of a beat, not {address:#x}"
+        )
+        self._require(
+            address // _EDGE_BYTES == (address + total - 1) // _EDGE_BYTES,
+            f"a burst must not cross a 4 KiB edge, but {address:#x} has {length + 1} beats",
+        )
+        if self._outstanding is not None:
+            self._require(
+                self.waiting < self._outstanding,
+                f"at most {self._outstanding} bursts may be outstanding",
+            )
+
+    def _answer(self) -> int:
+        """Do the oldest write and give its response."""
+        transfer, beats, _ = self._whole.popleft()
+        transfer.end = self.cycle
+        self.transfers.append(transfer)
+        addresses = [transfer.address + at * self._bytes for at in range(transfer.beats)]
+        self.beats += zip(addresses, beats, strict=True)
+        for first, end, code in self.failing:
+            if any(first <= address < end for address in addresses):
+                return code
+        self.words.update(zip(addresses, beats, strict=True))
+        return OKAY
+
+    async def _run(self) -> None:
+        from cocotb.triggers import FallingEdge, RisingEdge
+
+        rising, falling = RisingEdge(self._clk), FallingEdge(self._clk)
+        signals = self._signals
+        await rising
+        while True:
+            go = [
+                not self.paused and not (pause is not None and next(pause, False))
+                for pause in self._stalls
+            ]
+            if self._data_first:
+                go[0] &= len(self._data) > 1
+            signals["awready"].value = int(go[0])
+            signals["wready"].value = int(go[1])
+            if not self._answering and self._whole and go[2] and self.cycle >= self._whole[0][2]:
+                signals["bresp"].value = self._answer()
+                self._answering = True
+            signals["bvalid"].value = int(self._answering)
+            await falling
+            if self._rst is not None and str(self._rst.value) != "0":
+                await rising
+                self.cycle += 1
+                self._forget()
+                continue
+            asked = self._offer("aw", ("addr", "len", "size", "burst", "id"), go[0])
+            beat = self._offer("w", ("data", "strb", "last"), go[1])
+            answered = self._answering and bool(self._number("bready"))
+            if asked is not None:
+                self._check(*asked)
+            await rising
+            self.cycle += 1
+            if asked is not None:
+                self._addresses.append(Transfer(asked[0], asked[1] + 1, self.cycle))
+                self.asked += 1
+            if beat is not None:
+                data, strobes, last = beat
+                self._require(strobes == (1 << self._bytes) - 1, "all bytes must be written")
+                self.beat_cycles.append(self.cycle)
+                self._data[-1].append(data)
+                if last:
+                    self._data.append([])
+            if self._addresses:
+                transfer, beats = self._addresses[0], self._data[0]
+                whole = len(self._data) > 1
+                self._require(
+                    len(beats) == transfer.beats if whole else len(beats) < transfer.beats,
+                    f"wlast must be on beat {transfer.beats}, not {len(beats)}",
+                )
+                if whole:
+                    self._whole.append((transfer, beats, self.cycle + self.latency - 1))
+                    self._addresses.popleft()
+                    self._data.popleft()
+            if answered:
+                self._answering = False
 
 
 def random_address(

@@ -1,5 +1,7 @@
 """Slots for experts: directory, replacement, pins, data."""
 
+from types import SimpleNamespace
+
 from amaranth import Const, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -45,6 +47,9 @@ class ExpertBuffer(wiring.Component):
     expert resident, no pin, no lock, no tile valid, no value, slot 0 least recent, and a route
     begun. The data stay. A request that was taken before is answered first.
 
+    With ``config.slot_store`` "axi" the bytes of slots are in a memory elsewhere: ``writes``,
+    ``reads`` and ``beats`` are not there.
+
     Every tile of an expert is to be written before the FILL that reports it. Fills are to name a
     slot that is filling (others change nothing), demands an entry of the pin list that is free. No
     tile may be on its way to a slot whose prefetch is cancelled.
@@ -67,7 +72,7 @@ class ExpertBuffer(wiring.Component):
         See above.
     read_latency : :class:`int`
         Cycles from the cycle in which a read is taken to the first in which its beat is offered,
-        where ``beats`` never waits.
+        where ``beats`` never waits. None where there is no such port.
     clear_cycles : :class:`int`
         Cycles that clearing takes.
 
@@ -112,7 +117,8 @@ class ExpertBuffer(wiring.Component):
         self._has_host_writes = host_writes
         self._directory = Directory(config=config)
         self._recency = RecencyList(config=config)
-        self._storage = Storage(config=config)
+        self._stored = config.slot_store == "internal"
+        self._storage = Storage(config=config) if self._stored else None
         self._victims = Victims(config=config, valued=self.valued)
         self.lookup_latency = 5
         self.fill_latency = 4
@@ -120,7 +126,7 @@ class ExpertBuffer(wiring.Component):
         self.search_latency = self._victims.search_cycles + 5
         self.pass_cycles = self._victims.pass_cycles
         self.passes = self._victims.passes
-        self.read_latency = self._storage.read_latency
+        self.read_latency = self._storage.read_latency if self._stored else None
         self._row_bits = max(self._directory.row_bits, self._victims.row_bits)
         self.clear_cycles = 1 << self._row_bits
         writes = stream.Signature(RecordLayout("BufferWrite", config=config))
@@ -130,10 +136,16 @@ class ExpertBuffer(wiring.Component):
                 "results": Out(stream.Signature(RecordLayout("BufferResult", config=config))),
                 "policy": In(2),
                 "values": In(stream.Signature(RecordLayout("ValueBeat", config=config))),
-                "writes": In(writes),
-                **({"host_writes": In(writes)} if host_writes else {}),
-                "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
-                "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+                **(
+                    {
+                        "writes": In(writes),
+                        **({"host_writes": In(writes)} if host_writes else {}),
+                        "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
+                        "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+                    }
+                    if self._stored
+                    else {}
+                ),
                 "clear": In(1),
                 "strobes": Out(
                     data.StructLayout({"cancelled": 1, "outbid": 1, "refused": 1, "invalid": 1})
@@ -146,10 +158,20 @@ class ExpertBuffer(wiring.Component):
         m = Module()
         m.submodules.directory = directory = self._directory
         m.submodules.recency = recency = self._recency
-        m.submodules.storage = storage = self._storage
+        if self._stored:
+            m.submodules.storage = storage = self._storage
+        else:
+            # What the rest of the block tells the storage goes nowhere.
+            names = ("valid_write", "valid_slot", "valid_tiles", "blank")
+            widths = (1, self.config.bits("slot"), self.config.tiles, 1)
+            storage = SimpleNamespace(
+                **{name: Signal(width) for name, width in zip(names, widths, strict=True)}
+            )
         m.submodules.victims = victims = self._victims
         wiring.connect(m, wiring.flipped(self.values), victims.values)
-        if self._has_host_writes:
+        if not self._stored:
+            pass
+        elif self._has_host_writes:
             m.d.comb += [
                 storage.writes.p.eq(Mux(self.writes.valid, self.writes.p, self.host_writes.p)),
                 storage.writes.valid.eq(self.writes.valid | self.host_writes.valid),
@@ -158,8 +180,9 @@ class ExpertBuffer(wiring.Component):
             ]
         else:
             wiring.connect(m, wiring.flipped(self.writes), storage.writes)
-        wiring.connect(m, wiring.flipped(self.reads), storage.reads)
-        wiring.connect(m, storage.beats, wiring.flipped(self.beats))
+        if self._stored:
+            wiring.connect(m, wiring.flipped(self.reads), storage.reads)
+            wiring.connect(m, storage.beats, wiring.flipped(self.beats))
 
         arriving = self.requests.payload
         request = Signal.like(arriving)

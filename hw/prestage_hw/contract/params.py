@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .checks import require_integer, require_power_of_two
 from .perceptron import PerceptronConfig, perceptron_form
 
-__all__ = ["PRESETS", "TINY_DEVICE", "DeviceConfig", "ModelConfig", "preset", "require_config"]
+__all__ = [
+    "MOST_PARTS",
+    "PRESETS",
+    "TINY_DEVICE",
+    "DeviceConfig",
+    "ModelConfig",
+    "preset",
+    "require_config",
+]
+
+#: Most parts that an expert may lie in.
+MOST_PARTS = 4
 
 
 def _bits_for_count(count: int) -> int:
@@ -179,6 +190,17 @@ class DeviceConfig:
     axi_ids : :class:`int`
         IDs of read bursts, 1 to ``dma_channels``; channel c has ID c modulo ``axi_ids``. 0 stands
         for one a channel.
+    parts : tuple of :class:`int`
+        Sizes of the parts of an expert, in bytes, at most :data:`MOST_PARTS`: for example its gate,
+        up and down matrices. Each is a whole number of tiles, all together are ``expert_bytes``.
+        The parts of all experts lie in an array of their own, layer by layer; in a slot they follow
+        each other. Empty stands for one part.
+    slot_store : :class:`str`
+        Where the slots' bytes are: ``"internal"`` in block RAM, to be read through the consumer
+        port; ``"axi"`` in a memory of their own behind an AXI4 write port, which the consumer reads
+        itself.
+    checksums : :class:`bool`
+        Whether experts are compared with checksums as they arrive, where some were loaded.
 
     Raises
     ------
@@ -206,8 +228,12 @@ class DeviceConfig:
     dma_channels: int = 4
     dma_queue_depth: int = 4
     axi_ids: int = 0
+    parts: tuple[int, ...] = ()
+    slot_store: str = "internal"
+    checksums: bool = False
 
     PREDICTORS = ("none", "st_moe", "perceptron")
+    SLOT_STORES = ("internal", "axi")
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
@@ -265,6 +291,38 @@ class DeviceConfig:
         require_integer("AXI ID count", self.axi_ids, low=0, high=self.dma_channels)
         if self.axi_ids == 0:
             object.__setattr__(self, "axi_ids", self.dma_channels)
+        self._check_parts()
+        if self.slot_store not in self.SLOT_STORES:
+            raise ValueError(
+                f"Slot store must be one of {', '.join(self.SLOT_STORES)}, not {self.slot_store!r}"
+            )
+        if not isinstance(self.checksums, bool):
+            raise TypeError(f"Checksums must be True or False, not {self.checksums!r}")
+        total = self.slots * self.expert_bytes
+        if self.slot_store == "axi" and total > 1 << self.address_bits:
+            raise ValueError(
+                f"Address width must span all slots ({total} bytes),"
+                f" but is {self.address_bits} bits"
+            )
+
+    def _check_parts(self) -> None:
+        """Refuse parts that do not make up an expert."""
+        if not isinstance(self.parts, tuple):
+            raise TypeError(f"Parts must be a tuple of sizes in bytes, not {self.parts!r}")
+        if len(self.parts) > MOST_PARTS:
+            raise ValueError(f"Expert must have at most {MOST_PARTS} parts, not {len(self.parts)}")
+        for number, size in enumerate(self.parts):
+            require_integer(f"Size of part {number} in bytes", size, low=512, high=1 << 24)
+            if size % self.tile_bytes:
+                raise ValueError(
+                    f"Size of part {number} must be a whole number of {self.tile_bytes}-byte tiles,"
+                    f" not {size} bytes"
+                )
+        if self.parts and sum(self.parts) != self.expert_bytes:
+            raise ValueError(
+                f"Parts must add up to the expert size of {self.expert_bytes} bytes,"
+                f" not to {sum(self.parts)}"
+            )
 
     def _check_perceptron(self) -> None:
         """Refuse parameters of the perceptron that do not fit the model."""
@@ -309,6 +367,40 @@ class DeviceConfig:
     def tiles(self) -> int:
         """Tiles in an expert."""
         return self.expert_bytes // self.tile_bytes
+
+    @property
+    def part_bytes(self) -> tuple[int, ...]:
+        """Sizes of the parts of an expert, in bytes: one of ``expert_bytes`` by default."""
+        return self.parts or (self.expert_bytes,)
+
+    @property
+    def first_tiles(self) -> tuple[int, ...]:
+        """First tile of each part."""
+        sizes = self.part_bytes
+        return tuple(sum(sizes[:part]) // self.tile_bytes for part in range(len(sizes)))
+
+    def part_bases(self, base: int = 0) -> tuple[int, ...]:
+        """Addresses of the arrays of the parts where they follow each other from ``base`` on."""
+        experts = self.model.layers * self.model.experts
+        return tuple(base + experts * tile * self.tile_bytes for tile in self.first_tiles)
+
+    def expert_spans(
+        self, layer: int, expert: int, *, bases: Sequence[int] = ()
+    ) -> tuple[tuple[int, int], ...]:
+        """Address and size of each part of an expert, in the order in which they lie in a slot.
+
+        Parameters
+        ----------
+        layer, expert : :class:`int`
+            Which one.
+        bases : sequence of :class:`int`
+            Address of the array of each part; empty stands for :meth:`part_bases`, as after reset.
+        """
+        number = layer * self.model.experts + expert
+        return tuple(
+            (base + number * size, size)
+            for base, size in zip(bases or self.part_bases(), self.part_bytes, strict=True)
+        )
 
     @property
     def tile_beats(self) -> int:
@@ -384,8 +476,11 @@ class DeviceConfig:
         raise ValueError(f"Array kind must be top_k, data_bytes or lanes, not {kind!r}")
 
     def expert_address(self, layer: int, expert: int, *, base: int = 0) -> int:
-        """Address of an expert's first byte: experts lie layer by layer without gaps."""
-        return base + (layer * self.model.experts + expert) * self.expert_bytes
+        """Address of an expert's first byte: experts lie layer by layer without gaps.
+
+        Of an expert in several parts that of the first part, whose array is at ``base``.
+        """
+        return base + (layer * self.model.experts + expert) * self.part_bytes[0]
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> DeviceConfig:
@@ -400,7 +495,8 @@ class DeviceConfig:
         if perceptron is not None:
             perceptron = PerceptronConfig.from_fields(perceptron)
         model = ModelConfig(**fields["model"])
-        return cls(**{**fields, "model": model, "perceptron": perceptron})
+        parts = tuple(fields.get("parts", ()))
+        return cls(**{**fields, "model": model, "perceptron": perceptron, "parts": parts})
 
     def replace(self, **changes: object) -> DeviceConfig:
         """The same configuration with some parameters changed, validated again."""

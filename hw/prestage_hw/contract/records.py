@@ -132,8 +132,9 @@ class FetchReason(IntEnum):
     BUS = 1  # The memory answered an error, or ended a burst in the wrong place.
     TIMEOUT = 2  # The memory did not answer in time.
     ABORTED = 3  # The tile was aborted before its last beat came.
-    CRC = 4  # The expert's bytes do not have the checksum that the request names.
+    CRC = 4  # The expert's bytes do not have the checksum that was loaded for it.
     ADDRESS = 5  # Address or size is no whole number of beats or goes past the top of memory.
+    WRITE = 6  # The slots' memory answered an error.
 
 
 class SettingsRefusal(IntEnum):
@@ -195,6 +196,8 @@ class ErrorCode(IntEnum):
     HINT_PASSED = 12
     BAD_TABLE = 13
     NOT_LOCKED = 14
+    SLOT_MEMORY = 15
+    CHECKSUM = 16
 
 
 #: One sentence for each error code, for messages and documents.
@@ -214,6 +217,8 @@ ERROR_TEXT = {
     ErrorCode.HINT_PASSED: "The hint is for a layer that was routed already.",
     ErrorCode.BAD_TABLE: "The table or the words of a table access are out of range.",
     ErrorCode.NOT_LOCKED: "The expert was unlocked without having been locked.",
+    ErrorCode.SLOT_MEMORY: "The slots' memory answered a write with an error.",
+    ErrorCode.CHECKSUM: "The expert's bytes do not have the checksum that was loaded for it.",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
-from .params import DeviceConfig
+from .params import MOST_PARTS, DeviceConfig
 from .records import Phase, Policy
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ROW_STRIDE_BITS",
     "SCHEDULED_CHANNELS",
     "SHAPE_FIELDS",
+    "SLOT_BASE_BYTES",
     "THROTTLE_FIELDS",
     "VERSION",
     "Counter",
@@ -129,6 +130,11 @@ COUNTERS: tuple[Counter, ...] = (
     Counter(name="prefetch_bytes", stage=4, bits=64, description="Bytes fetched for prefetches."),
     Counter(name="link_errors", stage=1, description="Damaged frames received."),
     Counter(name="link_replays", stage=1, description="Times the link went back to resend."),
+    Counter(
+        name="checksum_errors",
+        stage=4,
+        description="Experts that arrived whole but not with the checksum loaded for them.",
+    ),
 )
 
 
@@ -154,6 +160,9 @@ SHAPE_FIELDS = {
 
 #: Fields of the register ``refusal``: lowest bit and width of each.
 REFUSAL_FIELDS = {"reason": (0, 8), "register": (8, 16), "refused": (31, 1)}
+
+#: What the address of slot 0 is a multiple of, in bytes, where slots are in a memory of their own.
+SLOT_BASE_BYTES = 4096
 
 #: DMA channels that the scheduler sends to, demands to the first. None of them can be disabled: a
 #: tile that waits in one for ever would hold up demands.
@@ -247,11 +256,18 @@ def _layout() -> tuple[Register, ...]:
         "wo",
         0,
         "Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free,"
-        " every layer released). Bit 2: counters. Waits until the engine is idle.",
+        " every layer released). Bit 2: counters. Bit 3: checksums of experts, so that none is"
+        " checked. Waits until the engine is idle.",
     )
     add(0x12, "hint_threshold", "rw", 128, "Hints with a lower score are dropped (bits 7..0).")
-    add(0x13, "expert_base_low", "rw", 0, "Address of expert 0 of layer 0, bits 31..0.")
-    add(0x14, "expert_base_high", "rw", 0, "Address of expert 0 of layer 0, bits 63..32.")
+    add(0x13, "expert_base_low", "rw", 0, "Address of (part 0 of) expert 0 of layer 0, bits 31..0.")
+    add(
+        0x14,
+        "expert_base_high",
+        "rw",
+        0,
+        "Address of (part 0 of) expert 0 of layer 0, bits 63..32.",
+    )
     add(0x15, "prefetch_tiles", "rw", 1, "Prefetch tiles that the DMA may hold at once, 1 to 4.")
     add(
         0x16,
@@ -279,7 +295,8 @@ def _layout() -> tuple[Register, ...]:
         "table_address",
         "rw",
         0,
-        "Table word for table_data: table in bits 31..24, word in bits 23..0.",
+        "Table word for table_data: table in bits 31..24, word in bits 23..0. Table 255 holds the"
+        " experts' checksums.",
     )
     add(
         0x1A,
@@ -389,6 +406,42 @@ def _layout() -> tuple[Register, ...]:
         " write was refused. Bits 23..8: address of its register. Bits 7..0: a Refusal. Any write"
         " clears it.",
     )
+    for part in range(1, MOST_PARTS):
+        text = f"Address of part {part} of expert 0 of layer 0"
+        add(
+            0x2E + 2 * part,
+            f"part{part}_base_low",
+            "rw",
+            None,
+            f"{text}, bits 31..0. After reset the parts' arrays follow each other from address 0"
+            " on; 0 where experts have no such part.",
+        )
+        add(0x2F + 2 * part, f"part{part}_base_high", "rw", None, f"{text}, bits 63..32.")
+    for part in range(MOST_PARTS):
+        add(
+            0x36 + part,
+            f"part{part}_bytes",
+            "ro",
+            None,
+            f"Size of part {part} of an expert, in bytes, 0 if there is none.",
+        )
+    add(
+        0x3A,
+        "slot_base_low",
+        "rw",
+        0,
+        "Address of slot 0 where slots are in a memory behind an AXI4 write port, bits 31..0: a"
+        f" multiple of {SLOT_BASE_BYTES}.",
+    )
+    add(0x3B, "slot_base_high", "rw", 0, "The same, bits 63..32.")
+    add(
+        0x3C,
+        "features",
+        "ro",
+        None,
+        "What the device has. Bit 0: slots are in a memory behind an AXI4 write port. Bit 1:"
+        " checksums of experts.",
+    )
     at = 0x40
     for counter in COUNTERS:
         text = f"{counter.description} Stage {counter.stage}."
@@ -446,4 +499,9 @@ def shape_registers(config: DeviceConfig) -> dict[str, int]:
         "predictor": config.PREDICTORS.index(config.predictor),
         "successors": config.successors,
         "data_bytes": config.data_bytes,
+        **{
+            f"part{part}_bytes": sum(config.part_bytes[part : part + 1])
+            for part in range(MOST_PARTS)
+        },
+        "features": (config.slot_store == "axi") | config.checksums << 1,
     }

@@ -1,9 +1,15 @@
-"""AXI4 interfaces: reads only, or reads and writes."""
+"""AXI4 interfaces: reads only, writes only, or both."""
 
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-__all__ = ["BURST_INCR", "EDGE_BYTES", "AXI4ReadSignature", "AXI4Signature"]
+__all__ = [
+    "BURST_INCR",
+    "EDGE_BYTES",
+    "AXI4ReadSignature",
+    "AXI4Signature",
+    "AXI4WriteSignature",
+]
 
 #: Encoding of an incrementing burst.
 BURST_INCR = 1
@@ -38,6 +44,10 @@ class _Signature(wiring.Signature):
 
     def _members(self):
         """Members by name."""
+        raise NotImplementedError
+
+    def _reads(self):
+        """Those of reads."""
         return {
             "arvalid": Out(1),
             "arready": In(1),
@@ -52,6 +62,27 @@ class _Signature(wiring.Signature):
             "rresp": In(2),
             "rlast": In(1),
             "rid": In(self.id_bits),
+        }
+
+    def _writes(self):
+        """Those of writes."""
+        return {
+            "awvalid": Out(1),
+            "awready": In(1),
+            "awaddr": Out(self.address_bits),
+            "awlen": Out(8),
+            "awsize": Out(3),
+            "awburst": Out(2),
+            "awid": Out(self.id_bits),
+            "wvalid": Out(1),
+            "wready": In(1),
+            "wdata": Out(self.data_bits),
+            "wstrb": Out(self.data_bytes),
+            "wlast": Out(1),
+            "bvalid": In(1),
+            "bready": Out(1),
+            "bresp": In(2),
+            "bid": In(self.id_bits),
         }
 
     @property
@@ -105,6 +136,9 @@ class AXI4ReadSignature(_Signature):
         If a width is out of its range.
     """
 
+    def _members(self):
+        return self._reads()
+
 
 class AXI4Signature(_Signature):
     """Address, data and answer channels of AXI4 reads and writes, from the master's view.
@@ -140,22 +174,29 @@ class AXI4Signature(_Signature):
     """
 
     def _members(self):
-        return {
-            **super()._members(),
-            "awvalid": Out(1),
-            "awready": In(1),
-            "awaddr": Out(self.address_bits),
-            "awlen": Out(8),
-            "awsize": Out(3),
-            "awburst": Out(2),
-            "awid": Out(self.id_bits),
-            "wvalid": Out(1),
-            "wready": In(1),
-            "wdata": Out(self.data_bits),
-            "wstrb": Out(self.data_bytes),
-            "wlast": Out(1),
-            "bvalid": In(1),
-            "bready": Out(1),
-            "bresp": In(2),
-            "bid": In(self.id_bits),
-        }
+        return self._reads() | self._writes()
+
+
+class AXI4WriteSignature(_Signature):
+    """Address, data and answer channels of AXI4 writes, from the master's view.
+
+    Parameters
+    ----------
+    address_bits, data_bits, id_bits : :class:`int`
+        As in :class:`AXI4ReadSignature`.
+
+    Members
+    -------
+    aw..., w..., b... :
+        As in :class:`AXI4Signature`.
+
+    Raises
+    ------
+    TypeError
+        If a width is not an integer.
+    ValueError
+        If a width is out of its range.
+    """
+
+    def _members(self):
+        return self._writes()

@@ -8,11 +8,25 @@ from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import FetchReason
 from prestage_hw.layouts import RecordLayout
 
-from .axi import BURST_INCR, AXI4ReadSignature
+from .axi import BURST_INCR, AXI4ReadSignature, AXI4WriteSignature
+from .checksum import TapLayout
 from .midend import AnswerLayout, BurstLayout, TileLayout
 from .order import OrderLists
+from .writer import SlotWriter
 
-__all__ = ["BackEnd"]
+__all__ = ["BackEnd", "slot_ports"]
+
+
+def slot_ports(config):
+    """Ports on which the beats leave."""
+    if config.slot_store == "internal":
+        return {"writes": Out(stream.Signature(RecordLayout("BufferWrite", config=config)))}
+    return {
+        "slot_bus": Out(
+            AXI4WriteSignature(address_bits=config.address_bits, data_bits=config.bits("data"))
+        ),
+        "slot_base": In(config.bits("address")),
+    }
 
 
 def _lowest(bits):
@@ -65,9 +79,14 @@ class BackEnd(wiring.Component):
     bus : ``Out(AXI4ReadSignature(...))``
         Memory. At most ``config.outstanding_bursts`` bursts wait for data.
     writes : ``Out(stream.Signature(RecordLayout("BufferWrite")))``
-        Beats for the buffer.
+        Beats for the buffer; not with ``config.slot_store`` "axi".
+    slot_bus, slot_base : ``Out(AXI4WriteSignature(...))``, ``In(address bits)``
+        As ``bus`` and ``slot_base`` of :class:`SlotWriter`; only with "axi".
     completions : ``Out(stream.Signature(RecordLayout("Completion")))``
-        One for each tile, after its last beat was taken; those of a channel in order.
+        One for each tile, after its last beat was taken, or with "axi" written; those of a channel
+        in order.
+    tap : ``Out(TapLayout(config=config))``
+        Beats and ends of tiles as they leave; only with ``config.checksums``.
     wrote : ``Out(config.dma_channels)``
         Strobe: a beat of the channel goes to the buffer.
     stray : ``Out(1)``
@@ -119,8 +138,9 @@ class BackEnd(wiring.Component):
                         id_bits=config.bits("axi_id"),
                     )
                 ),
-                "writes": Out(stream.Signature(RecordLayout("BufferWrite", config=config))),
+                **slot_ports(config),
                 "completions": Out(stream.Signature(RecordLayout("Completion", config=config))),
+                **({"tap": Out(TapLayout(config=config))} if config.checksums else {}),
                 "wrote": Out(channels),
                 "stray": Out(1),
             }
@@ -353,14 +373,9 @@ class BackEnd(wiring.Component):
         ended = Signal(self.completions.payload.shape())
         held = Signal(self.answered.shape())
         held_valid = Signal()
-        m.submodules.done = done = fifo.SyncFIFOBuffered(
-            width=self.completions.payload.shape().size, depth=self.tiles
-        )
-        # From a register: what may come in the two cycles until it is seen has a place.
-        done_room = Signal()
-        m.d.sync += done_room.eq(done.level <= self.tiles - 3)
+        write = Signal(RecordLayout("BufferWrite", config=config))
+        self._leave(m, write_valid=write_valid, write=write, final=final, ended=ended, room=room)
         m.d.comb += [
-            room.eq((~write_valid | self.writes.ready) & (~final | done_room)),
             dead.eq(has_dead.bit_select(beat.channel, 1)),
             answering.eq(held_valid & room & ~expiring),
             beat_go.eq(beat_valid & room & ~expiring & ~held_valid),
@@ -422,10 +437,6 @@ class BackEnd(wiring.Component):
                 following.address.eq(held.address),
             ]
 
-        with m.If(self.writes.ready):
-            m.d.sync += write_valid.eq(0)
-        with m.If(done.w_en):
-            m.d.sync += final.eq(0)
         with m.If(room):
             m.d.sync += [
                 write_valid.eq(live),
@@ -434,12 +445,12 @@ class BackEnd(wiring.Component):
                 bad.eq((was_failed | beat.bad) & ~held_valid),
                 was_aborted.eq(aborted.bit_select(entry, 1) & ~held_valid),
                 was_wrapped.eq(wrapped.bit_select(entry, 1) & ~held_valid),
-                self.writes.payload.slot.eq(tile_read.data.slot),
+                write.slot.eq(tile_read.data.slot),
                 # Whole tiles are powers of two, so a beat of the expert is the tile's number above
                 # the beat's.
-                self.writes.payload.beat.eq(Cat(position, tile_read.data.tile)),
+                write.beat.eq(Cat(position, tile_read.data.tile)),
             ]
-            m.d.sync += self.writes.payload.data.as_value().eq(beat.data)
+            m.d.sync += write.data.as_value().eq(beat.data)
             with m.If(expiring):
                 m.d.sync += told.eq(FetchReason.TIMEOUT)
             with m.Elif(held_valid):
@@ -447,15 +458,9 @@ class BackEnd(wiring.Component):
             with m.Else():
                 m.d.sync += told.eq(FetchReason.OK)
         m.d.comb += [
-            self.writes.valid.eq(write_valid),
             ended.eq(completion),
             ended.reason.eq(reason),
             ended.failed.eq(reason != FetchReason.OK),
-            done.w_data.eq(ended),
-            done.w_en.eq(final & done_room & (~write_valid | self.writes.ready)),
-            self.completions.payload.eq(done.r_data),
-            self.completions.valid.eq(done.r_rdy),
-            done.r_en.eq(self.completions.ready),
             self.run.eq(room),
         ]
 
@@ -526,3 +531,56 @@ class BackEnd(wiring.Component):
             ):
                 m.d.sync += self.expired[c].eq(0)
         return m
+
+    def _leave(self, m, *, write_valid, write, final, ended, room):
+        """Let a beat, and how a tile ended, leave; ``room`` says that the next may come."""
+        if self.config.slot_store == "axi":
+            m.submodules.writer = writer = SlotWriter(config=self.config)
+            wiring.connect(m, writer.bus, wiring.flipped(self.slot_bus))
+            wiring.connect(m, writer.completions, wiring.flipped(self.completions))
+            item = writer.items.payload
+            m.d.comb += [
+                writer.slot_base.eq(self.slot_base),
+                writer.items.valid.eq(write_valid | final),
+                item.write.eq(write_valid),
+                item.slot.eq(write.slot),
+                item.beat.eq(write.beat),
+                item.data.eq(write.data),
+                item.final.eq(final),
+                item.completion.eq(ended),
+                room.eq(~(write_valid | final) | writer.items.ready),
+            ]
+            left = write_valid & writer.items.ready, final & writer.items.ready
+            self._tap(m, *left, write=write, ended=ended)
+            with m.If(writer.items.ready):
+                m.d.sync += [write_valid.eq(0), final.eq(0)]
+            return
+        m.submodules.done = done = fifo.SyncFIFOBuffered(width=ended.shape().size, depth=self.tiles)
+        # From a register: what may come in the two cycles until it is seen has a place.
+        done_room = Signal()
+        m.d.sync += done_room.eq(done.level <= self.tiles - 3)
+        m.d.comb += [
+            self.writes.valid.eq(write_valid),
+            self.writes.payload.eq(write),
+            done.w_data.eq(ended),
+            done.w_en.eq(final & done_room & (~write_valid | self.writes.ready)),
+            self.completions.payload.eq(done.r_data),
+            self.completions.valid.eq(done.r_rdy),
+            done.r_en.eq(self.completions.ready),
+            room.eq((~write_valid | self.writes.ready) & (~final | done_room)),
+        ]
+        self._tap(m, write_valid & self.writes.ready, done.w_en, write=write, ended=ended)
+        with m.If(self.writes.ready):
+            m.d.sync += write_valid.eq(0)
+        with m.If(done.w_en):
+            m.d.sync += final.eq(0)
+
+    def _tap(self, m, beat, final, *, write, ended):
+        """Show what leaves."""
+        if self.config.checksums:
+            m.d.comb += [
+                self.tap.beat.eq(beat),
+                self.tap.final.eq(final),
+                self.tap.channel.eq(ended.channel),
+                self.tap.data.eq(write.data),
+            ]

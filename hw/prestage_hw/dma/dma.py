@@ -9,11 +9,13 @@ from prestage_hw.contract.records import FetchReason
 from prestage_hw.layouts import RecordLayout
 
 from .axi import AXI4ReadSignature
-from .backend import BackEnd
+from .backend import BackEnd, slot_ports
+from .checksum import TapLayout
 from .frontend import FrontEnd
 from .midend import MidEnd
 from .settings import Settings
 from .watchdog import Watchdog
+from .writer import SlotWriter
 
 __all__ = ["DMA", "ChannelStrobes"]
 
@@ -57,9 +59,17 @@ class DMA(wiring.Component):
     bus : ``Out(AXI4ReadSignature(...))``
         Memory. Channel c has ID c modulo ``config.axi_ids``.
     writes : ``Out(stream.Signature(RecordLayout("BufferWrite")))``
-        Beats for the buffer.
+        Beats for the buffer; not with ``config.slot_store`` "axi".
+    slot_bus : ``Out(AXI4WriteSignature(...))``
+        Memory that holds the slots; only with "axi".
+    slot_base : ``In(address bits)``
+        Address of slot 0 in it, a multiple of 4096; only with "axi". May change while ``idle``.
     completions : ``Out(stream.Signature(RecordLayout("Completion")))``
-        One for each fetch, after the tile's last beat was taken; those of a channel in order.
+        One for each fetch, after the tile's last beat was taken, or with "axi" after the answers to
+        all its writes; those of a channel in order.
+    tap : ``Out(TapLayout(config=config))``
+        Beats and ends of tiles as they leave, for :class:`Checksums`; only with
+        ``config.checksums``.
     settings, commit, lower_credits, refused, refusal
         As of :class:`prestage_hw.dma.settings.Settings`.
     abort, abort_tag : ``In``
@@ -102,8 +112,9 @@ class DMA(wiring.Component):
                         id_bits=config.bits("axi_id"),
                     )
                 ),
-                "writes": Out(stream.Signature(RecordLayout("BufferWrite", config=config))),
+                **slot_ports(config),
                 "completions": Out(stream.Signature(RecordLayout("Completion", config=config))),
+                **({"tap": Out(TapLayout(config=config))} if config.checksums else {}),
                 "settings": In(stream.Signature(RecordLayout("ChannelSettings", config=config))),
                 "commit": In(1),
                 "lower_credits": In(5),
@@ -131,9 +142,16 @@ class DMA(wiring.Component):
         m.submodules.watchdog = watchdog = Watchdog(config=config)
         wiring.connect(m, wiring.flipped(self.fetches), frontend.fetches)
         wiring.connect(m, wiring.flipped(self.bus), backend.bus)
-        wiring.connect(m, wiring.flipped(self.writes), backend.writes)
+        if config.slot_store == "internal":
+            wiring.connect(m, wiring.flipped(self.writes), backend.writes)
+        else:
+            wiring.connect(m, wiring.flipped(self.slot_bus), backend.slot_bus)
+            m.d.comb += backend.slot_base.eq(self.slot_base)
         wiring.connect(m, wiring.flipped(self.completions), backend.completions)
         wiring.connect(m, wiring.flipped(self.settings), settings.settings)
+
+        if config.checksums:
+            m.d.comb += self.tap.eq(backend.tap)
 
         # Aborts reach every place in the same cycle, so that no tile slips from one to the next in
         # between.
@@ -188,7 +206,8 @@ class DMA(wiring.Component):
         # --- counting ---
         came = Signal()
         went = Signal()
-        most = len(channels) * config.dma_queue_depth + 2 * self.tiles + 5
+        written = SlotWriter.outstanding + 1 if config.slot_store == "axi" else 0
+        most = len(channels) * config.dma_queue_depth + 2 * self.tiles + 5 + written
         inside = Signal(range(most + 1))
         m.d.comb += [
             came.eq(self.fetches.valid & self.fetches.ready),

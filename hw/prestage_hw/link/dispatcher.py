@@ -473,6 +473,7 @@ class Dispatcher(wiring.Component):
                     (read["slot"] >= config.slots)
                     | (read["count"] == 0)
                     | (read["beat"] + read["count"] > config.expert_beats)
+                    | (config.slot_store != "internal")
                 ):
                     m.d.sync += [
                         event.code.eq(ErrorCode.BAD_READ),

@@ -25,7 +25,8 @@ class EntryLayout(data.StructLayout):
                 "layer": unsigned(config.bits("layer")),
                 "expert": unsigned(config.bits("expert")),
                 "slot": unsigned(config.bits("slot")),
-                "address": unsigned(config.bits("address")),
+                # Of each part, as if the tiles before it lay there, too.
+                "addresses": data.ArrayLayout(config.bits("address"), len(config.part_bytes)),
                 "ctx": unsigned(config.bits("ctx")),  # of a prefetch, as the next two
                 "deadline": unsigned(8),
                 "kind": unsigned(2),
@@ -72,9 +73,9 @@ class InflightTable(wiring.Component):
         What entry ``tag`` is about.
     row_demand, row_waiters : ``Out``
         Class and waiting contexts of entry ``tag``.
-    row_last, row_failed, row_address : ``Out``
-        Nothing of entry ``tag`` is on its way nor will be; a tile failed; address of its first
-        failure.
+    row_last, row_failed, row_address, row_reason : ``Out``
+        Nothing of entry ``tag`` is on its way nor will be; a tile failed; address and
+        :class:`FetchReason` of its first failure.
     row_cancelled, row_returned : ``Out``
         Entry ``tag`` was cancelled, and is no demand; tiles that came back.
     row_idle, row_disposable : ``Out``
@@ -86,8 +87,8 @@ class InflightTable(wiring.Component):
     cancel : ``In(1)``
         No more tiles of the entry.
     complete : ``In(1)``
-        Tile ``tile`` came back, ``failed`` or not, with ``address``.
-    tile, failed, address : ``In``
+        Tile ``tile`` came back, ``failed`` or not, with ``address`` and ``reason``.
+    tile, failed, address, reason : ``In``
         See ``complete``.
     complete_demand : ``Out(1)``
         The tile was requested for a demand.
@@ -123,6 +124,7 @@ class InflightTable(wiring.Component):
                 "row_last": Out(1),
                 "row_failed": Out(1),
                 "row_address": Out(config.bits("address")),
+                "row_reason": Out(3),
                 "row_cancelled": Out(1),
                 "row_returned": Out(range(config.tiles + 1)),
                 "row_idle": Out(1),
@@ -135,6 +137,7 @@ class InflightTable(wiring.Component):
                 "tile": In(config.bits("tile")),
                 "failed": In(1),
                 "address": In(config.bits("address")),
+                "reason": In(3),
                 "complete_demand": Out(1),
                 "free": In(1),
                 "hold": In(1),
@@ -157,6 +160,9 @@ class InflightTable(wiring.Component):
         older = [Signal(count, name=f"older_{i}") for i in range(count)]
         issued = [Signal(tile_shape, name=f"issued_{i}") for i in range(count)]
         returned = [Signal(tile_shape, name=f"returned_{i}") for i in range(count)]
+        # Part that the next tile is of.
+        parts = len(config.part_bytes)
+        part = [Signal(range(parts), name=f"part_{i}") for i in range(count)]
         waiters = [Signal(config.contexts, name=f"waiters_{i}") for i in range(count)]
         prefetches = Signal(range(count + 1))  # Entries of the class prefetch.
         under_way = Signal(3)  # Prefetch tiles offered.
@@ -177,7 +183,9 @@ class InflightTable(wiring.Component):
         promotion_read = promotions.read_port(domain="comb")
         # Written by an entry's first failure.
         m.submodules.failures = failures = memory.Memory(
-            shape=unsigned(config.address_bits), depth=count, init=[]
+            shape=data.StructLayout({"address": config.address_bits, "reason": 3}),
+            depth=count,
+            init=[],
         )
         failure_write = failures.write_port()
         failure_read = failures.read_port(domain="comb")
@@ -208,7 +216,8 @@ class InflightTable(wiring.Component):
             promotion_read.addr.eq(self.tag),
             failure_read.addr.eq(self.tag),
             self.row.eq(entry_read.data),
-            self.row_address.eq(failure_read.data),
+            self.row_address.eq(failure_read.data.address),
+            self.row_reason.eq(failure_read.data.reason),
             self.row_demand.eq(demand.bit_select(self.tag, 1)),
             self.row_failed.eq(failed.bit_select(self.tag, 1)),
             self.row_waiters.eq(Array(waiters)[self.tag]),
@@ -253,8 +262,12 @@ class InflightTable(wiring.Component):
         stands = Signal()
         prepared = Signal(count)
         prepared_tag = Signal(config.bits("tag"))
-        prepared_entry = Signal(self.entry_layout)
+        prepared_slot = Signal(config.bits("slot"))
+        prepared_kind = Signal(2)
+        prepared_address = Signal(config.bits("address"))
         prepared_tile = Signal(tile_shape)
+        prepared_part = Signal(range(parts))
+        next_part = Signal(range(parts))
         prepared_demand = Signal()
         ready = Signal()
         load = Signal()
@@ -270,8 +283,13 @@ class InflightTable(wiring.Component):
             stands.eq(~changing & ~load),
             prepared.eq(chosen),
             prepared_tag.eq(chosen_tag),
-            prepared_entry.eq(offer_read.data),
+            prepared_slot.eq(offer_read.data.slot),
+            prepared_kind.eq(offer_read.data.kind),
+            prepared_address.eq(
+                offer_read.data.addresses[Array(part)[chosen_tag] if parts > 1 else 0]
+            ),
             prepared_tile.eq(Array(issued)[chosen_tag]),
+            prepared_part.eq(Array(part)[chosen_tag]),
             prepared_demand.eq((chosen & demand).any()),
             ready.eq(chosen.any() & stands & ~changing & ~load),
         ]
@@ -282,21 +300,26 @@ class InflightTable(wiring.Component):
                 self.fetches.payload.tag.eq(prepared_tag),
                 self.fetches.payload.demand.eq(prepared_demand),
                 self.fetches.payload.channel.eq(~prepared_demand if config.dma_channels > 1 else 0),
-                self.fetches.payload.slot.eq(prepared_entry.slot),
+                self.fetches.payload.slot.eq(prepared_slot),
                 self.fetches.payload.tile.eq(prepared_tile),
                 self.fetches.payload.address.eq(
-                    prepared_entry.address + prepared_tile * config.tile_bytes
+                    prepared_address + prepared_tile * config.tile_bytes
                 ),
             ]
+        m.d.comb += next_part.eq(prepared_part)
+        for at, first in enumerate(config.first_tiles):
+            if at:
+                with m.If(prepared_tile == first - 1):
+                    m.d.comb += next_part.eq(at)
         with m.If(load):
             m.d.sync += self.fetches.valid.eq(1)
             with m.If(prepared_tile == config.tiles - 1):
                 m.d.sync += more.eq(more & ~prepared)
             with m.If(~prepared_demand):
-                m.d.sync += [under_way.eq(under_way + 1), self.waits_kind.eq(prepared_entry.kind)]
+                m.d.sync += [under_way.eq(under_way + 1), self.waits_kind.eq(prepared_kind)]
             for i in range(count):
                 with m.If(prepared[i]):
-                    m.d.sync += issued[i].eq(prepared_tile + 1)
+                    m.d.sync += [issued[i].eq(prepared_tile + 1), part[i].eq(next_part)]
 
         # --- changes ---
         target = Signal(count)  # Entry that changes, one bit.
@@ -306,7 +329,8 @@ class InflightTable(wiring.Component):
             entry_write.data.eq(self.entry),
             entry_write.en.eq(self.allocate),
             failure_write.addr.eq(self.tag),
-            failure_write.data.eq(self.address),
+            failure_write.data.address.eq(self.address),
+            failure_write.data.reason.eq(self.reason),
             failure_write.en.eq(self.complete & self.failed & ~self.row_failed),
             promotion_write.addr.eq(Mux(self.allocate, self.free_tag, self.tag)),
             promotion_write.data.eq(
@@ -349,6 +373,7 @@ class InflightTable(wiring.Component):
             with m.If(target[i] & self.allocate):
                 m.d.sync += [
                     issued[i].eq(0),
+                    part[i].eq(0),
                     returned[i].eq(0),
                     waiters[i].eq(self.waiters),
                 ]

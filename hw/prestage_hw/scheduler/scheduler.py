@@ -5,7 +5,14 @@ from amaranth.lib import data, enum, fifo, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode, PrefetchKind, Source
+from prestage_hw.contract.records import (
+    BufferCode,
+    BufferOp,
+    ErrorCode,
+    FetchReason,
+    PrefetchKind,
+    Source,
+)
 from prestage_hw.layouts import RecordLayout
 
 from .inflight import InflightTable
@@ -40,6 +47,7 @@ STROBES = (
     "fill_errors",
     "demand_bytes",
     "prefetch_bytes",
+    "checksum_errors",
 )
 
 
@@ -93,12 +101,17 @@ class Scheduler(wiring.Component):
         Tiles for the DMA engine.
     completions : ``In(stream.Signature(RecordLayout("Completion")))``
         One for each fetch.
+    start, start_tag, start_number, start_address : ``Out``
+        Strobe: the fetch of this expert begins; only with ``config.checksums``. See
+        :class:`prestage_hw.dma.checksum.Checksums`.
     ready : ``Out(stream.Signature(RecordLayout("Ready")))``
         Experts that a demand may use.
     events : ``Out(stream.Signature(RecordLayout("Event")))``
         Demands that could not be served.
     expert_base : ``In(address bits)``
         Address of expert 0 of layer 0: a whole number of beats.
+    part_bases : ``In(ArrayLayout(address bits, parts - 1))``
+        The same of the parts of experts after the first one; only where there are any.
     prefetch_tiles : ``In(3)``
         Most prefetch tiles with the DMA engine; 0 counts as 1.
     enable : ``In(1)``
@@ -145,8 +158,18 @@ class Scheduler(wiring.Component):
         def record(name):
             return stream.Signature(RecordLayout(name, config=config))
 
+        others = len(config.part_bytes) - 1
+        bases = {"part_bases": In(data.ArrayLayout(config.address_bits, others))}
+        starts = {
+            "start": Out(1),
+            "start_tag": Out(config.bits("tag")),
+            "start_number": Out(range(config.model.layers * config.model.experts)),
+            "start_address": Out(config.bits("address")),
+        }
         super().__init__(
             {
+                **(bases if others else {}),
+                **(starts if config.checksums else {}),
                 "commands": In(record("Command")),
                 "candidates": In(record("Candidate")),
                 "buffer_requests": Out(record("BufferRequest")),
@@ -256,15 +279,23 @@ class Scheduler(wiring.Component):
             m.d.sync += [told[name].eq(value) for name, value in fields.items()]
 
         # Address of the expert that is served, three cycles after it is known: sooner than any
-        # lookup ends.
+        # lookup ends. Of each further part the address that the expert would have if its tiles
+        # before the part lay there, too, so that a tile's number counts from 0 in all of them.
         number = Signal(range(config.model.layers * config.model.experts))
-        offset = Signal(range(config.model.layers * config.model.experts * config.expert_bytes))
-        address = Signal(config.bits("address"))
-        m.d.sync += [
-            number.eq(layer * config.model.experts + expert),
-            offset.eq(number * config.expert_bytes),
-            address.eq(self.expert_base + offset),
-        ]
+        m.d.sync += number.eq(layer * config.model.experts + expert)
+        addresses = []
+        for part, size in enumerate(config.part_bytes):
+            offset = Signal(
+                range(config.model.layers * config.model.experts * size), name=f"offset_{part}"
+            )
+            address = Signal(config.bits("address"), name=f"address_{part}")
+            start = self.expert_base
+            if part:
+                start = Signal(config.bits("address"), name=f"start_{part}")
+                before = config.first_tiles[part] * config.tile_bytes
+                m.d.sync += start.eq(self.part_bases[part - 1] - before)
+            m.d.sync += [offset.eq(number * size), address.eq(start + offset)]
+            addresses.append(address)
 
         one_ctx = Signal(contexts)
         age, entry_age = Signal(8), Signal(8)
@@ -281,7 +312,7 @@ class Scheduler(wiring.Component):
             table.entry.layer.eq(layer),
             table.entry.expert.eq(expert),
             table.entry.slot.eq(result.slot),
-            table.entry.address.eq(address),
+            *(table.entry.addresses[part].eq(each) for part, each in enumerate(addresses)),
             table.entry.ctx.eq(ctx),
             table.entry.deadline.eq(deadline),
             table.entry.kind.eq(kind),
@@ -290,6 +321,7 @@ class Scheduler(wiring.Component):
             table.tile.eq(completion.tile),
             table.failed.eq(completion.failed),
             table.address.eq(completion.address),
+            table.reason.eq(completion.reason),
             table.hold.eq(
                 (state == _State.ALLOCATE)
                 | (state == _State.MERGE)
@@ -467,6 +499,11 @@ class Scheduler(wiring.Component):
                     m.d.comb += [
                         strobe.fills.eq(last & ~table.row_failed & ~table.row_cancelled),
                         strobe.fill_errors.eq(last & table.row_failed),
+                        strobe.checksum_errors.eq(
+                            last & table.row_failed & (table.row_reason == FetchReason.CRC)
+                            if config.checksums
+                            else 0
+                        ),
                         strobe.prefetch_cancelled.eq(
                             last & table.row_cancelled & ~table.row_failed
                         ),
@@ -591,7 +628,7 @@ class Scheduler(wiring.Component):
                         m.d.sync += [
                             pending.eq(pending & ~lowest),
                             self.events.valid.eq(1),
-                            self.events.payload.code.eq(ErrorCode.BUS),
+                            self.events.payload.code.eq(self._error(table.row_reason)),
                             self.events.payload.ctx.eq(lowest_ctx),
                             self.events.payload.layer.eq(table.row.layer),
                             self.events.payload.expert.eq(table.row.expert),
@@ -612,6 +649,13 @@ class Scheduler(wiring.Component):
                 m.d.comb += table.free.eq(1)
                 m.d.sync += state.eq(_State.DISPATCH)
 
+        if config.checksums:
+            m.d.sync += [
+                self.start.eq(table.allocate),
+                self.start_tag.eq(table.free_tag),
+                self.start_number.eq(number),
+                self.start_address.eq(addresses[0]),
+            ]
         m.d.sync += self.demanding.eq(
             (commands.level != 0) | waiting | ((state != _State.DISPATCH) & wanted & ~filled)
         )
@@ -631,6 +675,15 @@ class Scheduler(wiring.Component):
             & ~outcome_valid
         )
         return m
+
+    def _error(self, reason):
+        """Code of the event for a fetch that failed."""
+        code = Const(ErrorCode.BUS, self.events.payload.code.shape())
+        if self.config.slot_store == "axi":
+            code = Mux(reason == FetchReason.WRITE, ErrorCode.SLOT_MEMORY, code)
+        if self.config.checksums:
+            code = Mux(reason == FetchReason.CRC, ErrorCode.CHECKSUM, code)
+        return code
 
     def _decide(self, m, *, op, result, occupied, strobe, state, waiting, retry):
         """Next state after the buffer's answer to a command or candidate."""

@@ -5,9 +5,10 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract import REGISTERS
-from prestage_hw.contract.params import require_config
+from prestage_hw.contract.params import MOST_PARTS, require_config
 from prestage_hw.contract.registers import (
     COUNTERS,
+    SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
     register_by_name,
     shape_registers,
@@ -61,8 +62,8 @@ class RegisterBank(wiring.Component):
         Nothing is under way.
     control : ``Out(StructLayout)``
         Fields ``settle``, ``throttle_enable``, ``cancel_enable``, ``throttle``, ``policy``,
-        ``hint_threshold``, ``expert_base``, ``token_base``, and ``profile``, an
-        :class:`ActiveProfileLayout`.
+        ``hint_threshold``, ``expert_base``, ``part_bases`` (of the parts after the first),
+        ``token_base``, ``slot_base``, and ``profile``, an :class:`ActiveProfileLayout`.
     phases : ``In(stream.Signature(8))``
         Phase of a token that starts, not while an access is under way: a layer boundary.
     boundary : ``In(1)``
@@ -72,7 +73,7 @@ class RegisterBank(wiring.Component):
     commit : ``Out(1)``
         Strobe: make that shadow active, with ``control.profile.dma_lower_credits``.
     clear : ``Out(StructLayout)``
-        Pulses ``tables``, ``buffer``, ``counters``.
+        Pulses ``tables``, ``buffer``, ``counters``, ``checksums``.
     """
 
     def __init__(self, *, config):
@@ -101,12 +102,18 @@ class RegisterBank(wiring.Component):
                             "policy": 2,
                             "hint_threshold": 8,
                             "expert_base": config.address_bits,
+                            "part_bases": data.ArrayLayout(
+                                config.address_bits, len(config.part_bytes) - 1
+                            ),
                             "token_base": config.address_bits,
+                            "slot_base": config.address_bits,
                             "profile": ActiveProfileLayout(),
                         }
                     )
                 ),
-                "clear": Out(data.StructLayout({"tables": 1, "buffer": 1, "counters": 1})),
+                "clear": Out(
+                    data.StructLayout({"tables": 1, "buffer": 1, "counters": 1, "checksums": 1})
+                ),
                 "phases": In(stream.Signature(8)),
                 "boundary": In(1),
                 "settings": Out(stream.Signature(RecordLayout("ChannelSettings", config=config))),
@@ -128,6 +135,15 @@ class RegisterBank(wiring.Component):
         base_low = Signal(32)
         base_high = Signal(32)
         token_low, token_high = Signal(32), Signal(32)
+        slot_low, slot_high = Signal(32), Signal(32)
+        part_bases = [
+            (
+                Signal(32, name=f"part_low_{part}", init=base & 0xFFFFFFFF),
+                Signal(32, name=f"part_high_{part}", init=base >> 32),
+            )
+            for part, base in enumerate(config.part_bases())
+            if part
+        ]
         table_address = Signal(32)
         cycles = Signal(64)
         high = Signal(32)
@@ -145,6 +161,11 @@ class RegisterBank(wiring.Component):
             self.control.hint_threshold.eq(hint_threshold),
             self.control.expert_base.eq(Cat(base_low, base_high)),
             self.control.token_base.eq(Cat(token_low, token_high)),
+            self.control.slot_base.eq(Cat(slot_low, slot_high)),
+            *(
+                self.control.part_bases[at].eq(Cat(low, high))
+                for at, (low, high) in enumerate(part_bases)
+            ),
             self.control.profile.eq(profiles.active),
             self.table_select.eq(table_address[24:]),
             profiles.follow.eq(follow),
@@ -164,12 +185,21 @@ class RegisterBank(wiring.Component):
             "expert_base_high": base_high,
             "token_base_low": token_low,
             "token_base_high": token_high,
+            "slot_base_low": slot_low,
+            "slot_base_high": slot_high,
             "profile_active": profiles.active_phase,
             "table_address": table_address,
             "table_words": self.table_words,
             "cycles_low": cycles[:32],
             "cycles_high": high,
         }
+        bases_low, bases_high = {}, {}
+        for part in range(1, MOST_PARTS):
+            low, high_word = part_bases[part - 1] if part <= len(part_bases) else (None, None)
+            bases_low[f"part{part}_base_low"] = low
+            bases_high[f"part{part}_base_high"] = high_word
+        for name, value in (bases_low | bases_high).items():
+            readable[name] = Const(0, 32) if value is None else value
         for name, value in shape_registers(config).items():
             readable[name] = Const(value, 32)
         latches = {"cycles_low": cycles[32:]}
@@ -227,14 +257,22 @@ class RegisterBank(wiring.Component):
                             ("expert_base_high", base_high),
                             ("token_base_low", token_low),
                             ("token_base_high", token_high),
+                            ("slot_base_high", slot_high),
                             ("table_address", table_address),
+                            *bases_high.items(),
                         ):
                             with m.Case(register_by_name(name).address):
                                 kept = fields if name == "throttle" else (1 << 32) - 1
-                                m.d.sync += target.eq(access.value & kept)
+                                if target is not None:
+                                    m.d.sync += target.eq(access.value & kept)
                                 respond(1)
-                        with m.Case(register_by_name("expert_base_low").address):
-                            m.d.sync += base_low.eq(access.value & aligned)
+                        for name, target in (("expert_base_low", base_low), *bases_low.items()):
+                            with m.Case(register_by_name(name).address):
+                                if target is not None:
+                                    m.d.sync += target.eq(access.value & aligned)
+                                respond(1)
+                        with m.Case(register_by_name("slot_base_low").address):
+                            m.d.sync += slot_low.eq(access.value & -SLOT_BASE_BYTES)
                             respond(1)
                         with m.Case(register_by_name("clear").address):
                             m.d.sync += self.clear.eq(access.value)

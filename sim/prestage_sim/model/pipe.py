@@ -129,13 +129,15 @@ class ModelPipe:
         """Positions whose slot differs from the expert in memory, or has an invalid tile."""
         storage = self.top.buffer.storage
         whole = (1 << self.config.tiles) - 1
-        size = self.config.expert_bytes
-        base = self.top.registers.expert_base
+        bases = self.top.registers.bases
         wrong = []
         for at, (slot, layer, expert) in enumerate(zip(slots, layers, experts, strict=True)):
-            start = self.config.expert_address(layer, expert, base=base)
+            parts = [
+                self._memory[start : start + size]
+                for start, size in self.config.expert_spans(layer, expert, bases=bases)
+            ]
             if storage.valid[slot] != whole or not np.array_equal(
-                storage.data[slot], self._memory[start : start + size]
+                storage.data[slot], np.concatenate(parts)
             ):
                 wrong.append(at)
         return wrong

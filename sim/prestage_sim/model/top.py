@@ -5,16 +5,53 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from prestage_hw.contract.crc import CHECKSUM_TABLE
 from prestage_hw.contract.params import DeviceConfig
 
 from .buffer.buffer import ExpertBuffer
+from .dma.checksum import Checksums
 from .link.dispatcher import Answer, Dispatcher
-from .predictor import create_predictor
+from .predictor import Predictor, create_predictor
 from .scheduler.scheduler import Memory, Scheduler
 from .stats.counters import Counters
 from .stats.registers import RegisterBank
 
-__all__ = ["Top"]
+__all__ = ["Tables", "Top"]
+
+
+class Tables:
+    """Tables of the predictor, and that of checksums.
+
+    Parameters
+    ----------
+    predictor : :class:`Predictor`
+        Answers for all tables but that of checksums.
+    checksums : :class:`Checksums`
+        Answers for that.
+    """
+
+    def __init__(self, predictor: Predictor, checksums: Checksums) -> None:
+        self._predictor = predictor
+        self._checksums = checksums
+
+    def table_words(self, table: int) -> int:
+        """Words in a table, 0 if there is none."""
+        if table == CHECKSUM_TABLE:
+            return self._checksums.words
+        return self._predictor.table_words(table)
+
+    def read_table(self, table: int, word: int) -> int:
+        """One word of a table."""
+        if table == CHECKSUM_TABLE:
+            return self._checksums.read(word)
+        return self._predictor.read_table(table, word)
+
+    def write_table(self, table: int, word: int, value: int) -> None:
+        """Store one word in a table."""
+        if table == CHECKSUM_TABLE:
+            self._checksums.write(word, value)
+        else:
+            self._predictor.write_table(table, word, value)
 
 
 class Top:
@@ -39,9 +76,8 @@ class Top:
         self.scheduler = Scheduler(
             config, buffer=self.buffer, memory=self.memory, counters=self.counters
         )
-        self.registers = RegisterBank(
-            config, self.counters, self.predictor, self.scheduler.throttle
-        )
+        tables = Tables(self.predictor, self.scheduler.checksums)
+        self.registers = RegisterBank(config, self.counters, tables, self.scheduler.throttle)
         self._dispatcher = Dispatcher(
             config,
             counters=self.counters,

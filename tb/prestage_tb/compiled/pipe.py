@@ -167,7 +167,7 @@ class CompiledPipe:
     TypeError
         If the memory is not a contiguous array of uint8.
     ValueError
-        If the memory has the wrong size.
+        If the memory has the wrong size, or slots are in a memory of their own.
     BuildError
         If the simulation can't be built.
     """
@@ -187,6 +187,8 @@ class CompiledPipe:
             raise TypeError("Memory image must be an array of uint8")
         if not memory.flags.c_contiguous:
             raise TypeError("Memory image must be contiguous")
+        if config.slot_store != "internal":
+            raise ValueError("A compiled device must have internal slots, not slots in a memory")
         size = config.model.layers * config.model.experts * config.expert_bytes
         if memory.shape != (size,):
             raise ValueError(f"Memory image must have shape ({size},), not {memory.shape}")
@@ -283,8 +285,24 @@ class CompiledPipe:
             if not 0 <= layer < model.layers or not 0 <= expert < model.experts:
                 raise ValueError(f"Model has no expert {expert} in layer {layer}")
             addresses.append(self.config.expert_address(int(layer), int(expert)))
+        if len(self.config.part_bytes) > 1:
+            return self._compare_parts(slots, layers, experts)
         verdicts = self._consume(slots, addresses)
         return [position for position, verdict in enumerate(verdicts) if verdict]
+
+    def _compare_parts(
+        self, slots: Sequence[int], layers: Sequence[int], experts: Sequence[int]
+    ) -> list[int]:
+        """The same slot by slot: the harness compares with what lies in one piece."""
+        wrong = []
+        for position, (slot, layer, expert) in enumerate(zip(slots, layers, experts, strict=True)):
+            spans = self.config.expert_spans(int(layer), int(expert))
+            whole = np.concatenate([self._memory[at : at + size] for at, size in spans]).tobytes()
+            (verdict,) = self._consume([slot], [0])
+            held = self._library.prestage_slot_bytes(self._open())
+            if verdict & _INVALID or ctypes.string_at(held, len(whole)) != whole:
+                wrong.append(position)
+        return wrong
 
     def transfers(self) -> NDArray[np.void]:
         """The last 131,072 bursts that ended, oldest first."""

@@ -20,6 +20,7 @@ from .backend import Completion, OpenBurst, OpenTile, complete
 from .frontend import Transfer, check, refused
 from .midend import Cutter, bursts
 from .settings import Channel, Settings
+from .writer import write_bursts
 
 __all__ = ["DMA", "Completion", "Engine", "Mismatch", "Write"]
 
@@ -125,6 +126,8 @@ class Engine:
         Tiles of each channel that were begun, oldest first.
     bursts : list of deque of :class:`OpenBurst`
         Bursts of each ID that the memory has not answered wholly.
+    slot_base : :class:`int`
+        Address of slot 0 in the memory that holds the slots.
     """
 
     def __init__(self, config: DeviceConfig) -> None:
@@ -135,6 +138,8 @@ class Engine:
         self.waiting: list[deque[Transfer]] = [deque() for _ in channels]
         self.open: list[deque[OpenTile]] = [deque() for _ in channels]
         self.bursts: list[deque[OpenBurst]] = [deque() for _ in range(config.axi_ids)]
+        self.slot_base = 0
+        self._answers_to_writes: dict[tuple[int, int], deque[bool]] = {}
         # Completions to come, each with the reasons that it may have.
         self._ended: list[deque[tuple[Transfer, int, set[FetchReason]]]] = [
             deque() for _ in channels
@@ -264,6 +269,7 @@ class Engine:
         beat = transfer.tile * self.config.tile_beats + tile.beats
         write = Write(transfer.slot, beat, at, transfer)
         tile.beats += 1
+        transfer.written += 1
         if ends and burst.last:
             tiles = self.open[transfer.channel]
             if tiles[0] is not tile:
@@ -272,6 +278,33 @@ class Engine:
             ending = tile.ending()
             self._ended[transfer.channel].append((transfer, ending.address, {ending.reason}))
         return write
+
+    def answer(self, address: int, beats: int, *, error: bool) -> None:
+        """The memory that holds the slots answered a write burst."""
+        self._answers_to_writes.setdefault((address, beats), deque()).append(error)
+
+    def _write_failure(self, transfer: Transfer) -> int | None:
+        """Address of the first write burst of a tile that failed, None if none has.
+
+        Raises
+        ------
+        Mismatch
+            If one of its bursts has no answer.
+        """
+        failures = []
+        for burst in write_bursts(
+            self.config, transfer.slot, transfer.tile, transfer.written, base=self.slot_base
+        ):
+            if not self._answers_to_writes.get(burst):
+                raise Mismatch(f"A tile must not complete before {burst} was written")
+            if self._answers_to_writes[burst].popleft():
+                failures.append(burst[0])
+        return failures[0] if failures else None
+
+    @property
+    def unclaimed(self) -> int:
+        """Answered write bursts whose tile has not completed."""
+        return sum(map(len, self._answers_to_writes.values()))
 
     def expire(self, channel: int) -> None:
         """A channel has waited for too long: its open tiles fail, or else what waits first."""
@@ -305,6 +338,12 @@ class Engine:
         if not ended:
             raise Mismatch(f"Channel {channel} must not complete anything, but gave {record}")
         transfer, address, reasons = ended.popleft()
+        failure = self._write_failure(transfer) if self.config.slot_store == "axi" else None
+        if failure is not None and record["reason"] == FetchReason.WRITE:
+            # Only a tile that would have been whole has no other reason.
+            address, reasons = failure, {FetchReason.WRITE} if FetchReason.OK in reasons else set()
+        elif failure is not None:
+            reasons = reasons - {FetchReason.OK}
         allowed = [
             {
                 "tag": transfer.tag,

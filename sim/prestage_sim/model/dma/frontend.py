@@ -34,6 +34,8 @@ class Transfer:
         Whether it is answered with an address error.
     aborted : :class:`bool`
         Whether it was aborted.
+    written : :class:`int`
+        Beats that were handed on so far.
     """
 
     channel: int
@@ -44,6 +46,7 @@ class Transfer:
     beats: int
     refused: bool
     aborted: bool = False
+    written: int = 0
 
     @property
     def null(self) -> bool:

@@ -9,6 +9,7 @@ from prestage_hw.contract.params import DeviceConfig
 from prestage_hw.contract.records import MESSAGES, RECORDS, TABLE_BURST, ErrorCode, Source
 from prestage_hw.contract.registers import register_by_name
 
+from ..dma.checksum import Checksums
 from ..dma.settings import Channel
 from ..scheduler.chunks import ChunkUnion
 from ..scheduler.throttle import Throttle
@@ -65,7 +66,8 @@ class Scheduler(Protocol):
     enable: bool
     cutoff_layer: int
     channels: list[Channel]
-    expert_base: int
+    bases: list[int]
+    checksums: Checksums
     throttle: Throttle
 
     def demand(
@@ -185,7 +187,7 @@ class Dispatcher:
     def _configure(self) -> None:
         """Show the registers to the stages behind."""
         registers = self._registers
-        self._scheduler.expert_base = registers.expert_base
+        self._scheduler.bases = registers.bases
         self._scheduler.enable = bool(registers["control"] & 1)
         self._scheduler.cutoff_layer = registers["cutoff_layer"]
         self._scheduler.channels = registers.profiles.dma.active
@@ -284,7 +286,13 @@ class Dispatcher:
 
     def _read(self, body: bytes) -> list[Answer]:
         slot, beat, count = self._values("Read", body)
-        if slot >= self._config.slots or count == 0 or beat + count > self._config.expert_beats:
+        config = self._config
+        if (
+            slot >= config.slots
+            or count == 0
+            or beat + count > config.expert_beats
+            or config.slot_store != "internal"
+        ):
             return self._reject(ErrorCode.BAD_READ, expert=slot, address=beat)
         answers = []
         for at in range(beat, beat + count):
@@ -343,4 +351,6 @@ class Dispatcher:
             self._current = [-1] * self._config.contexts
         if "counters" in cleared:
             self._counters.clear()
+        if "checksums" in cleared:
+            self._scheduler.checksums.clear()
         return []

@@ -10,6 +10,7 @@ from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode
 
 from ..dma.axi import BusError, Memory
+from ..dma.checksum import Checksums
 from ..dma.dma import DMA
 from ..dma.settings import Channel, Settings
 from .inflight import Entry
@@ -112,11 +113,13 @@ class Scheduler:
         Memory that holds the experts.
     counters : mutable mapping of :class:`str` to :class:`int`
         Counters by name; those of the stages 3, 4 and 5 are counted, the bytes counters in bytes.
+    checksums : :class:`Checksums` or None
+        Checksums of experts; None stands for none.
 
     Attributes
     ----------
-    expert_base : :class:`int`
-        Address of expert 0 of layer 0.
+    bases : list of :class:`int`
+        Address of expert 0 of layer 0, for each part of experts.
     enable : :class:`bool`
         False drops the predictor's candidates.
     cutoff_layer : :class:`int`
@@ -141,13 +144,15 @@ class Scheduler:
         buffer: Buffer,
         memory: Memory,
         counters: MutableMapping[str, int],
+        checksums: Checksums | None = None,
     ) -> None:
         require_config(config)
         self.config = config
+        self.checksums = Checksums(config) if checksums is None else checksums
         self.buffer = buffer
         self.memory = memory
         self.counters = counters
-        self.expert_base = 0
+        self.bases = list(config.part_bases())
         self.enable = True
         self.cutoff_layer = 255
         self.channels = Settings(config).active
@@ -157,7 +162,17 @@ class Scheduler:
         # Looked up once: a fill is the hottest path of a replay.
         self._experts = config.model.experts
         self._expert_bytes = config.expert_bytes
+        self._parts = config.part_bytes
         self._last_tile = config.tiles - 1
+
+    @property
+    def expert_base(self) -> int:
+        """Address of expert 0 of layer 0: of its first part, where it has several."""
+        return self.bases[0]
+
+    @expert_base.setter
+    def expert_base(self, base: int) -> None:
+        self.bases[0] = base
 
     def demand(
         self, ctx: int, layer: int, experts: Sequence[int], *, repeat: bool = False
@@ -295,18 +310,26 @@ class Scheduler:
         """Fetch an expert whole; the answers to who waits for it."""
         request = self.buffer.request
         size = self._expert_bytes
-        address = self.expert_base + (entry.layer * self._experts + entry.expert) * size
+        number = entry.layer * self._experts + entry.expert
+        spans = [
+            (base + number * part, part) for base, part in zip(self.bases, self._parts, strict=True)
+        ]
         if self._channel(entry).row_bytes:
-            return self._fill_tiles(entry, address)
+            return self._fill_tiles(entry, spans)
         try:
-            data = self.memory.read(address, size)
+            data = b"".join([self.memory.read(address, part) for address, part in spans])
         except BusError:
-            return self._fill_tiles(entry, address)
+            return self._fill_tiles(entry, spans)
         slot = entry.slot
         last = self._last_tile
         self.buffer.write_expert(slot, data)
         for tile in range(last):
             request(_FILL, slot=slot, tile=tile)
+        if not self.checksums.good(entry.layer, entry.expert, data):
+            self.counters["demand_bytes" if entry.demand else "prefetch_bytes"] += (
+                size - self.config.tile_bytes
+            )
+            return self._mismatch(entry, spans)
         request(_FILL, slot=slot, tile=last, last=True)
         self.counters["demand_bytes" if entry.demand else "prefetch_bytes"] += size
         self.counters["fills"] += 1
@@ -316,20 +339,25 @@ class Scheduler:
         """Settings of the channel that fetches an expert."""
         return self.channels[0 if entry.demand else min(1, self.config.dma_channels - 1)]
 
-    def _fill_tiles(self, entry: Entry, address: int) -> list[Ready | Event]:
-        """Fetch tile by tile up to the first that fails.
+    def _fill_tiles(self, entry: Entry, spans: Sequence[tuple[int, int]]) -> list[Ready | Event]:
+        """Fetch tile by tile up to the first that fails; ``spans`` are the expert's parts.
 
         The RTL may have later tiles under way by then; they are never read and not counted.
         """
         config = self.config
         slot = entry.slot
         data = bytearray()
-        for tile in range(config.tiles):
-            completion, tile_data = self._dma.transfer(
-                address + tile * config.tile_bytes, self.memory, self._channel(entry)
-            )
+        addresses = [
+            address + at for address, size in spans for at in range(0, size, config.tile_bytes)
+        ]
+        for tile, address in enumerate(addresses):
+            completion, tile_data = self._dma.transfer(address, self.memory, self._channel(entry))
             data += tile_data
             failed = completion.failed
+            if tile == config.tiles - 1 and not failed:
+                self.buffer.write_expert(slot, bytes(data))
+                if not self.checksums.good(entry.layer, entry.expert, bytes(data)):
+                    return self._mismatch(entry, spans)
             last = failed or tile == config.tiles - 1
             self.buffer.request(_FILL, slot=slot, tile=tile, last=last, failed=failed)
             if failed:
@@ -338,13 +366,21 @@ class Scheduler:
             self.counters[name] += config.tile_bytes
         if not failed:
             # Only the address wrapped around, or tiles are gathered from rows.
-            self.buffer.write_expert(slot, bytes(data))
             self.counters["fills"] += 1
             return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
+        return self._failed(entry, ErrorCode.BUS, completion.address)
+
+    def _mismatch(self, entry: Entry, spans: Sequence[tuple[int, int]]) -> list[Ready | Event]:
+        """The last tile has come, but the expert has not its checksum."""
+        last = self._last_tile
+        self.buffer.request(_FILL, slot=entry.slot, tile=last, last=True, failed=True)
+        self.counters["checksum_errors"] += 1
+        address = spans[0][0] % (1 << self.config.address_bits)
+        return self._failed(entry, ErrorCode.CHECKSUM, address)
+
+    def _failed(self, entry: Entry, code: ErrorCode, address: int) -> list[Ready | Event]:
+        """A fetch ended in an error."""
         self.counters["fill_errors"] += 1
         if not entry.demand:
-            self.throttle.dropped(slot)
-        return [
-            Event(ErrorCode.BUS, ctx, entry.layer, entry.expert, completion.address)
-            for ctx in entry.waiters
-        ]
+            self.throttle.dropped(entry.slot)
+        return [Event(code, ctx, entry.layer, entry.expert, address) for ctx in entry.waiters]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from prestage_hw.contract.params import DeviceConfig
+from prestage_hw.contract.params import MOST_PARTS, DeviceConfig
 from prestage_hw.contract.registers import (
     COUNTERS,
     PROFILE_REGISTERS,
     REGISTERS,
+    SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
     shape_registers,
 )
@@ -88,6 +89,11 @@ class RegisterBank:
             and r.reset is not None
             and (r.name not in _PROFILES or r.name == "control")
         }
+        self._parts = len(config.part_bytes)
+        for part in range(1, MOST_PARTS):
+            base = config.part_bases()[part] if part < self._parts else 0
+            self._values[f"part{part}_base_low"] = base & 0xFFFFFFFF
+            self._values[f"part{part}_base_high"] = base >> 32
         self._shape = shape_registers(config)
         self.cleared: set[str] = set()
 
@@ -101,10 +107,14 @@ class RegisterBank:
         return active[name] if name in active else self._values[name]
 
     @property
-    def expert_base(self) -> int:
-        """Address of the first expert."""
-        base = self._values["expert_base_high"] << 32 | self._values["expert_base_low"]
-        return base % (1 << self._config.address_bits)
+    def bases(self) -> list[int]:
+        """Address of the first expert, for each part of experts."""
+        names = ("expert_base", *(f"part{part}_base" for part in range(1, self._parts)))
+        return [
+            (self._values[f"{name}_high"] << 32 | self._values[f"{name}_low"])
+            % (1 << self._config.address_bits)
+            for name in names
+        ]
 
     def read(self, address: int) -> int | None:
         """Value of a register, None if there is none at the address."""
@@ -153,7 +163,7 @@ class RegisterBank:
             return False
         name = register.name
         if name == "clear":
-            parts = ("tables", "buffer", "counters")
+            parts = ("tables", "buffer", "counters", "checksums")
             self.cleared = {part for i, part in enumerate(parts) if value >> i & 1}
         elif name == "table_data":
             at = self._values["table_address"]
@@ -180,7 +190,11 @@ class RegisterBank:
             return value & sum((1 << bits) - 1 << low for low, bits in THROTTLE_FIELDS.values())
         if name == "hint_threshold":
             return value & 0xFF
-        if name == "expert_base_low":
+        if name.startswith("part") and int(name[4]) >= self._parts:
+            return 0
+        if name == "slot_base_low":
+            return value - value % SLOT_BASE_BYTES
+        if name.endswith("_base_low") and name != "token_base_low":
             return value - value % self._config.data_bytes
         return value
 
