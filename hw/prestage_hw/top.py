@@ -4,6 +4,12 @@
 
     rx ─▶ 1 link ─▶ dispatcher ─▶ 2 predictor ─▶ 3 scheduler ─▶ 4 dma ─▶ 5 buffer ─▶ beats
     tx ◀─────┘         └─ 6 register bank, counters    bus ◀─────┘
+
+With a host mover fetches leave over the link, and the slots are the host's::
+
+    rx ─▶ 1 link ─▶ mover ─▶ dispatcher ─▶ 2 predictor ─▶ 3 scheduler ─▶ 5 buffer
+    tx ◀─────┘       ▲ └────────────────── completions ──────▲ │
+                     └──────────────────── fetches ────────────┘
 """
 
 from amaranth import Module
@@ -20,6 +26,7 @@ from prestage_hw.engine import connect_engine
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import Dispatcher
 from prestage_hw.link.link import Link
+from prestage_hw.link.mover import HostMover
 from prestage_hw.predictor import create_predictor
 from prestage_hw.scheduler import Scheduler
 from prestage_hw.stats import Accuracy, Counters, RegisterBank
@@ -43,9 +50,9 @@ class Top(wiring.Component):
     rx, tx : ``In(stream.Signature(8))``, ``Out(stream.Signature(8))``
         Bytes from and to the host.
     bus : ``Out(AXI4ReadSignature(...))``
-        Memory that holds the experts.
+        Memory that holds the experts; not with a host mover.
     reads, beats : ``In(stream of ReadRequest)``, ``Out(stream of Beat)``
-        Consumer port of the expert buffer.
+        Consumer port of the expert buffer; not with a host mover.
     tokens : ``Out(AXI4Signature(...))``
         Memory that holds the predictor's token tables; only with ``config.token_memory``.
     idle : ``Out(1)``
@@ -61,20 +68,23 @@ class Top(wiring.Component):
                 AXI4Signature(address_bits=config.address_bits, data_bits=config.bits("data"))
             )
         }
+        slots = {
+            "bus": Out(
+                AXI4ReadSignature(
+                    address_bits=config.address_bits,
+                    data_bits=config.bits("data"),
+                    id_bits=config.bits("axi_id"),
+                )
+            ),
+            "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
+            "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+        }
         super().__init__(
             {
                 **(memory if config.token_memory else {}),
                 "rx": In(stream.Signature(8)),
                 "tx": Out(stream.Signature(8)),
-                "bus": Out(
-                    AXI4ReadSignature(
-                        address_bits=config.address_bits,
-                        data_bits=config.bits("data"),
-                        id_bits=config.bits("axi_id"),
-                    )
-                ),
-                "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
-                "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+                **(slots if config.mover == "dma" else {}),
                 "idle": Out(1),
             }
         )
@@ -86,9 +96,11 @@ class Top(wiring.Component):
         m.submodules.dispatcher = dispatcher = Dispatcher(config=config)
         m.submodules.predictor = predictor = create_predictor(config)
         m.submodules.scheduler = scheduler = Scheduler(config=config)
-        m.submodules.dma = dma = DMA(config=config)
+        if config.mover == "host":
+            m.submodules.mover = dma = HostMover(config=config)
+        else:
+            m.submodules.dma = dma = DMA(config=config)
         m.submodules.buffer = buffer = ExpertBuffer(config=config)
-        m.submodules.arbiter = arbiter = ReadArbiter(config=config)
         m.submodules.counters = counters = Counters(config=config)
         m.submodules.accuracy = accuracy = Accuracy(config=config)
         m.submodules.registers = registers = RegisterBank(config=config)
@@ -96,8 +108,11 @@ class Top(wiring.Component):
         # 1 link
         wiring.connect(m, wiring.flipped(self.rx), link.rx)
         wiring.connect(m, link.tx, wiring.flipped(self.tx))
-        wiring.connect(m, link.messages, dispatcher.messages)
-        wiring.connect(m, dispatcher.replies, link.replies)
+        if config.mover == "host":
+            self._connect_mover(m, mover=dma, link=link, dispatcher=dispatcher, scheduler=scheduler)
+        else:
+            wiring.connect(m, link.messages, dispatcher.messages)
+            wiring.connect(m, dispatcher.replies, link.replies)
         wiring.connect(m, dispatcher.registers, registers.requests)
         wiring.connect(m, registers.values, dispatcher.values)
         wiring.connect(m, dispatcher.phases, registers.phases)
@@ -148,20 +163,25 @@ class Top(wiring.Component):
         m.d.sync += scheduler.hold.eq(registers.control.settle & ~predictor.idle)
 
         # 4 dma
-        wiring.connect(m, dma.bus, wiring.flipped(self.bus))
-        wiring.connect(m, registers.settings, dma.settings)
-        m.d.comb += [
-            dma.commit.eq(registers.commit),
-            dma.lower_credits.eq(profile.dma_lower_credits),
-        ]
+        if config.mover == "host":
+            m.d.comb += registers.settings.ready.eq(1)  # Its registers can be written in vain.
+        else:
+            wiring.connect(m, dma.bus, wiring.flipped(self.bus))
+            wiring.connect(m, registers.settings, dma.settings)
+            m.d.comb += [
+                dma.commit.eq(registers.commit),
+                dma.lower_credits.eq(profile.dma_lower_credits),
+            ]
 
         # 5 buffer
-        wiring.connect(m, wiring.flipped(self.reads), arbiter.reads)
-        wiring.connect(m, arbiter.beats, wiring.flipped(self.beats))
-        wiring.connect(m, dispatcher.reads, arbiter.link_reads)
-        wiring.connect(m, arbiter.link_beats, dispatcher.beats)
-        wiring.connect(m, arbiter.port_reads, buffer.reads)
-        wiring.connect(m, buffer.beats, arbiter.port_beats)
+        if config.mover == "dma":
+            m.submodules.arbiter = arbiter = ReadArbiter(config=config)
+            wiring.connect(m, wiring.flipped(self.reads), arbiter.reads)
+            wiring.connect(m, arbiter.beats, wiring.flipped(self.beats))
+            wiring.connect(m, dispatcher.reads, arbiter.link_reads)
+            wiring.connect(m, arbiter.link_beats, dispatcher.beats)
+            wiring.connect(m, arbiter.port_reads, buffer.reads)
+            wiring.connect(m, buffer.beats, arbiter.port_beats)
         m.d.comb += [
             buffer.clear.eq(registers.clear.buffer),
             dispatcher.clear.eq(registers.clear.buffer),
@@ -199,10 +219,31 @@ class Top(wiring.Component):
                 if counter.name in dict(strobes.shape()):
                     m.d.comb += counters.strobes[counter.name].eq(strobes[counter.name])
 
-        engine_idle = predictor.idle & scheduler.idle & dma.idle & buffer.idle
+        # Messages that wait in the mover are none of the engine's business: one of them may ask
+        # whether it is idle. Tiles that the host was asked for keep the scheduler busy.
+        engine_idle = predictor.idle & scheduler.idle & buffer.idle
+        idle = ~dispatcher.busy & ~dispatcher.messages.valid
+        if config.mover == "host":
+            idle &= dma.idle
+            m.d.comb += counters.strobes.rejected.eq(dispatcher.strobes.rejected | dma.rejected)
+        else:
+            engine_idle &= dma.idle
         m.d.comb += [
             dispatcher.engine_idle.eq(engine_idle),
             registers.engine_idle.eq(engine_idle),
-            self.idle.eq(engine_idle & ~dispatcher.busy & ~dispatcher.messages.valid),
+            self.idle.eq(engine_idle & idle),
         ]
         return m
+
+    def _connect_mover(self, m, *, mover, link, dispatcher, scheduler):
+        """Put the host mover between link and dispatcher."""
+        wiring.connect(m, link.messages, mover.messages)
+        wiring.connect(m, mover.commands, dispatcher.messages)
+        wiring.connect(m, dispatcher.replies, mover.answers)
+        wiring.connect(m, mover.replies, link.replies)
+        m.d.comb += [
+            mover.resets.eq(link.resets),
+            mover.others_rejected.eq(dispatcher.strobes.rejected),
+            mover.fetch_layer.eq(scheduler.fetch_layer),
+            mover.fetch_expert.eq(scheduler.fetch_expert),
+        ]

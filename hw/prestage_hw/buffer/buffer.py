@@ -45,6 +45,9 @@ class ExpertBuffer(wiring.Component):
     expert resident, no pin, no lock, no tile valid, no value, slot 0 least recent, and a route
     begun. The data stay. A request that was taken before is answered first.
 
+    With ``config.mover`` ``"host"`` the slots themselves are the host's: the block keeps who has
+    which slot, and has no ports for data.
+
     Every tile of an expert is to be written before the FILL that reports it. Fills are to name a
     slot that is filling (others change nothing), demands an entry of the pin list that is free. No
     tile may be on its way to a slot whose prefetch is cancelled.
@@ -57,7 +60,7 @@ class ExpertBuffer(wiring.Component):
         Whether values of the predictor are taken; else they are ignored. None stands for whether
         the device's predictor gives any.
     host_writes : :class:`bool`
-        Whether there is a port through which the host writes slots.
+        Whether there is a port through which the host writes slots; not where they are the host's.
 
     Attributes
     ----------
@@ -67,7 +70,7 @@ class ExpertBuffer(wiring.Component):
         See above.
     read_latency : :class:`int`
         Cycles from the cycle in which a read is taken to the first in which its beat is offered,
-        where ``beats`` never waits.
+        where ``beats`` never waits; 0 without data.
     clear_cycles : :class:`int`
         Cycles that clearing takes.
 
@@ -103,16 +106,21 @@ class ExpertBuffer(wiring.Component):
     ------
     TypeError
         If ``config`` is not a :class:`DeviceConfig`.
+    ValueError
+        If the host is to write slots that are not in the device.
     """
 
     def __init__(self, *, config, valued=None, host_writes=False):
         require_config(config)
         self.config = config
+        stores = config.mover == "dma"
+        if host_writes and not stores:
+            raise ValueError("Host writes need slots in the device, not a host mover")
         self.valued = config.predictor == "perceptron" if valued is None else valued
         self._has_host_writes = host_writes
         self._directory = Directory(config=config)
         self._recency = RecencyList(config=config)
-        self._storage = Storage(config=config)
+        self._storage = Storage(config=config) if stores else None
         self._victims = Victims(config=config, valued=self.valued)
         self.lookup_latency = 5
         self.fill_latency = 4
@@ -120,20 +128,23 @@ class ExpertBuffer(wiring.Component):
         self.search_latency = self._victims.search_cycles + 5
         self.pass_cycles = self._victims.pass_cycles
         self.passes = self._victims.passes
-        self.read_latency = self._storage.read_latency
+        self.read_latency = self._storage.read_latency if stores else 0
         self._row_bits = max(self._directory.row_bits, self._victims.row_bits)
         self.clear_cycles = 1 << self._row_bits
         writes = stream.Signature(RecordLayout("BufferWrite", config=config))
+        data_ports = {
+            "writes": In(writes),
+            **({"host_writes": In(writes)} if host_writes else {}),
+            "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
+            "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+        }
         super().__init__(
             {
                 "requests": In(stream.Signature(RecordLayout("BufferRequest", config=config))),
                 "results": Out(stream.Signature(RecordLayout("BufferResult", config=config))),
                 "policy": In(2),
                 "values": In(stream.Signature(RecordLayout("ValueBeat", config=config))),
-                "writes": In(writes),
-                **({"host_writes": In(writes)} if host_writes else {}),
-                "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
-                "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+                **(data_ports if stores else {}),
                 "clear": In(1),
                 "strobes": Out(
                     data.StructLayout({"cancelled": 1, "outbid": 1, "refused": 1, "invalid": 1})
@@ -146,10 +157,25 @@ class ExpertBuffer(wiring.Component):
         m = Module()
         m.submodules.directory = directory = self._directory
         m.submodules.recency = recency = self._recency
-        m.submodules.storage = storage = self._storage
+        if self._storage is None:
+            # What the storage would be told; nobody listens.
+            storage = Signal(
+                data.StructLayout(
+                    {
+                        "valid_write": 1,
+                        "valid_slot": self.config.bits("slot"),
+                        "valid_tiles": self.config.tiles,
+                        "blank": 1,
+                    }
+                )
+            )
+        else:
+            m.submodules.storage = storage = self._storage
         m.submodules.victims = victims = self._victims
         wiring.connect(m, wiring.flipped(self.values), victims.values)
-        if self._has_host_writes:
+        if self._storage is None:
+            pass
+        elif self._has_host_writes:
             m.d.comb += [
                 storage.writes.p.eq(Mux(self.writes.valid, self.writes.p, self.host_writes.p)),
                 storage.writes.valid.eq(self.writes.valid | self.host_writes.valid),
@@ -158,8 +184,9 @@ class ExpertBuffer(wiring.Component):
             ]
         else:
             wiring.connect(m, wiring.flipped(self.writes), storage.writes)
-        wiring.connect(m, wiring.flipped(self.reads), storage.reads)
-        wiring.connect(m, storage.beats, wiring.flipped(self.beats))
+        if self._storage is not None:
+            wiring.connect(m, wiring.flipped(self.reads), storage.reads)
+            wiring.connect(m, storage.beats, wiring.flipped(self.beats))
 
         arriving = self.requests.payload
         request = Signal.like(arriving)

@@ -146,9 +146,10 @@ class DeviceConfig:
         Experts that the buffer holds (S), at least ``contexts * model.top_k``, at most 65,535.
     expert_bytes : :class:`int`
         Size of one expert in the device's memory and in a slot, in bytes: a whole number of tiles,
-        at most 16 MiB. It may be scaled down from ``model.expert_bytes``.
+        at most 16 MiB, with a host mover 1 GiB. It may be scaled down from ``model.expert_bytes``.
     tile_bytes : :class:`int`
-        Unit of transfer, in bytes: a power of two from 512 to 16,384.
+        Unit of transfer, in bytes: a power of two from 512 to 16,384; with a host mover anything
+        from 512 up to ``expert_bytes``.
     contexts : :class:`int`
         Sequences decoded side by side (C), 1 to 8.
     predictor : :class:`str`
@@ -179,6 +180,9 @@ class DeviceConfig:
     axi_ids : :class:`int`
         IDs of read bursts, 1 to ``dma_channels``; channel c has ID c modulo ``axi_ids``. 0 stands
         for one a channel.
+    mover : :class:`str`
+        Who moves experts into slots: ``"dma"``, the device from a memory of its own, or ``"host"``,
+        which then keeps the slots and is asked for tiles over the link.
 
     Raises
     ------
@@ -206,8 +210,10 @@ class DeviceConfig:
     dma_channels: int = 4
     dma_queue_depth: int = 4
     axi_ids: int = 0
+    mover: str = "dma"
 
     PREDICTORS = ("none", "st_moe", "perceptron")
+    MOVERS = ("dma", "host")
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
@@ -219,8 +225,14 @@ class DeviceConfig:
             raise ValueError(
                 f"Slot count must be at least contexts x top-k = {least}, not {self.slots}"
             )
-        require_power_of_two("Tile size in bytes", self.tile_bytes, low=512, high=16384)
-        require_integer("Expert size in bytes", self.expert_bytes, low=512, high=1 << 24)
+        if self.mover not in self.MOVERS:
+            raise ValueError(f"Mover must be one of {', '.join(self.MOVERS)}, not {self.mover!r}")
+        if self.mover == "host":
+            require_integer("Tile size in bytes", self.tile_bytes, low=512, high=1 << 30)
+            require_integer("Expert size in bytes", self.expert_bytes, low=512, high=1 << 30)
+        else:
+            require_power_of_two("Tile size in bytes", self.tile_bytes, low=512, high=16384)
+            require_integer("Expert size in bytes", self.expert_bytes, low=512, high=1 << 24)
         if self.expert_bytes % self.tile_bytes:
             raise ValueError(
                 f"Expert size must be a whole number of {self.tile_bytes}-byte tiles,"

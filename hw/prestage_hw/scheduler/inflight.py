@@ -55,6 +55,8 @@ class InflightTable(wiring.Component):
     -------
     fetches : ``Out(stream.Signature(RecordLayout("FetchRequest")))``
         Tiles.
+    fetch_layer, fetch_expert : ``Out``
+        Expert that ``fetches`` offers a tile of; only with a host mover.
     prefetch_tiles : ``In(3)``
         Most prefetch tiles on their way; 0 counts as 1, or a prefetch would never end.
     occupied, prefetching, demand_room, prefetch_room : ``Out(1)``
@@ -103,8 +105,13 @@ class InflightTable(wiring.Component):
         self.config = config
         self.entry_layout = EntryLayout(config=config)
         tag_bits = config.bits("tag")
+        subject = {
+            "fetch_layer": Out(config.bits("layer")),
+            "fetch_expert": Out(config.bits("expert")),
+        }
         super().__init__(
             {
+                **(subject if config.mover == "host" else {}),
                 "fetches": Out(stream.Signature(RecordLayout("FetchRequest", config=config))),
                 "prefetch_tiles": In(3),
                 "occupied": Out(1),
@@ -288,6 +295,11 @@ class InflightTable(wiring.Component):
                     prepared_entry.address + prepared_tile * config.tile_bytes
                 ),
             ]
+            if config.mover == "host":
+                m.d.sync += [
+                    self.fetch_layer.eq(prepared_entry.layer),
+                    self.fetch_expert.eq(prepared_entry.expert),
+                ]
         with m.If(load):
             m.d.sync += self.fetches.valid.eq(1)
             with m.If(prepared_tile == config.tiles - 1):

@@ -89,7 +89,10 @@ class Scheduler(wiring.Component):
     fetches : ``Out(stream.Signature(RecordLayout("FetchRequest")))``
         Tiles for the DMA engine.
     completions : ``In(stream.Signature(RecordLayout("Completion")))``
-        One for each fetch.
+        One for each fetch, in any order.
+    fetch_layer, fetch_expert : ``Out``
+        Expert that ``fetches`` offers a tile of; only with a host mover, who has no use for
+        addresses.
     ready : ``Out(stream.Signature(RecordLayout("Ready")))``
         Experts that a demand may use.
     events : ``Out(stream.Signature(RecordLayout("Event")))``
@@ -140,8 +143,13 @@ class Scheduler(wiring.Component):
         def record(name):
             return stream.Signature(RecordLayout(name, config=config))
 
+        subject = {
+            "fetch_layer": Out(config.bits("layer")),
+            "fetch_expert": Out(config.bits("expert")),
+        }
         super().__init__(
             {
+                **(subject if config.mover == "host" else {}),
                 "commands": In(record("Command")),
                 "candidates": In(record("Candidate")),
                 "buffer_requests": Out(record("BufferRequest")),
@@ -188,6 +196,11 @@ class Scheduler(wiring.Component):
         wiring.connect(m, wiring.flipped(self.candidates), queue.i)
         wiring.connect(m, wiring.flipped(self.commands), commands.w_stream)
         wiring.connect(m, table.fetches, wiring.flipped(self.fetches))
+        if config.mover == "host":
+            m.d.comb += [
+                self.fetch_layer.eq(table.fetch_layer),
+                self.fetch_expert.eq(table.fetch_expert),
+            ]
         command = data.View(RecordLayout("Command", config=config), commands.r_data)
 
         state = Signal(_State)

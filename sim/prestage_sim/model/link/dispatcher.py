@@ -260,7 +260,12 @@ class Dispatcher:
 
     def _read(self, body: bytes) -> list[Answer]:
         slot, beat, count = self._values("Read", body)
-        if slot >= self._config.slots or count == 0 or beat + count > self._config.expert_beats:
+        if (
+            self._config.mover == "host"
+            or slot >= self._config.slots
+            or count == 0
+            or beat + count > self._config.expert_beats
+        ):
             return self._reject(ErrorCode.BAD_READ, expert=slot, address=beat)
         answers = []
         for at in range(beat, beat + count):
