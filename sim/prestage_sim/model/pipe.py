@@ -98,7 +98,8 @@ class ModelPipe:
         messages = link.receive(data)
         self._count()
         if self._mover is not None and link.resets != resets:
-            self._mover.restart()
+            for answer_code, answer in self._mover.restart():
+                link.reply(answer_code, answer)
         for code, body in messages:
             for answer_code, answer in self._handle(code, body):
                 link.reply(answer_code, answer)

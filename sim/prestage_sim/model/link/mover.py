@@ -153,17 +153,16 @@ class HostMover:
         answers, self._answers = self._answers, []
         return answers
 
-    def restart(self) -> None:
-        """The link was restarted: the host has forgotten what it was asked for."""
+    def restart(self) -> list[Answer]:
+        """The link was restarted: the host has forgotten what it was asked for.
+
+        Returns what comes of it, for the host that has come.
+        """
         for entry in self._entries.values():
             for tile in sorted(entry.outstanding):
                 entry.arrived.append((tile, True))
             entry.outstanding.clear()
-        # Answers that come of it go to the new host.
         self._run()
-
-    def pending(self) -> list[Answer]:
-        """What has come to be sent without a message of the host's."""
         answers, self._answers = self._answers, []
         return answers
 
@@ -222,7 +221,9 @@ class HostMover:
                 assert self._handle is not None
                 while self._waiting:
                     try:
-                        self._answers += self._handle(*self._waiting.popleft())
+                        # What was answered meanwhile has gone; only then the list is looked at.
+                        answers = self._handle(*self._waiting.popleft())
+                        self._answers += answers
                     except Exception as error:
                         self._error = error
                 self._pause()
