@@ -465,7 +465,8 @@ async def restarts(dut, stall):
         done = rng.sample(sorted(bench.asked), len(bench.asked) // 3)
         for place in done:
             bench.post("FETCHED", place[0], bench.asked[place], place[1], 0)
-        if rng.random() < 0.5:
+        # A link hands on what came before its restart, without a pause.
+        if stall or rng.random() < 0.5:
             await bench.messages.sent()
         await _restart(bench)
         # Without what the bench's own sink has not been given yet.
