@@ -507,6 +507,39 @@ async def restarts(dut, stall):
 
 
 @cocotb.test()
+async def restart_in_any_cycle(dut):
+    """A FETCH that has been loaded when the link restarts is answered, and no other is."""
+    bench = _Bench(dut)
+    await bench.reset()
+    await cycles(dut, 200)
+    for delay in range(8):
+        for busy in (False, True):
+            bench.replies.paused = True
+            await cycles(dut, 3)
+            if busy:
+                bench.post("FETCHED", 255, 0, 0, 0)  # The mover looks it up meanwhile.
+            bench.want(1, tiles=2)
+            await cycles(dut, delay)
+            dut.resets.value = 1
+            await RisingEdge(dut.clk)
+            dut.resets.value = 0
+            bench.replies.paused = False
+            await bench.settle(250)
+            assert sorted(bench.asked) == [(1, 0), (1, 1)]
+            # The first was loaded or not; either way both go to the new host.
+            assert not bench.completions.received
+            for tile in range(2):
+                bench.post("FETCHED", 1, bench.asked[1, tile], tile, 0)
+            await bench.settle()
+            assert len(bench.completions.received) == 2
+            assert len(bench.events) == busy
+            bench.asked.clear()
+            bench.events.clear()
+            bench.completions.clear()
+    hit("mover.restart")
+
+
+@cocotb.test()
 async def latency(dut):
     """Cycles as stated."""
     bench = _Bench(dut)
