@@ -18,12 +18,15 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.triggers import FallingEdge, RisingEdge
 
+from prestage_hw.buffer import ExpertBuffer
 from prestage_hw.contract import MESSAGES, RECORDS, DeviceConfig, ModelConfig
 from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.contract.records import ErrorCode, FetchReason, message_by_code
+from prestage_hw.engine import Engine
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.layouts import MessageLayout
 from prestage_hw.link.mover import HostMover
+from prestage_hw.top import Top
 from prestage_tb.bench import (
     Stall,
     StreamSink,
@@ -637,6 +640,11 @@ def test_parameters():
     with pytest.raises(ValueError, match="Mover must be the host, not 'dma'"):
         HostMover(config=TINY_DEVICE)
     config = _SHAPES["tiny"]
+    with pytest.raises(ValueError, match="Host writes need slots in the device, not a host mover"):
+        ExpertBuffer(config=config, host_writes=True)
+    with pytest.raises(ValueError, match="Engine must have a DMA engine, not the mover 'host'"):
+        Engine(config=config)
+    assert set(Top(config=config).signature.members) == {"rx", "tx", "idle"}
     with pytest.raises(TypeError, match="Queue depth must be an integer, not 'x'"):
         HostMover(config=config, depth="x")
     with pytest.raises(ValueError, match="Queue depth must be a positive integer, not 0"):

@@ -493,9 +493,22 @@ _SHAPES = {
 }
 
 
+#: Tests of the second shape; the first has all.
+_SOME = [
+    "drained_pace/stall=0.3/policy=LRU",
+    "drained_pace/stall=0.0/policy=NEXT_USE",
+    "any_order/stall=0.2",
+    "wire_restarts",
+]
+
+
 @pytest.mark.parametrize("shape", _SHAPES)
 def test_top_host(shape):
     config = _SHAPES[shape]
     run_bench(
-        lambda: Top(config=config), module=__file__, name="top_host", parameters={"config": config}
+        lambda: Top(config=config),
+        module=__file__,
+        name="top_host",
+        parameters={"config": config},
+        testcase=None if shape == "tiny" else _SOME,
     )
