@@ -53,7 +53,7 @@ def connect_engine(m, *, scheduler, dma, buffer, values, policy):
     m : :class:`Module`
         Module that the blocks are part of.
     scheduler, dma, buffer : :class:`Scheduler`, :class:`DMA`, :class:`ExpertBuffer`
-        The blocks.
+        The blocks; with a host mover a :class:`HostMover` in place of the DMA engine.
     values : ``Out(stream.Signature(RecordLayout("ValueBeat", config=config)))``
         What the predictor says of experts.
     policy : value of 2 bits
@@ -77,7 +77,7 @@ def connect_engine(m, *, scheduler, dma, buffer, values, policy):
             m.d.comb += getattr(checksums, name).eq(getattr(scheduler, name))
     else:
         wiring.connect(m, dma.completions, scheduler.completions)
-    if config.slot_store == "internal":
+    if config.stores_slots:
         wiring.connect(m, dma.writes, buffer.writes)
     wiring.connect(m, scheduler.buffer_requests, buffer.requests)
     wiring.connect(m, buffer.results, scheduler.buffer_results)
@@ -128,10 +128,17 @@ class Engine(wiring.Component):
         As of :class:`Scheduler` and :class:`ExpertBuffer`.
     idle : ``Out(1)``
         All blocks are.
+
+    Raises
+    ------
+    ValueError
+        If the host moves experts.
     """
 
     def __init__(self, *, config):
         require_config(config)
+        if config.mover != "dma":
+            raise ValueError(f"Engine must have a DMA engine, not the mover {config.mover!r}")
         self.config = config
         checksums = {
             "checksum_requests": In(stream.Signature(RecordLayout("TableRequest", config=config))),

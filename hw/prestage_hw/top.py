@@ -4,6 +4,12 @@
 
     rx ─▶ 1 link ─▶ dispatcher ─▶ 2 predictor ─▶ 3 scheduler ─▶ 4 dma ─▶ 5 buffer ─▶ beats
     tx ◀─────┘         └─ 6 register bank, counters    bus ◀─────┘
+
+With a host mover fetches leave over the link, and the slots are the host's::
+
+    rx ─▶ 1 link ─▶ mover ─▶ dispatcher ─▶ 2 predictor ─▶ 3 scheduler ─▶ 5 buffer
+    tx ◀─────┘       ▲ └────────────────── completions ──────▲ │
+                     └──────────────────── fetches ────────────┘
 """
 
 from amaranth import Module, Mux
@@ -21,6 +27,7 @@ from prestage_hw.engine import connect_engine
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import Dispatcher
 from prestage_hw.link.link import Link
+from prestage_hw.link.mover import HostMover
 from prestage_hw.predictor import create_predictor
 from prestage_hw.scheduler import ChunkUnion, Scheduler
 from prestage_hw.stats import Accuracy, Counters, RegisterBank
@@ -44,11 +51,11 @@ class Top(wiring.Component):
     rx, tx : ``In(stream.Signature(8))``, ``Out(stream.Signature(8))``
         Bytes from and to the host.
     bus : ``Out(AXI4ReadSignature(...))``
-        Memory that holds the experts.
+        Memory that holds the experts; not with a host mover.
     reads, beats : ``In(stream of ReadRequest)``, ``Out(stream of Beat)``
-        Consumer port of the expert buffer; not with ``config.slot_store`` "axi".
+        Consumer port of the expert buffer; only with ``config.stores_slots``.
     slot_bus : ``Out(AXI4WriteSignature(...))``
-        Memory that holds the slots; only with "axi".
+        Memory that holds the slots; only with ``config.slot_store`` "axi".
     tokens : ``Out(AXI4Signature(...))``
         Memory that holds the predictor's token tables; only with ``config.token_memory``.
     idle : ``Out(1)``
@@ -62,6 +69,15 @@ class Top(wiring.Component):
         memory = {
             "tokens": Out(
                 AXI4Signature(address_bits=config.address_bits, data_bits=config.bits("data"))
+            )
+        }
+        bus = {
+            "bus": Out(
+                AXI4ReadSignature(
+                    address_bits=config.address_bits,
+                    data_bits=config.bits("data"),
+                    id_bits=config.bits("axi_id"),
+                )
             )
         }
         consumer = {
@@ -78,14 +94,9 @@ class Top(wiring.Component):
                 **(memory if config.token_memory else {}),
                 "rx": In(stream.Signature(8)),
                 "tx": Out(stream.Signature(8)),
-                "bus": Out(
-                    AXI4ReadSignature(
-                        address_bits=config.address_bits,
-                        data_bits=config.bits("data"),
-                        id_bits=config.bits("axi_id"),
-                    )
-                ),
-                **(consumer if config.slot_store == "internal" else slots),
+                **(bus if config.mover == "dma" else {}),
+                **(consumer if config.stores_slots else {}),
+                **(slots if config.slot_store == "axi" else {}),
                 "idle": Out(1),
             }
         )
@@ -98,7 +109,10 @@ class Top(wiring.Component):
         m.submodules.predictor = predictor = create_predictor(config)
         m.submodules.chunks = chunks = ChunkUnion(config=config)
         m.submodules.scheduler = scheduler = Scheduler(config=config)
-        m.submodules.dma = dma = DMA(config=config)
+        if config.mover == "host":
+            m.submodules.mover = dma = HostMover(config=config)
+        else:
+            m.submodules.dma = dma = DMA(config=config)
         m.submodules.buffer = buffer = ExpertBuffer(config=config)
         m.submodules.counters = counters = Counters(config=config)
         m.submodules.accuracy = accuracy = Accuracy(config=config)
@@ -107,8 +121,11 @@ class Top(wiring.Component):
         # 1 link
         wiring.connect(m, wiring.flipped(self.rx), link.rx)
         wiring.connect(m, link.tx, wiring.flipped(self.tx))
-        wiring.connect(m, link.messages, dispatcher.messages)
-        wiring.connect(m, dispatcher.replies, link.replies)
+        if config.mover == "host":
+            self._connect_mover(m, mover=dma, link=link, dispatcher=dispatcher, scheduler=scheduler)
+        else:
+            wiring.connect(m, link.messages, dispatcher.messages)
+            wiring.connect(m, dispatcher.replies, link.replies)
         wiring.connect(m, dispatcher.registers, registers.requests)
         wiring.connect(m, registers.values, dispatcher.values)
         wiring.connect(m, dispatcher.phases, registers.phases)
@@ -169,15 +186,18 @@ class Top(wiring.Component):
         m.d.sync += scheduler.hold.eq(registers.control.settle & ~predictor.idle)
 
         # 4 dma
-        wiring.connect(m, dma.bus, wiring.flipped(self.bus))
-        wiring.connect(m, registers.settings, dma.settings)
-        m.d.comb += [
-            dma.commit.eq(registers.commit),
-            dma.lower_credits.eq(profile.dma_lower_credits),
-        ]
+        if config.mover == "host":
+            m.d.comb += registers.settings.ready.eq(1)  # Its registers can be written in vain.
+        else:
+            wiring.connect(m, dma.bus, wiring.flipped(self.bus))
+            wiring.connect(m, registers.settings, dma.settings)
+            m.d.comb += [
+                dma.commit.eq(registers.commit),
+                dma.lower_credits.eq(profile.dma_lower_credits),
+            ]
 
         # 5 buffer
-        if config.slot_store == "internal":
+        if config.stores_slots:
             m.submodules.arbiter = arbiter = ReadArbiter(config=config)
             wiring.connect(m, wiring.flipped(self.reads), arbiter.reads)
             wiring.connect(m, arbiter.beats, wiring.flipped(self.beats))
@@ -185,7 +205,7 @@ class Top(wiring.Component):
             wiring.connect(m, arbiter.link_beats, dispatcher.beats)
             wiring.connect(m, arbiter.port_reads, buffer.reads)
             wiring.connect(m, buffer.beats, arbiter.port_beats)
-        else:
+        elif config.slot_store == "axi":
             wiring.connect(m, dma.slot_bus, wiring.flipped(self.slot_bus))
             m.d.comb += dma.slot_base.eq(registers.control.slot_base)
         m.d.comb += [
@@ -257,12 +277,33 @@ class Top(wiring.Component):
                 if counter.name in dict(strobes.shape()):
                     m.d.comb += counters.strobes[counter.name].eq(strobes[counter.name])
 
-        engine_idle = predictor.idle & chunks.idle & scheduler.idle & dma.idle & buffer.idle
+        # Messages that wait in the mover are none of the engine's business: one of them may ask
+        # whether it is idle. Tiles that the host was asked for keep the scheduler busy.
+        engine_idle = predictor.idle & chunks.idle & scheduler.idle & buffer.idle
         if checksums is not None:
             engine_idle &= checksums.idle
+        idle = ~dispatcher.busy & ~dispatcher.messages.valid
+        if config.mover == "host":
+            idle &= dma.idle
+            m.d.comb += counters.strobes.rejected.eq(dispatcher.strobes.rejected | dma.rejected)
+        else:
+            engine_idle &= dma.idle
         m.d.comb += [
             dispatcher.engine_idle.eq(engine_idle),
             registers.engine_idle.eq(engine_idle),
-            self.idle.eq(engine_idle & ~dispatcher.busy & ~dispatcher.messages.valid),
+            self.idle.eq(engine_idle & idle),
         ]
         return m
+
+    def _connect_mover(self, m, *, mover, link, dispatcher, scheduler):
+        """Put the host mover between link and dispatcher."""
+        wiring.connect(m, link.messages, mover.messages)
+        wiring.connect(m, mover.commands, dispatcher.messages)
+        wiring.connect(m, dispatcher.replies, mover.answers)
+        wiring.connect(m, mover.replies, link.replies)
+        m.d.comb += [
+            mover.resets.eq(link.resets),
+            mover.others_rejected.eq(dispatcher.strobes.rejected),
+            mover.fetch_layer.eq(scheduler.fetch_layer),
+            mover.fetch_expert.eq(scheduler.fetch_expert),
+        ]

@@ -240,6 +240,17 @@ def test_model_is_validated(changes, kind, text):
             ValueError,
             "Address width must span all experts (131072 bytes), but is 16 bits",
         ),
+        ({"mover": "gpu"}, ValueError, "Mover must be one of dma, host, not 'gpu'"),
+        (
+            {"mover": "host", "tile_bytes": 511, "expert_bytes": 511},
+            ValueError,
+            "Tile size in bytes must be between 512 and 1073741824, not 511",
+        ),
+        (
+            {"mover": "host", "tile_bytes": 1000, "expert_bytes": 2048},
+            ValueError,
+            "Expert size must be a whole number of 1000-byte tiles, not 2048 bytes",
+        ),
         ({"inflight": 3}, ValueError, "In-flight table size must be between 4 and 32, not 3"),
         ({"inflight": 33}, ValueError, "In-flight table size must be between 4 and 32, not 33"),
         (

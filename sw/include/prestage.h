@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0x8d5f3ce2u
+#define PRESTAGE_REGISTER_HASH 0x4cd14eb3u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -25,6 +25,8 @@
 
 /* Words of a predictor table in one message. */
 #define PRESTAGE_TABLE_BURST 4u
+/* Messages other than FETCHED that a device with a host mover has room for. */
+#define PRESTAGE_HOST_MESSAGES 64u
 
 /* Token id where it isn't known. */
 #define PRESTAGE_NO_TOKEN 0xffffffffu
@@ -42,6 +44,7 @@ enum prestage_message {
     PRESTAGE_READ = 0x14, /* to the device */
     PRESTAGE_SYNC = 0x15, /* to the device */
     PRESTAGE_LOCK = 0x16, /* to the device */
+    PRESTAGE_FETCHED = 0x17, /* to the device */
     PRESTAGE_LINK_RESET = 0x7c, /* to the device */
     PRESTAGE_LINK_RESET_DONE = 0x7d, /* to the host */
     PRESTAGE_LINK_ACK = 0x7e, /* both ways */
@@ -52,6 +55,7 @@ enum prestage_message {
     PRESTAGE_EVENT = 0x91, /* to the host */
     PRESTAGE_DATA = 0x94, /* to the host */
     PRESTAGE_SYNCED = 0x95, /* to the host */
+    PRESTAGE_FETCH = 0x96, /* to the host */
 };
 
 enum prestage_phase {
@@ -73,15 +77,17 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_UNRELEASED = 5, /* The layer was routed again before it was released. */
     PRESTAGE_ERROR_CODE_UNROUTED = 6, /* The layer was released without having been routed. */
     PRESTAGE_ERROR_CODE_NO_SLOT = 7, /* Every slot is pinned or locked and nothing is in flight, or no more experts may be locked. */
-    PRESTAGE_ERROR_CODE_BUS = 8, /* The memory answered a read with an error. */
+    PRESTAGE_ERROR_CODE_BUS = 8, /* The memory answered a read with an error, or the host could not copy. */
     PRESTAGE_ERROR_CODE_BAD_MESSAGE = 9, /* The message type is unknown or its body has the wrong length. */
     PRESTAGE_ERROR_CODE_BAD_REGISTER = 10, /* No register has that address, or it is read-only. */
-    PRESTAGE_ERROR_CODE_BAD_READ = 11, /* The slot or the beat of a read is out of range. */
+    PRESTAGE_ERROR_CODE_BAD_READ = 11, /* The slot or the beat of a read is out of range, or slots are the host's. */
     PRESTAGE_ERROR_CODE_HINT_PASSED = 12, /* The hint is for a layer that was routed already. */
     PRESTAGE_ERROR_CODE_BAD_TABLE = 13, /* The table or the words of a table access are out of range. */
     PRESTAGE_ERROR_CODE_NOT_LOCKED = 14, /* The expert was unlocked without having been locked. */
     PRESTAGE_ERROR_CODE_SLOT_MEMORY = 15, /* The slots' memory answered a write with an error. */
     PRESTAGE_ERROR_CODE_CHECKSUM = 16, /* The expert's bytes do not have the checksum that was loaded for it. */
+    PRESTAGE_ERROR_CODE_BAD_FETCHED = 17, /* The host reported a tile that it was not asked for, or twice. */
+    PRESTAGE_ERROR_CODE_OVERRUN = 18, /* More messages wait than the device has room for; this one was dropped. */
 };
 
 enum prestage_traffic_class {
@@ -117,6 +123,7 @@ enum prestage_register {
     PRESTAGE_REG_PREDICTOR = 0x0a, /* ro: Predictor: index in the list of names, 0 none, 1 st_moe. */
     PRESTAGE_REG_SUCCESSORS = 0x0b, /* ro: Entries in a row of the correlation table (K). */
     PRESTAGE_REG_DATA_BYTES = 0x0c, /* ro: Width of the memory port, in bytes. */
+    PRESTAGE_REG_MOVER = 0x0d, /* ro: Who moves experts into slots: 0 the DMA engine, 1 the host. */
     PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its layer was routed. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are those of the profile that profile_select names. */
     PRESTAGE_REG_CLEAR = 0x11, /* wo: Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free, every layer released). Bit 2: counters. Bit 3: checksums of experts, so that none is checked. Waits until the engine is idle. */
     PRESTAGE_REG_HINT_THRESHOLD = 0x12, /* rw: Hints with a lower score are dropped (bits 7..0). */
@@ -276,6 +283,14 @@ struct prestage_lock {
     uint8_t lock; /* 1: fetch it if it is missing, answer with a Ready of this context, and never evict it; 0: it may be evicted again. */
 };
 
+/* The host has copied a tile, or could not. */
+struct prestage_fetched {
+    uint8_t tag; /* Entry of the in-flight table. */
+    uint16_t serial; /* Number of the fetch, modulo 65,536; all tiles of an expert have the same. */
+    uint16_t tile; /* Tile within the expert. */
+    uint8_t failed; /* 0: the tile is in the slot, else it is not. */
+};
+
 /* A register's value. */
 struct prestage_register_value {
     uint16_t register_; /* Register address, in 32-bit words. */
@@ -316,6 +331,17 @@ struct prestage_data_head {
 /* The answer to Sync. */
 struct prestage_synced {
     uint16_t tag; /* Echoed by the answer. */
+};
+
+/* Ask the host to copy one tile of an expert into a slot. */
+struct prestage_fetch {
+    uint8_t tag; /* Entry of the in-flight table. */
+    uint16_t serial; /* Number of the fetch, modulo 65,536; all tiles of an expert have the same. */
+    uint8_t demand; /* 1: demand, 0: prefetch. */
+    uint8_t layer; /* MoE layer, from 0. */
+    uint16_t expert; /* Expert within the layer. */
+    uint16_t slot; /* Slot of the expert buffer. */
+    uint16_t tile; /* Tile within the expert. */
 };
 
 #pragma pack(pop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -20,6 +21,7 @@ from prestage_hw.contract.crc import CHECKSUM_TABLE
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.pattern import expert_memory
 from prestage_hw.contract.records import (
+    HOST_MESSAGES,
     NO_TOKEN,
     REFUSAL_TEXT,
     TABLE_BURST,
@@ -42,6 +44,7 @@ from prestage_hw.contract.registers import (
     shape_registers,
 )
 
+from .copies import Copier, CopyServer
 from .errors import (
     ArgumentError,
     ClosedError,
@@ -65,6 +68,12 @@ LINKS = "prestage.links"
 #: Answers to wait for at once where many come: half of what the device sends before it needs an
 #: acknowledge, so that it never stands still.
 _ANSWERS = 8
+
+#: Longest wait for a message, in the pipe's unit of time, while copies of the host's are under way.
+_COPY_PATIENCE = 2_000
+
+#: Clock cycles that a simulated device runs at once before its fetches are served.
+_SERVED_CYCLES = 500
 
 #: Words of a table that one message asks for.
 _TABLE_PIECE = 1024
@@ -184,7 +193,11 @@ def _options(url: str) -> tuple[str, dict[str, str]]:
 
 
 def open_device(
-    url: str, *, config: DeviceConfig, memory: NDArray[np.uint8] | None = None
+    url: str,
+    *,
+    config: DeviceConfig,
+    memory: NDArray[np.uint8] | None = None,
+    copier: Copier | None = None,
 ) -> Device:
     """Open a device and check that it's what the configuration says.
 
@@ -197,7 +210,10 @@ def open_device(
         Device that is expected; a simulated one is built from it.
     memory : array of uint8 or None
         Bytes of all experts, layer by layer, ``layers * experts * expert_bytes`` of them. None
-        stands for a pattern that depends on layer, expert and position.
+        stands for a pattern that depends on layer, expert and position. Only where the device moves
+        experts itself.
+    copier : callable or None
+        With ``config.mover == "host"``, and only then: copies tiles, see :class:`Device`.
 
     Raises
     ------
@@ -208,16 +224,23 @@ def open_device(
     MismatchError
         If a register of the device disagrees with the configuration.
     ArgumentError
-        If an option of the URL or the memory's size is wrong.
+        If an option of the URL or the memory's size is wrong, or what is given doesn't suit the
+        configuration's mover.
     LinkError
         If the device can't be reached or its simulation can't be built.
     """
     require_config(config)
     scheme, options = _options(url)
     opener = _opener(scheme, url)
-    if memory is None:
-        memory = expert_memory(config)
+    _check_mover(config, copier)
     size = config.model.layers * config.model.experts * config.expert_bytes
+    if config.mover == "host":
+        if memory is not None:
+            raise ArgumentError("Memory must not be given where the host's copier moves experts")
+        size = 0
+        memory = np.zeros(0, dtype=np.uint8)
+    elif memory is None:
+        memory = expert_memory(config)
     if not isinstance(memory, np.ndarray) or memory.dtype != np.uint8 or memory.ndim != 1:
         raise TypeError("Memory must be a one-dimensional array of uint8")
     if memory.size != size:
@@ -229,10 +252,21 @@ def open_device(
     except (RuntimeError, OSError) as error:
         raise LinkError(f"{url} can't be opened: {error}") from error
     try:
-        return Device(pipe, config, url=url)
+        return Device(pipe, config, url=url, copier=copier)
     except BaseException:
         pipe.close()
         raise
+
+
+def _check_mover(config: DeviceConfig, copier: Copier | None) -> None:
+    """A copier must be given exactly where the host moves experts."""
+    if config.mover == "host" and copier is None:
+        raise ArgumentError("Device with mover 'host' must have a copier: give open() one")
+    if config.mover != "host" and copier is not None:
+        raise ArgumentError(
+            f"Copier must not be given to a device with mover {config.mover!r}, which never calls"
+            " it: the configuration must have mover='host'"
+        )
 
 
 class Device:
@@ -250,6 +284,14 @@ class Device:
         Device that is expected.
     url : :class:`str`
         Where the pipe came from, for messages.
+    copier : callable or None
+        With ``config.mover == "host"``, and only then: ``copier(layer, expert, slot, tile, nbytes,
+        demand)`` copies tile ``tile``, of ``nbytes`` bytes, of an expert into the host's slot
+        ``slot``; ``demand`` is False for a prefetch. It is called from within this object's
+        methods, which it must not call, and either returns when the copy is done or returns a
+        :class:`concurrent.futures.Future` that is done then. If it raises, or the future ends with
+        an exception, the expert's fetch has failed: who waits for it gets a :class:`BusError` with
+        that exception as its cause.
 
     Members
     -------
@@ -260,10 +302,19 @@ class Device:
     ------
     MismatchError
         If a register of the device disagrees with the configuration.
+    ArgumentError
+        If a copier is missing, or given in vain.
     """
 
-    def __init__(self, pipe: Pipe, config: DeviceConfig, *, url: str = "") -> None:
+    def __init__(
+        self, pipe: Pipe, config: DeviceConfig, *, url: str = "", copier: Copier | None = None
+    ) -> None:
         require_config(config)
+        _check_mover(config, copier)
+        self._copies = None if copier is None else CopyServer(config, copier)
+        self._untaken = 0  # messages that no answer has shown to be taken, at most
+        self._asked: deque[bool] = deque()  # registers asked for: is it only to hear an answer?
+        self._heard = 0
         self.config = config
         self.pipe = pipe
         self.url = url
@@ -308,6 +359,9 @@ class Device:
             MESSAGES["DATA"].code: (layouts["DATA"].unpack, self._on_data),
             MESSAGES["TABLE_DATA"].code: (layouts["TABLE_DATA"].unpack, self._on_words),
         }
+        if self._copies is not None:
+            fetch = MESSAGES["FETCH"].code
+            self._handlers[fetch] = (layouts["FETCH"].unpack, self._copies.take)
         self._link.reset()
         self._check_shape()
 
@@ -344,10 +398,15 @@ class Device:
         self.close()
 
     def close(self) -> None:
-        """Send what was posted and release the device. A second call does nothing."""
+        """Send what was posted and release the device. A second call does nothing.
+
+        Copies that the host's copier has under way are not waited for.
+        """
         if self._closed:
             return
         self._closed = True
+        if self._copies is not None:
+            self._copies.close()
         try:
             self._link.poll(frames=0)
         except (OSError, LinkError):
@@ -374,6 +433,11 @@ class Device:
     def cycles(self) -> int:
         """Clock cycles since reset of a simulated device, without a message; 0 otherwise."""
         return self._simulated.cycles if self._simulated is not None else 0
+
+    @property
+    def copying(self) -> int:
+        """Copies of the host's copier that the device hasn't been told the end of."""
+        return 0 if self._copies is None else self._copies.under_way
 
     @property
     def unclaimed(self) -> tuple[DeviceError, ...]:
@@ -527,10 +591,15 @@ class Device:
         Raises
         ------
         ArgumentError
-            If the layer was released, or the device's slots are in a memory of their own.
+            If the layer was released, or slots are the host's or in a memory of their own.
         DataError
             If a tile of the slot isn't valid.
         """
+        if self._copies is not None:
+            raise ArgumentError(
+                f"Slots are the host's: slot {ready.slot}, with expert {ready.expert} of layer"
+                f" {ready.layer}, must be read where the copier has put it"
+            )
         route = self._routes.get((ready.ctx, ready.layer))
         routed = route is not None and ready.expert in route.experts
         if not routed and (ready.layer, ready.expert) not in self._locked:
@@ -708,7 +777,11 @@ class Device:
             waiting = 0
 
     def flush(self) -> None:
-        """Send what was posted without waiting for an answer."""
+        """Send what was posted without waiting for an answer.
+
+        With a host mover, begin the copies that the device has asked for by now, too, and tell it
+        of those that have ended.
+        """
         self._pump(0, None)
 
     def collect(self, ctx: int, layer: int, *, timeout: float | None = None) -> None:
@@ -737,11 +810,15 @@ class Device:
             raise ArgumentError(f"Only a device with a clock can run, not {self.url or 'this one'}")
         self._check_open()
         if cycles > 0:
-            before = self._simulated.cycles
+            end = self._simulated.cycles + cycles
             self._link.acknowledge()
-            rest = cycles - (self._simulated.cycles - before)
-            if rest > 0:
+            while (rest := end - self._simulated.cycles) > 0:
+                if self._copies is not None:
+                    rest = min(rest, _SERVED_CYCLES)
                 self._link.receive(self._simulated.run(rest))
+                if self._copies is not None:
+                    self._pump(0, None)
+                    self._link.acknowledge()
 
     # Settings, counters and tables.
 
@@ -1350,6 +1427,8 @@ class Device:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("Device must be open, but was closed")
+        if self._copies is not None:
+            self._copies.check_idle()
 
     def _check_context(self, ctx: int) -> None:
         if not 0 <= operator.index(ctx) < self._contexts:
@@ -1371,10 +1450,32 @@ class Device:
 
     def _send(self, code: int, body: bytes) -> None:
         self._check_open()
+        if self._copies is not None:
+            self._untaken += 1
+            if self._untaken == HOST_MESSAGES:
+                self._hear()
         try:
             self._link.post(code, body)
         except OSError as error:
             raise self._unreachable(error) from error
+
+    def _hear(self) -> None:
+        """Wait until the device has taken all that was posted before this.
+
+        A device with a host mover keeps few messages that it can't serve yet. The value of a
+        register, whichever, says that those before have gone.
+        """
+        code, pack = self._pack["REGISTER_READ"]
+        try:
+            self._link.post(code, pack(register_by_name("device_id").address))
+        except OSError as error:
+            raise self._unreachable(error) from error
+        self._asked.append(True)
+        self._untaken = 1  # what follows
+        heard = self._heard
+        while self._heard == heard:
+            if not self._pump(1, None):
+                raise DeviceTimeoutError("Device didn't answer in time: it takes no messages")
 
     def _unreachable(self, error: OSError) -> LinkError:
         return LinkError(f"{self.url or 'Device'} can't be reached: {error}")
@@ -1385,6 +1486,8 @@ class Device:
     def _read_addresses(self, addresses: Sequence[int]) -> list[int]:
         for address in addresses:
             self._post("REGISTER_READ", address)
+            if self._copies is not None:
+                self._asked.append(False)
         values: list[int] = []
         while len(values) < len(addresses):
             if not self._values and not self._pump(len(addresses) - len(values), None):
@@ -1410,6 +1513,59 @@ class Device:
     def _pump(self, messages: int, timeout: float | None) -> bool:
         """Wait for messages and sort them; False if none came in time."""
         self._check_open()
+        if self._copies is not None:
+            return self._pump_and_copy(self._copies, messages, timeout)
+        return bool(self._poll(messages, timeout))
+
+    def _pump_and_copy(self, copies: CopyServer, messages: int, timeout: float | None) -> bool:
+        """The same, and serve the device's fetches meanwhile.
+
+        Of them one at most is waited for at a time, since none of the other messages may come
+        before it was served. While copies are under way, time is the host's, in microseconds.
+        """
+        end = None if timeout is None else time.monotonic() + timeout / 1e6
+        if not messages:
+            # What has come without being waited for.
+            try:
+                self._link.receive(self.pipe.exchange(b"", frames=0))
+            except OSError as error:
+                raise self._unreachable(error) from error
+        fetch = MESSAGES["FETCH"].code
+        while True:
+            self._copy(copies, prefetch=True)
+            wanted = min(messages, 0 if copies.waiting else 1)
+            limit = timeout
+            if copies.under_way:
+                limit = _COPY_PATIENCE if timeout is None else min(timeout, _COPY_PATIENCE)
+            arrived = self._poll(wanted, limit)
+            if any(code != fetch for code, _ in arrived):
+                # Demands don't wait for the host to come back.
+                self._copy(copies, prefetch=False)
+                self._poll(0, None)
+                if messages:
+                    return True
+            if arrived or copies.waiting:
+                continue
+            if not messages:
+                return True
+            if not copies.under_way:
+                return False
+            rest = None if end is None else end - time.monotonic()
+            if rest is not None and rest <= 0 or not copies.wait(rest):
+                return False
+
+    def _copy(self, copies: CopyServer, *, prefetch: bool) -> None:
+        """Begin copies, and tell the device of those that have ended."""
+        code, pack = self._pack["FETCHED"]
+        copies.begin(prefetch=prefetch)
+        for values in copies.ended():
+            try:
+                self._link.post(code, pack(*values))
+            except OSError as error:
+                raise self._unreachable(error) from error
+
+    def _poll(self, messages: int, timeout: float | None) -> list[tuple[int, bytes]]:
+        """Messages that come in time, sorted."""
         try:
             arrived = self._link.poll(frames=messages, limit=timeout)
         except OSError as error:
@@ -1426,7 +1582,7 @@ class Device:
                 )
             unpack, handle = handler
             handle(*unpack(body))
-        return bool(arrived)
+        return arrived
 
     def _on_ready(self, ctx: int, layer: int, expert: int, slot: int) -> None:
         route = self._routes.get((ctx, layer))
@@ -1451,6 +1607,8 @@ class Device:
         error = device_error(code, ctx=ctx, layer=layer, expert=expert, address=address)
         if isinstance(error, LinkError):
             raise error
+        if self._copies is not None and error.code == ErrorCode.BUS:
+            error.__cause__ = self._copies.error_of(layer, expert)
         route = self._routes.get((ctx, layer))
         key = (ctx, layer, expert)
         if key in self._locking and error.code in _FAILED_DEMAND:
@@ -1470,6 +1628,9 @@ class Device:
         self._synced = tag
 
     def _on_value(self, address: int, value: int) -> None:
+        if self._copies is not None and self._asked and self._asked.popleft():
+            self._heard += 1
+            return
         self._values.append((address, value))
 
     def _on_data(self, slot: int, beat: int, *rest: int) -> None:

@@ -8,6 +8,7 @@ __all__ = [
     "DEVICE_ERRORS",
     "ArgumentError",
     "BadContextError",
+    "BadFetchedError",
     "BadExpertError",
     "BadLayerError",
     "BadMessageError",
@@ -26,6 +27,7 @@ __all__ = [
     "MismatchError",
     "MissingExtraError",
     "NoSlotError",
+    "OverrunError",
     "PrestageError",
     "SlotMemoryError",
     "UnknownDeviceError",
@@ -165,7 +167,10 @@ class NoSlotError(_ExpertError):
 
 
 class BusError(_ExpertError):
-    """The memory answered a read with an error."""
+    """The memory answered a read with an error, or the host's copier failed.
+
+    What the copier has raised is the ``__cause__``.
+    """
 
     code = ErrorCode.BUS
 
@@ -198,6 +203,24 @@ class BadReadError(DeviceError):
 
     def _about(self) -> str:
         return f"{self.code.name}: slot {self.expert}, beat {self.address}"
+
+
+class BadFetchedError(DeviceError):
+    """The device was told of a tile that it did not ask for."""
+
+    code = ErrorCode.BAD_FETCHED
+
+    def _about(self) -> str:
+        return f"{self.code.name}: entry {self.expert}, tile {self.address}"
+
+
+class OverrunError(DeviceError):
+    """The device had no room for a message."""
+
+    code = ErrorCode.OVERRUN
+
+    def _about(self) -> str:
+        return f"{self.code.name}: type {self.address:#04x}"
 
 
 class BadTableError(DeviceError):
@@ -259,6 +282,8 @@ DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
         NotLockedError,
         SlotMemoryError,
         ChecksumError,
+        BadFetchedError,
+        OverrunError,
     )
 }
 

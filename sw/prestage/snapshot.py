@@ -50,7 +50,8 @@ _OTHER_PARAMETERS = frozenset(
     {
         *("model", "predictor", "form", "slots", "expert_bytes", "tile_bytes", "data_bytes"),
         *("address_bits", "inflight", "prefetch_inflight", "outstanding_bursts", "burst_beats"),
-        *("dma_channels", "dma_queue_depth", "axi_ids", "parts", "slot_store", "checksums"),
+        *("dma_channels", "dma_queue_depth", "axi_ids", "mover", "parts", "slot_store"),
+        "checksums",
     }
 )
 

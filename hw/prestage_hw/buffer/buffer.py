@@ -1,7 +1,5 @@
 """Slots for experts: directory, replacement, pins, data."""
 
-from types import SimpleNamespace
-
 from amaranth import Const, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -47,8 +45,8 @@ class ExpertBuffer(wiring.Component):
     expert resident, no pin, no lock, no tile valid, no value, slot 0 least recent, and a route
     begun. The data stay. A request that was taken before is answered first.
 
-    With ``config.slot_store`` "axi" the bytes of slots are in a memory elsewhere: ``writes``,
-    ``reads`` and ``beats`` are not there.
+    Unless ``config.stores_slots`` the bytes of slots are elsewhere, in a memory of their own or at
+    the host: the block keeps who has which slot, and has no ports for data.
 
     Every tile of an expert is to be written before the FILL that reports it. Fills are to name a
     slot that is filling (others change nothing), demands an entry of the pin list that is free. No
@@ -62,7 +60,7 @@ class ExpertBuffer(wiring.Component):
         Whether values of the predictor are taken; else they are ignored. None stands for whether
         the device's predictor gives any.
     host_writes : :class:`bool`
-        Whether there is a port through which the host writes slots.
+        Whether there is a port through which the host writes slots; not where they are the host's.
 
     Attributes
     ----------
@@ -72,7 +70,7 @@ class ExpertBuffer(wiring.Component):
         See above.
     read_latency : :class:`int`
         Cycles from the cycle in which a read is taken to the first in which its beat is offered,
-        where ``beats`` never waits. None where there is no such port.
+        where ``beats`` never waits; 0 without data.
     clear_cycles : :class:`int`
         Cycles that clearing takes.
 
@@ -108,17 +106,21 @@ class ExpertBuffer(wiring.Component):
     ------
     TypeError
         If ``config`` is not a :class:`DeviceConfig`.
+    ValueError
+        If the host is to write slots that are not in the device.
     """
 
     def __init__(self, *, config, valued=None, host_writes=False):
         require_config(config)
         self.config = config
+        stores = config.stores_slots
+        if host_writes and not stores:
+            raise ValueError("Host writes need slots in the device, not elsewhere")
         self.valued = config.predictor == "perceptron" if valued is None else valued
         self._has_host_writes = host_writes
         self._directory = Directory(config=config)
         self._recency = RecencyList(config=config)
-        self._stored = config.slot_store == "internal"
-        self._storage = Storage(config=config) if self._stored else None
+        self._storage = Storage(config=config) if stores else None
         self._victims = Victims(config=config, valued=self.valued)
         self.lookup_latency = 5
         self.fill_latency = 4
@@ -126,26 +128,23 @@ class ExpertBuffer(wiring.Component):
         self.search_latency = self._victims.search_cycles + 5
         self.pass_cycles = self._victims.pass_cycles
         self.passes = self._victims.passes
-        self.read_latency = self._storage.read_latency if self._stored else None
+        self.read_latency = self._storage.read_latency if stores else 0
         self._row_bits = max(self._directory.row_bits, self._victims.row_bits)
         self.clear_cycles = 1 << self._row_bits
         writes = stream.Signature(RecordLayout("BufferWrite", config=config))
+        data_ports = {
+            "writes": In(writes),
+            **({"host_writes": In(writes)} if host_writes else {}),
+            "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
+            "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+        }
         super().__init__(
             {
                 "requests": In(stream.Signature(RecordLayout("BufferRequest", config=config))),
                 "results": Out(stream.Signature(RecordLayout("BufferResult", config=config))),
                 "policy": In(2),
                 "values": In(stream.Signature(RecordLayout("ValueBeat", config=config))),
-                **(
-                    {
-                        "writes": In(writes),
-                        **({"host_writes": In(writes)} if host_writes else {}),
-                        "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
-                        "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
-                    }
-                    if self._stored
-                    else {}
-                ),
+                **(data_ports if stores else {}),
                 "clear": In(1),
                 "strobes": Out(
                     data.StructLayout({"cancelled": 1, "outbid": 1, "refused": 1, "invalid": 1})
@@ -158,18 +157,23 @@ class ExpertBuffer(wiring.Component):
         m = Module()
         m.submodules.directory = directory = self._directory
         m.submodules.recency = recency = self._recency
-        if self._stored:
-            m.submodules.storage = storage = self._storage
-        else:
-            # What the rest of the block tells the storage goes nowhere.
-            names = ("valid_write", "valid_slot", "valid_tiles", "blank")
-            widths = (1, self.config.bits("slot"), self.config.tiles, 1)
-            storage = SimpleNamespace(
-                **{name: Signal(width) for name, width in zip(names, widths, strict=True)}
+        if self._storage is None:
+            # What the storage would be told; nobody listens.
+            storage = Signal(
+                data.StructLayout(
+                    {
+                        "valid_write": 1,
+                        "valid_slot": self.config.bits("slot"),
+                        "valid_tiles": self.config.tiles,
+                        "blank": 1,
+                    }
+                )
             )
+        else:
+            m.submodules.storage = storage = self._storage
         m.submodules.victims = victims = self._victims
         wiring.connect(m, wiring.flipped(self.values), victims.values)
-        if not self._stored:
+        if self._storage is None:
             pass
         elif self._has_host_writes:
             m.d.comb += [
@@ -180,7 +184,7 @@ class ExpertBuffer(wiring.Component):
             ]
         else:
             wiring.connect(m, wiring.flipped(self.writes), storage.writes)
-        if self._stored:
+        if self._storage is not None:
             wiring.connect(m, wiring.flipped(self.reads), storage.reads)
             wiring.connect(m, storage.beats, wiring.flipped(self.beats))
 

@@ -109,6 +109,8 @@ def c_header() -> str:
         "",
         "/* Words of a predictor table in one message. */",
         f"#define PRESTAGE_TABLE_BURST {records.TABLE_BURST}u",
+        "/* Messages other than FETCHED that a device with a host mover has room for. */",
+        f"#define PRESTAGE_HOST_MESSAGES {records.HOST_MESSAGES}u",
         "",
         "/* Token id where it isn't known. */",
         f"#define PRESTAGE_NO_TOKEN 0x{records.NO_TOKEN:08x}u",

@@ -157,9 +157,10 @@ class DeviceConfig:
         Experts that the buffer holds (S), at least ``contexts * model.top_k``, at most 65,535.
     expert_bytes : :class:`int`
         Size of one expert in the device's memory and in a slot, in bytes: a whole number of tiles,
-        at most 16 MiB. It may be scaled down from ``model.expert_bytes``.
+        at most 16 MiB, with a host mover 1 GiB. It may be scaled down from ``model.expert_bytes``.
     tile_bytes : :class:`int`
-        Unit of transfer, in bytes: a power of two from 512 to 16,384.
+        Unit of transfer, in bytes: a power of two from 512 to 16,384; with a host mover anything
+        from 512 up to ``expert_bytes``.
     contexts : :class:`int`
         Sequences decoded side by side (C), 1 to 8.
     predictor : :class:`str`
@@ -201,6 +202,9 @@ class DeviceConfig:
         itself.
     checksums : :class:`bool`
         Whether experts are compared with checksums as they arrive, where some were loaded.
+    mover : :class:`str`
+        Who moves experts into slots: ``"dma"``, the device from a memory of its own, or ``"host"``,
+        which then keeps the slots and is asked for tiles over the link.
 
     Raises
     ------
@@ -231,9 +235,11 @@ class DeviceConfig:
     parts: tuple[int, ...] = ()
     slot_store: str = "internal"
     checksums: bool = False
+    mover: str = "dma"
 
     PREDICTORS = ("none", "st_moe", "perceptron")
     SLOT_STORES = ("internal", "axi")
+    MOVERS = ("dma", "host")
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
@@ -245,8 +251,14 @@ class DeviceConfig:
             raise ValueError(
                 f"Slot count must be at least contexts x top-k = {least}, not {self.slots}"
             )
-        require_power_of_two("Tile size in bytes", self.tile_bytes, low=512, high=16384)
-        require_integer("Expert size in bytes", self.expert_bytes, low=512, high=1 << 24)
+        if self.mover not in self.MOVERS:
+            raise ValueError(f"Mover must be one of {', '.join(self.MOVERS)}, not {self.mover!r}")
+        if self.mover == "host":
+            require_integer("Tile size in bytes", self.tile_bytes, low=512, high=1 << 30)
+            require_integer("Expert size in bytes", self.expert_bytes, low=512, high=1 << 30)
+        else:
+            require_power_of_two("Tile size in bytes", self.tile_bytes, low=512, high=16384)
+            require_integer("Expert size in bytes", self.expert_bytes, low=512, high=1 << 24)
         if self.expert_bytes % self.tile_bytes:
             raise ValueError(
                 f"Expert size must be a whole number of {self.tile_bytes}-byte tiles,"
@@ -292,6 +304,17 @@ class DeviceConfig:
         if self.axi_ids == 0:
             object.__setattr__(self, "axi_ids", self.dma_channels)
         self._check_parts()
+        if self.mover == "host":
+            for name, value, only in (
+                ("Slot store", self.slot_store, "internal"),
+                ("Parts", self.parts, ()),
+                ("Checksums", self.checksums, False),
+            ):
+                if value != only:
+                    raise ValueError(
+                        f"{name} must be {only!r} with a host mover, who keeps slots and experts,"
+                        f" not {value!r}"
+                    )
         if self.slot_store not in self.SLOT_STORES:
             raise ValueError(
                 f"Slot store must be one of {', '.join(self.SLOT_STORES)}, not {self.slot_store!r}"
@@ -362,6 +385,11 @@ class DeviceConfig:
     def lane_beats(self) -> int:
         """Beats in which a value for each expert passes through the predictor's lanes."""
         return -(-self.model.experts // self.predictor_lanes)
+
+    @property
+    def stores_slots(self) -> bool:
+        """Whether the slots' bytes are in the device."""
+        return self.mover == "dma" and self.slot_store == "internal"
 
     @property
     def tiles(self) -> int:

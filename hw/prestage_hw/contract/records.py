@@ -17,6 +17,7 @@ from .params import DeviceConfig
 
 __all__ = [
     "ERROR_TEXT",
+    "HOST_MESSAGES",
     "LINK_ACK",
     "LINK_NAK",
     "LINK_RESET",
@@ -51,6 +52,11 @@ NO_TOKEN = 0xFFFFFFFF
 #: Words of a predictor table in one message. With them it is about as long as one with a beat of 16
 #: bytes, so that no buffer of the link grows much.
 TABLE_BURST = 4
+
+
+#: Messages other than FETCHED that a device with a host mover has room for while it works on those
+#: before. A host must not have more of them on their way that no later answer shows to be taken.
+HOST_MESSAGES = 64
 
 
 class Phase(IntEnum):
@@ -198,6 +204,8 @@ class ErrorCode(IntEnum):
     NOT_LOCKED = 14
     SLOT_MEMORY = 15
     CHECKSUM = 16
+    BAD_FETCHED = 17
+    OVERRUN = 18
 
 
 #: One sentence for each error code, for messages and documents.
@@ -210,15 +218,17 @@ ERROR_TEXT = {
     ErrorCode.UNROUTED: "The layer was released without having been routed.",
     ErrorCode.NO_SLOT: "Every slot is pinned or locked and nothing is in flight, or no more experts"
     " may be locked.",
-    ErrorCode.BUS: "The memory answered a read with an error.",
+    ErrorCode.BUS: "The memory answered a read with an error, or the host could not copy.",
     ErrorCode.BAD_MESSAGE: "The message type is unknown or its body has the wrong length.",
     ErrorCode.BAD_REGISTER: "No register has that address, or it is read-only.",
-    ErrorCode.BAD_READ: "The slot or the beat of a read is out of range.",
+    ErrorCode.BAD_READ: "The slot or the beat of a read is out of range, or slots are the host's.",
     ErrorCode.HINT_PASSED: "The hint is for a layer that was routed already.",
     ErrorCode.BAD_TABLE: "The table or the words of a table access are out of range.",
     ErrorCode.NOT_LOCKED: "The expert was unlocked without having been locked.",
     ErrorCode.SLOT_MEMORY: "The slots' memory answered a write with an error.",
     ErrorCode.CHECKSUM: "The expert's bytes do not have the checksum that was loaded for it.",
+    ErrorCode.BAD_FETCHED: "The host reported a tile that it was not asked for, or twice.",
+    ErrorCode.OVERRUN: "More messages wait than the device has room for; this one was dropped.",
 }
 
 
@@ -372,6 +382,12 @@ _REGISTER = Field(
 _VALUE = Field(name="value", kind=32, wire_bits=32, description="Register value.")
 _TABLE = Field(name="table", kind=8, wire_bits=8, description="Table number.")
 _WORD = Field(name="word", kind=24, wire_bits=32, description="Word within the table.")
+_SERIAL = Field(
+    name="serial",
+    kind=16,
+    wire_bits=16,
+    description="Number of the fetch, modulo 65,536; all tiles of an expert have the same.",
+)
 _SYNC_TAG = Field(name="tag", kind=16, wire_bits=16, description="Echoed by the answer.")
 
 RECORDS: dict[str, Record] = {
@@ -573,6 +589,34 @@ RECORDS: dict[str, Record] = {
                 ),
                 _CHANNEL,
                 Field(name="reason", kind=3, wire_bits=8, description="A FetchReason."),
+            ),
+        ),
+        Record(
+            name="Fetch",
+            description="Ask the host to copy one tile of an expert into a slot.",
+            fields=(
+                _TAG,
+                _SERIAL,
+                Field(name="demand", kind=1, wire_bits=8, description="1: demand, 0: prefetch."),
+                _LAYER,
+                _EXPERT,
+                _SLOT,
+                _TILE,
+            ),
+        ),
+        Record(
+            name="Fetched",
+            description="The host has copied a tile, or could not.",
+            fields=(
+                _TAG,
+                _SERIAL,
+                _TILE,
+                Field(
+                    name="failed",
+                    kind=1,
+                    wire_bits=8,
+                    description="0: the tile is in the slot, else it is not.",
+                ),
             ),
         ),
         Record(
@@ -841,6 +885,7 @@ MESSAGES: dict[str, Message] = {
         Message(code=0x14, name="READ", to_device=True, record=RECORDS["Read"]),
         Message(code=0x15, name="SYNC", to_device=True, record=RECORDS["Sync"]),
         Message(code=0x16, name="LOCK", to_device=True, record=RECORDS["Lock"]),
+        Message(code=0x17, name="FETCHED", to_device=True, record=RECORDS["Fetched"]),
         Message(code=LINK_RESET, name="LINK_RESET", to_device=True),
         Message(code=LINK_RESET_DONE, name="LINK_RESET_DONE", to_device=False),
         Message(code=LINK_ACK, name="LINK_ACK", to_device=True),
@@ -851,6 +896,7 @@ MESSAGES: dict[str, Message] = {
         Message(code=0x91, name="EVENT", to_device=False, record=RECORDS["Event"]),
         Message(code=0x94, name="DATA", to_device=False, record=RECORDS["Data"]),
         Message(code=0x95, name="SYNCED", to_device=False, record=RECORDS["Synced"]),
+        Message(code=0x96, name="FETCH", to_device=False, record=RECORDS["Fetch"]),
     )
 }
 

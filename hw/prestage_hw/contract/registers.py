@@ -238,6 +238,7 @@ def _layout() -> tuple[Register, ...]:
     add(0x0A, "predictor", "ro", None, "Predictor: index in the list of names, 0 none, 1 st_moe.")
     add(0x0B, "successors", "ro", None, "Entries in a row of the correlation table (K).")
     add(0x0C, "data_bytes", "ro", None, "Width of the memory port, in bytes.")
+    add(0x0D, "mover", "ro", None, "Who moves experts into slots: 0 the DMA engine, 1 the host.")
     add(
         0x10,
         "control",
@@ -504,4 +505,5 @@ def shape_registers(config: DeviceConfig) -> dict[str, int]:
             for part in range(MOST_PARTS)
         },
         "features": (config.slot_store == "axi") | config.checksums << 1,
+        "mover": config.MOVERS.index(config.mover),
     }

@@ -73,7 +73,7 @@ class Dispatcher(wiring.Component):
     values : ``In(stream.Signature(RegisterResponseLayout()))``
         One response for each register access.
     reads : ``Out(stream.Signature(RecordLayout("ReadRequest", config=config)))``
-        Beats to read over the link.
+        Beats to read over the link; never any with a host mover.
     beats : ``In(stream.Signature(RecordLayout("Beat", config=config)))``
         Beats that were read.
     hint_enable : ``In(1)``
@@ -469,12 +469,12 @@ class Dispatcher(wiring.Component):
             with m.State("READ"):
                 read = fields["READ"]
                 m.d.sync += [beat.eq(read["beat"]), beats_left.eq(read["count"])]
-                with m.If(
+                out_of_range = (
                     (read["slot"] >= config.slots)
                     | (read["count"] == 0)
                     | (read["beat"] + read["count"] > config.expert_beats)
-                    | (config.slot_store != "internal")
-                ):
+                )
+                with m.If(out_of_range if config.stores_slots else 1):
                     m.d.sync += [
                         event.code.eq(ErrorCode.BAD_READ),
                         event.ctx.eq(0),

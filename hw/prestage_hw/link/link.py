@@ -60,6 +60,8 @@ class Link(wiring.Component):
         A strobe for each damaged frame.
     replays : ``Out(1)``
         A strobe each time replies are sent again.
+    resets : ``Out(1)``
+        A strobe for each LINK_RESET, while no reply is being taken; only with a host mover.
 
     Attributes
     ----------
@@ -111,6 +113,7 @@ class Link(wiring.Component):
                 "replies": In(stream.Signature(MessageLayout(config=config, to_device=False))),
                 "errors": Out(1),
                 "replays": Out(1),
+                **({"resets": Out(1)} if config.mover == "host" else {}),
             }
         )
 
@@ -313,6 +316,8 @@ class Link(wiring.Component):
         with m.If(self.messages.ready):
             m.d.sync += self.messages.valid.eq(0)
         m.d.sync += [self.errors.eq(taken & frame.damaged), self.replays.eq(0)]
+        if self.config.mover == "host":
+            m.d.sync += self.resets.eq(taken & ~frame.damaged & is_reset)
 
         with m.If(progress):
             m.d.sync += oldest.eq(frame.acknowledge)

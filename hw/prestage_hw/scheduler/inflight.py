@@ -56,6 +56,8 @@ class InflightTable(wiring.Component):
     -------
     fetches : ``Out(stream.Signature(RecordLayout("FetchRequest")))``
         Tiles.
+    fetch_layer, fetch_expert : ``Out``
+        Expert that ``fetches`` offers a tile of; only with a host mover.
     prefetch_tiles : ``In(3)``
         Most prefetch tiles on their way; 0 counts as 1, or a prefetch would never end.
     occupied, prefetching, demand_room, prefetch_room : ``Out(1)``
@@ -104,8 +106,13 @@ class InflightTable(wiring.Component):
         self.config = config
         self.entry_layout = EntryLayout(config=config)
         tag_bits = config.bits("tag")
+        subject = {
+            "fetch_layer": Out(config.bits("layer")),
+            "fetch_expert": Out(config.bits("expert")),
+        }
         super().__init__(
             {
+                **(subject if config.mover == "host" else {}),
                 "fetches": Out(stream.Signature(RecordLayout("FetchRequest", config=config))),
                 "prefetch_tiles": In(3),
                 "occupied": Out(1),
@@ -306,6 +313,18 @@ class InflightTable(wiring.Component):
                     prepared_address + prepared_tile * config.tile_bytes
                 ),
             ]
+        if config.mover == "host":
+            prepared_layer = Signal(config.bits("layer"))
+            prepared_expert = Signal(config.bits("expert"))
+            m.d.sync += [
+                prepared_layer.eq(offer_read.data.layer),
+                prepared_expert.eq(offer_read.data.expert),
+            ]
+            with m.If(~self.fetches.valid):
+                m.d.sync += [
+                    self.fetch_layer.eq(prepared_layer),
+                    self.fetch_expert.eq(prepared_expert),
+                ]
         m.d.comb += next_part.eq(prepared_part)
         for at, first in enumerate(config.first_tiles):
             if at:

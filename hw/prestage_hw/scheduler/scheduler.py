@@ -100,10 +100,13 @@ class Scheduler(wiring.Component):
     fetches : ``Out(stream.Signature(RecordLayout("FetchRequest")))``
         Tiles for the DMA engine.
     completions : ``In(stream.Signature(RecordLayout("Completion")))``
-        One for each fetch.
+        One for each fetch, in any order.
     start, start_tag, start_number, start_address : ``Out``
         Strobe: the fetch of this expert begins; only with ``config.checksums``. See
         :class:`prestage_hw.dma.checksum.Checksums`.
+    fetch_layer, fetch_expert : ``Out``
+        Expert that ``fetches`` offers a tile of; only with a host mover, who has no use for
+        addresses.
     ready : ``Out(stream.Signature(RecordLayout("Ready")))``
         Experts that a demand may use.
     events : ``Out(stream.Signature(RecordLayout("Event")))``
@@ -166,10 +169,15 @@ class Scheduler(wiring.Component):
             "start_number": Out(range(config.model.layers * config.model.experts)),
             "start_address": Out(config.bits("address")),
         }
+        subject = {
+            "fetch_layer": Out(config.bits("layer")),
+            "fetch_expert": Out(config.bits("expert")),
+        }
         super().__init__(
             {
                 **(bases if others else {}),
                 **(starts if config.checksums else {}),
+                **(subject if config.mover == "host" else {}),
                 "commands": In(record("Command")),
                 "candidates": In(record("Candidate")),
                 "buffer_requests": Out(record("BufferRequest")),
@@ -217,6 +225,11 @@ class Scheduler(wiring.Component):
         wiring.connect(m, wiring.flipped(self.candidates), queue.i)
         wiring.connect(m, wiring.flipped(self.commands), commands.w_stream)
         wiring.connect(m, table.fetches, wiring.flipped(self.fetches))
+        if config.mover == "host":
+            m.d.comb += [
+                self.fetch_layer.eq(table.fetch_layer),
+                self.fetch_expert.eq(table.fetch_expert),
+            ]
         command = data.View(RecordLayout("Command", config=config), commands.r_data)
 
         state = Signal(_State)

