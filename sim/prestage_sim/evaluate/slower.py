@@ -13,7 +13,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from prestage_sim.traces import Trace, load_trace, model_config
 from ..model.buffer import ExpertBuffer
 from ..model.predictor import create_predictor
 from ..model.predictor.base import Candidate
-from ..model.scheduler import Throttle, kind_of
+from ..model.scheduler import CandidateQueue, Throttle, kind_of
 from ..model.scheduler.queue import stale
 
 __all__ = ["RATES", "RESIDENCIES", "SOURCES", "Cell", "main", "measure", "time_of"]
@@ -87,25 +87,29 @@ class _Engine:
         self.throttle = Throttle(config)
         self.throttle.enable = throttle
         self.counts: Counter[str] = Counter()
-        self.routes = 0
         self.now = 0.0
         self._free = 0.0  # when the link ends the tile that it has begun
         self._last: _Fetch | None = None  # whose tile that is
-        self._queue: deque[Candidate] = deque()
+        self._routes = [0]
+        self._queue = CandidateQueue(config, routes=self._routes)
         self._demands: list[_Fetch] = []
         self._prefetches: list[_Fetch] = []
         self._arriving: list[_Fetch] = []
         self._fetches: dict[tuple[int, int], _Fetch] = {}
 
+    @property
+    def routes(self) -> int:
+        """Routing decisions so far, modulo 256."""
+        return self._routes[0]
+
     def offer(self, candidates: Iterable[Candidate]) -> None:
-        """Queue candidates; a full queue loses the newcomers."""
+        """Queue candidates."""
         for candidate in candidates:
-            if len(self._queue) < self.config.candidate_depth:
-                self._queue.append(candidate)
+            self._queue.push(candidate)
 
     def route(self, layer: int, experts: Sequence[int]) -> list[_Fetch]:
         """Look up the demands of a decision; what they wait for."""
-        self.routes = (self.routes + 1) % 256
+        self._routes[0] = (self.routes + 1) % 256
         busy = self._last if self._free > self.now else None
         waits_for = None if busy is None else busy.kind
         waiting = []
@@ -197,10 +201,11 @@ class _Engine:
         """What the link brings a tile of next."""
         if self._demands:
             return self._demands[0]
-        while self._queue and len(self._prefetches) < self.config.prefetch_inflight:
-            _, layer, expert, score, source, deadline = self._queue.popleft()
-            if stale(deadline, routes=self.routes):
-                continue
+        while (
+            len(self._prefetches) < self.config.prefetch_inflight
+            and (candidate := self._queue.take()) is not None
+        ):
+            _, layer, expert, score, source, deadline = candidate
             kind = kind_of(source, deadline, routes=self.routes)
             if not self.throttle.admits(kind):
                 self.counts["throttled"] += 1
