@@ -14,10 +14,11 @@ import cocotb
 import numpy as np
 from cocotb.triggers import FallingEdge, RisingEdge
 
+from prestage_hw.contract.benefit import CONFIDENCE_STEPS
 from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode, Policy, Source
 from prestage_hw.contract.registers import THROTTLE_FIELDS, register_by_name
 from prestage_hw.layouts import RecordLayout
-from prestage_hw.scheduler import STROBES, Scheduler
+from prestage_hw.scheduler import STROBES, CandidateQueue, Scheduler
 from prestage_sim.model.buffer import ExpertBuffer
 from prestage_sim.model.dma import DMA as GoldenDMA
 from prestage_sim.model.dma import Memory
@@ -238,7 +239,7 @@ class TB:
         assert int(self.dut.throttle_state.value) == self.throttle.state
         assert self._lost() == self.expected["skipped"] + len(self.queued)
         if not self.strobes["prefetch_overflow"] and not self.throttle_enable:
-            for candidate in self.queued:
+            for candidate, _ in self.queued:
                 assert self.stale(candidate), f"lost candidate {candidate}"
         self.expected["skipped"] += len(self.queued)
         self.queued.clear()
@@ -342,7 +343,7 @@ class TB:
                 and (str(dut.enable.value) == "1" or candidate["source"] != Source.PREDICTOR)
                 and candidate["layer"] < dut.cutoff_layer.value.to_unsigned()
             ):
-                self.queued.append(candidate)
+                self.queued.append((candidate, self.cycle))
 
     def _watch_idle(self):
         looked_up = self.request is not None and self.request["op"] == BufferOp.DEMAND
@@ -505,18 +506,7 @@ class TB:
             prefetches = sum(not e.demand for e in self.inflight.values())
             assert prefetches < self.config.prefetch_inflight
             assert len(self.inflight) <= self.config.inflight - 2
-            while True:
-                candidate = self.queued.popleft()
-                if key == tuple(candidate[n] for n in ("ctx", "layer", "expert")):
-                    if not self.stale(candidate):
-                        break
-                assert (
-                    self.stale(candidate)
-                    or self.strobes["prefetch_overflow"]
-                    or self.strobes["prefetch_throttled"]
-                )
-                self.expected["skipped"] += 1
-            assert request["value"] == candidate["score"]
+            candidate = self._best_of(key, request["value"])
             self.candidate_looked_up = candidate
             kind = self.kind_of(candidate)
             assert self.throttle.admits(kind), f"{kind} is switched off"
@@ -634,6 +624,34 @@ class TB:
                 entry.again = [ctx]
             else:
                 entry.waiters.append(ctx)
+
+    def _best_of(self, key, score):
+        """The candidate that is looked up, taken from those that wait; it must be the best."""
+        ours = [
+            (candidate, since)
+            for candidate, since in self.queued
+            if candidate["ctx"] == key[0] and not self.stale(candidate)
+        ]
+        candidate, since = min(
+            (
+                (candidate, since)
+                for candidate, since in ours
+                if key == tuple(candidate[n] for n in ("ctx", "layer", "expert"))
+                and candidate["score"] == score
+            ),
+            key=lambda waiting: self.steps_left(waiting[0]),
+        )
+        if not self.strobes["prefetch_overflow"] and not self.throttle_enable:
+            for other, other_since in ours:
+                better = (self.steps_left(other), other_since) < (self.steps_left(candidate), since)
+                # It was chosen when its lookup began.
+                assert not better or self.shown - other_since <= SLACK, "not the best candidate"
+        self.queued.remove((candidate, since))
+        return candidate
+
+    def steps_left(self, candidate):
+        ahead = (candidate["deadline"] - self.routes[candidate["ctx"]]) % 256
+        return ahead + CONFIDENCE_STEPS[candidate["score"]]
 
     def kind_of(self, candidate):
         return kind_of(
@@ -871,9 +889,13 @@ async def drained(dut, stall, failing, full):
             )
             for target, expert in work.candidates(ctx, layer)
         ]
+        # All are there before the first is served.
+        dut.hold.value = 1
         for c in candidates:
             tb.candidate(ctx, c[1], c[2], score=c[3], deadline=c[5])
         golden.offer(candidates)
+        await tb.candidates.sent()
+        dut.hold.value = 0
         await tb.idle()
         answers = tb.answers[first:]
         check_order(answers, expected)
@@ -1232,21 +1254,22 @@ async def every_slot_pinned(dut):
 
 @cocotb.test()
 async def queue_overflows(dut):
-    """Candidates beyond the queue are lost and counted; the others are served."""
+    """Candidates beyond their context's places are lost and counted; the others are served."""
     tb = TB(dut)
     config = tb.config
     await tb.reset()
     tb.hold_memory = True
     extra = 7
     model = config.model
-    for n in range(config.candidate_depth + config.prefetch_inflight + extra):
+    places = config.candidate_share + config.prefetch_inflight
+    for n in range(places + extra):
         if n < config.prefetch_inflight:
             tb.candidate(0, 1, n, deadline=1)
             await cycles(dut, 40)
         else:
             tb.candidate(0, n % model.layers, n % model.experts, deadline=1)
     await tb.candidates.sent()
-    await cycles(dut, 5)
+    await cycles(dut, CandidateQueue(config=config).longest_wait)
     assert tb.strobes["prefetch_overflow"] == extra
     assert str(dut.idle.value) == "0"
     tb.hold_memory = False
@@ -1254,7 +1277,7 @@ async def queue_overflows(dut):
     served = sum(
         tb.strobes[n] for n in ("prefetch_issued", "prefetch_redundant", "prefetch_no_slot")
     )
-    assert served == config.candidate_depth + config.prefetch_inflight
+    assert served == places
 
 
 @cocotb.test()
@@ -1265,7 +1288,7 @@ async def enable_low(dut):
     dut.enable.value = 0
     await cycles(dut, 1)
     for expert in range(4):
-        tb.candidate(0, 1, expert, deadline=1, source=expert % 2)
+        tb.candidate(0, 1, expert, deadline=1, source=expert % 2, score=9)
     await tb.idle()
     assert tb.strobes["prefetch_issued"] == 2
     assert [key for op, key, _ in tb.lookups if op == BufferOp.PREFETCH] == [(0, 1, 1), (0, 1, 3)]
@@ -1287,7 +1310,7 @@ async def cutoff(dut):
         for target in {0, 1, 2, last}:
             for source in (Source.PREDICTOR, Source.HINT):
                 expert = tb.random.randrange(config.model.experts)
-                tb.candidate(0, target, expert, deadline=1, source=int(source))
+                tb.candidate(0, target, expert, deadline=1, source=int(source), score=9)
                 if target < layer:
                     expected.append((0, target, expert))
         await tb.idle()

@@ -300,6 +300,9 @@ class ScanningBuffer:
             slot.filling = False
         if last and failed:
             slot.owner, slot.tiles, slot.prefetched = None, set(), False
+            if not self.pins(slot):
+                touched = [other.touched for other in self.slots]
+                slot.touched = min(self.route_began + 1, *touched) - 1
         return BufferResult(RESIDENT, number)
 
     def release(self, ctx, layer):
@@ -595,6 +598,19 @@ def test_what_is_freed_is_looked_at_first():
     slot = buffer.request(PREFETCH, layer=1, expert=0, value=9).slot
     assert buffer.request(CANCEL, slot=slot) == result(RESIDENT, slot)
     assert buffer.request(PREFETCH, layer=2, expert=0, value=1) == result(ALLOCATED, slot)
+
+
+def test_a_slot_that_is_dropped_is_the_least_recent():
+    """By recency a prefetch that is given up costs no place, even while its route goes on."""
+    buffer = ExpertBuffer(SMALL)
+    for number in range(SMALL.slots - 1):
+        fill(buffer, buffer.request(DEMAND, layer=0, expert=number, index=0).slot)
+        buffer.request(RELEASE, layer=0)
+    slot = buffer.request(PREFETCH, layer=1, expert=0).slot
+    assert list(buffer.recency)[-1] == slot
+    assert buffer.request(CANCEL, slot=slot) == result(RESIDENT, slot)
+    assert list(buffer.recency)[0] == slot and not buffer.recency.touched(slot)
+    assert buffer.request(PREFETCH, layer=1, expert=1) == result(ALLOCATED, slot)
 
 
 # --- cancel, locks, refusals ------------------------------------------------------------------

@@ -231,8 +231,8 @@ def replay(
         prefetch_tiles = 4 if pace == "drained" else 1
     if policy is None:
         policy = Policy.NEXT_USE if device.config.predictor == "perceptron" else Policy.LRU
-    # By recency alone nothing hangs on time at drained pace.
-    settle = pace == "drained" and policy != Policy.LRU
+    # What is served first must not hang on how fast the predictor is.
+    settle = pace == "drained"
     if throttle is None:
         throttle = pace == "timed"
     device.configure(prefetch_tiles=prefetch_tiles, policy=policy, settle=settle, throttle=throttle)

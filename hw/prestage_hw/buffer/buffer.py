@@ -516,6 +516,8 @@ class ExpertBuffer(wiring.Component):
                         directory.slot_write.eq(1),
                         storage.valid_write.eq(1),
                         victims.free.eq(dropped & (state.pins == 0)),
+                        # Second cycle: no request is taken in the one after.
+                        recency.retire.eq(dropped & (state.pins == 0)),
                     ]
                     m.d.sync += [
                         locked.eq(locked - (dropped & state.locked)),

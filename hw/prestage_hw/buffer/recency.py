@@ -18,8 +18,8 @@ class RecencyList(wiring.Component):
 
     *Read* takes two cycles, and one begins in each: ``newer`` is valid in the second cycle after;
     what is read while a row is written is not. *Touch* takes two cycles: it starts when the
-    neighbours of ``slot`` have been read, and ``slot`` must be stable in both. *Clear* writes one
-    row a cycle.
+    neighbours of ``slot`` have been read, and ``slot`` must be stable in both. So does *retire*.
+    *Clear* writes one row a cycle.
 
     Parameters
     ----------
@@ -36,6 +36,8 @@ class RecencyList(wiring.Component):
         The slot touched next after the one that was read; meaningless for ``newest``.
     touch : ``In(1)``
         Make ``slot`` the most recent. A mark on it moves to the next less recent slot.
+    retire : ``In(1)``
+        Make ``slot`` the least recent, as if it had not been touched since the route began.
     begin_route : ``In(1)``
         Mark the most recent slot: slots more recent than the mark were touched since.
     clear : ``In(1)``
@@ -64,6 +66,7 @@ class RecencyList(wiring.Component):
                 "read_slot": In(slot),
                 "newer": Out(slot),
                 "touch": In(1),
+                "retire": In(1),
                 "begin_route": In(1),
                 "clear": In(1),
                 "oldest": Out(slot),
@@ -89,6 +92,7 @@ class RecencyList(wiring.Component):
         m.d.sync += [older.eq(older_read.data), newer.eq(newer_read.data)]
 
         relink = Signal()  # second cycle of a touch
+        relink_last = Signal()  # of a retirement
         is_oldest = Signal()
         is_newest = Signal()
         m.d.comb += [
@@ -129,6 +133,39 @@ class RecencyList(wiring.Component):
                 self.newest.eq(self.slot),
                 relink.eq(0),
             ]
+        with m.Elif(relink_last):
+            m.d.comb += [
+                newer_write.addr.eq(self.slot),
+                newer_write.data.eq(self.oldest),
+                newer_write.en.eq(1),
+                older_write.addr.eq(self.oldest),
+                older_write.data.eq(self.slot),
+                older_write.en.eq(1),
+            ]
+            m.d.sync += [
+                self.oldest.eq(self.slot),
+                relink_last.eq(0),
+            ]
+            with m.If(~self.marked):
+                m.d.sync += [self.mark.eq(self.slot), self.marked.eq(1)]
+        with m.Elif(self.retire):
+            m.d.comb += [
+                older_write.addr.eq(newer),
+                older_write.data.eq(older),
+                older_write.en.eq(~is_oldest & ~is_newest),
+                newer_write.addr.eq(older),
+                newer_write.data.eq(newer),
+                newer_write.en.eq(~is_oldest),
+            ]
+            m.d.sync += relink_last.eq(~is_oldest)
+            with m.If(is_newest & ~is_oldest):
+                m.d.sync += self.newest.eq(older)
+            with m.If(is_oldest):
+                # In its place already.
+                with m.If(~self.marked):
+                    m.d.sync += [self.mark.eq(self.slot), self.marked.eq(1)]
+            with m.Elif(self.slot == self.mark):
+                m.d.sync += self.mark.eq(older)
         with m.Elif(self.touch):
             m.d.comb += [
                 older_write.addr.eq(newer),

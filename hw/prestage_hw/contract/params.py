@@ -455,6 +455,11 @@ class DeviceConfig:
         """Capacity of the candidate queue: a layer's experts for each context, at least 64."""
         return max(64, self.model.experts * self.contexts)
 
+    @property
+    def candidate_share(self) -> int:
+        """Places of each context in the candidate queue."""
+        return self.candidate_depth // self.contexts
+
     def bits(self, kind: str) -> int:
         """Width of a field of the named kind, in bits.
 

@@ -53,7 +53,7 @@ STROBES = (
 
 class _State(enum.Enum, shape=unsigned(4)):
     DISPATCH = 0
-    SCREEN = 1  # Is the candidate stale, and of what kind is it?
+    SCREEN = 1  # Of what kind is the candidate?
     LOOKUP = 2
     RESULT = 3
     DECIDE = 4
@@ -92,7 +92,8 @@ class Scheduler(wiring.Component):
         Demands, releases, locks and unlocks in the host's order. A lock is served as a demand is,
         but it pins nothing, and its expert stays.
     candidates : ``In(stream.Signature(RecordLayout("Candidate")))``
-        Always ready; a newcomer is lost when ``config.candidate_depth`` candidates wait.
+        A :class:`CandidateQueue`: the best goes first, the worst is lost to a full queue, and
+        newcomers wait for bounded time.
     buffer_requests : ``Out(stream.Signature(RecordLayout("BufferRequest")))``
         Operations on the buffer, one at a time.
     buffer_results : ``In(stream.Signature(RecordLayout("BufferResult")))``
@@ -248,7 +249,6 @@ class Scheduler(wiring.Component):
         value = Signal(8)  # confidence of a candidate
         hinted = Signal()  # It comes from a hint.
         kind = Signal(PrefetchKind)
-        fresh = Signal()  # Its deadline has not come.
         route_starts = Signal()
         waiting = Signal()  # A demand found no slot and waits for a completion.
         retry = Signal()  # That completion has come.
@@ -317,6 +317,7 @@ class Scheduler(wiring.Component):
             wanted.eq((op == BufferOp.DEMAND) | (op == BufferOp.LOCK)),
             age.eq(Array(routes)[ctx] - deadline),
             entry_age.eq(Array(routes)[table.row.ctx] - table.row.deadline),
+            *(queue.routes[c].eq(routes[c]) for c in range(contexts)),
             queue.enable.eq(self.enable),
             queue.cutoff_layer.eq(self.cutoff_layer),
             self.wanted.eq(queue.empty),
@@ -411,24 +412,22 @@ class Scheduler(wiring.Component):
                         ]
                 with m.Elif(scans != 0):
                     m.d.sync += [scans.eq(scans - 1), tag.eq(scans - 1), state.eq(_State.SCAN)]
-                with m.Elif(queue.o.valid & may_prefetch & ~self.hold):
-                    m.d.comb += queue.o.ready.eq(1)
+                with m.Elif(queue.valid & may_prefetch & ~self.hold):
+                    m.d.comb += queue.take.eq(1)
                     m.d.sync += [
                         op.eq(BufferOp.PREFETCH),
-                        ctx.eq(queue.o.payload.ctx),
-                        layer.eq(queue.o.payload.layer),
-                        expert.eq(queue.o.payload.expert),
-                        deadline.eq(queue.o.payload.deadline),
-                        value.eq(queue.o.payload.score),
-                        hinted.eq(queue.o.payload.source == Source.HINT),
+                        ctx.eq(queue.best.ctx),
+                        layer.eq(queue.best.layer),
+                        expert.eq(queue.best.expert),
+                        deadline.eq(queue.best.deadline),
+                        value.eq(queue.best.score),
+                        hinted.eq(queue.best.source == Source.HINT),
                         index.eq(0),
                         state.eq(_State.SCREEN),
                     ]
 
             with m.Case(_State.SCREEN):
-                # Routes since the deadline, modulo 256: below 128 the layer was routed already.
                 m.d.sync += [
-                    fresh.eq(age[7]),
                     kind.eq(
                         Mux(
                             hinted,
@@ -441,11 +440,8 @@ class Scheduler(wiring.Component):
 
             with m.Case(_State.JUDGE):
                 admitted = throttle.admits.bit_select(kind, 1)
-                m.d.comb += [
-                    strobe.prefetch_stale.eq(~fresh),
-                    strobe.prefetch_throttled.eq(fresh & ~admitted),
-                ]
-                m.d.sync += state.eq(Mux(fresh & admitted, _State.LOOKUP, _State.DISPATCH))
+                m.d.comb += strobe.prefetch_throttled.eq(~admitted)
+                m.d.sync += state.eq(Mux(admitted, _State.LOOKUP, _State.DISPATCH))
 
             with m.Case(_State.SCAN):
                 m.d.sync += [
@@ -470,6 +466,7 @@ class Scheduler(wiring.Component):
 
             with m.Case(_State.LOOKUP):
                 with m.If(route_starts):
+                    m.d.comb += queue.routed.eq(1)
                     for c in range(contexts):
                         with m.If(one_ctx[c]):
                             m.d.sync += routes[c].eq(routes[c] + 1)
@@ -672,7 +669,10 @@ class Scheduler(wiring.Component):
         m.d.sync += self.demanding.eq(
             (commands.level != 0) | waiting | ((state != _State.DISPATCH) & wanted & ~filled)
         )
-        m.d.comb += strobe.prefetch_overflow.eq(queue.overflow)
+        m.d.comb += [
+            strobe.prefetch_overflow.eq(queue.overflow),
+            strobe.prefetch_stale.eq(queue.stale),
+        ]
         m.d.sync += self.strobes.eq(strobe)
         m.d.comb += self.idle.eq(
             (state == _State.DISPATCH)

@@ -13,7 +13,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from prestage_sim.traces import Trace, load_trace, model_config
 from ..model.buffer import ExpertBuffer
 from ..model.predictor import create_predictor
 from ..model.predictor.base import Candidate
-from ..model.scheduler import Throttle, kind_of
+from ..model.scheduler import CandidateQueue, Throttle, kind_of
 from ..model.scheduler.queue import stale
 
 __all__ = ["RATES", "RESIDENCIES", "SOURCES", "Cell", "main", "measure", "time_of"]
@@ -75,37 +75,50 @@ class _Engine:
         Which expert gives way.
     throttle : :class:`bool`
         Whether kinds of prefetches are switched off.
+    budget : :class:`int`
+        Eighths of a prefetch's tiles that must be expected before its deadline; 0: none need be.
     """
 
     def __init__(
-        self, config: DeviceConfig, *, tile: float, policy: Policy, throttle: bool
+        self, config: DeviceConfig, *, tile: float, policy: Policy, throttle: bool, budget: int
     ) -> None:
         self.config = config
         self.tile = tile
+        self._due_tiles = -(-config.tiles * budget // 8)
+        self._layer: float | None = None  # mean time of a layer
+        self._routed: float | None = None  # when the last decision came
         self.buffer = ExpertBuffer(config)
         self.buffer.policy = policy
         self.throttle = Throttle(config)
         self.throttle.enable = throttle
         self.counts: Counter[str] = Counter()
-        self.routes = 0
         self.now = 0.0
         self._free = 0.0  # when the link ends the tile that it has begun
         self._last: _Fetch | None = None  # whose tile that is
-        self._queue: deque[Candidate] = deque()
+        self._routes = [0]
+        self._queue = CandidateQueue(config, routes=self._routes)
         self._demands: list[_Fetch] = []
         self._prefetches: list[_Fetch] = []
         self._arriving: list[_Fetch] = []
         self._fetches: dict[tuple[int, int], _Fetch] = {}
 
+    @property
+    def routes(self) -> int:
+        """Routing decisions so far, modulo 256."""
+        return self._routes[0]
+
     def offer(self, candidates: Iterable[Candidate]) -> None:
-        """Queue candidates; a full queue loses the newcomers."""
+        """Queue candidates."""
         for candidate in candidates:
-            if len(self._queue) < self.config.candidate_depth:
-                self._queue.append(candidate)
+            self._queue.push(candidate)
 
     def route(self, layer: int, experts: Sequence[int]) -> list[_Fetch]:
         """Look up the demands of a decision; what they wait for."""
-        self.routes = (self.routes + 1) % 256
+        self._routes[0] = (self.routes + 1) % 256
+        if self._routed is not None:
+            gap = self.now - self._routed
+            self._layer = gap if self._layer is None else self._layer + (gap - self._layer) / 8
+        self._routed = self.now
         busy = self._last if self._free > self.now else None
         waits_for = None if busy is None else busy.kind
         waiting = []
@@ -189,6 +202,15 @@ class _Engine:
             last = self.config.tiles - 1
             self.buffer.request(BufferOp.FILL, slot=fetch.slot, tile=last, last=True)
 
+    def _comes_late(self, deadline: int) -> bool:
+        """Whether too little of a prefetch would come in time, behind those that have begun."""
+        if not self._due_tiles or self._layer is None or self._routed is None:
+            return False
+        left = (deadline - self.routes) % 256 * self._layer
+        left -= max(self._free, self.now) - self._routed
+        tiles = sum(fetch.left for fetch in self._prefetches) + self._due_tiles
+        return tiles * self.tile > left
+
     def step(self) -> None:
         """Let the link end its tile."""
         self.advance(max(self.now, self._free))
@@ -197,13 +219,17 @@ class _Engine:
         """What the link brings a tile of next."""
         if self._demands:
             return self._demands[0]
-        while self._queue and len(self._prefetches) < self.config.prefetch_inflight:
-            _, layer, expert, score, source, deadline = self._queue.popleft()
-            if stale(deadline, routes=self.routes):
-                continue
+        while (
+            len(self._prefetches) < self.config.prefetch_inflight
+            and (candidate := self._queue.take()) is not None
+        ):
+            _, layer, expert, score, source, deadline = candidate
             kind = kind_of(source, deadline, routes=self.routes)
             if not self.throttle.admits(kind):
                 self.counts["throttled"] += 1
+                continue
+            if self._comes_late(deadline):
+                self.counts["too late"] += 1
                 continue
             result = self.buffer.request(
                 BufferOp.PREFETCH, ctx=0, layer=layer, expert=expert, value=score
@@ -236,6 +262,7 @@ def time_of(
     policy: Policy = Policy.LRU,
     prefetch: bool = True,
     throttle: bool = True,
+    budget: int = 0,
     seed: int = 1,
 ) -> tuple[float, Counter[str]]:
     """Time of a layer in units of its time with everything resident, and what was counted.
@@ -255,6 +282,9 @@ def time_of(
         Which expert gives way.
     prefetch, throttle : :class:`bool`
         False drops all candidates; False admits all kinds.
+    budget : :class:`int`
+        Drop a candidate unless so many eighths of its tiles are expected before its deadline, by
+        the mean time of a layer (of an eighth each) and the tiles before it; 0 drops none.
     seed : :class:`int`
         Seed of the noise.
 
@@ -269,6 +299,8 @@ def time_of(
         raise ValueError(f"Residency must be above 0 and at most 1, not {residency}")
     if not rho > 0:
         raise ValueError(f"Rho must be above 0, not {rho}")
+    if not 0 <= budget <= 8:
+        raise ValueError(f"Budget must be between 0 and 8 eighths, not {budget}")
     model = model_config(trace)
     k = model.top_k
     config = DeviceConfig(
@@ -277,7 +309,9 @@ def time_of(
         predictor="none" if source == "noise" else source,
     )
     predictor = create_predictor(config)
-    engine = _Engine(config, tile=rho / k / config.tiles, policy=policy, throttle=throttle)
+    engine = _Engine(
+        config, tile=rho / k / config.tiles, policy=policy, throttle=throttle, budget=budget
+    )
     generator = np.random.default_rng(seed)
 
     def told(candidates: Sequence[Candidate]) -> None:
@@ -337,13 +371,27 @@ class Cell:
 
 
 def measure(
-    trace: Trace, *, name: str, source: str, residency: float, rho: float, policy: Policy
+    trace: Trace,
+    *,
+    name: str,
+    source: str,
+    residency: float,
+    rho: float,
+    policy: Policy,
+    budget: int = 0,
 ) -> Cell:
-    """Compare prefetching with none."""
+    """Compare prefetching with none; the budget is that of prefetching with the throttle."""
 
-    def time(**switches: bool) -> float:
+    def time(**switches: int) -> float:
         return time_of(
-            trace, source=source, residency=residency, rho=rho, policy=policy, **switches
+            trace,
+            source=source,
+            residency=residency,
+            rho=rho,
+            policy=policy,
+            prefetch=bool(switches.get("prefetch", True)),
+            throttle=bool(switches.get("throttle", True)),
+            budget=switches.get("budget", 0),
         )[0]
 
     return Cell(
@@ -354,7 +402,7 @@ def measure(
         rho=rho,
         without=time(prefetch=False),
         unthrottled=time(throttle=False),
-        throttled=time(),
+        throttled=time(budget=budget),
     )
 
 
@@ -382,6 +430,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--residency", nargs="+", type=float, default=RESIDENCIES, metavar="SHARE")
     parser.add_argument("--rho", nargs="+", type=float, default=RATES, metavar="X")
+    parser.add_argument(
+        "--budget",
+        type=int,
+        default=0,
+        metavar="EIGHTHS",
+        help="with the throttle, drop what brings fewer eighths in time (default: 0, off)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a list of objects")
     options = parser.parse_args(arguments)
     cells = []
@@ -402,6 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         residency=residency,
                         rho=rho,
                         policy=policy,
+                        budget=options.budget,
                     )
                     cells.append(cell)
                     print(

@@ -419,6 +419,7 @@ class ExpertBuffer:
         self.storage.valid[slot] = 0
         if held.pins == 0:
             self.victims.freed(slot)
+            self.recency.retire(slot)
 
     def _cancel(self, slot: int) -> BufferResult:
         self._check_slot(slot)

@@ -36,6 +36,11 @@ class Recency:
         self._order.move_to_end(slot)
         self._touched_in[slot] = self._route
 
+    def retire(self, slot: int) -> None:
+        """Make a slot the least recent, as if the route had not touched it."""
+        self._order.move_to_end(slot, last=False)
+        self._touched_in[slot] = -1
+
     def touched(self, slot: int) -> bool:
         """Whether the slot was touched since the route began."""
         return self._touched_in[slot] == self._route

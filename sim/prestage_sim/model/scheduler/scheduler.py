@@ -15,7 +15,7 @@ from ..dma.dma import DMA
 from ..dma.settings import Channel, Settings
 from ..link.mover import Copies
 from .inflight import Entry
-from .queue import enters, stale
+from .queue import CandidateQueue, enters
 from .throttle import Throttle, kind_of
 
 __all__ = ["Buffer", "Event", "Memory", "Ready", "Scheduler"]
@@ -92,9 +92,10 @@ class Scheduler:
     The counters and the buffer's state are those of the RTL at drained pace, with the policy LRU
     bus errors included: other policies look first at the slot that a failing fetch frees, and when
     it does hangs on time; and they count each time that a demand asks for a slot until it gets one.
-    Three things are not modelled because drained pace never shows them: demands that find a
-    prefetch in flight or wait for its tile, prefetches that are given up, and candidates lost to a
-    full queue (one decision brings at most ``config.model.experts`` candidates, which fit).
+    Two things are not modelled because drained pace never shows them: demands that find a
+    prefetch in flight or wait for its tile, and prefetches that are given up. Candidates that are
+    offered together are all in the queue before the first of them is served, as in the RTL while
+    ``hold`` is 1.
 
     Order of answers: the RTL sends `Ready` and `Event` on separate streams, so that only the order
     within each kind counts. A resident expert is answered when it is looked up, a missing one when
@@ -162,6 +163,7 @@ class Scheduler:
         self.throttle = Throttle(config)
         self._dma = DMA(config)
         self._routes = [0] * config.contexts
+        self._queue = CandidateQueue(config, routes=self._routes)
         # Looked up once: a fill is the hottest path of a replay.
         self._experts = config.model.experts
         self._expert_bytes = config.expert_bytes
@@ -235,15 +237,17 @@ class Scheduler:
         return answers
 
     def offer(self, candidates: Sequence[tuple[int, int, int, int, int, int]]) -> None:
-        """Prefetch candidates: (context, layer, expert, score, source, deadline), best first."""
+        """Prefetch candidates, best first: (context, layer, expert, score, source, deadline)."""
         request = self.buffer.request
         counters = self.counters
-        for ctx, layer, expert, score, source, deadline in candidates:
-            if not enters(source, layer, enable=self.enable, cutoff_layer=self.cutoff_layer):
-                continue
-            if stale(deadline, routes=self._routes[ctx]):
-                counters["prefetch_stale"] += 1
-                continue
+        queue = self._queue
+        for candidate in candidates:
+            if enters(
+                candidate[4], candidate[1], enable=self.enable, cutoff_layer=self.cutoff_layer
+            ):
+                queue.push(candidate)
+        while (best := queue.take()) is not None:
+            ctx, layer, expert, score, source, deadline = best
             kind = kind_of(source, deadline, routes=self._routes[ctx])
             if not self.throttle.admits(kind):
                 counters["prefetch_throttled"] += 1
@@ -269,6 +273,9 @@ class Scheduler:
                 counters["prefetch_outbid"] += 1
             else:
                 counters["prefetch_redundant"] += 1
+        counters["prefetch_stale"] += queue.stale
+        counters["prefetch_overflow"] += queue.overflow
+        queue.stale = queue.overflow = 0
 
     def release(self, ctx: int, layer: int) -> None:
         """Release a layer."""
