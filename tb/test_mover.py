@@ -640,7 +640,7 @@ def test_parameters():
     with pytest.raises(ValueError, match="Mover must be the host, not 'dma'"):
         HostMover(config=TINY_DEVICE)
     config = _SHAPES["tiny"]
-    with pytest.raises(ValueError, match="Host writes need slots in the device, not a host mover"):
+    with pytest.raises(ValueError, match="Host writes need slots in the device, not elsewhere"):
         ExpertBuffer(config=config, host_writes=True)
     with pytest.raises(ValueError, match="Engine must have a DMA engine, not the mover 'host'"):
         Engine(config=config)
