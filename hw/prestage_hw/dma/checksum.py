@@ -218,8 +218,12 @@ class Checksums(wiring.Component):
         m.d.comb += tiles.tap.eq(self.tap)
 
         # --- table ---
+        # What is read in the cycle of its write is not looked at.
         m.submodules.table = table = memory.Memory(
-            shape=data.StructLayout({"sum": 32, "loaded": 1}), depth=experts, init=[]
+            shape=data.StructLayout({"sum": 32, "loaded": 1}),
+            depth=experts,
+            init=[],
+            attrs={"no_rw_check": 1},
         )
         table_read, table_write = table.read_port(), table.write_port()
         entry = Signal(table_read.data.shape(), reset_less=True)

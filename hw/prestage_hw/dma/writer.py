@@ -139,8 +139,12 @@ class SlotWriter(wiring.Component):
             return ram.write_port(), ram.read_port(domain="comb")
 
         # --- segments: gathered from beats ---
+        # Only whole segments are read, so that synthesis need not care for rows that are written.
         m.submodules.rows = rows = memory.Memory(
-            shape=config.bits("data"), depth=self.segments * self.burst_beats, init=[]
+            shape=config.bits("data"),
+            depth=self.segments * self.burst_beats,
+            init=[],
+            attrs={"no_rw_check": 1},
         )
         rows_write, rows_read = rows.write_port(), rows.read_port()
         segment_layout = data.StructLayout(
