@@ -43,7 +43,7 @@ enum prestage_message {
     PRESTAGE_RELEASE = 0x13, /* to the device */
     PRESTAGE_READ = 0x14, /* to the device */
     PRESTAGE_SYNC = 0x15, /* to the device */
-    PRESTAGE_FETCHED = 0x16, /* to the device */
+    PRESTAGE_FETCHED = 0x17, /* to the device */
     PRESTAGE_LINK_RESET = 0x7c, /* to the device */
     PRESTAGE_LINK_RESET_DONE = 0x7d, /* to the host */
     PRESTAGE_LINK_ACK = 0x7e, /* both ways */
@@ -82,8 +82,8 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_BAD_READ = 11, /* The slot or the beat of a read is out of range, or slots are the host's. */
     PRESTAGE_ERROR_CODE_HINT_PASSED = 12, /* The hint is for a layer that was routed already. */
     PRESTAGE_ERROR_CODE_BAD_TABLE = 13, /* The table or the words of a table access are out of range. */
-    PRESTAGE_ERROR_CODE_BAD_FETCHED = 14, /* The host reported a tile that it was not asked for, or twice. */
-    PRESTAGE_ERROR_CODE_OVERRUN = 15, /* More messages wait than the device has room for; this one was dropped. */
+    PRESTAGE_ERROR_CODE_BAD_FETCHED = 15, /* The host reported a tile that it was not asked for, or twice. */
+    PRESTAGE_ERROR_CODE_OVERRUN = 16, /* More messages wait than the device has room for; this one was dropped. */
 };
 
 enum prestage_traffic_class {

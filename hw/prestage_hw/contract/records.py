@@ -200,8 +200,8 @@ class ErrorCode(IntEnum):
     BAD_READ = 11
     HINT_PASSED = 12
     BAD_TABLE = 13
-    BAD_FETCHED = 14
-    OVERRUN = 15
+    BAD_FETCHED = 15
+    OVERRUN = 16
 
 
 #: One sentence for each error code, for messages and documents.
@@ -848,7 +848,7 @@ MESSAGES: dict[str, Message] = {
         Message(code=0x13, name="RELEASE", to_device=True, record=RECORDS["Release"]),
         Message(code=0x14, name="READ", to_device=True, record=RECORDS["Read"]),
         Message(code=0x15, name="SYNC", to_device=True, record=RECORDS["Sync"]),
-        Message(code=0x16, name="FETCHED", to_device=True, record=RECORDS["Fetched"]),
+        Message(code=0x17, name="FETCHED", to_device=True, record=RECORDS["Fetched"]),
         Message(code=LINK_RESET, name="LINK_RESET", to_device=True),
         Message(code=LINK_RESET_DONE, name="LINK_RESET_DONE", to_device=False),
         Message(code=LINK_ACK, name="LINK_ACK", to_device=True),
