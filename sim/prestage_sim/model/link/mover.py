@@ -39,7 +39,10 @@ class Copies(Protocol):
     def results(
         self, layer: int, expert: int, slot: int, *, demand: bool
     ) -> Iterator[tuple[int, bool, bool]]:
-        """Tile, whether it failed, and whether nothing more of the expert is to come."""
+        """Tile, whether it failed, and whether nothing more of the expert is to come.
+
+        Begins by itself what was not begun.
+        """
 
 
 class HostCopies:
@@ -251,6 +254,9 @@ class HostMover:
         self, layer: int, expert: int, slot: int, *, demand: bool
     ) -> Iterator[tuple[int, bool, bool]]:
         """Tile, whether it failed, and whether nothing more of the expert is to come."""
+        asked = [entry.slot for entry in self._entries.values()]
+        if slot not in asked and slot not in [wanted for _, _, wanted, _ in self._wanted]:
+            self.begin(layer, expert, slot, demand=demand)
         entry = next(e for e in self._entries.values() if e.slot == slot)
         while entry.outstanding or entry.arrived:
             while not entry.arrived:

@@ -264,9 +264,7 @@ class Scheduler:
                     evicted=result.evicted,
                     unused=result.evicted_unused,
                 )
-                entry = Entry(layer, expert, result.slot, False)
-                self._begin(entry)
-                self._fill(entry)
+                self._fill(Entry(layer, expert, result.slot, False))
             elif result.code == _NO_SLOT:
                 counters["prefetch_no_slot"] += 1
             elif result.code == _OUTBID:
@@ -320,7 +318,7 @@ class Scheduler:
             self.counters["useless"] += result.evicted_unused
 
     def _begin(self, entry: Entry) -> None:
-        """Tell a host of an expert that is wanted."""
+        """Tell a host of an expert that is wanted, ahead of its fill, so that it copies several."""
         if not isinstance(self.memory, Memory):
             self.memory.begin(entry.layer, entry.expert, entry.slot, demand=entry.demand)
 
