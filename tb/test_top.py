@@ -356,7 +356,7 @@ async def hints_and_errors(dut):
         bench.memory.failing.append((address, address + config.data_bytes, SLVERR))
         golden.memory.failing.append((address, address + config.data_bytes))
     control = register_by_name("control").address
-    await bench.drained(golden, "REGISTER_WRITE", control, 3)
+    await bench.drained(golden, "REGISTER_WRITE", control, 7)
     codes = Counter()
     held = []
     for token, layers in enumerate(_decisions(bench, 8)):
