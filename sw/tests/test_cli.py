@@ -257,7 +257,7 @@ def test_wrong_bytes(tmp_path, trace, capsys):
     expert = int(make().experts[0, 0, 0])
     url = f"model://?error={2048 * expert}:2048"
     assert main(["replay", str(trace), "--device", url, "--json", str(data), "--quiet"]) == 1
-    text = f"The memory answered a read with an error. (BUS: context 0, layer 0, expert {expert},"
+    text = f"(BUS: context 0, layer 0, expert {expert},"
     assert text in capsys.readouterr().err
     value = json.loads(data.read_text())
     assert value["complete"] is False

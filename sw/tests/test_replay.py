@@ -244,10 +244,10 @@ def test_prefetch_tiles(pace, tiles):
 @pytest.mark.parametrize(
     ("predictor", "pace", "wanted", "policy", "settles"),
     [
-        ("st_moe", "drained", None, "lru", False),
+        ("st_moe", "drained", None, "lru", True),
         ("st_moe", "drained", Policy.NEXT_USE, "next-use", True),
         ("perceptron", "drained", None, "next-use", True),
-        ("perceptron", "drained", Policy.LRU, "lru", False),
+        ("perceptron", "drained", Policy.LRU, "lru", True),
         ("perceptron", "timed", Policy.LFU, "lfu", False),
     ],
 )
