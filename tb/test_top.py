@@ -505,6 +505,7 @@ async def locks_drained(dut, policy):
     assert counters["locks"] > counters["lock_misses"] > 0, counters
     assert codes[ErrorCode.NOT_LOCKED] and codes[ErrorCode.NO_SLOT], codes
     await bench.compare_registers(golden)
+    hit("scheduler.locks")
 
 
 @cocotb.test()
@@ -690,6 +691,7 @@ async def timed_pace(dut, profiles):
     ended = c["fills"] + c["fill_errors"] + c["prefetch_cancelled"]
     assert ended == c["misses"] + c["lock_misses"] + c["prefetch_issued"]
     assert c["locks"] >= c["lock_misses"] > 0
+    hit("scheduler.locks_timed")
     assert c["useful"] + c["useless"] <= c["prefetch_issued"]
     assert c["demand_bytes"] + c["prefetch_bytes"] >= c["fills"] * config.expert_bytes
     assert c["link_errors"] == c["link_replays"] == c["rejected"] == 0
