@@ -95,6 +95,8 @@ def test_same_on_either_device(broken):
         host = Host()
         host.broken = set(broken)
         with prestage.open(url, config=CONFIG, copier=host.copy) as device:
+            # One candidate at a time: what a failing copy frees is taken next.
+            device.configure(settle=True)
             errors = walk(device, host, tokens=15, seed=3, drain=True)
             stats = device.stats()
             outcomes.append(({name: stats[name] for name in COMPARED}, sorted(errors)))

@@ -89,9 +89,11 @@ _OUTBID, _REFUSED = BufferCode.OUTBID, BufferCode.REFUSED
 class Scheduler:
     """Serve demands, then candidates, with every transfer done as soon as it may be.
 
-    The counters and the buffer's state are those of the RTL at drained pace, with the policy LRU
-    bus errors included: other policies look first at the slot that a failing fetch frees, and when
-    it does hangs on time; and they count each time that a demand asks for a slot until it gets one.
+    The counters and the buffer's state are those of the RTL at drained pace, with candidates one at
+    a time (control bit 2). The slot that a failing fetch frees is the next to be taken; when that
+    is hangs on time, so that with bus errors it is the model's as long as a decision's demands are
+    all looked up before the first of them fails, and with the policy LRU: others count each time
+    that a demand asks for a slot until it gets one.
     Two things are not modelled because drained pace never shows them: demands that find a
     prefetch in flight or wait for its tile, and prefetches that are given up. Candidates that are
     offered together are all in the queue before the first of them is served, as in the RTL while
