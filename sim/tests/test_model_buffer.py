@@ -100,15 +100,19 @@ def test_a_prefetch_spares_what_the_route_touched():
     assert buffer.request(PREFETCH, expert=3) == result(NO_SLOT)
     buffer.request(DEMAND, expert=0, index=0)
     buffer.request(RELEASE)
+    # A candidate that is resident touches nothing: the order is 1, 2, 0.
     assert buffer.request(PREFETCH, expert=1) == result(RESIDENT, 1)
-    # Order is 2, 0, 1; only 2 was not touched since the route began.
-    assert buffer.request(PREFETCH, expert=3) == result(
-        ALLOCATED, 2, evicted=True, evicted_unused=True
-    )
-    assert buffer.request(PREFETCH, expert=4) == result(NO_SLOT)
+    for expert, slot in ((3, 1), (4, 2)):
+        assert buffer.request(PREFETCH, expert=expert) == result(
+            ALLOCATED, slot, evicted=True, evicted_unused=True
+        )
+    assert buffer.request(PREFETCH, expert=1) == result(NO_SLOT)
     # A demand takes slot 0 all the same, and a new route makes slot 1 fair game.
+    fill(buffer, 1)
     fill(buffer, 2)
-    assert buffer.request(DEMAND, expert=4, index=1) == result(ALLOCATED, 0, evicted=True)
+    assert buffer.request(DEMAND, expert=1, index=1) == result(
+        ALLOCATED, 0, evicted=True, polluted=True
+    )
     assert buffer.request(PREFETCH, expert=0) == result(NO_SLOT)
     assert buffer.request(DEMAND, layer=1, expert=3, index=0) == result(
         ALLOCATED, 1, evicted=True, evicted_unused=True
@@ -260,7 +264,8 @@ class ScanningBuffer:
         """The slot of an expert, how it was found, and the flags of an eviction."""
         for slot in self.slots:
             if slot.owner == (layer, expert):
-                self.touch(slot)
+                if op != PREFETCH:
+                    self.touch(slot)
                 return slot, FILLING if slot.filling else RESIDENT, {}
         free = [slot for slot in self.slots if not self.pins(slot) and not slot.filling]
         if op == PREFETCH:

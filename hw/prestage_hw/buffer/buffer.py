@@ -423,7 +423,8 @@ class ExpertBuffer(wiring.Component):
 
             with m.State("TOUCH"):
                 m.d.comb += [
-                    recency.touch.eq(1),
+                    # That an expert is predicted is no use of it: a source may say anything.
+                    recency.touch.eq(~(is_prefetch & is_resident)),
                     directory.pin_write.eq(is_demand),
                     directory.pin_value.valid.eq(1),
                     directory.pin_value.slot.eq(slot),

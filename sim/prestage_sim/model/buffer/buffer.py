@@ -289,7 +289,6 @@ class ExpertBuffer:
         state = directory.state[key]
         if state != EMPTY:
             slot = directory.slot_of[key]
-            self.recency.touch(slot)
             return BufferResult(_RESIDENT if state == READY else _IN_FLIGHT, slot)
 
         if self.policy == Policy.LRU:
