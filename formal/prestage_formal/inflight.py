@@ -7,7 +7,7 @@ from amaranth.hdl import Assert, Assume, Cover
 from .harness import Held, Inside, drive_freely, lemma
 from .instances import scheduler_device
 
-__all__ = ["DemandFirst"]
+__all__ = ["DemandFirst", "Progress"]
 
 
 class _Book:
@@ -336,5 +336,75 @@ class DemandFirst(Elaboratable):
             Cover(new & tile.demand & Cat(promoted).any() & (tile.tile == book.tiles - 1)),
             Cover(new & ~tile.demand & (book.speculating == 2) & Cat(book.demand).any()),
             Cover(block.free & block.row_failed),
+        ]
+        return m
+
+
+class Progress(Elaboratable):
+    """Tiles of demands leave in bounded time while nothing holds them up.
+
+    A tile leaves in every third cycle; the first cycle of a run in which nothing holds up the
+    table counts as none.
+    """
+
+    #: Cycles a tile.
+    period = 3
+
+    def elaborate(self, platform):
+        m = Module()
+        book = _Book(m)
+        block, entries, period = book.block, book.entries, self.period
+        book.lemmas(m)
+        _offers(m, book, lemma)
+        quiet = Signal()
+        m.d.comb += quiet.eq(~block.hold & block.fetches.ready)
+        waits = [book.demand[i] & (book.left[i] != 0) for i in entries]
+
+        # Quiet cycles with a demand that has tiles left since a tile was offered.
+        pause = Signal(range(period + 2))
+        with m.If(~quiet | ~Cat(waits).any()):
+            m.d.sync += pause.eq(0)
+        with m.Elif(book.new):
+            m.d.sync += pause.eq(1)
+        with m.Else():
+            m.d.sync += pause.eq(pause + 1)
+
+        # Quiet cycles since one of the demands, any, waits; tiles that were ahead when they began,
+        # its own and those of earlier demands, and that still are.
+        watched = Signal(range(book.count))
+        most = book.count * book.tiles
+        age = Signal(range(period * most + 2))
+        ahead, started = Signal(range(most + 1)), Signal(range(most + 1))
+        m.d.comb += watched.eq(AnyConst(len(watched)))
+        with m.Switch(watched):
+            for i in entries:
+                with m.Case(i):
+                    m.d.comb += ahead.eq(
+                        book.left_before[i]
+                        + sum(
+                            Mux(book.earlier[i][j] & book.demand[j], book.left_before[j], 0)
+                            for j in entries
+                            if j != i
+                        )
+                    )
+        with m.If(age == 0):
+            m.d.sync += started.eq(ahead)
+        with m.If(quiet & Array(waits)[watched]):
+            m.d.sync += age.eq(age + 1)
+        with m.Else():
+            m.d.sync += age.eq(0)
+        m.d.comb += [
+            # A tile of a demand in every third cycle, if there is one.
+            Assert(pause <= period),
+            Assert((pause != period) | (book.new & block.fetches.payload.demand)),
+            # The last one of a demand has come when there was time for those ahead.
+            Assert((age == 0) | (age <= period * started)),
+            Assert(age <= period * most),
+            lemma((age == 0) | (age + period * ahead <= period * started + pause)),
+            lemma((age == 0) | (pause != 0)),
+            lemma(age <= period * most),
+            lemma(started <= most),
+            Cover((pause == period) & (started == 3)),
+            Cover((age == period * started) & (started == 2)),
         ]
         return m

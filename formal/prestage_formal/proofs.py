@@ -251,4 +251,20 @@ PROOFS = (
         ),
         twin_depth=8,
     ),
+    Proof(
+        name="inflight-progress",
+        statement="While fetches are taken and hold is low, a tile of a demand is offered every"
+        " third cycle, and each demand's in the time for its own and those of earlier demands.",
+        instance=INFLIGHT_INSTANCE,
+        harness="inflight:Progress",
+        depth=4,
+        cover_depth=14,
+        twin=Mutation(
+            name="a fetch that begins stays older than those before it",
+            module="prestage_hw.scheduler.inflight",
+            old="older[i].eq(older[i] & ~target)",
+            new="older[i].eq(older[i])",
+        ),
+        twin_depth=12,
+    ),
 )
