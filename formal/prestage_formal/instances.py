@@ -2,7 +2,7 @@
 
 from prestage_hw.contract import DeviceConfig, ModelConfig
 
-__all__ = ["buffer_device", "dma_device"]
+__all__ = ["buffer_device", "dma_device", "scheduler_device"]
 
 
 def dma_device(**changes):
@@ -38,5 +38,23 @@ def buffer_device(*, layers=2, experts=4, **changes):
         "address_bits": 16,
         "inflight": 4,
         "prefetch_inflight": 1,
+    }
+    return DeviceConfig(**(values | changes))
+
+
+def scheduler_device(**changes):
+    """Four entries of the in-flight table, two of them for prefetches; two contexts and tiles."""
+    values = {
+        "model": ModelConfig(name="proof", layers=2, experts=4, top_k=1),
+        "slots": 4,
+        "expert_bytes": 1024,
+        "tile_bytes": 512,
+        "contexts": 2,
+        "predictor": "none",
+        "data_bytes": 64,
+        "address_bits": 16,
+        "inflight": 4,
+        "prefetch_inflight": 2,
+        "dma_channels": 2,
     }
     return DeviceConfig(**(values | changes))

@@ -58,6 +58,8 @@ DMA_INSTANCE = (
 
 BUFFER_INSTANCE = "4 slots, 2 contexts, 2 layers of 4 experts, 1 chosen a token, 2 tiles an expert"
 
+INFLIGHT_INSTANCE = "4 entries, 2 of them for prefetches, 2 contexts, 2 tiles an expert"
+
 PROOFS = (
     Proof(
         name="two-beats",
@@ -232,5 +234,37 @@ PROOFS = (
         ),
         twin_depth=16,
         twin_parameters={"slots": 2, "contexts": 1, "layers": 1},
+    ),
+    Proof(
+        name="inflight-demand-first",
+        statement="A prefetch's tile is offered only if no demand has tiles left, and at most"
+        " prefetch_tiles are on their way; each tile is offered once, in order, and stays.",
+        instance=INFLIGHT_INSTANCE,
+        harness="inflight:DemandFirst",
+        depth=4,
+        cover_depth=12,
+        twin=Mutation(
+            name="a choice counts though a fetch began since it was made",
+            module="prestage_hw.scheduler.inflight",
+            old="changing.eq(self.allocate | self.wait",
+            new="changing.eq(self.wait",
+        ),
+        twin_depth=8,
+    ),
+    Proof(
+        name="inflight-progress",
+        statement="While fetches are taken and hold is low, a tile of a demand is offered every"
+        " third cycle, and each demand's in the time for its own and those of earlier demands.",
+        instance=INFLIGHT_INSTANCE,
+        harness="inflight:Progress",
+        depth=4,
+        cover_depth=14,
+        twin=Mutation(
+            name="a fetch that begins stays older than those before it",
+            module="prestage_hw.scheduler.inflight",
+            old="older[i].eq(older[i] & ~target)",
+            new="older[i].eq(older[i])",
+        ),
+        twin_depth=12,
     ),
 )
