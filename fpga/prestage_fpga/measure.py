@@ -41,7 +41,7 @@ from prestage_hw.generate import SynthesisError, area_of_blocks, preset_device
 from prestage_hw.link.dispatcher import Dispatcher
 from prestage_hw.link.link import Link
 from prestage_hw.predictor import create_predictor
-from prestage_hw.scheduler import Scheduler
+from prestage_hw.scheduler import ChunkUnion, Scheduler
 from prestage_hw.stats import Accuracy, Counters, RegisterBank
 from prestage_hw.top import Top
 from prestage_hw.verilog import without_zero_memories
@@ -69,6 +69,7 @@ BLOCKS = {
     "link": lambda config: Link(config=config),
     "dispatcher": lambda config: Dispatcher(config=config),
     "predictor": create_predictor,
+    "chunks": lambda config: ChunkUnion(config=config),
     "scheduler": lambda config: Scheduler(config=config),
     "dma": lambda config: DMA(config=config),
     "buffer": lambda config: ExpertBuffer(config=config),

@@ -311,8 +311,13 @@ def head_predict(
             head.diagonals[f], shape[_REUSE], now, layer, shape[_HORIZON], this, prev, before, memo
         )
         if chosen[0] >= 0:
-            for e in chosen:
-                values[e] += weights[f + 1, e]
+            # A set that was loaded may name an expert twice; it is in it once all the same.
+            for i in range(len(chosen)):
+                again = False
+                for j in range(i):
+                    again = again or chosen[j] == chosen[i]
+                if not again:
+                    values[chosen[i]] += weights[f + 1, chosen[i]]
     for e in range(experts):
         values[e] = min(max(values[e], 0), most)
 
