@@ -32,7 +32,10 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.soak if name != "tiny" else ()) for name in CONFIGS],
+)
 def test_checksums(name):
     config = CONFIGS[name]
     run_bench(
