@@ -22,16 +22,12 @@ from prestage_hw.contract import (
     REGISTERS,
     DeviceConfig,
     ModelConfig,
-    decode_frame,
-    encode_frame,
 )
 from prestage_hw.contract.crc import CHECKSUM_TABLE
 from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.contract.pattern import expert_memory
 from prestage_hw.contract.perceptron import perceptron_form
 from prestage_hw.contract.records import (
-    LINK_ACK,
-    LINK_NAK,
     NO_TOKEN,
     TABLE_BURST,
     ErrorCode,
@@ -61,57 +57,18 @@ from prestage_tb.bench import (
     start_clock,
 )
 from prestage_tb.coverage import hit
+from prestage_tb.host import LinkHost
 
 _ROOT = Path(__file__).resolve().parents[1]
 _ACKNOWLEDGE_EVERY = 8
 
 
-class _Host:
-    """Host end of an undamaged link: it counts sequences and acknowledges."""
-
-    def __init__(self, dut, config, *, stall):
-        self.config = config
-        self.rx = StreamSource(dut, "rx", 8, stall=stall)
-        self.tx = StreamSink(dut, "tx", 8, stall=stall)
-        self.clear()
+class _Host(LinkHost):
+    """Host that waits for answers one after the other."""
 
     def clear(self):
-        self.sequence = 0
-        self.expected = 0
-        self.answers = []
+        super().clear()
         self._parsed = 0
-        self._frame = bytearray()
-        self._bytes = 0
-
-    def post(self, name, *values):
-        """Queue a message and return its code and body."""
-        record = MESSAGES[name].record
-        body = record.pack(self.config, *values)
-        self.post_raw(MESSAGES[name].code, body)
-        return MESSAGES[name].code, body
-
-    def post_raw(self, code, body):
-        frame = encode_frame(code, sequence=self.sequence, acknowledge=self.expected, body=body)
-        self.rx.send(*frame)
-        self.sequence += 1
-
-    def poll(self):
-        """Parse what has come since the last call."""
-        for byte in self.tx.received[self._bytes :]:
-            self._bytes += 1
-            if byte:
-                self._frame.append(byte)
-                continue
-            code, sequence, _, body = decode_frame(bytes(self._frame))
-            self._frame.clear()
-            assert code != LINK_NAK
-            if code == LINK_ACK:
-                continue
-            assert sequence == self.expected % 256
-            self.expected += 1
-            self.answers.append((code, body))
-            if self.expected % _ACKNOWLEDGE_EVERY == 0:
-                self.rx.send(*encode_frame(LINK_ACK, sequence=0, acknowledge=self.expected))
 
     async def wait(self, dut, *, until, limit=200_000):
         """Wait for an answer with the code ``until``; returns all answers since the last wait."""

@@ -21,16 +21,12 @@ from prestage_hw.contract import (
     REGISTERS,
     DeviceConfig,
     ModelConfig,
-    decode_frame,
     encode_frame,
 )
 from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.contract.records import (
     HOST_MESSAGES,
-    LINK_ACK,
-    LINK_NAK,
     LINK_RESET,
-    LINK_RESET_DONE,
     ErrorCode,
     Phase,
     Policy,
@@ -41,8 +37,6 @@ from prestage_sim.model.link.mover import Fetch
 from prestage_sim.model.top import Top as GoldenTop
 from prestage_tb.bench import (
     Stall,
-    StreamSink,
-    StreamSource,
     cycles,
     parameters,
     reset,
@@ -50,82 +44,51 @@ from prestage_tb.bench import (
     start_clock,
 )
 from prestage_tb.coverage import hit
+from prestage_tb.host import LinkHost
 
 _FETCH, _READY, _EVENT = (MESSAGES[name].code for name in ("FETCH", "READY", "EVENT"))
 _ACKNOWLEDGE_EVERY = 8
 
 
-class _Host:
-    """Host end of an undamaged link, which keeps fetches apart from all other answers."""
+class _Host(LinkHost):
+    """Host that copies, and keeps fetches apart from all other answers."""
 
     def __init__(self, dut, *, stall=0.0):
-        values = parameters()
-        self.dut = dut
-        self.config = values["config"]
+        super().__init__(dut, parameters()["config"], stall=stall)
         self.random = random.Random(cocotb.RANDOM_SEED)
         start_clock(dut)
-        self.rx = StreamSource(dut, "rx", 8, stall=stall)
-        self.tx = StreamSink(dut, "tx", 8, stall=stall)
         self.drivers = [self.rx, self.tx]
         self.broken = set()  # (layer, expert, tile) that can't be copied
-        self.clear()
 
     def clear(self):
-        self.sequence = self.expected = 0
-        self.answers = []
+        super().clear()
         self.fetches = []  # all that came, oldest first
         self.asked = []  # those that were not answered
         self.slots = {}  # (slot, tile): (layer, expert) of what was copied there
         self.resets_done = 0
-        self._frame = bytearray()
-        self._bytes = 0
 
     async def reset(self):
         await reset(self.dut, drivers=self.drivers)
         self.clear()
 
-    def post(self, name, *values):
-        """Queue a message and return its code and body."""
-        body = MESSAGES[name].record.pack(self.config, *values)
-        code = MESSAGES[name].code
-        frame = encode_frame(code, sequence=self.sequence, acknowledge=self.expected, body=body)
-        self.rx.send(*frame)
-        self.sequence += 1
-        return code, body
-
     def restart(self):
         """Restart the link; what is on its way to the host is lost."""
         self.rx.send(0, *encode_frame(LINK_RESET, sequence=7, acknowledge=0))
 
-    def poll(self):
-        """Parse what has come since the last call."""
-        for byte in self.tx.received[self._bytes :]:
-            self._bytes += 1
-            if byte:
-                self._frame.append(byte)
-                continue
-            code, sequence, _, body = decode_frame(bytes(self._frame))
-            self._frame.clear()
-            assert code != LINK_NAK
-            if code == LINK_RESET_DONE:
-                self.resets_done += 1
-                self.sequence = self.expected = 0
-                self.asked.clear()
-                continue
-            if code == LINK_ACK:
-                continue
-            assert sequence == self.expected % 256
-            self.expected += 1
-            if code == _FETCH:
-                fetch = RECORDS["Fetch"].unpack(self.config, body)
-                self.fetches.append(fetch)
-                self.asked.append(fetch)
-            else:
-                self.answers.append((code, body))
-                if code == _READY:
-                    self.check(RECORDS["Ready"].unpack(self.config, body))
-            if self.expected % _ACKNOWLEDGE_EVERY == 0:
-                self.rx.send(*encode_frame(LINK_ACK, sequence=0, acknowledge=self.expected))
+    def restarted(self):
+        super().restarted()
+        self.resets_done += 1
+        self.asked.clear()
+
+    def take(self, code, body):
+        if code == _FETCH:
+            fetch = RECORDS["Fetch"].unpack(self.config, body)
+            self.fetches.append(fetch)
+            self.asked.append(fetch)
+            return
+        super().take(code, body)
+        if code == _READY:
+            self.check(RECORDS["Ready"].unpack(self.config, body))
 
     def check(self, ready):
         """The slot holds what it is said to."""
