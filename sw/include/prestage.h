@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0x4cd14eb3u
+#define PRESTAGE_REGISTER_HASH 0xdc35a014u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -117,13 +117,14 @@ enum prestage_register {
     PRESTAGE_REG_EXPERTS = 0x04, /* ro: Experts a layer (E). */
     PRESTAGE_REG_TOP_K = 0x05, /* ro: Experts chosen for each token and layer (k). */
     PRESTAGE_REG_SLOTS = 0x06, /* ro: Slots of the expert buffer (S). */
-    PRESTAGE_REG_EXPERT_BYTES = 0x07, /* ro: Size of an expert, in bytes. */
+    PRESTAGE_REG_EXPERT_BYTES = 0x07, /* ro: Size of a slot, and so of the largest expert, in bytes. */
     PRESTAGE_REG_TILE_BYTES = 0x08, /* ro: Size of a tile, in bytes. */
     PRESTAGE_REG_CONTEXTS = 0x09, /* ro: Contexts (C). */
     PRESTAGE_REG_PREDICTOR = 0x0a, /* ro: Predictor: index in the list of names, 0 none, 1 st_moe. */
     PRESTAGE_REG_SUCCESSORS = 0x0b, /* ro: Entries in a row of the correlation table (K). */
     PRESTAGE_REG_DATA_BYTES = 0x0c, /* ro: Width of the memory port, in bytes. */
     PRESTAGE_REG_MOVER = 0x0d, /* ro: Who moves experts into slots: 0 the DMA engine, 1 the host. */
+    PRESTAGE_REG_LAYER_SIZES = 0x0e, /* ro: CRC-32 of the tiles of an expert of each layer, as 32-bit little-endian numbers, where experts of different layers differ in size; else 0. */
     PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its layer was routed. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are those of the profile that profile_select names. */
     PRESTAGE_REG_CLEAR = 0x11, /* wo: Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free, every layer released). Bit 2: counters. Bit 3: checksums of experts, so that none is checked. Waits until the engine is idle. */
     PRESTAGE_REG_HINT_THRESHOLD = 0x12, /* rw: Hints with a lower score are dropped (bits 7..0). */

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from .checks import require_integer, require_power_of_two
@@ -158,6 +161,7 @@ class DeviceConfig:
     expert_bytes : :class:`int`
         Size of one expert in the device's memory and in a slot, in bytes: a whole number of tiles,
         at most 16 MiB, with a host mover 1 GiB. It may be scaled down from ``model.expert_bytes``.
+        Of experts of different sizes the greatest.
     tile_bytes : :class:`int`
         Unit of transfer, in bytes: a power of two from 512 to 16,384; with a host mover anything
         from 512 up to ``expert_bytes``.
@@ -196,6 +200,11 @@ class DeviceConfig:
         up and down matrices. Each is a whole number of tiles, all together are ``expert_bytes``.
         The parts of all experts lie in an array of their own, layer by layer; in a slot they follow
         each other. Empty stands for one part.
+    layer_bytes : tuple of :class:`int`
+        Sizes of an expert of each layer, in bytes, where they differ: one for each layer, each a
+        whole number of tiles, the greatest ``expert_bytes``, which is the size of a slot. Not
+        together with ``parts``. Empty, as sizes that are all the same, stands for
+        ``expert_bytes`` in every layer.
     slot_store : :class:`str`
         Where the slots' bytes are: ``"internal"`` in block RAM, to be read through the consumer
         port; ``"axi"`` in a memory of their own behind an AXI4 write port, which the consumer reads
@@ -233,6 +242,7 @@ class DeviceConfig:
     dma_queue_depth: int = 4
     axi_ids: int = 0
     parts: tuple[int, ...] = ()
+    layer_bytes: tuple[int, ...] = ()
     slot_store: str = "internal"
     checksums: bool = False
     mover: str = "dma"
@@ -286,7 +296,8 @@ class DeviceConfig:
             )
         require_power_of_two("Memory port width in bytes", self.data_bytes, low=4, high=64)
         require_integer("Address width in bits", self.address_bits, low=16, high=64)
-        total = self.model.layers * self.model.experts * self.expert_bytes
+        self._check_layers()
+        total = self.memory_bytes
         if total > 1 << self.address_bits:
             raise ValueError(
                 f"Address width must span all experts ({total} bytes),"
@@ -347,6 +358,38 @@ class DeviceConfig:
                 f" not to {sum(self.parts)}"
             )
 
+    def _check_layers(self) -> None:
+        """Refuse sizes of layers' experts that do not fit the model or the slots."""
+        if not isinstance(self.layer_bytes, tuple):
+            raise TypeError(f"Layer sizes must be a tuple in bytes, not {self.layer_bytes!r}")
+        if not self.layer_bytes:
+            return
+        layers = self.model.layers
+        if len(self.layer_bytes) != layers:
+            raise ValueError(
+                f"Layer sizes must be one for each of {layers} layers, not {len(self.layer_bytes)}"
+            )
+        most = 1 << 30 if self.mover == "host" else 1 << 24
+        for layer, size in enumerate(self.layer_bytes):
+            require_integer(f"Expert size of layer {layer} in bytes", size, low=512, high=most)
+            if size % self.tile_bytes:
+                raise ValueError(
+                    f"Expert size of layer {layer} must be a whole number of"
+                    f" {self.tile_bytes}-byte tiles, not {size} bytes"
+                )
+        if max(self.layer_bytes) != self.expert_bytes:
+            raise ValueError(
+                f"Greatest expert size of a layer must be that of a slot, {self.expert_bytes}"
+                f" bytes, not {max(self.layer_bytes)}"
+            )
+        if min(self.layer_bytes) == self.expert_bytes:
+            object.__setattr__(self, "layer_bytes", ())
+        elif self.parts:
+            raise ValueError(
+                "Experts must not have parts where their size differs from layer to layer, but"
+                f" have {len(self.parts)}"
+            )
+
     def _check_perceptron(self) -> None:
         """Refuse parameters of the perceptron that do not fit the model."""
         perceptron = self.perceptron
@@ -393,8 +436,29 @@ class DeviceConfig:
 
     @property
     def tiles(self) -> int:
-        """Tiles in an expert."""
+        """Tiles in a slot, and so in the largest expert."""
         return self.expert_bytes // self.tile_bytes
+
+    @cached_property
+    def layer_sizes(self) -> tuple[int, ...]:
+        """Size of an expert of each layer, in bytes."""
+        return self.layer_bytes or (self.expert_bytes,) * self.model.layers
+
+    @cached_property
+    def layer_tiles(self) -> tuple[int, ...]:
+        """Tiles in an expert of each layer."""
+        return tuple(size // self.tile_bytes for size in self.layer_sizes)
+
+    @cached_property
+    def layer_starts(self) -> tuple[int, ...]:
+        """Tiles of all experts of the layers before each layer, and of all layers at the end."""
+        experts = self.model.experts
+        return tuple(accumulate((experts * tiles for tiles in self.layer_tiles), initial=0))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all experts."""
+        return self.layer_starts[-1] * self.tile_bytes
 
     @property
     def part_bytes(self) -> tuple[int, ...]:
@@ -424,6 +488,9 @@ class DeviceConfig:
         bases : sequence of :class:`int`
             Address of the array of each part; empty stands for :meth:`part_bases`, as after reset.
         """
+        if self.layer_bytes:
+            base = bases[0] if bases else 0
+            return ((self.expert_address(layer, expert, base=base), self.layer_bytes[layer]),)
         number = layer * self.model.experts + expert
         return tuple(
             (base + number * size, size)
@@ -437,7 +504,7 @@ class DeviceConfig:
 
     @property
     def expert_beats(self) -> int:
-        """Beats of the memory port in an expert."""
+        """Beats of the memory port in a slot, and so in the largest expert."""
         return self.expert_bytes // self.data_bytes
 
     @property
@@ -463,8 +530,8 @@ class DeviceConfig:
     def bits(self, kind: str) -> int:
         """Width of a field of the named kind, in bits.
 
-        Kinds: ``ctx``, ``layer``, ``expert``, ``slot``, ``tile``, ``beat`` (beat within an
-        expert), ``tag`` (in-flight entry), ``index`` (position in a routing decision),
+        Kinds: ``ctx``, ``layer``, ``expert``, ``slot``, ``tile``, ``beat`` (beat within a
+        slot), ``tag`` (in-flight entry), ``index`` (position in a routing decision),
         ``lane_beat`` (beat of a value for each expert), ``channel`` (of the DMA engine),
         ``axi_id``, ``tile_bytes`` (size of a transfer, a whole tile at most), ``address``,
         ``data``.
@@ -513,7 +580,18 @@ class DeviceConfig:
 
         Of an expert in several parts that of the first part, whose array is at ``base``.
         """
+        if self.layer_bytes:
+            start = self.layer_starts[layer] * self.tile_bytes
+            return base + start + expert * self.layer_bytes[layer]
         return base + (layer * self.model.experts + expert) * self.part_bytes[0]
+
+    def expert_at(self, address: int) -> tuple[int, int]:
+        """Layer and expert whose bytes, or whose first part's, are at an address after reset."""
+        if self.layer_bytes:
+            tile = address // self.tile_bytes
+            layer = min(bisect_right(self.layer_starts, tile), self.model.layers) - 1
+            return layer, (tile - self.layer_starts[layer]) // self.layer_tiles[layer]
+        return divmod(address // self.expert_bytes, self.model.experts)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> DeviceConfig:
@@ -528,8 +606,8 @@ class DeviceConfig:
         if perceptron is not None:
             perceptron = PerceptronConfig.from_fields(perceptron)
         model = ModelConfig(**fields["model"])
-        parts = tuple(fields.get("parts", ()))
-        return cls(**{**fields, "model": model, "perceptron": perceptron, "parts": parts})
+        sizes = {name: tuple(fields.get(name, ())) for name in ("parts", "layer_bytes")}
+        return cls(**{**fields, "model": model, "perceptron": perceptron, **sizes})
 
     def replace(self, **changes: object) -> DeviceConfig:
         """The same configuration with some parameters changed, validated again."""

@@ -27,15 +27,17 @@ def expert_pattern(layer: int, expert: int, *, size: int) -> NDArray[np.uint8]:
 def expert_memory(config: DeviceConfig) -> NDArray[np.uint8]:
     """A memory image of all experts, filled with :func:`expert_pattern`.
 
-    Its shape is ``[layers * experts * expert_bytes]``. Experts in several parts lie as after reset:
-    the parts' arrays follow each other.
+    Its shape is ``[config.memory_bytes]``. Experts in several parts lie as after reset: the parts'
+    arrays follow each other.
     """
     model = config.model
     experts = [
-        expert_pattern(layer, expert, size=config.expert_bytes)
+        expert_pattern(layer, expert, size=config.layer_sizes[layer])
         for layer in range(model.layers)
         for expert in range(model.experts)
     ]
+    if len(config.part_bytes) == 1:
+        return np.concatenate(experts)
     starts = [tile * config.tile_bytes for tile in config.first_tiles]
     return np.concatenate(
         [

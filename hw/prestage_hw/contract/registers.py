@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 from dataclasses import dataclass
 
@@ -232,13 +233,21 @@ def _layout() -> tuple[Register, ...]:
     add(0x04, "experts", "ro", None, "Experts a layer (E).")
     add(0x05, "top_k", "ro", None, "Experts chosen for each token and layer (k).")
     add(0x06, "slots", "ro", None, "Slots of the expert buffer (S).")
-    add(0x07, "expert_bytes", "ro", None, "Size of an expert, in bytes.")
+    add(0x07, "expert_bytes", "ro", None, "Size of a slot, and so of the largest expert, in bytes.")
     add(0x08, "tile_bytes", "ro", None, "Size of a tile, in bytes.")
     add(0x09, "contexts", "ro", None, "Contexts (C).")
     add(0x0A, "predictor", "ro", None, "Predictor: index in the list of names, 0 none, 1 st_moe.")
     add(0x0B, "successors", "ro", None, "Entries in a row of the correlation table (K).")
     add(0x0C, "data_bytes", "ro", None, "Width of the memory port, in bytes.")
     add(0x0D, "mover", "ro", None, "Who moves experts into slots: 0 the DMA engine, 1 the host.")
+    add(
+        0x0E,
+        "layer_sizes",
+        "ro",
+        None,
+        "CRC-32 of the tiles of an expert of each layer, as 32-bit little-endian numbers, where"
+        " experts of different layers differ in size; else 0.",
+    )
     add(
         0x10,
         "control",
@@ -495,6 +504,9 @@ def shape_registers(config: DeviceConfig) -> dict[str, int]:
         "top_k": config.model.top_k,
         "slots": config.slots,
         "expert_bytes": config.expert_bytes,
+        "layer_sizes": zlib.crc32(struct.pack(f"<{config.model.layers}I", *config.layer_tiles))
+        if config.layer_bytes
+        else 0,
         "tile_bytes": config.tile_bytes,
         "contexts": config.contexts,
         "predictor": config.PREDICTORS.index(config.predictor),
