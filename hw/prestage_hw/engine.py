@@ -73,7 +73,8 @@ def connect_engine(m, *, scheduler, dma, buffer, values, policy):
         wiring.connect(m, dma.completions, checksums.ended)
         wiring.connect(m, checksums.completions, scheduler.completions)
         m.d.comb += checksums.tap.eq(dma.tap)
-        for name in ("start", "start_tag", "start_number", "start_address"):
+        last = ("start_last_tile",) if scheduler.config.layer_bytes else ()
+        for name in ("start", "start_tag", "start_number", "start_address", *last):
             m.d.comb += getattr(checksums, name).eq(getattr(scheduler, name))
     else:
         wiring.connect(m, dma.completions, scheduler.completions)

@@ -164,9 +164,9 @@ class Checksums(wiring.Component):
         Completions of the DMA engine.
     completions : ``Out(stream.Signature(RecordLayout("Completion")))``
         The same, of experts with a wrong sum as failed.
-    start, start_tag, start_number, start_address : ``In``
+    start, start_tag, start_number, start_address, start_last_tile : ``In``
         Strobe: the fetch of the expert with this number begins with this tag, before its first
-        tile; address of its first byte.
+        tile; address of its first byte; number of its last tile, only where experts differ in size.
     requests : ``In(stream.Signature(RecordLayout("TableRequest")))``
         Accesses to the table while nothing is in flight. A word is a checksum; a write makes the
         expert be checked, one that is not reads as 0.
@@ -203,6 +203,7 @@ class Checksums(wiring.Component):
                 "start_tag": In(config.bits("tag")),
                 "start_number": In(numbers),
                 "start_address": In(config.bits("address")),
+                **({"start_last_tile": In(config.bits("tile"))} if config.layer_bytes else {}),
                 "requests": In(stream.Signature(RecordLayout("TableRequest", config=config))),
                 "values": Out(stream.Signature(32)),
                 "clear": In(1),
@@ -305,7 +306,29 @@ class Checksums(wiring.Component):
             shape=unsigned(32), depth=config.tiles, init=after
         )
         factor_read = factors.read_port()
-        m.d.comb += factor_read.addr.eq(self.ended.payload.tile)
+        whole, ending = config.tiles, inverted(config.expert_bytes)
+        place = self.ended.payload.tile
+        if config.layer_bytes:
+            m.submodules.lasts = lasts = memory.Memory(
+                shape=unsigned(config.bits("tile")), depth=config.inflight, init=[]
+            )
+            last_write = lasts.write_port()
+            last_ended, last = lasts.read_port(domain="comb"), lasts.read_port(domain="comb")
+            m.d.comb += [
+                last_write.addr.eq(self.start_tag),
+                last_write.data.eq(self.start_last_tile),
+                last_write.en.eq(self.start),
+                last_ended.addr.eq(self.ended.payload.tag),
+                last.addr.eq(tag),
+            ]
+            # Each expert's last tile has nothing behind it, as the last one of the largest.
+            place = place + (config.tiles - 1 - last_ended.data)
+            whole, ending = last.data + 1, Signal(32)
+            # Known long before the expert's last tile has been multiplied.
+            for each in sorted(set(config.layer_tiles)):
+                with m.If(last.data == each - 1):
+                    m.d.sync += ending.eq(inverted(each * config.tile_bytes))
+        m.d.comb += factor_read.addr.eq(place)
 
         # --- one completion after the other ---
         completion = Signal(self.completions.payload.shape())
@@ -366,12 +389,12 @@ class Checksums(wiring.Component):
                 m.d.comb += [total_write.en.eq(1), added.eq(1)]
                 m.d.sync += [product.eq(total), looked_up.eq(about_read.data.number)]
                 m.next = "Tell"
-                with m.If(count == config.tiles):
+                with m.If(count == whole):
                     m.next = "Look up"
             with m.State("Look up"):
                 m.next = "Wait"
             with m.State("Wait"):
-                m.d.sync += product.eq(product ^ inverted(config.expert_bytes))
+                m.d.sync += product.eq(product ^ ending)
                 m.next = "Compare"
             with m.State("Compare"):
                 m.d.sync += wrong.eq(entry.loaded & ~clearing & (entry.sum != product))

@@ -30,6 +30,8 @@ class EntryLayout(data.StructLayout):
                 "ctx": unsigned(config.bits("ctx")),  # of a prefetch, as the next two
                 "deadline": unsigned(8),
                 "kind": unsigned(2),
+                # Number of the expert's last tile, where experts differ.
+                **({"last_tile": unsigned(config.bits("tile"))} if config.layer_bytes else {}),
             }
         )
 
@@ -276,6 +278,11 @@ class InflightTable(wiring.Component):
         prepared_part = Signal(range(parts))
         next_part = Signal(range(parts))
         prepared_demand = Signal()
+        prepared_last, row_tiles = config.tiles - 1, config.tiles
+        if config.layer_bytes:
+            prepared_last = Signal(config.bits("tile"))
+            m.d.sync += prepared_last.eq(offer_read.data.last_tile)
+            row_tiles = self.row.last_tile + 1
         ready = Signal()
         load = Signal()
         changing = Signal()
@@ -332,7 +339,7 @@ class InflightTable(wiring.Component):
                     m.d.comb += next_part.eq(at)
         with m.If(load):
             m.d.sync += self.fetches.valid.eq(1)
-            with m.If(prepared_tile == config.tiles - 1):
+            with m.If(prepared_tile == prepared_last):
                 m.d.sync += more.eq(more & ~prepared)
             with m.If(~prepared_demand):
                 m.d.sync += [under_way.eq(under_way + 1), self.waits_kind.eq(prepared_kind)]
@@ -368,7 +375,7 @@ class InflightTable(wiring.Component):
             ]
         with m.If(self.wait):
             m.d.sync += [demand.eq(demand | target), cancelled.eq(cancelled & ~target)]
-            with m.If(self.row_cancelled & (row_issued != config.tiles) & ~self.row_failed):
+            with m.If(self.row_cancelled & (row_issued != row_tiles) & ~self.row_failed):
                 m.d.sync += more.eq(more | target)
             with m.If(~self.row_demand):
                 m.d.sync += prefetches.eq(prefetches - 1)

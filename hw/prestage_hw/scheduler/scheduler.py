@@ -102,9 +102,9 @@ class Scheduler(wiring.Component):
         Tiles for the DMA engine.
     completions : ``In(stream.Signature(RecordLayout("Completion")))``
         One for each fetch, in any order.
-    start, start_tag, start_number, start_address : ``Out``
-        Strobe: the fetch of this expert begins; only with ``config.checksums``. See
-        :class:`prestage_hw.dma.checksum.Checksums`.
+    start, start_tag, start_number, start_address, start_last_tile : ``Out``
+        Strobe: the fetch of this expert begins; only with ``config.checksums``, the last one only
+        where experts differ in size. See :class:`prestage_hw.dma.checksum.Checksums`.
     fetch_layer, fetch_expert : ``Out``
         Expert that ``fetches`` offers a tile of; only with a host mover, who has no use for
         addresses.
@@ -169,6 +169,7 @@ class Scheduler(wiring.Component):
             "start_tag": Out(config.bits("tag")),
             "start_number": Out(range(config.model.layers * config.model.experts)),
             "start_address": Out(config.bits("address")),
+            **({"start_last_tile": Out(config.bits("tile"))} if config.layer_bytes else {}),
         }
         subject = {
             "fetch_layer": Out(config.bits("layer")),
@@ -297,7 +298,10 @@ class Scheduler(wiring.Component):
         number = Signal(range(config.model.layers * config.model.experts))
         m.d.sync += number.eq(layer * config.model.experts + expert)
         addresses = []
-        for part, size in enumerate(config.part_bytes):
+        if config.layer_bytes:
+            last_tile = Signal(config.bits("tile"))
+            addresses.append(self._address(m, layer=layer, expert=expert, last_tile=last_tile))
+        for part, size in enumerate(() if config.layer_bytes else config.part_bytes):
             offset = Signal(
                 range(config.model.layers * config.model.experts * size), name=f"offset_{part}"
             )
@@ -330,6 +334,7 @@ class Scheduler(wiring.Component):
             table.entry.ctx.eq(ctx),
             table.entry.deadline.eq(deadline),
             table.entry.kind.eq(kind),
+            *([table.entry.last_tile.eq(last_tile)] if config.layer_bytes else []),
             table.waiters.eq(Mux(wanted, one_ctx, 0)),
             table.demand.eq(wanted),
             table.tile.eq(completion.tile),
@@ -550,7 +555,8 @@ class Scheduler(wiring.Component):
                 with m.Else():
                     m.d.comb += table.wait.eq(1)
                 with m.If(result.prefetched):
-                    tell(Outcome.USED, slot=result.slot, returned=table.row_returned)
+                    whole = {"last_tile": table.row.last_tile} if config.layer_bytes else {}
+                    tell(Outcome.USED, slot=result.slot, returned=table.row_returned, **whole)
                 m.d.sync += state.eq(_State.DISPATCH)
 
             with m.Case(_State.ALLOCATE):
@@ -580,7 +586,8 @@ class Scheduler(wiring.Component):
                         state.eq(_State.DISPATCH),
                     ]
                     with m.If(result.prefetched):
-                        tell(Outcome.USED, slot=result.slot, returned=config.tiles)
+                        whole = {"last_tile": last_tile} if config.layer_bytes else {}
+                        tell(Outcome.USED, slot=result.slot, returned=config.tiles, **whole)
 
             with m.Case(_State.REFUSE):
                 with m.If(~self.events.valid):
@@ -665,6 +672,7 @@ class Scheduler(wiring.Component):
                 self.start_tag.eq(table.free_tag),
                 self.start_number.eq(number),
                 self.start_address.eq(addresses[0]),
+                *([self.start_last_tile.eq(last_tile)] if config.layer_bytes else []),
             ]
         m.d.sync += self.demanding.eq(
             (commands.level != 0) | waiting | ((state != _State.DISPATCH) & wanted & ~filled)
@@ -688,6 +696,35 @@ class Scheduler(wiring.Component):
             & ~outcome_valid
         )
         return m
+
+    def _address(self, m, *, layer, expert, last_tile):
+        """Address of an expert where experts of different layers differ in size.
+
+        It is there four cycles after the expert is known, one more than where all are alike: still
+        sooner than any lookup ends, whose request and result take a register each. ``last_tile``,
+        the number of its last tile, is there after one.
+        """
+        config = self.config
+        # Sizes are multiplied in the largest power of two that divides them all.
+        unit = config.tile_bytes & -config.tile_bytes
+        sizes = [size // unit for size in config.layer_sizes]
+        starts = [tiles * config.tile_bytes // unit for tiles in config.layer_starts]
+        start, start_after = Signal(range(starts[-1])), Signal(range(starts[-1]))
+        size, expert_after = Signal(range(max(sizes) + 1)), Signal.like(expert)
+        within = Signal(range(config.model.experts * max(sizes)))
+        offset = Signal(range(starts[-1]))
+        address = Signal(config.bits("address"))
+        m.d.sync += [
+            last_tile.eq(Array(tiles - 1 for tiles in config.layer_tiles)[layer]),
+            start.eq(Array(starts[:-1])[layer]),
+            size.eq(Array(sizes)[layer]),
+            expert_after.eq(expert),
+            within.eq(expert_after * size),
+            start_after.eq(start),
+            offset.eq(start_after + within),
+            address.eq(self.expert_base + offset * unit),
+        ]
+        return address
 
     def _error(self, reason):
         """Code of the event for a fetch that failed."""

@@ -48,6 +48,8 @@ class OutcomeLayout(data.StructLayout):
                 "waits": 1,  # MISS: the demand finds a prefetch's tile before it, of ``kind``.
                 "kind": unsigned(2),  # Of a PREFETCH.
                 "returned": unsigned((config.tiles).bit_length()),  # USED: tiles that have come.
+                # USED: number of the expert's last tile, where experts differ.
+                **({"last_tile": unsigned(config.bits("tile"))} if config.layer_bytes else {}),
             }
         )
 
@@ -191,6 +193,11 @@ class Throttle(wiring.Component):
         takes = is_miss | is_prefetch
         # Eighths of an expert that so many tiles are.
         reached = Cat(now.returned >= -(-n * config.tiles // 8) for n in range(1, 9))
+        if config.layer_bytes:
+            # Counted in tiles times eight; what is compared with settles in the state "Read".
+            wanted = [Signal(range(8 * config.tiles + 1), name=f"wanted_{n}") for n in range(1, 9)]
+            m.d.sync += [each.eq((now.last_tile + 1) * n) for n, each in enumerate(wanted, 1)]
+            reached = Cat(now.returned << 3 >= each for each in wanted)
         m.d.comb += [
             owner_read.addr.eq(now.slot),
             owner_read.en.eq(1),

@@ -132,7 +132,7 @@ class ModelPipe:
         return self.exchange(b"", frames=0)
 
     def read_slot(self, slot: int) -> bytes:
-        """Bytes of a slot.
+        """Bytes of a slot, up to the end of the expert in it.
 
         Raises
         ------

@@ -65,7 +65,7 @@ class HostCopies:
         require_config(config)
         if not callable(copier):
             raise TypeError(f"Copier must be callable, not {copier!r}")
-        self._tiles = config.tiles
+        self._tiles = config.layer_tiles
         self._copier = copier
 
     def begin(self, layer: int, expert: int, slot: int, *, demand: bool) -> None:
@@ -75,9 +75,10 @@ class HostCopies:
         self, layer: int, expert: int, slot: int, *, demand: bool
     ) -> Iterator[tuple[int, bool, bool]]:
         """Tile, whether it failed, and whether nothing more of the expert is to come."""
-        for tile in range(self._tiles):
+        tiles = self._tiles[layer]
+        for tile in range(tiles):
             failed = not self._copier(Fetch(layer, expert, slot, tile, demand))
-            yield tile, failed, failed or tile == self._tiles - 1
+            yield tile, failed, failed or tile == tiles - 1
             if failed:
                 return
 
@@ -241,11 +242,11 @@ class HostMover:
         self._ask()
 
     def _ask(self) -> None:
-        tiles = self._config.tiles
         while self._wanted and len(self._entries) < self._config.inflight:
             layer, expert, slot, demand = self._wanted.popleft()
             tag = next(t for t in range(self._config.inflight) if t not in self._entries)
             self._serial = (self._serial + 1) & 0xFFFF
+            tiles = self._config.layer_tiles[layer]
             self._entries[tag] = _Entry(tag, self._serial, slot, tiles)
             for tile in range(tiles):
                 self._answer("FETCH", tag, self._serial, int(demand), layer, expert, slot, tile)

@@ -166,11 +166,6 @@ class Scheduler:
         self._dma = DMA(config)
         self._routes = [0] * config.contexts
         self._queue = CandidateQueue(config, routes=self._routes)
-        # Looked up once: a fill is the hottest path of a replay.
-        self._experts = config.model.experts
-        self._expert_bytes = config.expert_bytes
-        self._parts = config.part_bytes
-        self._last_tile = config.tiles - 1
 
     @property
     def expert_base(self) -> int:
@@ -329,11 +324,9 @@ class Scheduler:
         if not isinstance(self.memory, Memory):
             return self._fill_from_host(entry, self.memory)
         request = self.buffer.request
-        size = self._expert_bytes
-        number = entry.layer * self._experts + entry.expert
-        spans = [
-            (base + number * part, part) for base, part in zip(self.bases, self._parts, strict=True)
-        ]
+        config = self.config
+        size = config.layer_sizes[entry.layer]
+        spans = config.expert_spans(entry.layer, entry.expert, bases=self.bases)
         if self._channel(entry).row_bytes:
             return self._fill_tiles(entry, spans)
         try:
@@ -341,13 +334,13 @@ class Scheduler:
         except BusError:
             return self._fill_tiles(entry, spans)
         slot = entry.slot
-        last = self._last_tile
+        last = config.layer_tiles[entry.layer] - 1
         self.buffer.write_expert(slot, data)
         for tile in range(last):
             request(_FILL, slot=slot, tile=tile)
         if not self.checksums.good(entry.layer, entry.expert, data):
             self.counters["demand_bytes" if entry.demand else "prefetch_bytes"] += (
-                size - self.config.tile_bytes
+                size - config.tile_bytes
             )
             return self._mismatch(entry, spans)
         request(_FILL, slot=slot, tile=last, last=True)
@@ -378,8 +371,8 @@ class Scheduler:
         self.counters["fill_errors"] += 1
         if not entry.demand:
             self.throttle.dropped(slot)
-        address = self.expert_base + first_failed * self.config.tile_bytes
-        address += (entry.layer * self._experts + entry.expert) * self._expert_bytes
+        address = self.config.expert_address(entry.layer, entry.expert, base=self.expert_base)
+        address += first_failed * self.config.tile_bytes
         return [
             Event(ErrorCode.BUS, ctx, entry.layer, entry.expert, address) for ctx in entry.waiters
         ]
@@ -404,11 +397,11 @@ class Scheduler:
             completion, tile_data = self._dma.transfer(address, self.memory, self._channel(entry))
             data += tile_data
             failed = completion.failed
-            if tile == config.tiles - 1 and not failed:
+            if tile == len(addresses) - 1 and not failed:
                 self.buffer.write_expert(slot, bytes(data))
                 if not self.checksums.good(entry.layer, entry.expert, bytes(data)):
                     return self._mismatch(entry, spans)
-            last = failed or tile == config.tiles - 1
+            last = failed or tile == len(addresses) - 1
             self.buffer.request(_FILL, slot=slot, tile=tile, last=last, failed=failed)
             if failed:
                 break
@@ -422,7 +415,7 @@ class Scheduler:
 
     def _mismatch(self, entry: Entry, spans: Sequence[tuple[int, int]]) -> list[Ready | Event]:
         """The last tile has come, but the expert has not its checksum."""
-        last = self._last_tile
+        last = self.config.layer_tiles[entry.layer] - 1
         self.buffer.request(_FILL, slot=entry.slot, tile=last, last=True, failed=True)
         self.counters["checksum_errors"] += 1
         address = spans[0][0] % (1 << self.config.address_bits)
