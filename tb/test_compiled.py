@@ -160,8 +160,9 @@ def test_interrupted_compare(tb):
     tb.fetch_expert(1, 1, slot=2)
     consume = tb.pipe._library.prestage_consume
     chosen, places = np.array([2] * 3, np.uint32), np.zeros(3, np.uint64)
+    beats = np.full(3, CONFIG.expert_beats, np.uint64)
     for cycles in (0, 1, 2, 3, 10, CONFIG.expert_beats + 1):
-        consume(tb.pipe._handle, 3, chosen.ctypes.data, places.ctypes.data)
+        consume(tb.pipe._handle, 3, chosen.ctypes.data, places.ctypes.data, beats.ctypes.data)
         tb.pipe.run(cycles)
         assert tb.pipe.compare([2], [1], [1]) == []
         assert tb.pipe.compare([2, 2], [1, 0], [1, 0]) == [1]

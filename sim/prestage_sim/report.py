@@ -56,13 +56,12 @@ def expert_transfers(run: Run, *, tokens: range) -> list[Transfer]:
     last: tuple[int, int] | None = None
     for burst in chosen[order]:
         start, end = int(burst["start"]), int(burst["end"])
-        number = int(burst["address"]) // config.expert_bytes
-        layer, expert = divmod(number, config.model.experts)
+        layer, expert = config.expert_at(int(burst["address"]))
         size = int(burst["bytes"])
         at = int(np.searchsorted(routes, start, side="right")) - 1
         token, current = divmod(at, layers)
         token += tokens.start
-        if last == (layer, expert) and found[-1].size < config.expert_bytes:
+        if last == (layer, expert) and found[-1].size < config.layer_sizes[layer]:
             before = found[-1]
             found[-1] = before._replace(end=max(end, before.end), size=before.size + size)
             continue
@@ -161,7 +160,8 @@ def _demands(run: Run) -> tuple[Plot, str] | None:
 
 def _bytes_by_class(run: Run) -> tuple[Plot, str] | None:
     c = run.counters
-    size = run.config.expert_bytes
+    # Of experts of different sizes the mean: which of them were used is not counted.
+    size = round(sum(run.config.layer_sizes) / run.config.model.layers)
     if not c or not c["demand_bytes"] + c["prefetch_bytes"]:
         return None
     used = min(c["useful"] * size, c["prefetch_bytes"])

@@ -78,6 +78,19 @@ def _positive(text: str) -> int:
     return value
 
 
+def _layer_sizes(text: str) -> tuple[int, ...]:
+    """Sizes in bytes, separated by commas, each for one layer or, as ``12x2048``, for several."""
+    sizes: list[int] = []
+    for each in text.split(","):
+        count, times, size = each.rpartition("x")
+        if not (size.isdecimal() and (count.isdecimal() or not times)) or len(count) > 3:
+            raise argparse.ArgumentTypeError(
+                f"must be sizes as 2048 or 12x2048, separated by commas, not {each!r}"
+            )
+        sizes += [int(size)] * (int(count) if times else 1)
+    return tuple(sizes)
+
+
 def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, text: str, examples: str
 ) -> argparse.ArgumentParser:
@@ -210,9 +223,16 @@ def _add_replay(commands: Any) -> None:
     device.add_argument(
         "--expert-bytes",
         type=int,
-        default=2048,
         metavar="N",
-        help="size of an expert, scaled down (default: %(default)s)",
+        help="size of an expert, scaled down (default: 2048, or the greatest of --layer-bytes)",
+    )
+    device.add_argument(
+        "--layer-bytes",
+        type=_layer_sizes,
+        default=(),
+        metavar="N,N,...",
+        help="sizes of an expert of each layer, where they differ; 12x2048 stands for twelve layers"
+        " of 2048 bytes (default: all alike)",
     )
     device.add_argument(
         "--tile-bytes",
@@ -358,7 +378,10 @@ def _run_replay(args: argparse.Namespace) -> int:
         slots=args.slots,
         predictor=args.predictor,
         form=args.form,
-        expert_bytes=args.expert_bytes,
+        expert_bytes=max(args.layer_bytes, default=2048)
+        if args.expert_bytes is None
+        else args.expert_bytes,
+        layer_bytes=args.layer_bytes,
         tile_bytes=args.tile_bytes,
     )
     if args.save_tables is not None and config.predictor == "none":
@@ -516,13 +539,20 @@ def _rows(run: Run) -> list[tuple[str, str, str]]:
     return rows
 
 
+def _sizes(config: DeviceConfig) -> str:
+    """What slots hold, where experts differ in size."""
+    if not config.layer_bytes:
+        return ""
+    return f" for experts of {min(config.layer_bytes)} to {max(config.layer_bytes)}"
+
+
 def _print_run(run: Run, path: str) -> None:
     model = run.config.model
     table = Table(
         title=f"{Path(path).name} on {run.url}",
         caption=f"{model.name}: {model.layers} layers x {model.experts} experts, k = {model.top_k};"
         f" predictor {run.config.predictor}, {run.config.slots} slots of"
-        f" {run.config.expert_bytes} bytes, pace {run.pace}",
+        f" {run.config.expert_bytes} bytes{_sizes(run.config)}, pace {run.pace}",
         show_header=False,
     )
     table.add_column(style="bold")

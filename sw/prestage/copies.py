@@ -90,7 +90,7 @@ class CopyServer:
             fetch.layer < config.model.layers
             and fetch.expert < config.model.experts
             and fetch.slot < config.slots
-            and fetch.tile < config.tiles
+            and fetch.tile < config.layer_tiles[fetch.layer]
         ):
             raise LinkError(f"Device asked for a tile that there isn't: {fetch}")
         (self._demands if fetch.demand else self._prefetches).append(fetch)

@@ -209,9 +209,9 @@ def open_device(
     config : :class:`DeviceConfig`
         Device that is expected; a simulated one is built from it.
     memory : array of uint8 or None
-        Bytes of all experts, layer by layer, ``layers * experts * expert_bytes`` of them. None
-        stands for a pattern that depends on layer, expert and position. Only where the device moves
-        experts itself.
+        Bytes of all experts, layer by layer, ``config.memory_bytes`` of them. None stands for a
+        pattern that depends on layer, expert and position. Only where the device moves experts
+        itself.
     copier : callable or None
         With ``config.mover == "host"``, and only then: copies tiles, see :class:`Device`.
 
@@ -233,7 +233,7 @@ def open_device(
     scheme, options = _options(url)
     opener = _opener(scheme, url)
     _check_mover(config, copier)
-    size = config.model.layers * config.model.experts * config.expert_bytes
+    size = config.memory_bytes
     if config.mover == "host":
         if memory is not None:
             raise ArgumentError("Memory must not be given where the host's copier moves experts")
@@ -616,13 +616,15 @@ class Device:
             )
         if self._simulated is not None and not over_link:
             try:
-                return self._simulated.read_slot(ready.slot)
+                size = self.config.layer_sizes[ready.layer]
+                return self._simulated.read_slot(ready.slot, size=size)
             except OSError as error:
                 raise DataError(f"Slot {ready.slot} can't be read: {error}") from error
-        return self._read_over_link(ready.slot)
+        return self._read_over_link(ready)
 
-    def _read_over_link(self, slot: int) -> bytes:
-        beats = self.config.expert_beats
+    def _read_over_link(self, ready: Ready) -> bytes:
+        slot = ready.slot
+        beats = self.config.layer_sizes[ready.layer] // self.config.data_bytes
         most = 0xFFFF
         for beat in range(0, beats, most):
             self._post("READ", slot, beat, min(most, beats - beat))
@@ -1204,12 +1206,12 @@ class Device:
         return value
 
     def _check_base(self, part: int, base: int) -> None:
-        model = self.config.model
         parts = self.config.part_bytes
         if not 0 <= operator.index(part) < len(parts):
             raise ArgumentError(f"Experts have parts 0 to {len(parts) - 1}, not {part}")
         what = f"Base of part {part}" if len(parts) > 1 else "Expert base"
-        most = (1 << self.config.address_bits) - model.layers * model.experts * parts[part]
+        array = self.config.memory_bytes * parts[part] // self.config.expert_bytes
+        most = (1 << self.config.address_bits) - array
         if not 0 <= operator.index(base) <= most:
             raise ArgumentError(f"{what} must be between 0 and {most:#x}, not {base:#x}")
         if base % self.config.data_bytes:

@@ -300,7 +300,7 @@ def replay(
         layers=layers_done,
         experts_checked=layers_done * k,
         baseline_misses=baseline_misses(trace, layers=layers_done, slots=device.config.slots),
-        bytes_checked=layers_done * k * device.config.expert_bytes,
+        bytes_checked=k * _layers_bytes(device.config, layers_done),
         counters=counters,
         cycles=cycles,
         seconds=seconds,
@@ -314,6 +314,12 @@ def replay(
         tables=tables or {},
         versions=_versions(),
     )
+
+
+def _layers_bytes(config: DeviceConfig, layers: int) -> int:
+    """Bytes of one expert of each of so many layers, token after token."""
+    tokens, more = divmod(layers, config.model.layers)
+    return tokens * sum(config.layer_sizes) + sum(config.layer_sizes[:more])
 
 
 def _check(device: Device, trace: Trace, *, pace: str, layer_cycles: int) -> None:
@@ -337,7 +343,7 @@ def _verify(device: Device, layer: int) -> None:
         slots = [ready.slot for ready in arrived]
         wrong = device.simulated.compare(slots, [layer] * len(slots), experts)
     else:
-        size = device.config.expert_bytes
+        size = device.config.layer_sizes[layer]
         wrong = [
             at
             for at, ready in enumerate(arrived)

@@ -8,7 +8,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TRANSFER_DTYPE", "Pipe", "SimulatedPipe"]
+from .params import DeviceConfig
+
+__all__ = ["TRANSFER_DTYPE", "Pipe", "SimulatedPipe", "slot_tiles"]
 
 #: One read burst as the memory saw it, with the cycles of its address and of its last beat.
 TRANSFER_DTYPE = np.dtype(
@@ -54,13 +56,16 @@ class SimulatedPipe(Pipe, Protocol):
     def run(self, cycles: int) -> bytes:
         """Let ``cycles`` clock cycles pass; returns the bytes that came back meanwhile."""
 
-    def read_slot(self, slot: int) -> bytes:
-        """Bytes of a slot through the consumer port; raises ``OSError`` if a tile isn't valid."""
+    def read_slot(self, slot: int, *, size: int | None = None) -> bytes:
+        """The first ``size`` bytes of a slot, or all, through the consumer port.
+
+        Raises ``OSError`` if a tile of them isn't valid.
+        """
 
     def compare(
         self, slots: Sequence[int], layers: Sequence[int], experts: Sequence[int]
     ) -> list[int]:
-        """Compare every byte of slots, read through the consumer port, with memory.
+        """Compare every byte of experts in slots, read through the consumer port, with memory.
 
         Returns the positions (indices into ``slots``) that differ or hold an invalid tile: empty if
         all is well.
@@ -71,3 +76,21 @@ class SimulatedPipe(Pipe, Protocol):
 
         At least the last 65,536 are kept. The array is empty on a device without a clock.
         """
+
+
+def slot_tiles(config: DeviceConfig, size: int | None) -> int:
+    """Tiles that the first ``size`` bytes of a slot are; None stands for a whole slot.
+
+    Raises
+    ------
+    ValueError
+        If a slot doesn't have so many whole tiles.
+    """
+    if size is None:
+        return config.tiles
+    if not 0 < size <= config.expert_bytes or size % config.tile_bytes:
+        raise ValueError(
+            f"Size must be a whole number of {config.tile_bytes}-byte tiles, at most"
+            f" {config.expert_bytes} bytes, not {size}"
+        )
+    return size // config.tile_bytes

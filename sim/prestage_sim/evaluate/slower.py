@@ -84,7 +84,7 @@ class _Engine:
     ) -> None:
         self.config = config
         self.tile = tile
-        self._due_tiles = -(-config.tiles * budget // 8)
+        self._due_tiles = [-(-tiles * budget // 8) for tiles in config.layer_tiles]
         self._layer: float | None = None  # mean time of a layer
         self._routed: float | None = None  # when the last decision came
         self.buffer = ExpertBuffer(config)
@@ -129,7 +129,7 @@ class _Engine:
             )
             fetch = self._fetches.get(key)
             if result.prefetched:
-                tiles = self.config.tiles
+                tiles = self.config.layer_tiles[layer]
                 self.throttle.used(
                     result.slot, returned=tiles if fetch is None else tiles - fetch.left
                 )
@@ -177,7 +177,7 @@ class _Engine:
         deadline: int = 0,
         kind: PrefetchKind | None = None,
     ) -> _Fetch:
-        fetch = _Fetch(key, slot, demand, deadline, kind, self.config.tiles)
+        fetch = _Fetch(key, slot, demand, deadline, kind, self.config.layer_tiles[key[0]])
         self._fetches[key] = fetch
         return fetch
 
@@ -199,16 +199,17 @@ class _Engine:
         for fetch in [f for f in self._arriving if f.end <= until]:
             self._arriving.remove(fetch)
             del self._fetches[fetch.key]
-            last = self.config.tiles - 1
+            last = self.config.layer_tiles[fetch.key[0]] - 1
             self.buffer.request(BufferOp.FILL, slot=fetch.slot, tile=last, last=True)
 
-    def _comes_late(self, deadline: int) -> bool:
+    def _comes_late(self, layer: int, deadline: int) -> bool:
         """Whether too little of a prefetch would come in time, behind those that have begun."""
-        if not self._due_tiles or self._layer is None or self._routed is None:
+        due = self._due_tiles[layer]
+        if not due or self._layer is None or self._routed is None:
             return False
         left = (deadline - self.routes) % 256 * self._layer
         left -= max(self._free, self.now) - self._routed
-        tiles = sum(fetch.left for fetch in self._prefetches) + self._due_tiles
+        tiles = sum(fetch.left for fetch in self._prefetches) + due
         return tiles * self.tile > left
 
     def step(self) -> None:
@@ -228,7 +229,7 @@ class _Engine:
             if not self.throttle.admits(kind):
                 self.counts["throttled"] += 1
                 continue
-            if self._comes_late(deadline):
+            if self._comes_late(layer, deadline):
                 self.counts["too late"] += 1
                 continue
             result = self.buffer.request(

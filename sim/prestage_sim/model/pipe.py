@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from prestage_hw.contract import TRANSFER_DTYPE, DeviceConfig
 from prestage_hw.contract.params import require_config
+from prestage_hw.contract.pipe import slot_tiles
 
 from .dma.axi import Memory
 from .link import DeviceLink
@@ -131,24 +132,25 @@ class ModelPipe:
         """Nothing passes: returns what is due."""
         return self.exchange(b"", frames=0)
 
-    def read_slot(self, slot: int) -> bytes:
-        """Bytes of a slot, up to the end of the expert in it.
+    def read_slot(self, slot: int, *, size: int | None = None) -> bytes:
+        """The first ``size`` bytes of a slot, or all.
 
         Raises
         ------
         ValueError
-            If there is no such slot.
+            If there is no such slot, or if it hasn't so many whole tiles.
         OSError
-            If a tile of the slot isn't valid, or slots are the host's.
+            If a tile of them isn't valid, or slots are the host's.
         """
+        tiles = slot_tiles(self.config, size)
         if not 0 <= slot < self.config.slots:
             raise ValueError(f"Slot must be between 0 and {self.config.slots - 1}, not {slot}")
         self._check_slots()
         storage = self.top.buffer.storage
-        missing = [t for t in range(self.config.tiles) if not storage.valid[slot] >> t & 1]
+        missing = [t for t in range(tiles) if not storage.valid[slot] >> t & 1]
         if missing:
             raise OSError(f"tile {missing[0]} of slot {slot} is not valid")
-        data: bytes = storage.data[slot].tobytes()
+        data: bytes = storage.data[slot, : tiles * self.config.tile_bytes].tobytes()
         return data
 
     def compare(
@@ -163,7 +165,6 @@ class ModelPipe:
         """
         self._check_slots()
         storage = self.top.buffer.storage
-        whole = (1 << self.config.tiles) - 1
         bases = self.top.registers.bases
         wrong = []
         for at, (slot, layer, expert) in enumerate(zip(slots, layers, experts, strict=True)):
@@ -171,8 +172,10 @@ class ModelPipe:
                 self._memory[start : start + size]
                 for start, size in self.config.expert_spans(layer, expert, bases=bases)
             ]
-            if storage.valid[slot] != whole or not np.array_equal(
-                storage.data[slot], np.concatenate(parts)
+            whole = np.concatenate(parts)
+            valid = (1 << self.config.layer_tiles[layer]) - 1
+            if storage.valid[slot] != valid or not np.array_equal(
+                storage.data[slot, : whole.size], whole
             ):
                 wrong.append(at)
         return wrong

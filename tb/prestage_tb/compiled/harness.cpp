@@ -17,7 +17,6 @@ namespace {
 
 constexpr uint64_t kDataBytes = PRESTAGE_DATA_BYTES;
 constexpr uint64_t kExpertBytes = PRESTAGE_EXPERT_BYTES;
-constexpr uint64_t kExpertBeats = kExpertBytes / kDataBytes;
 constexpr unsigned kSlotBits = PRESTAGE_SLOT_BITS;
 
 constexpr uint8_t kOkay = 0, kSlaveError = 2, kDecodeError = 3;
@@ -63,7 +62,7 @@ struct prestage {
 
     // Consumer port. Requests and beats are counted for good; those up to batch_start belong to reads that were replaced.
     std::vector<uint32_t> slots;
-    std::vector<uint64_t> addresses;
+    std::vector<uint64_t> addresses, slot_beats;
     std::vector<uint8_t> verdicts;
     std::vector<uint8_t> slot_bytes = std::vector<uint8_t>(kExpertBytes);
     uint64_t asked = 0, asked_beat = 0;
@@ -153,7 +152,7 @@ struct prestage {
         if (address > memory_bytes || memory_bytes - address < kDataBytes ||
             std::memcmp(payload, memory + address, kDataBytes) != 0)
             verdicts[answered] |= PRESTAGE_DIFFERS;
-        if (++answered_beat == kExpertBeats) {
+        if (++answered_beat == slot_beats[answered]) {
             answered_beat = 0;
             ++answered;
         }
@@ -197,7 +196,7 @@ struct prestage {
         // An idle memory saves no more than one beat's worth.
         credit = credit < credit_beat ? credit + credit_step : credit_beat;
         if (!r_valid) offer();
-        if (took_read && ++requests > batch_start && ++asked_beat == kExpertBeats) {
+        if (took_read && ++requests > batch_start && ++asked_beat == slot_beats[asked]) {
             asked_beat = 0;
             ++asked;
         }
@@ -263,11 +262,13 @@ void prestage_pop(prestage *device, uint64_t count) {
     device->received.erase(begin, end);
 }
 
-void prestage_consume(prestage *device, uint64_t count, const uint32_t *slots, const uint64_t *addresses) {
+void prestage_consume(
+    prestage *device, uint64_t count, const uint32_t *slots, const uint64_t *addresses, const uint64_t *beats) {
     // A request on offer must not change before it is taken, so it still belongs to what is replaced.
     device->batch_start = device->requests + device->reads_valid;
     device->slots.assign(slots, slots + count);
     device->addresses.assign(addresses, addresses + count);
+    device->slot_beats.assign(beats, beats + count);
     device->verdicts.assign(count, 0);
     device->asked = device->asked_beat = device->answered = device->answered_beat = 0;
 }

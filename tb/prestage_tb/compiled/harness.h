@@ -15,7 +15,7 @@ extern "C" {
 #define PRESTAGE_EXPORT __attribute__((visibility("default")))
 
 // Changes whenever a caller built against an older header would go wrong.
-#define PRESTAGE_ABI 1
+#define PRESTAGE_ABI 2
 
 typedef struct prestage prestage;
 
@@ -64,11 +64,11 @@ PRESTAGE_EXPORT uint64_t prestage_frames(const prestage *device);
 PRESTAGE_EXPORT const uint8_t *prestage_data(const prestage *device);
 PRESTAGE_EXPORT void prestage_pop(prestage *device, uint64_t count);
 
-// Start to read whole slots through the consumer port, in order, one beat a cycle, and to compare each with the expert at its address in
-// memory. Replaces reads that were not finished. Run until PRESTAGE_UNTIL_CONSUMED, then look at the verdicts (one a slot, see below)
+// Start to read the first so many beats of slots through the consumer port, in order, one beat a cycle, and to compare each with the
+// expert at its address in memory. Replaces reads that were not finished. Run until PRESTAGE_UNTIL_CONSUMED, then look at the verdicts (one a slot, see below)
 // and at the bytes of the last slot that was read.
 PRESTAGE_EXPORT void prestage_consume(
-    prestage *device, uint64_t count, const uint32_t *slots, const uint64_t *addresses);
+    prestage *device, uint64_t count, const uint32_t *slots, const uint64_t *addresses, const uint64_t *beats);
 PRESTAGE_EXPORT int prestage_consumed(const prestage *device);
 PRESTAGE_EXPORT const uint8_t *prestage_verdicts(const prestage *device);
 PRESTAGE_EXPORT const uint8_t *prestage_slot_bytes(const prestage *device);

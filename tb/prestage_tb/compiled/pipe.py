@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prestage_hw.contract import TRANSFER_DTYPE, DeviceConfig
+from prestage_hw.contract.pipe import slot_tiles
 
 from .build import ENGINES, TOP, build_library
 
@@ -26,7 +27,7 @@ OPTIONS = {
     "engine": f"Simulator: {' or '.join(ENGINES)} (default {ENGINES[0]}).",
 }
 
-_ABI = 1
+_ABI = 2
 _UNTIL_SENT, _UNTIL_FRAMES, _UNTIL_CONSUMED = 1, 2, 4
 _INVALID = 2
 _LOG_BURSTS = 131072
@@ -44,7 +45,7 @@ def open_pipe(
     ----------
     config : :class:`DeviceConfig`
         Device to simulate.
-    memory : array of uint8, shape ``[layers * experts * expert_bytes]``
+    memory : array of uint8, shape ``[config.memory_bytes]``
         Image of all experts at address 0. It is not copied: later changes count.
     options : mapping of :class:`str` to :class:`str`
         See :data:`OPTIONS`.
@@ -127,7 +128,7 @@ def _load(path: Path) -> ctypes.CDLL:
         ("received", u64, (handle,)),
         ("data", handle, (handle,)),
         ("pop", None, (handle, u64)),
-        ("consume", None, (handle, u64, handle, handle)),
+        ("consume", None, (handle, u64, handle, handle, handle)),
         ("consumed", ctypes.c_int, (handle,)),
         ("verdicts", handle, (handle,)),
         ("slot_bytes", handle, (handle,)),
@@ -190,7 +191,7 @@ class CompiledPipe:
             raise TypeError("Memory image must be contiguous")
         if config.slot_store != "internal":
             raise ValueError("A compiled device must have internal slots, not slots in a memory")
-        size = config.model.layers * config.model.experts * config.expert_bytes
+        size = config.memory_bytes
         if config.mover == "host":
             size = 0
         if memory.shape != (size,):
@@ -250,22 +251,21 @@ class CompiledPipe:
         """Assert the reset; cycles start at 0 again and the log is empty."""
         self._library.prestage_reset(self._open())
 
-    def read_slot(self, slot: int) -> bytes:
-        """Bytes of a slot through the consumer port.
+    def read_slot(self, slot: int, *, size: int | None = None) -> bytes:
+        """The first ``size`` bytes of a slot, or all, through the consumer port.
 
         Raises
         ------
         ValueError
-            If there is no such slot.
+            If there is no such slot, or if it hasn't so many whole tiles.
         OSError
-            If a tile isn't valid, or slots are the host's.
+            If a tile of them isn't valid, or slots are the host's.
         """
-        (verdict,) = self._consume([slot], [0])
+        size = slot_tiles(self.config, size) * self.config.tile_bytes
+        (verdict,) = self._consume([slot], [0], [size])
         if verdict & _INVALID:
             raise OSError(f"Slot {slot} holds a tile that is not valid")
-        return ctypes.string_at(
-            self._library.prestage_slot_bytes(self._open()), self.config.expert_bytes
-        )
+        return ctypes.string_at(self._library.prestage_slot_bytes(self._open()), size)
 
     def compare(
         self, slots: Sequence[int], layers: Sequence[int], experts: Sequence[int]
@@ -290,7 +290,8 @@ class CompiledPipe:
             addresses.append(self.config.expert_address(int(layer), int(expert)))
         if len(self.config.part_bytes) > 1:
             return self._compare_parts(slots, layers, experts)
-        verdicts = self._consume(slots, addresses)
+        sizes = [self.config.layer_sizes[layer] for layer in layers]
+        verdicts = self._consume(slots, addresses, sizes)
         return [position for position, verdict in enumerate(verdicts) if verdict]
 
     def _compare_parts(
@@ -301,7 +302,7 @@ class CompiledPipe:
         for position, (slot, layer, expert) in enumerate(zip(slots, layers, experts, strict=True)):
             spans = self.config.expert_spans(int(layer), int(expert))
             whole = np.concatenate([self._memory[at : at + size] for at, size in spans]).tobytes()
-            (verdict,) = self._consume([slot], [0])
+            (verdict,) = self._consume([slot], [0], [len(whole)])
             held = self._library.prestage_slot_bytes(self._open())
             if verdict & _INVALID or ctypes.string_at(held, len(whole)) != whole:
                 wrong.append(position)
@@ -353,7 +354,9 @@ class CompiledPipe:
         self._library.prestage_pop(self._handle, count)
         return data
 
-    def _consume(self, slots: Sequence[int], addresses: Sequence[int]) -> bytes:
+    def _consume(
+        self, slots: Sequence[int], addresses: Sequence[int], sizes: Sequence[int]
+    ) -> bytes:
         handle = self._open()
         if self.config.mover == "host":
             raise OSError("Slots are the host's")
@@ -364,7 +367,10 @@ class CompiledPipe:
             return b""
         chosen = np.array(slots, np.uint32)
         places = np.array(addresses, np.uint64)
-        self._library.prestage_consume(handle, len(chosen), chosen.ctypes.data, places.ctypes.data)
+        beats = np.array(sizes, np.uint64) // np.uint64(self.config.data_bytes)
+        self._library.prestage_consume(
+            handle, len(chosen), chosen.ctypes.data, places.ctypes.data, beats.ctypes.data
+        )
         # A beat a cycle is usual; a port that answers a hundred times slower is stuck.
         limit = 100_000 + 100 * len(chosen) * self.config.expert_beats
         self._advance(limit, _UNTIL_CONSUMED, 0)

@@ -53,7 +53,7 @@ class Storage:
         self.data[slot, start : start + width] = np.frombuffer(data, dtype=np.uint8)
 
     def write_expert(self, slot: int, data: _Bytes) -> None:
-        """Write all beats of a slot.
+        """Write all beats of an expert; what lies behind it in the slot stays.
 
         Raises
         ------
@@ -61,9 +61,10 @@ class Storage:
             If the slot is out of range or the data is not one expert long.
         """
         self._start(slot, 0)
-        if len(data) != self.config.expert_bytes:
-            raise ValueError(f"Expert must be {self.config.expert_bytes} bytes, not {len(data)}")
-        self.data[slot] = np.frombuffer(data, dtype=np.uint8)
+        if len(data) not in self.config.layer_sizes:
+            sizes = " or ".join(map(str, sorted(set(self.config.layer_sizes))))
+            raise ValueError(f"Expert must be {sizes} bytes, not {len(data)}")
+        self.data[slot, : len(data)] = np.frombuffer(data, dtype=np.uint8)
 
     def read_beat(self, slot: int, beat: int) -> tuple[bytes, bool]:
         """Bytes of a beat, and whether its tile is valid.

@@ -44,7 +44,7 @@ _SOURCE_HINT = int(Source.HINT)
 CREDIT, ON, OPEN, MISSES, APART = range(5)
 
 #: Places of :attr:`ThrottleState.registers`.
-ENABLE, EVICTIONS, MODULUS, JUMP, TILES, USEFUL, PRICE, POLLUTION, WAIT, FLOOR, LONGEST = range(11)
+ENABLE, EVICTIONS, MODULUS, JUMP, USEFUL, PRICE, POLLUTION, WAIT, FLOOR, LONGEST = range(10)
 
 
 class ThrottleState(NamedTuple):
@@ -57,9 +57,11 @@ class ThrottleState(NamedTuple):
         demand misses since its last probe, and how far apart its probes are, as a power of two.
     registers : array of ``int64``
         Whether it is enabled, evictions so far, what they are counted modulo, how many pass at a
-        clear, tiles of an expert, and the fields of the register ``throttle``.
+        clear, and the fields of the register ``throttle``.
     evicted : array of ``int64``, shape ``[L * E]``
         When each expert was evicted last.
+    tiles : array of ``int64``, shape ``[L * E]``
+        Tiles of each expert.
     owners : array of ``int64``, shape ``[S, 2]``
         Expert and kind of each slot's latest fetch, -1 for none.
     """
@@ -67,20 +69,21 @@ class ThrottleState(NamedTuple):
     kinds: NDArray[np.int64]
     registers: NDArray[np.int64]
     evicted: NDArray[np.int64]
+    tiles: NDArray[np.int64]
     owners: NDArray[np.int64]
 
 
 def create_throttle(config: DeviceConfig) -> ThrottleState:
     """A throttle as after reset: it is not enabled, and no field of its register is set."""
     jump = 1 << config.slots.bit_length()
-    registers = np.zeros(11, np.int64)
+    registers = np.zeros(10, np.int64)
     registers[MODULUS] = max(1 << _EVICTION_BITS, 4 * jump)
     registers[JUMP] = jump
-    registers[TILES] = config.tiles
     state = ThrottleState(
         kinds=np.zeros((5, _KINDS), np.int64),
         registers=registers,
         evicted=np.zeros(config.model.layers * config.model.experts, np.int64),
+        tiles=np.repeat(np.array(config.layer_tiles, np.int64), config.model.experts),
         owners=np.zeros((config.slots, 2), np.int64),
     )
     clear_throttle(state)
@@ -189,10 +192,10 @@ def count_prefetch(
 
 @compiled
 def count_use(state: Any, slot: Any, tiles: Any) -> None:
-    """Count a demand for a prefetch of which so many tiles had come."""
+    """Count a demand for a prefetch of which so many tiles had come; all, if it has no more."""
     kinds, registers = state.kinds, state.registers
-    kind = state.owners[slot, 1]
-    eighths = 8 * tiles // registers[TILES]
+    owner, kind = state.owners[slot]
+    eighths = min(8, 8 * tiles // state.tiles[owner])
     kinds[OPEN, kind] -= 1
     kinds[APART, kind] = max(kinds[APART, kind] - 2, _SHORTEST)
     _pay(state, kind, (registers[USEFUL] * eighths >> 3) + registers[PRICE])
@@ -299,7 +302,7 @@ class Throttle:
         """Count a demand for a prefetch that had so many tiles; None stands for all."""
         self._check(slot)
         assert self.counted.owners[slot, 1] >= 0, f"slot {slot} holds no prefetch"
-        tiles = int(self.counted.registers[TILES])
+        tiles = int(self.counted.tiles[self.counted.owners[slot, 0]])
         count_use(self.counted, slot, tiles if returned is None else returned)
 
     def dropped(self, slot: int) -> None:
