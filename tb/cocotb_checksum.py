@@ -97,6 +97,8 @@ class TB:
         dut.start_tag.value = tag
         dut.start_number.value = fetch.number
         dut.start_address.value = fetch.address
+        if self.config.layer_bytes:
+            dut.start_last_tile.value = self.tiles(fetch) - 1
         await RisingEdge(dut.clk)
         dut.start.value = 0
 
@@ -116,7 +118,7 @@ class TB:
         if reason == FetchReason.OK:
             fetch.good += 1
             layer, expert = divmod(fetch.number, config.model.experts)
-            if fetch.good == config.tiles and not self.golden.good(layer, expert, fetch.data):
+            if fetch.good == self.tiles(fetch) and not self.golden.good(layer, expert, fetch.data):
                 completion = {
                     **completion,
                     "failed": 1,
@@ -133,7 +135,7 @@ class TB:
         queues = [deque() for _ in range(channels)]
         for tag, fetch in fetches.items():
             await self.start(tag, fetch)
-            for tile in range(config.tiles):
+            for tile in range(self.tiles(fetch)):
                 queues[r.randrange(channels)].append((tag, fetch, tile))
         if channels > 1:
             for queue in queues:
@@ -187,7 +189,12 @@ class TB:
         """A fetch of an expert with random bytes."""
         config, r = self.config, self.random
         number = r.randrange(self.experts) if number is None else number
-        return Fetch(number, r.randbytes(config.expert_bytes), r.getrandbits(config.address_bits))
+        size = config.layer_sizes[number // config.model.experts]
+        return Fetch(number, r.randbytes(size), r.getrandbits(config.address_bits))
+
+    def tiles(self, fetch):
+        """Tiles of the expert that a fetch is about."""
+        return self.config.layer_tiles[fetch.number // self.config.model.experts]
 
 
 @cocotb.test()
@@ -214,6 +221,8 @@ async def experts(dut, stall):
     assert reasons[FetchReason.CRC] and reasons[FetchReason.OK] and reasons[FetchReason.BUS]
     hit("checksum.experts")
     hit("checksum.order")
+    if config.layer_bytes:
+        hit("checksum.sizes")
 
 
 @cocotb.test()
@@ -225,7 +234,7 @@ async def every_bit(dut):
     good = tb.fetch(1)
     tb.load(1, zlib.crc32(good.data))
     await tb.requests.sent()
-    bits = range(8 * config.expert_bytes)
+    bits = range(8 * len(good.data))
     if len(bits) * config.expert_beats > 140_000:
         # A small expert of another shape has them all.
         bits = tb.random.sample(bits, 40_000 // config.expert_beats)
@@ -305,10 +314,14 @@ async def timing(dut):
     watch.cycle, watch.delays = 0, []
     cocotb.start_soon(watch())
     block = Checksums(config=config)
-    await tb.move({0: tb.fetch(), 1: tb.fetch()}, channels=1)
+    fetches = {0: tb.fetch(), 1: tb.fetch()}
+    await tb.move(fetches, channels=1)
     await tb.done()
-    last = config.tiles
-    expected = [block.latency + 3 * ((n + 1) % last == 0) for n in range(2 * last)]
+    expected = [
+        block.latency + 3 * (tile + 1 == tb.tiles(fetch))
+        for fetch in fetches.values()
+        for tile in range(tb.tiles(fetch))
+    ]
     assert watch.delays == expected, (watch.delays, expected)
     watch.delays.clear()
     fetch = tb.fetch()
@@ -324,8 +337,9 @@ async def timing(dut):
     if config.tile_beats >= 8:
         before = len(tb.completions.received)
         start = watch.cycle
-        await tb.move({tag: tb.fetch() for tag in range(config.inflight)}, channels=1)
-        count = config.inflight * config.tiles
+        fetches = {tag: tb.fetch() for tag in range(config.inflight)}
+        await tb.move(fetches, channels=1)
+        count = sum(tb.tiles(fetch) for fetch in fetches.values())
         while len(tb.completions.received) < before + count:
             await RisingEdge(dut.clk)
         took = watch.cycle - start

@@ -281,6 +281,10 @@ class TB:
 
     # --- scoreboard ---
 
+    def tiles(self, entry):
+        """Tiles of an expert in flight."""
+        return self.config.layer_tiles[entry.layer]
+
     def tile_address(self, layer, expert, tile):
         """Address of a tile of an expert."""
         spans = self.config.expert_spans(layer, expert, bases=self.bases)
@@ -389,7 +393,7 @@ class TB:
             e
             for e in self.inflight.values()
             if e.demand
-            and e.offered < config.tiles
+            and e.offered < config.layer_tiles[e.layer]
             and e.failed_at is None
             and e is not self.undecided
             and self.cycle - e.since > SLACK
@@ -467,7 +471,7 @@ class TB:
         if op == BufferOp.FILL:
             entry, completion = self.fill_queue.popleft()
             done = entry.completed == entry.offered and (
-                entry.offered == self.config.tiles or entry.failed_at is not None
+                entry.offered == self.tiles(entry) or entry.failed_at is not None
             )
             if request["last"] and not done:
                 self._may_be_given_up(entry)
@@ -667,7 +671,7 @@ class TB:
     def _may_be_given_up(self, entry):
         """It is a prefetch in part, of which nothing is on its way, and its deadline has come."""
         assert str(self.dut.cancel_enable.value) == "1"
-        assert not entry.demand and entry.completed == entry.offered < self.config.tiles
+        assert not entry.demand and entry.completed == entry.offered < self.tiles(entry)
         assert (self.routes[entry.ctx] - entry.deadline) % 256 < 128, "given up too early"
 
     def _waits_for(self):
@@ -682,9 +686,8 @@ class TB:
             layer=layer, expert=expert, slot=slot, demand=demand, ctx=ctx, cycle=self.cycle
         )
         if self.random.random() < self.failing:
-            tile, beat = divmod(
-                self.random.randrange(self.config.expert_beats), self.config.tile_beats
-            )
+            beats = self.config.layer_tiles[layer] * self.config.tile_beats
+            tile, beat = divmod(self.random.randrange(beats), self.config.tile_beats)
             first = self.tile_address(layer, expert, tile) + beat * self.config.data_bytes
             self.broken.append((first, first + self.config.data_bytes))
 
@@ -816,6 +819,8 @@ async def timed(dut, stall, latency, failing):
         assert tb.strobes[name], f"the workload has no {name}"
     if len(config.part_bytes) > 1:
         hit("scheduler.parts")
+    if config.layer_bytes:
+        hit("scheduler.sizes")
     dut._log.info("counters: %s", dict(tb.strobes))
 
 
@@ -852,7 +857,7 @@ async def drained(dut, stall, failing, full):
     dut.cancel_enable.value = 1
     await tb.reset()
     model = config.model
-    size = tb.base + model.layers * model.experts * config.expert_bytes
+    size = tb.base + config.memory_bytes
     if failing:
         for _ in range(model.layers * model.experts // 8):
             first = tb.random.randrange(size // config.data_bytes) * config.data_bytes
@@ -975,7 +980,8 @@ async def demand_promotes_a_prefetch(dut):
     assert [f["demand"] for f, *_ in tb.memory_queue] == [0]
     tb.demand(0, 1, [5])
     await cycles(dut, 60)
-    assert [f["demand"] for f, *_ in tb.memory_queue] == [0] + [1] * (config.tiles - 1)
+    tiles = config.layer_tiles[1]
+    assert [f["demand"] for f, *_ in tb.memory_queue] == [0] + [1] * (tiles - 1)
     tb.hold_memory = False
     await tb.idle()
     assert [type(a) for a in tb.answers] == [Ready]
@@ -986,7 +992,7 @@ async def demand_promotes_a_prefetch(dut):
         "useful": 1,
         "prefetch_bytes": 1,
         "fills": 1,
-        **({"demand_bytes": config.tiles - 1} if config.tiles > 1 else {}),
+        **({"demand_bytes": tiles - 1} if tiles > 1 else {}),
     }
 
 
@@ -996,7 +1002,7 @@ async def routed_layer_gives_up(dut, tiles_out, wanted):
     """What a decision did not want gets no more tiles, unless a demand comes for it after all."""
     tb = TB(dut, latency=(5, 5))
     config = tb.config
-    if config.tiles < (2 if tiles_out else 3):
+    if config.layer_tiles[1] < (2 if tiles_out else 3):
         return  # An expert of so few tiles is never given up like that.
     dut.cancel_enable.value = 1
     await tb.reset()
@@ -1119,10 +1125,11 @@ async def promoted_prefetch_goes_behind_earlier_demands(dut):
     tb.demand(0, 0, [3, 5])
     await cycles(dut, 60)
     tb.fetches.paused = False
-    await cycles(dut, 20 + 4 * config.tiles)
+    tiles = config.layer_tiles[0]
+    await cycles(dut, 20 + 4 * tiles)
     slots = {e.expert: e.slot for e in tb.inflight.values()}
     assert [f["slot"] for f, *_ in tb.memory_queue] == (
-        [slots[5]] + [slots[3]] * config.tiles + [slots[5]] * (config.tiles - 1)
+        [slots[5]] + [slots[3]] * tiles + [slots[5]] * (tiles - 1)
     )
     tb.hold_memory = False
     await tb.idle()
@@ -1142,7 +1149,9 @@ async def demand_waits_for_one_tile(dut):
     await cycles(dut, 120)
     # Prefetches may hold so many entries that some demands wait for one.
     demands = min(tb.config.model.top_k, tb.config.inflight - tb.config.prefetch_inflight)
-    assert [f["demand"] for f, *_ in tb.memory_queue] == [0] + [1] * (tb.config.tiles * demands)
+    assert [f["demand"] for f, *_ in tb.memory_queue] == [0] + [1] * (
+        tb.config.layer_tiles[0] * demands
+    )
     tb.hold_memory = False
     await tb.idle()
 
@@ -1228,7 +1237,7 @@ async def demand_waits_for_a_slot(dut):
     tb.hold_memory = False
     await tb.idle()
     assert tb.answers[-1][:3] == (0, layer, model.experts - 2)
-    assert tb.expected["waits"] == tb.config.tiles
+    assert tb.expected["waits"] == config.layer_tiles[layer]
     assert tb.strobes["refused"] == 0
 
 

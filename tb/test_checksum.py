@@ -18,6 +18,10 @@ HERE = Path(__file__).parent
 CONFIGS = {
     # 16 beats an expert, 8 a tile: every bit of it can be wrong once, and tiles end the fastest.
     "tiny": TINY_DEVICE.replace(data_bytes=64, checksums=True),
+    # Layers whose experts have two, one, three and again two tiles.
+    "sizes": TINY_DEVICE.replace(
+        data_bytes=64, checksums=True, expert_bytes=1536, layer_bytes=(1024, 512, 1536, 1024)
+    ),
     # Three tiles, one channel, an odd number of experts.
     "narrow": DeviceConfig(
         model=preset("tiny"),
@@ -34,7 +38,10 @@ CONFIGS = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.soak if name != "tiny" else ()) for name in CONFIGS],
+    [
+        pytest.param(name, marks=() if name in ("tiny", "sizes") else pytest.mark.soak)
+        for name in CONFIGS
+    ],
 )
 def test_checksums(name):
     config = CONFIGS[name]

@@ -18,6 +18,8 @@ CONFIGS = {
     "gpt-oss-20b": DeviceConfig(model=preset("gpt-oss-20b"), slots=64),
     # Experts in four parts, whose arrays lie in another order.
     "parts": TINY_DEVICE.replace(expert_bytes=3072, parts=(1024, 512, 1024, 512)),
+    # Layers whose experts have two, six, one and three tiles.
+    "sizes": TINY_DEVICE.replace(expert_bytes=3072, layer_bytes=(1024, 3072, 512, 1536)),
     # Odd sizes, more contexts, more prefetches, a whole expert in one tile.
     "one-tile": DeviceConfig(
         model=preset("olmoe-1b-7b"),

@@ -20,6 +20,7 @@ from prestage_hw.contract.registers import THROTTLE_FIELDS, register_by_name
 from prestage_hw.scheduler.throttle import Outcome, OutcomeLayout, Throttle
 from prestage_sim.model.scheduler import Throttle as GoldenThrottle
 from prestage_tb.bench import StreamSource, cycles, parameters, reset, run_bench, start_clock
+from prestage_tb.coverage import hit
 
 _CONFIGS = {
     "tiny": TINY_DEVICE,
@@ -30,6 +31,7 @@ _CONFIGS = {
         expert_bytes=1536,
         contexts=2,
     ),
+    "sizes": TINY_DEVICE.replace(expert_bytes=5632, layer_bytes=(5632, 512, 3584, 1536)),
 }
 
 
@@ -89,11 +91,15 @@ class _Bench:
                 slots[slot] = None
                 fields["outcome"] = Outcome.DROPPED.value
             else:
-                tiles = self.config.tiles
+                tiles = self.config.layer_tiles[now[0]]
                 returned = tiles if rng.random() < 0.7 else rng.randrange(tiles)
                 self.golden.used(slot, returned=returned)
                 slots[slot] = (*now[:2], None)
+                if returned == tiles and rng.random() < 0.5:
+                    returned = self.config.tiles  # A resident expert has all it can have.
                 fields.update(outcome=Outcome.USED.value, returned=returned)
+                if self.config.layer_bytes:
+                    fields["last_tile"] = tiles - 1
             self.outcomes.send(fields)
             return
         held = {owner[:2] for owner in slots if owner is not None}
@@ -152,6 +158,8 @@ async def follows_golden(dut, useful):
             await bench.idle()
             bench.compare()
             switches.add(bench.golden.state >> 24)
+    if bench.config.layer_bytes:
+        hit("throttle.sizes")
     if useful > 0.5:
         assert len(switches) >= 4, "kinds were hardly ever switched"
 

@@ -140,7 +140,7 @@ class _Bench:
         start = self.slot_base + ready["slot"] * self.config.expert_bytes
         data = b"".join(
             self.slots.words[at].to_bytes(size, "little")
-            for at in range(start, start + self.config.expert_bytes, size)
+            for at in range(start, start + self.config.layer_sizes[ready["layer"]], size)
         )
         spans = self.config.expert_spans(ready["layer"], ready["expert"])
         whole = b"".join(self.image[at : at + length].tobytes() for at, length in spans)
@@ -168,8 +168,10 @@ class _Bench:
             for beat in range(beats):
                 self.reads.send({"slot": ready["slot"], "beat": beat})
             got = await self.beats.receive(beats)
-            assert all(beat["ok"] for beat in got), ready
-            data = b"".join(bytes(beat["data"]) for beat in got)
+            # Behind the end of an expert that is shorter than its slot nothing is ever valid.
+            own = self.config.layer_sizes[ready["layer"]] // self.config.data_bytes
+            assert [beat["ok"] for beat in got] == [at < own for at in range(beats)], ready
+            data = b"".join(bytes(beat["data"]) for beat in got[:own])
             spans = self.config.expert_spans(ready["layer"], ready["expert"])
             whole = b"".join(self.image[start : start + size].tobytes() for start, size in spans)
             assert data == whole, ready
@@ -376,7 +378,7 @@ async def profiles_drained(dut, policy):
         # Which burst fails hangs on how long they are.
         layer, expert = rng.randrange(model.layers), rng.randrange(model.experts)
         address = config.expert_address(layer, expert) + rng.randrange(
-            0, config.expert_bytes, config.data_bytes
+            0, config.layer_sizes[layer], config.data_bytes
         )
         # Other policies look first at the slot that a failing fetch frees, which hangs on time.
         if policy is Policy.LRU:
@@ -488,8 +490,9 @@ async def rows_drained(dut):
             experts = rng.sample(range(model.experts), model.top_k)
             answers = await bench.drained(golden, "ROUTE", 0, layer, experts)
             for ready in bench.readies(answers)[:1]:
-                for beat in range(0, config.expert_beats, 5):
-                    count = min(5, config.expert_beats - beat)
+                beats = config.layer_sizes[layer] // config.data_bytes
+                for beat in range(0, beats, 5):
+                    count = min(5, beats - beat)
                     await bench.drained(golden, "READ", ready["slot"], beat, count)
             await bench.drained(golden, "RELEASE", 0, layer)
     await bench.compare_registers(golden)
@@ -653,7 +656,7 @@ async def timed_pace(dut, profiles):
     assert c["locks"] >= c["lock_misses"] > 0
     hit("scheduler.locks_timed")
     assert c["useful"] + c["useless"] <= c["prefetch_issued"]
-    assert c["demand_bytes"] + c["prefetch_bytes"] >= c["fills"] * config.expert_bytes
+    assert c["demand_bytes"] + c["prefetch_bytes"] >= c["fills"] * min(config.layer_sizes)
     assert c["link_errors"] == c["link_replays"] == c["rejected"] == 0
     if profiles:
         assert c["prefetch_issued"] > 10 and c["fills"] > 50
@@ -687,9 +690,22 @@ async def tables_and_reads(dut):
     for layer in range(min(3, config.model.layers)):
         experts = rng.sample(range(config.model.experts), config.model.top_k)
         answers = await bench.drained(golden, "ROUTE", 0, layer, experts)
+        beats = config.layer_sizes[layer] // config.data_bytes
+        count = min(5, beats)
         for ready in bench.readies(answers)[:2]:
-            count = min(5, config.expert_beats)
-            await bench.drained(golden, "READ", ready["slot"], config.expert_beats - count, count)
+            await bench.drained(golden, "READ", ready["slot"], beats - count, count)
+            if beats < config.expert_beats and config.stores_slots:
+                # What lies behind the expert's end in its slot is not valid.
+                bench.host.post("READ", ready["slot"], beats - 1, 2)
+                bench.host.post("SYNC", 1)
+                got = await bench.host.wait(dut, until=MESSAGES["SYNCED"].code)
+                assert [
+                    RECORDS["Data"].unpack(config, body)["ok"]
+                    for code, body in got
+                    if code == MESSAGES["DATA"].code
+                ] == [1, 0]
+                await bench.drained(golden, "READ", ready["slot"], config.expert_beats - 1, 2)
+                hit("checksum.device_sizes")
     if config.model.layers * config.model.experts * config.successors <= 1024:
         await bench.compare_tables(golden)
     await bench.drained(golden, "REGISTER_WRITE", register_by_name("clear").address, 7)
@@ -827,6 +843,9 @@ async def slot_memory_fails(dut):
     hit("dma.slots_in_memory")
 
 
+# Layers whose experts have three, one, four and two tiles.
+_SIZES = TINY_DEVICE.replace(expert_bytes=2048, layer_bytes=(1536, 512, 2048, 1024), checksums=True)
+
 _SHAPES = {
     "tiny": TINY_DEVICE,
     "tiny-none": TINY_DEVICE.replace(predictor="none"),
@@ -871,6 +890,42 @@ def test_parts():
     )
 
 
+def test_sizes():
+    """Layers whose experts differ in size, with checksums."""
+    run_bench(
+        lambda: Top(config=_SIZES),
+        module=__file__,
+        name="top",
+        parameters={"config": _SIZES},
+        testcase=[
+            f"drained_pace/stall=0.3/policy={Policy.LRU.name}",
+            f"drained_pace/stall=0.0/policy={Policy.NEXT_USE.name}",
+            "hints_and_errors",
+            "rows_drained",
+            "timed_pace/profiles=True",
+            "tables_and_reads",
+            "wrong_bits",
+        ],
+    )
+
+
+@pytest.mark.soak
+def test_sizes_in_memory():
+    """The same with slots behind an AXI4 write port."""
+    config = _SIZES.replace(slot_store="axi")
+    run_bench(
+        lambda: Top(config=config),
+        module=__file__,
+        name="top",
+        parameters={"config": config},
+        testcase=[
+            f"drained_pace/stall=0.3/policy={Policy.NEXT_USE.name}",
+            "hints_and_errors",
+            "wrong_bits",
+        ],
+    )
+
+
 def test_slots_in_memory():
     """Slots behind an AXI4 write port: right there at each Ready, at any pace."""
     config = TINY_DEVICE.replace(slot_store="axi", checksums=True)
@@ -890,12 +945,15 @@ def test_slots_in_memory():
     )
 
 
-def _run_trace(path, *, preset, tokens):
+def _run_trace(path, *, preset, tokens, sizes=(512,)):
     trace = load_trace(path)
     _, layers, top_k = trace.experts.shape
     model = ModelConfig(name=preset, layers=layers, experts=trace.experts_per_layer, top_k=top_k)
     config = DeviceConfig(
-        model=model, slots=max(top_k, layers * model.experts // 4), expert_bytes=512
+        model=model,
+        slots=max(top_k, layers * model.experts // 4),
+        expert_bytes=max(sizes),
+        layer_bytes=tuple(sizes[layer % len(sizes)] for layer in range(layers)),
     )
     run_bench(
         lambda: Top(config=config),
@@ -909,6 +967,13 @@ def _run_trace(path, *, preset, tokens):
 def test_top_tinymoe():
     """The project's own trace."""
     _run_trace(_ROOT / "models/tinymoe/traces/tinymoe__code.npz", preset="tinymoe", tokens=6)
+
+
+@pytest.mark.soak
+def test_top_tinymoe_sizes():
+    """The same with experts of different sizes."""
+    path = _ROOT / "models/tinymoe/traces/tinymoe__code.npz"
+    _run_trace(path, preset="tinymoe", tokens=6, sizes=(1024, 512, 1536))
 
 
 def test_top_gpt_oss():

@@ -87,6 +87,93 @@ def test_bad_parts(parts, kind, text):
         device(expert_bytes=2048, parts=parts)
 
 
+def test_sizes_of_layers():
+    alike = device(expert_bytes=2048)
+    assert alike.layer_sizes == (2048,) * 4 and alike.layer_tiles == (4,) * 4
+    assert alike.layer_starts == (0, 32, 64, 96, 128) and alike.memory_bytes == 32 * 2048
+    assert device(expert_bytes=2048, layer_bytes=(2048,) * 4) == alike
+    config = device(expert_bytes=2048, layer_bytes=(1024, 2048, 512, 1536))
+    assert config.layer_sizes == config.layer_bytes and config.layer_tiles == (2, 4, 1, 3)
+    assert config.layer_starts == (0, 16, 48, 56, 80)
+    assert config.memory_bytes == 8 * sum(config.layer_bytes)
+    # A slot holds the largest.
+    assert (config.tiles, config.expert_beats) == (4, 128)
+    # Each expert begins where the one before ends.
+    end = 0
+    for layer, size in enumerate(config.layer_bytes):
+        for expert in range(8):
+            assert config.expert_address(layer, expert) == end
+            assert config.expert_spans(layer, expert) == ((end, size),)
+            assert config.expert_spans(layer, expert, bases=(4096,)) == ((4096 + end, size),)
+            assert config.expert_at(end) == config.expert_at(end + size - 1) == (layer, expert)
+            end += size
+    assert config.expert_address(3, 7, base=64) == 64 + end - 1536
+    assert DeviceConfig.from_fields(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert alike.expert_at(3 * 2048 + 5) == (0, 3) and alike.expert_at(31 * 2048) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    "layer_bytes, changes, kind, text",
+    [
+        (
+            [512] * 4,
+            {},
+            TypeError,
+            "Layer sizes must be a tuple in bytes, not [512, 512, 512, 512]",
+        ),
+        ((512, 2048), {}, ValueError, "Layer sizes must be one for each of 4 layers, not 2"),
+        (
+            (512, 2048, "512", 512),
+            {},
+            TypeError,
+            "Expert size of layer 2 in bytes must be an integer, not '512'",
+        ),
+        (
+            (512, 2048, 512, 0),
+            {},
+            ValueError,
+            "Expert size of layer 3 in bytes must be between 512 and 16777216, not 0",
+        ),
+        (
+            (512, 700, 512, 2048),
+            {},
+            ValueError,
+            "Expert size of layer 1 must be a whole number of 512-byte tiles, not 700 bytes",
+        ),
+        (
+            (512, 1024, 512, 1024),
+            {},
+            ValueError,
+            "Greatest expert size of a layer must be that of a slot, 2048 bytes, not 1024",
+        ),
+        (
+            (512, 1024, 512, 4096),
+            {},
+            ValueError,
+            "Greatest expert size of a layer must be that of a slot, 2048 bytes, not 4096",
+        ),
+        (
+            (512, 1024, 512, 2048),
+            {"parts": (512, 1536)},
+            ValueError,
+            "Experts must not have parts where their size differs from layer to layer, but have 2",
+        ),
+    ],
+)
+def test_bad_sizes_of_layers(layer_bytes, changes, kind, text):
+    with raises(kind, text):
+        device(expert_bytes=2048, layer_bytes=layer_bytes, **changes)
+
+
+def test_address_width_spans_the_experts_as_they_are():
+    shape = {"expert_bytes": 4096, "address_bits": 16}
+    with raises(ValueError, "Address width must span all experts (131072 bytes), but is 16 bits"):
+        device(**shape)
+    assert device(**shape, layer_bytes=(4096, 1024, 1024, 2048)).memory_bytes == 1 << 16
+    with raises(ValueError, "Address width must span all experts (69632 bytes), but is 16 bits"):
+        device(**shape, layer_bytes=(4096, 1024, 1536, 2048))
+
+
 def test_slot_store():
     with raises(ValueError, "Slot store must be one of internal, axi, not 'ddr'"):
         device(slot_store="ddr")

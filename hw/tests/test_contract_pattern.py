@@ -40,3 +40,17 @@ def test_pattern_is_splitmix64():
 
 def test_shorter_pattern_is_the_beginning_of_a_longer_one():
     assert np.array_equal(expert_pattern(1, 2, size=64), expert_pattern(1, 2, size=512)[:64])
+
+
+def test_memory_of_layers_that_differ():
+    config = DeviceConfig(
+        model=preset("tiny"), slots=4, expert_bytes=1536, layer_bytes=(512, 1536, 1024, 512)
+    )
+    memory = expert_memory(config)
+    assert memory.shape == (config.memory_bytes,)
+    for layer, size in enumerate(config.layer_bytes):
+        for expert in range(8):
+            ((at, length),) = config.expert_spans(layer, expert)
+            assert length == size
+            pattern = expert_pattern(layer, expert, size=size)
+            assert np.array_equal(memory[at : at + size], pattern)

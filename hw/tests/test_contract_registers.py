@@ -4,6 +4,7 @@ import dataclasses
 import re
 import zlib
 
+import numpy as np
 import pytest
 
 from prestage_hw.contract import (
@@ -84,6 +85,10 @@ def test_shape_registers():
     assert values["slots"] == 192
     assert values["predictor"] == 0
     assert values["register_hash"] == register_hash()
+    assert values["layer_sizes"] == 0
+    sizes = config.replace(layer_bytes=(2048, 512) * 12)
+    tiles = np.array([4, 1] * 12, "<u4")
+    assert registers.shape_registers(sizes)["layer_sizes"] == zlib.crc32(tiles.tobytes())
     # Exactly the read-only registers whose reset value depends on the configuration, and two fixed.
     assert {*values} - {"device_id", "version"} == {
         r.name for r in REGISTERS if r.access == "ro" and r.reset is None

@@ -1,5 +1,7 @@
 """The golden model behind its byte streams."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -65,6 +67,23 @@ def test_bytes_come_from_memory(pipe):
         pipe.read_slot(free)
     with pytest.raises(ValueError, match="Slot must be between 0 and 7, not 8"):
         pipe.read_slot(8)
+
+
+def test_slots_that_are_longer_than_their_expert():
+    config = CONFIG.replace(layer_bytes=(512, 1024, 1024, 1024))
+    memory = expert_memory(config)
+    with contextlib.closing(ModelPipe(config, memory=memory)) as pipe:
+        slot = ready_slots(pipe.exchange(route(0)))[3]
+        start = config.expert_address(0, 3)
+        assert pipe.read_slot(slot, size=512) == memory[start : start + 512].tobytes()
+        assert pipe.compare([slot], [0], [3]) == []
+        assert pipe.compare([slot, slot], [0, 1], [4, 3]) == [0, 1]
+        with pytest.raises(OSError, match=f"tile 1 of slot {slot} is not valid"):
+            pipe.read_slot(slot)
+        for size in (0, 513, 1536):
+            text = "Size must be a whole number of 512-byte tiles, at most 1024 bytes, not"
+            with pytest.raises(ValueError, match=f"{text} {size}"):
+                pipe.read_slot(slot, size=size)
 
 
 def test_silence_repeats_what_was_not_acknowledged(pipe):

@@ -1,6 +1,7 @@
 """Golden model of the scheduler."""
 
 import random
+import zlib
 from collections import Counter
 
 import pytest
@@ -230,3 +231,46 @@ def test_random_decisions_are_answered_with_the_right_bytes(seed):
         scheduler.buffer.check_invariants()
     assert counters["demands"] == counters["hits"] + counters["misses"]
     assert counters["useful"] and counters["prefetch_redundant"] and counters["evictions"]
+
+
+#: Layers whose experts have two, one, three and one tile.
+SIZES = CONFIG.replace(expert_bytes=1536, layer_bytes=(1024, 512, 1536, 512), checksums=True)
+
+
+def test_layers_of_different_sizes():
+    scheduler, counters = create(SIZES)
+    moved = 0
+    for layer, size in enumerate(SIZES.layer_bytes):
+        for answer in scheduler.demand(0, layer, [5, 7]):
+            valid = scheduler.buffer.storage.valid[answer.slot]
+            assert valid == (1 << size // 512) - 1
+            held = b"".join(
+                scheduler.buffer.read_beat(answer.slot, beat)[0] for beat in range(size // 4)
+            )
+            assert held == expert_pattern(layer, answer.expert, size=size).tobytes()
+            # What lies behind its end is not valid.
+            assert size == 1536 or not scheduler.buffer.read_beat(answer.slot, size // 4)[1]
+        moved += 2 * size
+        assert counters["demand_bytes"] == moved
+        scheduler.release(0, layer)
+    scheduler.offer([candidate(0, 2, 1, deadline=5)])
+    assert counters["prefetch_bytes"] == 1536
+    scheduler.offer([candidate(0, 3, 1, deadline=5)])
+    assert counters["prefetch_bytes"] == 1536 + 512
+
+
+def test_errors_of_layers_of_different_sizes():
+    last = SIZES.expert_address(2, 3) + 1024
+    scheduler, counters = create(SIZES, failing=[(last + 4, last + 8)])
+    assert scheduler.demand(0, 2, [3]) == [Event(ErrorCode.BUS, 0, 2, 3, last)]
+    assert (counters["demand_bytes"], counters["fill_errors"]) == (1024, 1)
+    assert [type(answer) for answer in scheduler.demand(0, 1, [7])] == [Ready]
+    # The right sum of a short expert, then a wrong one.
+    for wrong in (0, 1):
+        size = SIZES.layer_bytes[3]
+        value = zlib.crc32(expert_pattern(3, 2, size=size).tobytes()) ^ wrong
+        scheduler.checksums.write(3 * 8 + 2, value)
+        scheduler.buffer.clear()
+        (answer,) = scheduler.demand(0, 3, [2])
+        assert isinstance(answer, Event if wrong else Ready), answer
+    assert answer == Event(ErrorCode.CHECKSUM, 0, 3, 2, SIZES.expert_address(3, 2))

@@ -223,3 +223,14 @@ def test_charges_what_a_cache_without_prefetches_would_have_kept(seed, rate):
     assert caused > 100
     # What prefetches evict in turn is counted as well: the more of them, the less is charged.
     assert charged > {0.1: 0.75, 0.5: 0.55, 2: 0.3}[rate] * caused
+
+
+def test_eighths_are_those_of_the_expert():
+    model = ModelConfig(name="m", layers=2, experts=4, top_k=2)
+    config = DeviceConfig(model=model, slots=8, expert_bytes=4096, layer_bytes=(4096, 1024))
+    for layer, returned, eighths in ((0, 1, 1), (1, 1, 4), (0, 8, 8), (1, 2, 8), (1, None, 8)):
+        throttle = Throttle(config)
+        throttle.register = (8 << THROTTLE_FIELDS["useful"][0]) | 24 << THROTTLE_FIELDS["floor"][0]
+        throttle.prefetch(layer, 3, NEAR, slot=5, evicted=False, unused=False)
+        throttle.used(5, returned=returned)
+        assert _credits(throttle)[0] == [-25 + eighths, -25, -25]

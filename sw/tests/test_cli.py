@@ -95,6 +95,23 @@ def test_replay_options(trace):
     assert (config["slots"], config["expert_bytes"], config["tile_bytes"]) == (9, 1024, 1024)
 
 
+def test_sizes_of_layers(tmp_path, trace, capsys):
+    data, page = tmp_path / "run.json", tmp_path / "report.html"
+    command = ["replay", str(trace), "--json", str(data), "--report", str(page)]
+    assert main([*command, "--layer-bytes", "2x512,1536"]) == 0
+    assert "slots of 1536 bytes for experts of 512 to 1536" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    value = json.loads(data.read_text())
+    assert value["complete"] is True
+    config = value["config"]
+    assert (config["expert_bytes"], config["layer_bytes"]) == (1536, [512, 512, 1536])
+    assert value["checked"]["bytes"] == 12 * 2 * (512 + 512 + 1536)
+    # All alike is what it was.
+    assert main([*command, "--layer-bytes", "3x1024", "--quiet"]) == 0
+    assert json.loads(data.read_text())["config"]["layer_bytes"] == []
+
+
 def test_profile(tmp_path, trace, capsys):
     data = tmp_path / "run.json"
     command = ["replay", str(trace), "--profile", str(trace), "--json", str(data), "--quiet"]
@@ -147,6 +164,21 @@ def test_table_of_a_clocked_device(capsys):
         (["--pace", "timed"], "Pace timed needs --layer-cycles"),
         (["--pace", "timed", "--layer-cycles", "9"], "needs a device with a clock, such as sim://"),
         (["--expert-bytes", "1000"], "Expert size must be a whole number of 512-byte tiles"),
+        (["--layer-bytes", "512,1024"], "Layer sizes must be one for each of 3 layers, not 2"),
+        (
+            ["--layer-bytes", "512,1024,700"],
+            "Expert size of layer 2 must be a whole number of 512-byte tiles, not 700 bytes",
+        ),
+        (
+            ["--layer-bytes", "2x512,1024", "--expert-bytes", "2048"],
+            "Greatest expert size of a layer must be that of a slot, 2048 bytes, not 1024",
+        ),
+        (
+            ["--layer-bytes", "512,big"],
+            "argument --layer-bytes: must be sizes as 2048 or 12x2048, separated by commas, not",
+        ),
+        (["--layer-bytes", "x512"], "argument --layer-bytes: must be sizes as 2048 or 12x2048"),
+        (["--layer-bytes", "-1x512"], "argument --layer-bytes: must be sizes as 2048 or 12x2048"),
         (["--tile-bytes", "700"], "Tile size in bytes must be a power of two, not 700"),
         (["--prefetch-tiles", "5"], "Prefetch tiles must be between 1 and 4, not 5"),
         (["--first", "0"], "argument --first: must be a positive integer, not 0"),

@@ -1,12 +1,14 @@
 """A copier in the driver, on the golden model and on devices that misbehave."""
 
 import asyncio
+from collections import Counter
 from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
 import prestage
+from prestage.copies import Copies
 from prestage.device import Device
 from prestage.errors import (
     ArgumentError,
@@ -267,3 +269,28 @@ def test_golden_top():
     with pytest.raises(ZeroDivisionError):
         _exchange(pipe, message("SYNC", 1))
     pipe.close()
+
+
+def test_layers_of_different_sizes():
+    """An expert is copied in as many tiles as its layer has, and counted so."""
+    sizes = (1800, 600, 1200, 600)
+    config = CONFIG.replace(expert_bytes=1800, tile_bytes=600, layer_bytes=sizes)
+    calls = Counter()
+
+    def copier(layer, expert, slot, tile, nbytes, demand):
+        calls[layer, expert] += 1
+        assert tile * 600 + nbytes <= sizes[layer] and nbytes == 600
+
+    with prestage.open("model://", config=config, copier=copier) as device:
+        device.configure(prefetch=False)
+        for layer, size in enumerate(sizes):
+            device.route(0, layer, [1, 6])
+            assert len(list(device.wait_ready(0, layer))) == 2
+            assert calls[layer, 1] == calls[layer, 6] == size // 600
+            device.release(0, layer)
+        assert device.stats()["demand_bytes"] == 2 * sum(sizes)
+    # A device that asks for more than there is.
+    copies = Copies(config, copier)
+    copies.take(0, 1, 1, 0, 0, 5, 2)
+    with pytest.raises(LinkError, match="Device asked for a tile that there isn't"):
+        copies.take(0, 1, 1, 1, 0, 5, 1)

@@ -390,6 +390,56 @@ def test_bases_of_parts():
             device.configure(part_bases={0: 0}, expert_base=0)
 
 
+SIZES = CONFIG.replace(expert_bytes=1536, layer_bytes=(512, 1536, 1024, 512))
+
+
+@pytest.mark.parametrize("over_link", [False, True])
+def test_layers_of_different_sizes(over_link):
+    with prestage.open("model://", config=SIZES) as device:
+        device.configure(prefetch=False)
+        for layer, size in enumerate(SIZES.layer_bytes):
+            before = device.stats()["demand_bytes"]
+            device.route(0, layer, [2, 7])
+            for ready in device.wait_ready(0, layer):
+                whole = expert_pattern(layer, ready.expert, size=size).tobytes()
+                assert device.read(ready, over_link=over_link) == whole
+            assert device.stats()["demand_bytes"] == before + 2 * size
+            device.release(0, layer)
+        most = (1 << 40) - SIZES.memory_bytes
+        device.configure(expert_base=most)
+        with pytest.raises(ArgumentError, match=f"Expert base must be between 0 and {most:#x}"):
+            device.configure(expert_base=most + 16)
+
+
+def test_memory_of_layers_of_different_sizes():
+    size = 8 * sum(SIZES.layer_bytes)
+    with pytest.raises(ArgumentError, match=f"hold all experts, {size} bytes, not {size + 512}"):
+        prestage.open("model://", config=SIZES, memory=np.zeros(size + 512, np.uint8))
+    # A device of the same slots with other layers is another device.
+    pipe = ModelPipe(SIZES, memory=expert_memory(SIZES))
+    with pytest.raises(MismatchError, match="Register layer_sizes must be .*, but the device has"):
+        Device(pipe, SIZES.replace(layer_bytes=(512, 1536, 512, 1024)))
+    pipe.close()
+
+
+def test_reads_behind_the_end_of_an_expert():
+    with prestage.open("model://", config=SIZES) as device:
+        device.route(0, 0, [2, 7])
+        ready = next(device.wait_ready(0, 0))
+        # As if this were an expert of the layer with the largest ones.
+        device.route(0, 1, [1, 2])
+        arrive(device, 0, 1)
+        long = Ready(0, 1, 1, ready.slot)
+        for over_link, text in (
+            (False, f"tile 1 of slot {ready.slot} is not valid"),
+            (True, f"Slot {ready.slot} has an invalid tile at beat 32"),
+        ):
+            with pytest.raises(DataError, match=text):
+                device.read(long, over_link=over_link)
+            device.sync()
+            device._data.clear()
+
+
 def test_an_error_in_a_part_tells_its_address():
     config = CONFIG.replace(expert_bytes=1536, parts=(512, 1024))
     at = config.expert_spans(0, 3)[1][0] + 512

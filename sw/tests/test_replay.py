@@ -412,3 +412,29 @@ def test_driver_is_fast_enough(device):
     assert run.complete
     # 250 microseconds is the aim; a busy machine gets four times as much.
     assert own / run.layers < 1e-3
+
+
+def test_layers_of_different_sizes():
+    """Every byte is right, and the counters say how many there were."""
+    sizes = (1024, 512, 2048, 1536)
+    config = device_config(walk(), slots=12, expert_bytes=2048, layer_bytes=sizes)
+    with prestage.open("model://", config=config) as device:
+        run = replay(device, walk(20))
+        assert run.complete and run.bytes_checked == 20 * 2 * sum(sizes)
+    value = run_object(run, trace_path="walk.npz")
+    assert value["config"]["layer_bytes"] == sizes
+    assert (
+        run.counters["demand_bytes"] + run.counters["prefetch_bytes"]
+        == run.metrics()["bytes_moved"]
+    )
+    # Without prefetches it is the misses of each layer.
+    config = config.replace(predictor="none", slots=2)
+    with prestage.open("model://", config=config) as device:
+        run = replay(device, walk(20))
+        assert run.counters["hits"] == 0
+        assert run.counters["demand_bytes"] == 20 * 2 * sum(sizes)
+    # A wrong byte at the end of a short expert is found.
+    with prestage.open("model://", config=config) as device:
+        device.pipe._memory[config.expert_address(1, 7) + 511] ^= 1
+        run = replay(device, walk(20))
+        assert "must hold expert 7 of layer 1, but its bytes differ" in run.error

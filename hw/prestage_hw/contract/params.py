@@ -586,7 +586,7 @@ class DeviceConfig:
         return base + (layer * self.model.experts + expert) * self.part_bytes[0]
 
     def expert_at(self, address: int) -> tuple[int, int]:
-        """Layer and expert whose bytes, or whose first part's, are at an address after reset."""
+        """Layer and expert whose bytes are at an address after reset; not of experts in parts."""
         if self.layer_bytes:
             tile = address // self.tile_bytes
             layer = min(bisect_right(self.layer_starts, tile), self.model.layers) - 1
