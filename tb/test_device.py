@@ -16,6 +16,7 @@ from prestage.cli import main
 from prestage.errors import BadTableError
 from prestage.replay import device_config, replay
 from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.pattern import expert_pattern
 from prestage_hw.contract.perceptron import perceptron_form
 from prestage_hw.contract.records import TABLE_BURST, Phase
 from prestage_hw.contract.registers import COUNTERS
@@ -253,3 +254,27 @@ def test_token_tables_behind_the_memory_port(form):
     assert counters[0] == counters[1]
     assert counters[0]["candidates"] > 100 and counters[0]["parity_errors"] == 0
     assert len(tables) == sum(1 + bool(head.rows) for head in perceptron.heads)
+
+
+@pytest.mark.soak
+def test_layers_of_different_sizes():
+    """Every byte of every expert, and counters that are the same on either device."""
+    trace = walk(40, seed=9)
+    sizes = (1024, 512, 2048, 1536)
+    counters = []
+    for url in DEVICES:
+        device = device_config(trace, slots=10, expert_bytes=2048, layer_bytes=sizes)
+        with prestage.open(url, config=device) as opened:
+            run = replay(opened, trace)
+            assert run.complete and run.bytes_checked == 40 * 2 * sum(sizes)
+            counters.append({name: run.counters[name] for name in COMPARED})
+            # The consumer port reads no farther than the expert goes.
+            opened.route(0, 1, [2, 5])
+            for ready in opened.wait_ready(0, 1):
+                for over_link in (False, True):
+                    whole = expert_pattern(1, ready.expert, size=512).tobytes()
+                    assert opened.read(ready, over_link=over_link) == whole
+                with pytest.raises(OSError, match="not valid"):
+                    opened.simulated.read_slot(ready.slot)
+    assert counters[0] == counters[1]
+    assert counters[0]["prefetch_issued"] > 5 and counters[0]["hits"] > 20

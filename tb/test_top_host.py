@@ -92,7 +92,7 @@ class _Host(LinkHost):
 
     def check(self, ready):
         """The slot holds what it is said to."""
-        for tile in range(self.config.tiles):
+        for tile in range(self.config.layer_tiles[ready["layer"]]):
             assert self.slots[ready["slot"], tile] == (ready["layer"], ready["expert"]), ready
 
     def copy(self, fetch):
@@ -193,9 +193,10 @@ async def drained_pace(dut, stall, policy):
     await host.reset()
     # With other policies it hangs on time which slot a failing fetch frees for whom.
     if policy is Policy.LRU:
+        layers = [rng.randrange(model.layers) for _ in range(5)]
         host.broken = {
-            (rng.randrange(model.layers), rng.randrange(model.experts), rng.randrange(config.tiles))
-            for _ in range(5)
+            (layer, rng.randrange(model.experts), rng.randrange(config.layer_tiles[layer]))
+            for layer in layers
         }
     throttle = rng.randrange(2)
     control = 1 | 1 << 1 | 1 << 2 | throttle << 3 | 1 << 4
@@ -295,6 +296,8 @@ async def any_order(dut, stall):
     assert counts["rejected"] == counts["link_errors"] == 0
     assert behind
     hit("mover.out_of_order")
+    if config.layer_bytes:
+        hit("mover.sizes")
 
 
 @cocotb.test()
@@ -317,7 +320,7 @@ async def late_copies(dut):
 
     host.post("ROUTE", 0, 0, experts)
     old = await served()
-    assert len(old) >= model.top_k * config.tiles
+    assert len(old) >= model.top_k * config.layer_tiles[0]
     for fetched in old:
         await host.refused(*fetched)
     # A clear forgets the slots, but not what belongs to whom.
@@ -453,10 +456,21 @@ _SHAPES = {
         address_bits=32,
         mover="host",
     ),
+    # Tiles of an odd size, of which layers' experts have two, three and one.
+    "sizes": DeviceConfig(
+        model=ModelConfig(name="odd", layers=3, experts=12, top_k=3),
+        slots=11,
+        expert_bytes=4383,
+        tile_bytes=1461,
+        layer_bytes=(2922, 4383, 1461),
+        contexts=3,
+        address_bits=32,
+        mover="host",
+    ),
 }
 
 
-#: Tests of the second shape; the first has all.
+#: Tests of the other shapes; the first has all.
 _SOME = [
     "drained_pace/stall=0.3/policy=LRU",
     "drained_pace/stall=0.0/policy=NEXT_USE",
@@ -465,7 +479,7 @@ _SOME = [
 ]
 
 
-@pytest.mark.parametrize("shape", _SHAPES)
+@pytest.mark.parametrize("shape", ["tiny", "whole", pytest.param("sizes", marks=pytest.mark.soak)])
 def test_top_host(shape):
     config = _SHAPES[shape]
     run_bench(

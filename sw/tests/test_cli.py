@@ -178,7 +178,7 @@ def test_table_of_a_clocked_device(capsys):
             "argument --layer-bytes: must be sizes as 2048 or 12x2048, separated by commas, not",
         ),
         (["--layer-bytes", "x512"], "argument --layer-bytes: must be sizes as 2048 or 12x2048"),
-        (["--layer-bytes", "-1x512"], "argument --layer-bytes: must be sizes as 2048 or 12x2048"),
+        (["--layer-bytes", "0.5x512"], "argument --layer-bytes: must be sizes as 2048 or 12x2048"),
         (["--tile-bytes", "700"], "Tile size in bytes must be a power of two, not 700"),
         (["--prefetch-tiles", "5"], "Prefetch tiles must be between 1 and 4, not 5"),
         (["--first", "0"], "argument --first: must be a positive integer, not 0"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import prestage
-from prestage.copies import Copies
+from prestage.copies import CopyServer
 from prestage.device import Device
 from prestage.errors import (
     ArgumentError,
@@ -290,7 +290,7 @@ def test_layers_of_different_sizes():
             device.release(0, layer)
         assert device.stats()["demand_bytes"] == 2 * sum(sizes)
     # A device that asks for more than there is.
-    copies = Copies(config, copier)
+    copies = CopyServer(config, copier)
     copies.take(0, 1, 1, 0, 0, 5, 2)
     with pytest.raises(LinkError, match="Device asked for a tile that there isn't"):
         copies.take(0, 1, 1, 1, 0, 5, 1)
