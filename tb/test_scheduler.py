@@ -34,15 +34,44 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_scheduler(name):
+#: What sizes make a difference to.
+SIZES = [
+    "timed/stall=none/latency=120/failing=0.1",
+    "timed/stall=some/latency=120/failing=0.0",
+    "drained/stall=none/failing=False/full=False",
+    "drained/stall=some/failing=False/full=True",
+    "latencies",
+    "demand_promotes_a_prefetch",
+    *(
+        f"routed_layer_gives_up/tiles_out={n}"
+        for n in ("1/wanted=False", "1/wanted=True", "0/wanted=False")
+    ),
+    "promoted_prefetch_goes_behind_earlier_demands",
+    "reset_in_flight",
+]
+
+
+def run_scheduler(name, *, testcase=None):
     config = CONFIGS[name]
     run_bench(
         Scheduler(config=config),
         module=HERE / "cocotb_scheduler.py",
         name="scheduler",
         parameters={"config": config},
+        testcase=testcase,
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.soak if name == "sizes" else ()) for name in CONFIGS],
+)
+def test_scheduler(name):
+    run_scheduler(name)
+
+
+def test_sizes():
+    run_scheduler("sizes", testcase=SIZES)
 
 
 @pytest.mark.parametrize("block", [Scheduler, InflightTable, CandidateQueue])
