@@ -36,8 +36,8 @@ CONFIGS = {
 
 #: What sizes make a difference to.
 SIZES = [
-    "timed/stall=none/latency=120/failing=0.1",
-    "timed/stall=some/latency=120/failing=0.0",
+    "timed/stall=none/latency=1/failing=0.1",
+    "timed/stall=some/latency=3/failing=0.0",
     "drained/stall=none/failing=False/full=False",
     "drained/stall=some/failing=False/full=True",
     "latencies",

@@ -890,22 +890,34 @@ def test_parts():
     )
 
 
-def test_sizes():
+@pytest.mark.parametrize(
+    "testcase",
+    [
+        [
+            f"drained_pace/stall=0.3/policy={Policy.LRU.name}",
+            "hints_and_errors",
+            "tables_and_reads",
+            "wrong_bits",
+        ],
+        pytest.param(
+            [
+                f"drained_pace/stall=0.0/policy={Policy.NEXT_USE.name}",
+                "rows_drained",
+                "timed_pace/profiles=True",
+            ],
+            marks=pytest.mark.soak,
+        ),
+    ],
+    ids=["some", "more"],
+)
+def test_sizes(testcase):
     """Layers whose experts differ in size, with checksums."""
     run_bench(
         lambda: Top(config=_SIZES),
         module=__file__,
         name="top",
         parameters={"config": _SIZES},
-        testcase=[
-            f"drained_pace/stall=0.3/policy={Policy.LRU.name}",
-            f"drained_pace/stall=0.0/policy={Policy.NEXT_USE.name}",
-            "hints_and_errors",
-            "rows_drained",
-            "timed_pace/profiles=True",
-            "tables_and_reads",
-            "wrong_bits",
-        ],
+        testcase=testcase,
     )
 
 
