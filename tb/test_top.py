@@ -705,7 +705,7 @@ async def tables_and_reads(dut):
                     if code == MESSAGES["DATA"].code
                 ] == [1, 0]
                 await bench.drained(golden, "READ", ready["slot"], config.expert_beats - 1, 2)
-                hit("checksum.device_sizes")
+                hit("buffer.sizes_device")
     if config.model.layers * config.model.experts * config.successors <= 1024:
         await bench.compare_tables(golden)
     await bench.drained(golden, "REGISTER_WRITE", register_by_name("clear").address, 7)
@@ -800,6 +800,8 @@ async def wrong_bits(dut):
         await bench.drained(golden, "RELEASE", 0, layer)
     assert golden.counters["checksum_errors"] == before
     hit("checksum.device")
+    if config.layer_bytes:
+        hit("checksum.device_sizes")
 
 
 @cocotb.test()
