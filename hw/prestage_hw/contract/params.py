@@ -352,6 +352,11 @@ class DeviceConfig:
                     f"Size of part {number} must be a whole number of {self.tile_bytes}-byte tiles,"
                     f" not {size} bytes"
                 )
+        if self.parts and self.layer_bytes:
+            raise ValueError(
+                "Experts must not have parts where their size differs from layer to layer, but"
+                f" have {len(self.parts)}"
+            )
         if self.parts and sum(self.parts) != self.expert_bytes:
             raise ValueError(
                 f"Parts must add up to the expert size of {self.expert_bytes} bytes,"
@@ -384,11 +389,6 @@ class DeviceConfig:
             )
         if min(self.layer_bytes) == self.expert_bytes:
             object.__setattr__(self, "layer_bytes", ())
-        elif self.parts:
-            raise ValueError(
-                "Experts must not have parts where their size differs from layer to layer, but"
-                f" have {len(self.parts)}"
-            )
 
     def _check_perceptron(self) -> None:
         """Refuse parameters of the perceptron that do not fit the model."""
