@@ -194,9 +194,15 @@ class Throttle(wiring.Component):
         # Eighths of an expert that so many tiles are.
         reached = Cat(now.returned >= -(-n * config.tiles // 8) for n in range(1, 9))
         if config.layer_bytes:
-            # Counted in tiles times eight; what is compared with settles in the state "Read".
+            # Compared in eighths of tiles, with multiples that settle in the state "Read".
+            whole = now.last_tile + 1
+            thrice = whole + (whole << 1)
+            multiples = [
+                *(whole, whole << 1, thrice, whole << 2),
+                *((whole << 2) + whole, thrice << 1, (whole << 3) - whole, whole << 3),
+            ]
             wanted = [Signal(range(8 * config.tiles + 1), name=f"wanted_{n}") for n in range(1, 9)]
-            m.d.sync += [each.eq((now.last_tile + 1) * n) for n, each in enumerate(wanted, 1)]
+            m.d.sync += [each.eq(value) for each, value in zip(wanted, multiples, strict=True)]
             reached = Cat(now.returned << 3 >= each for each in wanted)
         m.d.comb += [
             owner_read.addr.eq(now.slot),
