@@ -12,7 +12,7 @@ from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import BufferCode, BufferOp, Policy, ValueKind
 
-from .directory import EMPTY, FILLING, READY, Directory
+from .directory import EMPTY, FILLING, READY, Directory, SlotState
 from .recency import Recency
 from .storage import Storage
 from .victims import Victims
@@ -71,7 +71,7 @@ class ExpertBuffer:
     storage : :class:`Storage`
         The bytes and tile-valid bits.
     locked : :class:`int`
-        Slots that are locked.
+        Slots that are locked or held for the sake of copies.
 
     Raises
     ------
@@ -120,7 +120,8 @@ class ExpertBuffer:
         op : :class:`int`
             A :class:`BufferOp`. DEMAND uses ``ctx, layer, expert, index``; PREFETCH ``layer,
             expert, value``; FILL ``slot, tile, last, failed``; RELEASE ``ctx, layer``; CANCEL
-            ``slot``; LOCK and UNLOCK ``layer, expert``.
+            ``slot``; LOCK and UNLOCK ``layer, expert``; COPY, where experts may have copies,
+            ``layer, expert``, number ``value`` and ``last`` to hold it.
 
         Raises
         ------
@@ -142,6 +143,8 @@ class ExpertBuffer:
             return self._lock(layer, expert)
         if op == BufferOp.UNLOCK:
             return self._unlock(layer, expert)
+        if op == BufferOp.COPY and self.config.replicas > 1:
+            return self._copy(layer, expert, value, keep=bool(last))
         raise ValueError(f"Operation must be a BufferOp, not {op!r}")
 
     def values(self, kind: int, ctx: int, layer: int, beat: int, values: Sequence[int]) -> None:
@@ -212,8 +215,12 @@ class ExpertBuffer:
         """
         directory = self.directory
         owned = {}
+        linked = {}
         for number, slot in enumerate(directory.slots):
-            if slot.owner >= 0:
+            if slot.copy:
+                self._check_copy(number, slot)
+                linked[slot.owner, slot.copy] = number
+            elif slot.owner >= 0:
                 assert slot.owner not in owned, f"expert {slot.owner} in two slots"
                 owned[slot.owner] = number
                 state = FILLING if slot.filling else READY
@@ -224,6 +231,7 @@ class ExpertBuffer:
                 assert not slot.filling, f"slot {number} fills without an owner"
                 assert not slot.prefetched, f"slot {number} is prefetched without an owner"
                 assert not slot.locked, f"slot {number} is locked without an owner"
+                assert not slot.held, f"slot {number} is held without an owner"
                 assert self.storage.valid[number] == 0, f"slot {number} has tiles without an owner"
             assert 0 <= slot.pins <= self.config.contexts, f"slot {number} has {slot.pins} pins"
         for key, state in enumerate(directory.state):
@@ -233,9 +241,23 @@ class ExpertBuffer:
             for number in entries.values():
                 pins[number] += 1
         assert pins == [slot.pins for slot in directory.slots], "pins differ from the pin lists"
-        locked = sum(slot.locked for slot in directory.slots)
+        links = {
+            (slot.owner, copy): at for slot in directory.slots for copy, at in slot.links.items()
+        }
+        assert links == linked, f"copies {linked} are not those of the experts: {links}"
+        locked = sum(slot.locked or slot.held for slot in directory.slots)
+        assert locked <= self.config.lockable, f"{locked} slots are locked"
         assert locked == self.locked, f"{self.locked} locks counted, not {locked}"
         assert sorted(self.recency) == list(range(self.config.slots)), "slots lost from the order"
+
+    def _check_copy(self, number: int, slot: SlotState) -> None:
+        """A copy belongs to an expert that is whole and held, and is in a bank of its own."""
+        directory, replicas = self.directory, self.config.replicas
+        assert slot.held and not slot.pins and not slot.locked and not slot.prefetched, number
+        assert directory.state[slot.owner] == READY, f"slot {number}: a copy of nothing"
+        at = directory.slot_of[slot.owner]
+        assert directory.slots[at].held, f"slot {number}: a copy of what is not held"
+        assert number % replicas == (at + slot.copy) % replicas, f"slot {number}: wrong bank"
 
     def _check_context(self, ctx: int) -> None:
         if not 0 <= ctx < self.config.contexts:
@@ -312,18 +334,18 @@ class ExpertBuffer:
         directory = self.directory
         key = directory.key(layer, expert)
         state = directory.state[key]
-        most = self.config.slots - self.config.contexts * self.config.model.top_k
         slot = directory.slot_of[key] if state != EMPTY else -1
         if slot >= 0:
             self.recency.touch(slot)
         if slot >= 0 and directory.slots[slot].locked:
             return BufferResult(_RESIDENT if state == READY else _IN_FLIGHT, slot)
-        if self.locked >= most:
+        held_already = slot >= 0 and directory.slots[slot].held
+        if self.locked >= self.config.lockable and not held_already:
             return _NO_SLOT
         if slot >= 0:
             held = directory.slots[slot]
             held.locked = True
-            self.locked += 1
+            self.locked += not held.held
             prefetched, held.prefetched = held.prefetched, False
             return BufferResult(
                 _RESIDENT if state == READY else _IN_FLIGHT, slot, prefetched=prefetched
@@ -348,23 +370,92 @@ class ExpertBuffer:
         if not directory.slots[slot].locked:
             return _REFUSED
         directory.slots[slot].locked = False
-        self.locked -= 1
+        self.locked -= not directory.slots[slot].held
         return BufferResult(_RESIDENT if state == READY else _IN_FLIGHT, slot)
 
-    def _victim(self) -> int:
-        """Slot for a demand; -1 for none."""
-        if self.policy == Policy.LRU:
-            return self._least_recent(untouched=False)
-        return self.victims.search(self.policy).slot
+    def _copy(self, layer: int, expert: int, copy: int, *, keep: bool) -> BufferResult:
+        """Hold a copy of an expert, or give it back."""
+        directory = self.directory
+        key = directory.key(layer, expert)
+        if not 0 <= copy < self.config.replicas:
+            raise ValueError(f"Copy must be between 0 and {self.config.replicas - 1}, not {copy}")
+        state = directory.state[key]
+        if state == EMPTY:
+            if copy or not keep:
+                return _REFUSED
+            return self._allocate_copy(key, 0, None)
+        first = directory.slot_of[key]
+        held = directory.slots[first]
+        if not keep and not held.held:
+            return _REFUSED
+        if copy == 0:
+            return self._hold(first, keep=keep)
+        at = held.links.get(copy)
+        if not keep and at is None:
+            return _REFUSED
+        if state == FILLING:
+            return BufferResult(_IN_FLIGHT, first)
+        if not held.held:
+            return _REFUSED
+        if at is None:
+            return self._allocate_copy(key, copy, (first + copy) % self.config.replicas)
+        if directory.slots[at].filling:
+            return BufferResult(_IN_FLIGHT, at)
+        if keep:
+            self.recency.touch(at)
+        else:
+            self._drop(at)
+        return BufferResult(_RESIDENT, at)
 
-    def _least_recent(self, *, untouched: bool) -> int:
-        """Least recent slot that may be taken; -1 for none."""
+    def _hold(self, slot: int, *, keep: bool) -> BufferResult:
+        """Hold the expert itself for the sake of copies, or no longer."""
+        held = self.directory.slots[slot]
+        if held.filling:
+            return BufferResult(_IN_FLIGHT, slot)
+        counted = held.locked or held.held
+        if keep and not counted and self.locked >= self.config.lockable:
+            return _NO_SLOT
+        if not keep and held.links:
+            return _REFUSED
+        held.held = keep
+        self.locked += (held.locked or keep) - counted
+        self.recency.touch(slot)
+        return BufferResult(_RESIDENT, slot)
+
+    def _allocate_copy(self, key: int, copy: int, bank: int | None) -> BufferResult:
+        if self.locked >= self.config.lockable:
+            return _NO_SLOT
+        slot = self._victim(bank)
+        if slot < 0:
+            return _NO_SLOT
+        directory = self.directory
+        evicted, evicted_unused = self._take(slot, by_prefetch=False)
+        if copy:
+            directory.slots[directory.slot_of[key]].links[copy] = slot
+            self._occupy(key, slot)
+        else:
+            self._allocate(key, slot)
+        directory.slots[slot].held = True
+        directory.slots[slot].copy = copy
+        self.locked += 1
+        return BufferResult(_ALLOCATED, slot, False, evicted, evicted_unused)
+
+    def _victim(self, bank: int | None = None) -> int:
+        """Slot for a demand, or for a copy in a bank; -1 for none."""
+        if self.policy == Policy.LRU:
+            return self._least_recent(untouched=False, bank=bank)
+        return self.victims.search(self.policy, bank=bank).slot
+
+    def _least_recent(self, *, untouched: bool, bank: int | None = None) -> int:
+        """Least recent slot, of a bank or of all, that may be taken; -1 for none."""
         for slot in self.recency:
             # All that are more recent were touched in this route as well.
             if untouched and self.recency.touched(slot):
                 break
+            if bank is not None and slot % self.config.replicas != bank:
+                continue
             held = self.directory.slots[slot]
-            if held.pins == 0 and not held.filling and not held.locked:
+            if held.pins == 0 and not held.filling and not held.locked and not held.held:
                 return slot
         return -1
 
@@ -385,7 +476,10 @@ class ExpertBuffer:
         directory.evicted_by_prefetch.discard(key)
         directory.state[key] = FILLING
         directory.slot_of[key] = slot
-        held = directory.slots[slot]
+        self._occupy(key, slot)
+
+    def _occupy(self, key: int, slot: int) -> None:
+        held = self.directory.slots[slot]
         held.owner = key
         held.filling = True
         self.storage.valid[slot] = 0
@@ -404,17 +498,22 @@ class ExpertBuffer:
                 held.filling = False
                 if failed:
                     self._drop(slot)
-                else:
+                elif held.copy == 0:
                     directory.state[held.owner] = READY
         return BufferResult(_RESIDENT, slot)
 
     def _drop(self, slot: int) -> None:
         """Empty a slot; it keeps its pins."""
-        held = self.directory.slots[slot]
-        self.directory.state[held.owner] = EMPTY
-        self.locked -= held.locked
+        directory = self.directory
+        held = directory.slots[slot]
+        if held.copy:
+            del directory.slots[directory.slot_of[held.owner]].links[held.copy]
+        else:
+            directory.state[held.owner] = EMPTY
+        self.locked -= held.locked or held.held
         held.owner = -1
-        held.filling = held.prefetched = held.locked = False
+        held.copy = 0
+        held.filling = held.prefetched = held.locked = held.held = False
         self.storage.valid[slot] = 0
         if held.pins == 0:
             self.victims.freed(slot)

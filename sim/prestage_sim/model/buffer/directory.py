@@ -26,9 +26,18 @@ class SlotState:
         Whether the expert stays until it is unlocked.
     value, mark : :class:`int`
         Of a prefetch: its confidence, and the visits of its layer at that time.
+    held : :class:`bool`
+        Whether it is a copy, or an expert that is held for the sake of its copies.
+    copy : :class:`int`
+        Number of the copy, 0 for the expert itself.
+    links : dict of :class:`int` to :class:`int`
+        Slot of each copy of the expert that is here itself.
     """
 
-    __slots__ = ("filling", "locked", "mark", "owner", "pins", "prefetched", "value")
+    __slots__ = (
+        *("copy", "filling", "held", "links", "locked", "mark", "owner", "pins", "prefetched"),
+        "value",
+    )
 
     def __init__(self) -> None:
         self.owner = -1
@@ -38,6 +47,9 @@ class SlotState:
         self.locked = False
         self.value = 0
         self.mark = 0
+        self.held = False
+        self.copy = 0
+        self.links: dict[int, int] = {}
 
 
 class Directory:

@@ -164,7 +164,13 @@ class Victims:
         waits = slot.prefetched and slot.mark == self.mark(layer)
         return self.keep(policy, layer, expert, slot.value if waits else 0)
 
-    def search(self, policy: int, candidate: tuple[int, int, int] | None = None) -> Search:
+    def search(
+        self,
+        policy: int,
+        candidate: tuple[int, int, int] | None = None,
+        *,
+        bank: int | None = None,
+    ) -> Search:
         """Find the slot of least worth.
 
         Parameters
@@ -173,6 +179,8 @@ class Victims:
             Anything but LRU.
         candidate : tuple of :class:`int` or None
             Layer, expert and confidence of a prefetch that has to be worth as much.
+        bank : :class:`int` or None
+            Bank whose slots alone may be taken.
         """
         slots = self.directory.slots
         best: tuple[int, int] | None = None
@@ -186,7 +194,9 @@ class Victims:
             self._pointer = (self._pointer + self.samples) % self.config.slots
             for number in todo:
                 slot = slots[number]
-                if slot.pins or slot.filling or slot.locked:
+                if slot.pins or slot.filling or slot.locked or slot.held:
+                    continue
+                if bank is not None and number % self.config.replicas != bank:
                     continue
                 entry = self.worth(policy, slot), number
                 if best is None or entry[0] < best[0]:

@@ -134,6 +134,10 @@ class Throttle:
         self._take(slot, layer, expert, kind, evicted=evicted, unused=unused)
         self._open[kind] += 1
 
+    def copied(self, layer: int, expert: int, *, slot: int, evicted: bool, unused: bool) -> None:
+        """Count that a copy was given a slot: it is nobody's prefetch."""
+        self._take(slot, layer, expert, None, evicted=evicted, unused=unused)
+
     def used(self, slot: int, *, returned: int | None = None) -> None:
         """Count a demand for a prefetch that had so many tiles; None stands for all."""
         _, kind = self._owners[slot]
