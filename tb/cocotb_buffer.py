@@ -78,7 +78,9 @@ class TB:
         self.reads = [
             StreamSource(dut, f"reads{bank}", layout("ReadRequest"), stall=stall) for bank in banks
         ]
-        self.beats = [StreamSink(dut, f"beats{bank}", layout("Beat"), stall=stall) for bank in banks]
+        self.beats = [
+            StreamSink(dut, f"beats{bank}", layout("Beat"), stall=stall) for bank in banks
+        ]
         self.writers = [self.writes, *([self.host_writes] if host_writes else [])]
         self.drivers = [self.requests, self.results, *self.writers]
         self.drivers += [self.values, *self.reads, *self.beats]
@@ -287,9 +289,7 @@ class TB:
             return buffer.copy_latency
         if not last or full:
             return buffer.lookup_latency
-        return self._walk_cycles(
-            buffer.lookup_latency + 3, op=COPY, bank=self.bank(first + value)
-        )
+        return self._walk_cycles(buffer.lookup_latency + 3, op=COPY, bank=self.bank(first + value))
 
     def _golden(self, op, fields):
         """Answer of the golden model and the cycles that it takes."""

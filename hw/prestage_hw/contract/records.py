@@ -721,7 +721,8 @@ RECORDS: dict[str, Record] = {
                     name="last",
                     kind=1,
                     wire_bits=8,
-                    description="FILL: 1 with the tile that completes the expert. COPY: 1 to hold it.",
+                    description="FILL: 1 with the tile that completes the expert. COPY: 1 to hold"
+                    " it.",
                 ),
                 Field(
                     name="failed",
@@ -956,9 +957,7 @@ MESSAGES: dict[str, Message] = {
         Message(code=0x94, name="DATA", to_device=False, record=RECORDS["Data"]),
         Message(code=0x95, name="SYNCED", to_device=False, record=RECORDS["Synced"]),
         Message(code=0x96, name="FETCH", to_device=False, record=RECORDS["Fetch"]),
-        Message(
-            code=0x97, name="COPY", to_device=False, record=RECORDS["Copy"], replicas=True
-        ),
+        Message(code=0x97, name="COPY", to_device=False, record=RECORDS["Copy"], replicas=True),
     )
 }
 
