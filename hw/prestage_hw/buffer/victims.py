@@ -450,11 +450,11 @@ class Victims(wiring.Component):
 
         # Stage 10: the greatest over the contexts, then the least over the slots.
         may = Signal()  # the slot may be taken
-        may_take = (state.pins == 0) & ~state.filling & ~state.locked
+        may_take = ~candidate_2 & (state.pins == 0) & ~state.filling & ~state.locked
         if config.replicas > 1:
             bank_2 = _delayed(m, self.slot[: config.bank_bits], 2)
             may_take &= ~state.held & (~self.banked | (bank_2 == self.bank))
-        m.d.sync += may.eq(~candidate_2 & may_take)
+        m.d.sync += may.eq(may_take)
         eligible = _delayed(
             m, may & _delayed(m, asking & (~is_remembered | remembers), 3), _STAGES - 3
         )
