@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -20,7 +23,24 @@ def compiled(function: _Function) -> _Function:
     anew in every process.
     """
     try:
-        return cast(_Function, numba.njit(cache=True)(function))
+        dispatcher: Any = numba.njit(cache=True)(function)
     except RuntimeError:
         # Numba refuses to decorate a function that it finds no folder for.
         return cast(_Function, numba.njit(function))
+    # Numba compiles anew when the function's own file has changed, but machine code holds what it
+    # calls in other files too.
+    file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    if file is not None and hasattr(file, "_source_stamp"):
+        file._source_stamp = (file._source_stamp, _digest())
+    return cast(_Function, dispatcher)
+
+
+@cache
+def _digest() -> str:
+    """Digest of all files that hold compiled functions."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        text = path.read_bytes()
+        if b"@compiled" in text:
+            digest.update(text)
+    return digest.hexdigest()

@@ -542,17 +542,18 @@ def test_clear_forgets_copies():
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (lambda slots: setattr(slots[0], "held", False), "a copy of what is not held"),
-        (lambda slots: setattr(slots[1], "copy", 0), "in two slots"),
-        (lambda slots: slots[0].links.clear(), "are not those of the experts"),
-        (lambda slots: setattr(slots[2], "held", True), "is held without an owner"),
+        ((0, "held", False), "a copy of what is not held"),
+        ((1, "copy", 0), "in two slots"),
+        ((0, "links", {}), "are not those of the experts"),
+        ((2, "held", True), "is held without an owner"),
     ],
 )
 def test_invariants_know_copies(spoil, match):
     buffer = ExpertBuffer(BANKS)
     copy(buffer, 0)
     copy(buffer, 1)
-    spoil(buffer.directory.slots)
+    slot, name, value = spoil
+    setattr(buffer.directory.slots[slot], name, value)
     with pytest.raises(AssertionError, match=match):
         buffer.check_invariants()
 

@@ -182,7 +182,8 @@ def test_clear_forgets():
 def test_charges_what_a_cache_without_prefetches_would_have_kept(seed, rate):
     """Useless prefetches into an LRU buffer: nobody is charged for what would be gone anyway."""
     slots, generator = 16, random.Random(seed)
-    throttle = _throttle(slots=slots, useful=1, pollution=1, price=0, wait=0)
+    # One slot more, to give credit back through.
+    throttle = _throttle(slots=slots + 1, useful=1, pollution=1, price=0, wait=0)
     buffer, alone = OrderedDict(), OrderedDict()  # who is in which slot, in the order of use
 
     def take(key):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +12,354 @@ from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import BufferCode, BufferOp, Policy, ValueKind
 
-from .directory import EMPTY, FILLING, READY, Directory, SlotState
-from .recency import Recency
+from ..._jit import compiled
+from .directory import Directory, SlotState
+from .recency import Recency, least_recent, retire, touch
+from .state import (
+    BANKS,
+    BY_COPY,
+    BY_LOCK,
+    EMPTY,
+    EXPERTS,
+    FILLING,
+    FILLS,
+    LOCKABLE,
+    LOCKED,
+    LOCKS,
+    MARK,
+    NUMBER,
+    OWNER,
+    PINS,
+    POLICY,
+    PREFETCHED,
+    PUSHED,
+    READY,
+    REMEMBERED,
+    ROUTE,
+    SLOT,
+    STATE,
+    VALUE,
+    clear_state,
+    create_state,
+)
 from .storage import Storage
-from .victims import Victims
+from .victims import Victims, count_demand, find_victim, layer_mark
 
-__all__ = ["BufferResult", "ExpertBuffer"]
+__all__ = [
+    "BufferResult",
+    "ExpertBuffer",
+    "begin_demand",
+    "cancel",
+    "copy",
+    "demand",
+    "fill",
+    "find_demand_victim",
+    "lock",
+    "prefetch",
+    "release",
+    "take_for_demand",
+    "take_for_prefetch",
+    "unlock",
+]
 
 _Bytes = bytes | bytearray | memoryview | NDArray[np.uint8]
+
+#: Confidence that a prefetch without one is kept with.
+_CERTAIN = 255
+
+_LRU = int(Policy.LRU)
+_RESIDENT, _IN_FLIGHT = int(BufferCode.RESIDENT), int(BufferCode.FILLING)
+_ALLOCATED, _NO_SLOT = int(BufferCode.ALLOCATED), int(BufferCode.NO_SLOT)
+_OUTBID, _REFUSED = int(BufferCode.OUTBID), int(BufferCode.REFUSED)
+
+
+@compiled
+def _result(code: Any, slot: Any, prefetched: Any, evicted: Any, unused: Any, polluted: Any) -> Any:
+    """Fields of :class:`BufferResult`, all of one type."""
+    return (
+        np.int64(code),
+        np.int64(slot),
+        np.int64(prefetched),
+        np.int64(evicted),
+        np.int64(unused),
+        np.int64(polluted),
+    )
+
+
+@compiled
+def _take(state: Any, slot: Any, key: Any, by_prefetch: Any, number: Any = 0) -> Any:
+    """Give a slot to an expert, or to a copy of it; whether it held another, and whether nobody had
+    used that.
+    """
+    held = state.slots[slot]
+    owner, unused = held[OWNER], held[PREFETCHED]
+    evicted = owner >= 0
+    if evicted:
+        state.experts[owner, STATE] = EMPTY
+        if by_prefetch:
+            state.experts[owner, PUSHED] = 1
+    if number == 0:
+        state.experts[key, PUSHED] = 0
+        state.experts[key, STATE] = FILLING
+        state.experts[key, SLOT] = slot
+    held[OWNER], held[FILLS], held[PREFETCHED] = key, 1, 0
+    touch(state, slot)
+    return evicted, evicted and unused != 0
+
+
+@compiled
+def _drop(state: Any, slot: Any) -> None:
+    """Empty a slot; it keeps its pins."""
+    held, number = state.slots[slot], state.copies[slot, NUMBER]
+    if number:
+        # The expert itself is there, and knows no longer of this copy.
+        state.copies[state.experts[held[OWNER], SLOT], number] = -1
+        state.copies[slot, NUMBER] = 0
+    else:
+        state.experts[held[OWNER], STATE] = EMPTY
+    if held[LOCKED]:
+        state.registers[LOCKS] -= 1
+    held[OWNER] = -1
+    held[FILLS] = held[PREFETCHED] = held[LOCKED] = 0
+    if held[PINS] == 0:
+        state.registers[REMEMBERED] = slot
+        retire(state, slot)
+
+
+@compiled
+def find_demand_victim(state: Any, bank: Any = -1) -> Any:
+    """Slot for a demand, or one of a bank for a copy, by the policy; -1 for none."""
+    policy = state.registers[POLICY]
+    if policy == _LRU:
+        return least_recent(state, False, bank)
+    return find_victim(state, policy, 0, 0, 0, bank)[0]
+
+
+@compiled
+def begin_demand(state: Any, ctx: Any, layer: Any, expert: Any, index: Any) -> Any:
+    """Count a demand and hold its slot; ALLOCATED and slot -1 if a slot is still to be found."""
+    if index == 0:
+        state.registers[ROUTE] += 1
+    count_demand(state, ctx, layer, expert, index == 0)
+    key = layer * state.shape[EXPERTS] + expert
+    if state.experts[key, STATE] == EMPTY:
+        return _result(_ALLOCATED, -1, 0, 0, 0, 0)
+    slot = state.experts[key, SLOT]
+    held = state.slots[slot]
+    touch(state, slot)
+    held[PINS] += 1
+    state.pins[ctx, layer, index] = slot
+    prefetched = held[PREFETCHED]
+    held[PREFETCHED] = 0
+    code = _RESIDENT if state.experts[key, STATE] == READY else _IN_FLIGHT
+    return _result(code, slot, prefetched, 0, 0, 0)
+
+
+@compiled
+def take_for_demand(state: Any, ctx: Any, layer: Any, expert: Any, index: Any, slot: Any) -> Any:
+    """Give a slot to an expert that is demanded and missing."""
+    key = layer * state.shape[EXPERTS] + expert
+    polluted = state.experts[key, PUSHED]
+    evicted, unused = _take(state, slot, key, False)
+    state.slots[slot, PINS] = 1
+    state.pins[ctx, layer, index] = slot
+    return _result(_ALLOCATED, slot, 0, evicted, unused, polluted)
+
+
+@compiled
+def demand(state: Any, ctx: Any, layer: Any, expert: Any, index: Any) -> Any:
+    """Do a DEMAND: the fields of its :class:`BufferResult`."""
+    result = begin_demand(state, ctx, layer, expert, index)
+    if result[1] >= 0:
+        return result
+    slot = find_demand_victim(state)
+    if slot < 0:
+        return _result(_NO_SLOT, 0, 0, 0, 0, 0)
+    return take_for_demand(state, ctx, layer, expert, index, slot)
+
+
+@compiled
+def take_for_prefetch(state: Any, layer: Any, expert: Any, value: Any, slot: Any) -> Any:
+    """Give a slot to an expert that nobody demanded."""
+    evicted, unused = _take(state, slot, layer * state.shape[EXPERTS] + expert, True)
+    held = state.slots[slot]
+    held[PREFETCHED] = 1
+    held[VALUE] = value if value > 0 else _CERTAIN
+    held[MARK] = layer_mark(state, layer)
+    return _result(_ALLOCATED, slot, 0, evicted, unused, 0)
+
+
+@compiled
+def prefetch(state: Any, layer: Any, expert: Any, value: Any) -> Any:
+    """Do a PREFETCH: the fields of its :class:`BufferResult`."""
+    key = layer * state.shape[EXPERTS] + expert
+    if state.experts[key, STATE] != EMPTY:
+        code = _RESIDENT if state.experts[key, STATE] == READY else _IN_FLIGHT
+        return _result(code, state.experts[key, SLOT], 0, 0, 0, 0)
+    policy = state.registers[POLICY]
+    if policy == _LRU:
+        slot = least_recent(state, True)
+    else:
+        slot, outbid = find_victim(state, policy, layer, expert, value)
+        if outbid:
+            return _result(_OUTBID, 0, 0, 0, 0, 0)
+    if slot < 0:
+        return _result(_NO_SLOT, 0, 0, 0, 0, 0)
+    return take_for_prefetch(state, layer, expert, value, slot)
+
+
+@compiled
+def lock(state: Any, layer: Any, expert: Any) -> Any:
+    """Do a LOCK: the fields of its :class:`BufferResult`."""
+    key = layer * state.shape[EXPERTS] + expert
+    found = state.experts[key, STATE] != EMPTY
+    code = _RESIDENT if state.experts[key, STATE] == READY else _IN_FLIGHT
+    slot = state.experts[key, SLOT]
+    if found:
+        touch(state, slot)
+        if state.slots[slot, LOCKED] & BY_LOCK:
+            return _result(code, slot, 0, 0, 0, 0)
+    counted = found and state.slots[slot, LOCKED] != 0
+    if state.registers[LOCKS] >= state.shape[LOCKABLE] and not counted:
+        return _result(_NO_SLOT, 0, 0, 0, 0, 0)
+    if found:
+        held = state.slots[slot]
+        held[LOCKED] |= BY_LOCK
+        if not counted:
+            state.registers[LOCKS] += 1
+        prefetched = held[PREFETCHED]
+        held[PREFETCHED] = 0
+        return _result(code, slot, prefetched, 0, 0, 0)
+    slot = find_demand_victim(state)
+    if slot < 0:
+        return _result(_NO_SLOT, 0, 0, 0, 0, 0)
+    evicted, unused = _take(state, slot, key, False)
+    state.slots[slot, LOCKED] = BY_LOCK
+    state.registers[LOCKS] += 1
+    return _result(_ALLOCATED, slot, 0, evicted, unused, 0)
+
+
+@compiled
+def unlock(state: Any, layer: Any, expert: Any) -> Any:
+    """Do an UNLOCK: the fields of its :class:`BufferResult`."""
+    key = layer * state.shape[EXPERTS] + expert
+    if state.experts[key, STATE] == EMPTY:
+        return _result(_REFUSED, 0, 0, 0, 0, 0)
+    slot = state.experts[key, SLOT]
+    touch(state, slot)
+    if state.slots[slot, LOCKED] & BY_LOCK == 0:
+        return _result(_REFUSED, 0, 0, 0, 0, 0)
+    state.slots[slot, LOCKED] &= ~BY_LOCK
+    if state.slots[slot, LOCKED] == 0:
+        state.registers[LOCKS] -= 1
+    code = _RESIDENT if state.experts[key, STATE] == READY else _IN_FLIGHT
+    return _result(code, slot, 0, 0, 0, 0)
+
+
+@compiled
+def _hold(state: Any, slot: Any, keep: Any) -> Any:
+    """Hold the expert itself for the sake of copies, or no longer."""
+    held = state.slots[slot]
+    if held[FILLS]:
+        return _result(_IN_FLIGHT, slot, 0, 0, 0, 0)
+    before = held[LOCKED]
+    if keep and before == 0 and state.registers[LOCKS] >= state.shape[LOCKABLE]:
+        return _result(_NO_SLOT, 0, 0, 0, 0, 0)
+    if not keep and np.any(state.copies[slot, 1:] >= 0):
+        return _result(_REFUSED, 0, 0, 0, 0, 0)
+    held[LOCKED] = before | BY_COPY if keep else before & ~BY_COPY
+    state.registers[LOCKS] += np.int64(held[LOCKED] != 0) - np.int64(before != 0)
+    touch(state, slot)
+    return _result(_RESIDENT, slot, 0, 0, 0, 0)
+
+
+@compiled
+def _take_for_copy(state: Any, key: Any, number: Any, bank: Any) -> Any:
+    """Find a slot for a copy, or for the expert itself."""
+    if state.registers[LOCKS] >= state.shape[LOCKABLE]:
+        return _result(_NO_SLOT, 0, 0, 0, 0, 0)
+    slot = find_demand_victim(state, bank)
+    if slot < 0:
+        return _result(_NO_SLOT, 0, 0, 0, 0, 0)
+    evicted, unused = _take(state, slot, key, False, number)
+    if number:
+        state.copies[state.experts[key, SLOT], number] = slot
+        state.copies[slot, NUMBER] = number
+    state.slots[slot, LOCKED] = BY_COPY
+    state.registers[LOCKS] += 1
+    return _result(_ALLOCATED, slot, 0, evicted, unused, 0)
+
+
+@compiled
+def copy(state: Any, layer: Any, expert: Any, number: Any, keep: Any) -> Any:
+    """Do a COPY: the fields of its :class:`BufferResult`, and whether a slot was dropped."""
+    key = layer * state.shape[EXPERTS] + expert
+    refused = _result(_REFUSED, 0, 0, 0, 0, 0)
+    if state.experts[key, STATE] == EMPTY:
+        if number or not keep:
+            return refused, False
+        return _take_for_copy(state, key, 0, -1), False
+    first = state.experts[key, SLOT]
+    held = state.slots[first, LOCKED] & BY_COPY
+    if not keep and not held:
+        return refused, False
+    if number == 0:
+        return _hold(state, first, keep), False
+    slot = state.copies[first, number]
+    if not keep and slot < 0:
+        return refused, False
+    if state.slots[first, FILLS]:
+        return _result(_IN_FLIGHT, first, 0, 0, 0, 0), False
+    if not held:
+        return refused, False
+    if slot < 0:
+        bank = (first + number) % state.shape[BANKS]
+        return _take_for_copy(state, key, number, bank), False
+    if state.slots[slot, FILLS]:
+        return _result(_IN_FLIGHT, slot, 0, 0, 0, 0), False
+    if keep:
+        touch(state, slot)
+    else:
+        _drop(state, slot)
+    return _result(_RESIDENT, slot, 0, 0, 0, 0), not keep
+
+
+@compiled
+def fill(state: Any, slot: Any, last: Any, failed: Any) -> Any:
+    """Do a FILL, but for the tile-valid bits; whether the slot was dropped."""
+    held = state.slots[slot]
+    if not held[FILLS] or not last:
+        return False
+    held[FILLS] = 0
+    if failed:
+        _drop(state, slot)
+        return True
+    if state.copies[slot, NUMBER] == 0:
+        state.experts[held[OWNER], STATE] = READY
+    return False
+
+
+@compiled
+def cancel(state: Any, slot: Any) -> Any:
+    """Do a CANCEL; whether there was a prefetch to be cancelled."""
+    held = state.slots[slot]
+    if not held[FILLS] or not held[PREFETCHED] or held[LOCKED]:
+        return False
+    _drop(state, slot)
+    return True
+
+
+@compiled
+def release(state: Any, ctx: Any, layer: Any) -> Any:
+    """Do a RELEASE; whether anything was held."""
+    pins = state.pins[ctx, layer]
+    found = False
+    for index in range(pins.shape[0]):
+        if pins[index] >= 0:
+            state.slots[pins[index], PINS] -= 1
+            pins[index] = -1
+            found = True
+    return found
 
 
 class BufferResult(NamedTuple):
@@ -36,15 +376,17 @@ class BufferResult(NamedTuple):
     polluted: bool = False
 
 
-_NO_SLOT = BufferResult(BufferCode.NO_SLOT)
-_OUTBID = BufferResult(BufferCode.OUTBID)
-_REFUSED = BufferResult(BufferCode.REFUSED)
-_RELEASED = BufferResult(BufferCode.RESIDENT)
-_RESIDENT, _IN_FLIGHT = BufferCode.RESIDENT, BufferCode.FILLING
-_ALLOCATED = BufferCode.ALLOCATED
+_CODES = tuple(BufferCode)
+_REFUSAL = BufferResult(BufferCode.REFUSED)
+_DONE = BufferResult(BufferCode.RESIDENT)
 
-#: Confidence that a prefetch without one is kept with.
-_CERTAIN = 255
+
+def _answer(fields: Sequence[int]) -> BufferResult:
+    """The result of a compiled operation."""
+    code, slot, prefetched, evicted, unused, polluted = fields
+    return BufferResult(
+        _CODES[code], slot, bool(prefetched), bool(evicted), bool(unused), bool(polluted)
+    )
 
 
 class ExpertBuffer:
@@ -70,8 +412,8 @@ class ExpertBuffer:
         Use rates and values, and the search for a victim.
     storage : :class:`Storage`
         The bytes and tile-valid bits.
-    locked : :class:`int`
-        Slots that are locked or held for the sake of copies.
+    state : :class:`BufferState`
+        All else, in arrays that the compiled functions of this module work on.
 
     Raises
     ------
@@ -84,19 +426,29 @@ class ExpertBuffer:
         self.config = config
         if valued is None:
             valued = config.predictor == "perceptron"
-        self.policy: int = Policy.LRU
-        self.locked = 0
-        self.directory = Directory(config)
-        self.victims = Victims(config, self.directory, valued=valued)
-        self.recency = Recency(slots=config.slots)
+        self.state = create_state(config)
+        self.directory = Directory(config, self.state)
+        self.victims = Victims(config, self.state, valued=valued)
+        self.recency = Recency(self.state)
         self.storage = Storage(config)
+
+    @property
+    def policy(self) -> int:
+        """Who gives way, a :class:`Policy`."""
+        return int(self.state.registers[POLICY])
+
+    @policy.setter
+    def policy(self, policy: int) -> None:
+        self.state.registers[POLICY] = policy
+
+    @property
+    def locked(self) -> int:
+        """Slots that are locked or held for the sake of copies."""
+        return int(self.state.registers[LOCKS])
 
     def clear(self) -> None:
         """Forget everything but the data."""
-        self.directory.clear()
-        self.recency.clear()
-        self.victims.clear()
-        self.locked = 0
+        clear_state(self.state)
         self.storage.clear()
 
     def request(
@@ -264,268 +616,65 @@ class ExpertBuffer:
             raise ValueError(f"Context must be between 0 and {self.config.contexts - 1}, not {ctx}")
 
     def _demand(self, ctx: int, layer: int, expert: int, index: int) -> BufferResult:
-        directory = self.directory
-        key = directory.key(layer, expert)
+        self.directory.key(layer, expert)
         self._check_context(ctx)
         if not 0 <= index < self.config.model.top_k:
             raise ValueError(
                 f"Index must be between 0 and {self.config.model.top_k - 1}, not {index}"
             )
-        pins = directory.pins.setdefault((ctx, layer), {})
-        if index in pins:
+        if self.state.pins[ctx, layer, index] >= 0:
             raise ValueError(
                 f"Context {ctx} must release layer {layer} before it demands index {index} again"
             )
-        if index == 0:
-            self.recency.begin_route()
-        self.victims.demand(ctx, layer, expert, first=index == 0)
-
-        state = directory.state[key]
-        if state != EMPTY:
-            slot = directory.slot_of[key]
-            held = directory.slots[slot]
-            self.recency.touch(slot)
-            held.pins += 1
-            pins[index] = slot
-            prefetched = held.prefetched
-            held.prefetched = False
-            return BufferResult(
-                _RESIDENT if state == READY else _IN_FLIGHT, slot, prefetched=prefetched
-            )
-
-        slot = self._victim()
-        if slot < 0:
-            return _NO_SLOT
-        pins[index] = slot
-        polluted = key in directory.evicted_by_prefetch
-        evicted, evicted_unused = self._take(slot, by_prefetch=False)
-        directory.slots[slot].pins = 1
-        self._allocate(key, slot)
-        return BufferResult(_ALLOCATED, slot, False, evicted, evicted_unused, polluted)
+        return self._allocated(demand(self.state, ctx, layer, expert, index))
 
     def _prefetch(self, layer: int, expert: int, value: int) -> BufferResult:
-        directory = self.directory
-        key = directory.key(layer, expert)
+        self.directory.key(layer, expert)
         if not 0 <= value <= _CERTAIN:
             raise ValueError(f"Value must be between 0 and {_CERTAIN}, not {value}")
-        state = directory.state[key]
-        if state != EMPTY:
-            slot = directory.slot_of[key]
-            return BufferResult(_RESIDENT if state == READY else _IN_FLIGHT, slot)
-
-        if self.policy == Policy.LRU:
-            slot = self._least_recent(untouched=True)
-        else:
-            search = self.victims.search(self.policy, (layer, expert, value) if value else None)
-            if search.outbid:
-                return _OUTBID
-            slot = search.slot
-        if slot < 0:
-            return _NO_SLOT
-        evicted, evicted_unused = self._take(slot, by_prefetch=True)
-        held = directory.slots[slot]
-        held.prefetched = True
-        held.value = value or _CERTAIN
-        held.mark = self.victims.mark(layer)
-        self._allocate(key, slot)
-        return BufferResult(_ALLOCATED, slot, False, evicted, evicted_unused)
+        return self._allocated(prefetch(self.state, layer, expert, value))
 
     def _lock(self, layer: int, expert: int) -> BufferResult:
-        directory = self.directory
-        key = directory.key(layer, expert)
-        state = directory.state[key]
-        slot = directory.slot_of[key] if state != EMPTY else -1
-        if slot >= 0:
-            self.recency.touch(slot)
-        if slot >= 0 and directory.slots[slot].locked:
-            return BufferResult(_RESIDENT if state == READY else _IN_FLIGHT, slot)
-        held_already = slot >= 0 and directory.slots[slot].held
-        if self.locked >= self.config.lockable and not held_already:
-            return _NO_SLOT
-        if slot >= 0:
-            held = directory.slots[slot]
-            held.locked = True
-            self.locked += not held.held
-            prefetched, held.prefetched = held.prefetched, False
-            return BufferResult(
-                _RESIDENT if state == READY else _IN_FLIGHT, slot, prefetched=prefetched
-            )
-        slot = self._victim()
-        if slot < 0:
-            return _NO_SLOT
-        evicted, evicted_unused = self._take(slot, by_prefetch=False)
-        directory.slots[slot].locked = True
-        self.locked += 1
-        self._allocate(key, slot)
-        return BufferResult(_ALLOCATED, slot, False, evicted, evicted_unused)
+        self.directory.key(layer, expert)
+        return self._allocated(lock(self.state, layer, expert))
 
     def _unlock(self, layer: int, expert: int) -> BufferResult:
-        directory = self.directory
-        key = directory.key(layer, expert)
-        state = directory.state[key]
-        slot = directory.slot_of[key]
-        if state == EMPTY:
-            return _REFUSED
-        self.recency.touch(slot)
-        if not directory.slots[slot].locked:
-            return _REFUSED
-        directory.slots[slot].locked = False
-        self.locked -= not directory.slots[slot].held
-        return BufferResult(_RESIDENT if state == READY else _IN_FLIGHT, slot)
+        self.directory.key(layer, expert)
+        return _answer(unlock(self.state, layer, expert))
 
-    def _copy(self, layer: int, expert: int, copy: int, *, keep: bool) -> BufferResult:
-        """Hold a copy of an expert, or give it back."""
-        directory = self.directory
-        key = directory.key(layer, expert)
-        if not 0 <= copy < self.config.replicas:
-            raise ValueError(f"Copy must be between 0 and {self.config.replicas - 1}, not {copy}")
-        state = directory.state[key]
-        if state == EMPTY:
-            if copy or not keep:
-                return _REFUSED
-            return self._allocate_copy(key, 0, None)
-        first = directory.slot_of[key]
-        held = directory.slots[first]
-        if not keep and not held.held:
-            return _REFUSED
-        if copy == 0:
-            return self._hold(first, keep=keep)
-        at = held.links.get(copy)
-        if not keep and at is None:
-            return _REFUSED
-        if state == FILLING:
-            return BufferResult(_IN_FLIGHT, first)
-        if not held.held:
-            return _REFUSED
-        if at is None:
-            return self._allocate_copy(key, copy, (first + copy) % self.config.replicas)
-        if directory.slots[at].filling:
-            return BufferResult(_IN_FLIGHT, at)
-        if keep:
-            self.recency.touch(at)
-        else:
-            self._drop(at)
-        return BufferResult(_RESIDENT, at)
+    def _copy(self, layer: int, expert: int, number: int, *, keep: bool) -> BufferResult:
+        self.directory.key(layer, expert)
+        if not 0 <= number < self.config.replicas:
+            raise ValueError(f"Copy must be between 0 and {self.config.replicas - 1}, not {number}")
+        fields, dropped = copy(self.state, layer, expert, number, keep)
+        answer = self._allocated(fields)
+        if dropped:
+            self.storage.valid[answer.slot] = 0
+        return answer
 
-    def _hold(self, slot: int, *, keep: bool) -> BufferResult:
-        """Hold the expert itself for the sake of copies, or no longer."""
-        held = self.directory.slots[slot]
-        if held.filling:
-            return BufferResult(_IN_FLIGHT, slot)
-        counted = held.locked or held.held
-        if keep and not counted and self.locked >= self.config.lockable:
-            return _NO_SLOT
-        if not keep and held.links:
-            return _REFUSED
-        held.held = keep
-        self.locked += (held.locked or keep) - counted
-        self.recency.touch(slot)
-        return BufferResult(_RESIDENT, slot)
-
-    def _allocate_copy(self, key: int, copy: int, bank: int | None) -> BufferResult:
-        if self.locked >= self.config.lockable:
-            return _NO_SLOT
-        slot = self._victim(bank)
-        if slot < 0:
-            return _NO_SLOT
-        directory = self.directory
-        evicted, evicted_unused = self._take(slot, by_prefetch=False)
-        if copy:
-            directory.slots[directory.slot_of[key]].links[copy] = slot
-            self._occupy(key, slot)
-        else:
-            self._allocate(key, slot)
-        directory.slots[slot].held = True
-        directory.slots[slot].copy = copy
-        self.locked += 1
-        return BufferResult(_ALLOCATED, slot, False, evicted, evicted_unused)
-
-    def _victim(self, bank: int | None = None) -> int:
-        """Slot for a demand, or for a copy in a bank; -1 for none."""
-        if self.policy == Policy.LRU:
-            return self._least_recent(untouched=False, bank=bank)
-        return self.victims.search(self.policy, bank=bank).slot
-
-    def _least_recent(self, *, untouched: bool, bank: int | None = None) -> int:
-        """Least recent slot, of a bank or of all, that may be taken; -1 for none."""
-        for slot in self.recency:
-            # All that are more recent were touched in this route as well.
-            if untouched and self.recency.touched(slot):
-                break
-            if bank is not None and slot % self.config.replicas != bank:
-                continue
-            held = self.directory.slots[slot]
-            if held.pins == 0 and not held.filling and not held.locked and not held.held:
-                return slot
-        return -1
-
-    def _take(self, slot: int, *, by_prefetch: bool) -> tuple[bool, bool]:
-        """Evict what is in a slot; whether there was something, and whether nobody had used it."""
-        held = self.directory.slots[slot]
-        unused = held.prefetched
-        held.prefetched = False
-        if held.owner < 0:
-            return False, False
-        self.directory.state[held.owner] = EMPTY
-        if by_prefetch:
-            self.directory.evicted_by_prefetch.add(held.owner)
-        return True, unused
-
-    def _allocate(self, key: int, slot: int) -> None:
-        directory = self.directory
-        directory.evicted_by_prefetch.discard(key)
-        directory.state[key] = FILLING
-        directory.slot_of[key] = slot
-        self._occupy(key, slot)
-
-    def _occupy(self, key: int, slot: int) -> None:
-        held = self.directory.slots[slot]
-        held.owner = key
-        held.filling = True
-        self.storage.valid[slot] = 0
-        self.recency.touch(slot)
+    def _allocated(self, fields: Sequence[int]) -> BufferResult:
+        """The result of an operation that may have given away a slot."""
+        answer = _answer(fields)
+        if answer.code == BufferCode.ALLOCATED:
+            self.storage.valid[answer.slot] = 0
+        return answer
 
     def _fill(self, slot: int, tile: int, last: bool, failed: bool) -> BufferResult:
         self._check_slot(slot)
         if not 0 <= tile < self.config.tiles:
             raise ValueError(f"Tile must be between 0 and {self.config.tiles - 1}, not {tile}")
-        directory = self.directory
-        held = directory.slots[slot]
-        if held.filling:
-            if not failed:
-                self.storage.valid[slot] |= 1 << tile
-            if last:
-                held.filling = False
-                if failed:
-                    self._drop(slot)
-                elif held.copy == 0:
-                    directory.state[held.owner] = READY
-        return BufferResult(_RESIDENT, slot)
-
-    def _drop(self, slot: int) -> None:
-        """Empty a slot; it keeps its pins."""
-        directory = self.directory
-        held = directory.slots[slot]
-        if held.copy:
-            del directory.slots[directory.slot_of[held.owner]].links[held.copy]
-        else:
-            directory.state[held.owner] = EMPTY
-        self.locked -= held.locked or held.held
-        held.owner = -1
-        held.copy = 0
-        held.filling = held.prefetched = held.locked = held.held = False
-        self.storage.valid[slot] = 0
-        if held.pins == 0:
-            self.victims.freed(slot)
-            self.recency.retire(slot)
+        if not failed and self.state.slots[slot, FILLS]:
+            self.storage.valid[slot] |= 1 << tile
+        if last and fill(self.state, slot, last, failed):
+            self.storage.valid[slot] = 0
+        return BufferResult(BufferCode.RESIDENT, slot)
 
     def _cancel(self, slot: int) -> BufferResult:
         self._check_slot(slot)
-        held = self.directory.slots[slot]
-        if not held.filling or not held.prefetched or held.locked:
-            return _REFUSED
-        self._drop(slot)
-        return BufferResult(_RESIDENT, slot)
+        if not cancel(self.state, slot):
+            return _REFUSAL
+        self.storage.valid[slot] = 0
+        return BufferResult(BufferCode.RESIDENT, slot)
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.config.slots:
@@ -534,7 +683,4 @@ class ExpertBuffer:
     def _release(self, ctx: int, layer: int) -> BufferResult:
         self.directory.key(layer, 0)
         self._check_context(ctx)
-        held = self.directory.pins.pop((ctx, layer), {})
-        for slot in held.values():
-            self.directory.slots[slot].pins -= 1
-        return _RELEASED if held else _REFUSED
+        return _DONE if release(self.state, ctx, layer) else _REFUSAL

@@ -2,49 +2,109 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
-__all__ = ["Recency"]
+from ..._jit import compiled
+from .state import (
+    BANKS,
+    FILLS,
+    LOCKED,
+    NEWER,
+    NEWEST,
+    OLDER,
+    OLDEST,
+    PINS,
+    ROUTE,
+    TOUCHED,
+    BufferState,
+)
+
+__all__ = ["Recency", "least_recent", "retire", "touch"]
+
+
+@compiled
+def _unlink(state: Any, slot: Any) -> None:
+    """Take a slot out of the order."""
+    slots, registers = state.slots, state.registers
+    older, newer = slots[slot, OLDER], slots[slot, NEWER]
+    if older >= 0:
+        slots[older, NEWER] = newer
+    else:
+        registers[OLDEST] = newer
+    if newer >= 0:
+        slots[newer, OLDER] = older
+    else:
+        registers[NEWEST] = older
+
+
+@compiled
+def touch(state: Any, slot: Any) -> None:
+    """Make a slot the most recent."""
+    slots, registers = state.slots, state.registers
+    slots[slot, TOUCHED] = registers[ROUTE]
+    newest = registers[NEWEST]
+    if newest == slot:
+        return
+    _unlink(state, slot)
+    slots[slot, OLDER], slots[slot, NEWER] = newest, -1
+    slots[newest, NEWER] = slot
+    registers[NEWEST] = slot
+
+
+@compiled
+def retire(state: Any, slot: Any) -> None:
+    """Make a slot the least recent, as if the route had not touched it."""
+    slots, registers = state.slots, state.registers
+    slots[slot, TOUCHED] = -1
+    oldest = registers[OLDEST]
+    if oldest == slot:
+        return
+    _unlink(state, slot)
+    slots[slot, OLDER], slots[slot, NEWER] = -1, oldest
+    slots[oldest, OLDER] = slot
+    registers[OLDEST] = slot
+
+
+@compiled
+def least_recent(state: Any, untouched: Any, bank: Any = -1) -> Any:
+    """Least recent slot that may be taken, of those that the route has not touched if wanted so,
+    and of one bank if that isn't -1; -1 for none.
+    """
+    slots, banks = state.slots, state.shape[BANKS]
+    slot = state.registers[OLDEST]
+    while slot >= 0:
+        # All that are more recent were touched in this route as well.
+        if untouched and slots[slot, TOUCHED] == state.registers[ROUTE]:
+            break
+        kept = slots[slot, PINS] != 0 or slots[slot, FILLS] != 0 or slots[slot, LOCKED] != 0
+        if not kept and (bank < 0 or slot % banks == bank):
+            return slot
+        slot = slots[slot, NEWER]
+    return -1
 
 
 class Recency:
-    """Keep every slot in the order of its last touch, and know which the route has touched.
+    """The order of the slots, and which of them the route has touched.
 
     Parameters
     ----------
-    slots : :class:`int`
-        Slots (S).
+    state : :class:`BufferState`
+        Where they are kept.
     """
 
-    def __init__(self, *, slots: int) -> None:
-        self.slots = slots
-        self.clear()
-
-    def clear(self) -> None:
-        """Make slot 0 the least recent, the last slot the most; begin a route that touched none."""
-        self._order: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.slots))
-        self._route = 0
-        self._touched_in = [-1] * self.slots
-
-    def begin_route(self) -> None:
-        """Count all slots as untouched."""
-        self._route += 1
-
-    def touch(self, slot: int) -> None:
-        """Make a slot the most recent."""
-        self._order.move_to_end(slot)
-        self._touched_in[slot] = self._route
-
-    def retire(self, slot: int) -> None:
-        """Make a slot the least recent, as if the route had not touched it."""
-        self._order.move_to_end(slot, last=False)
-        self._touched_in[slot] = -1
+    def __init__(self, state: BufferState) -> None:
+        self._state = state
 
     def touched(self, slot: int) -> bool:
         """Whether the slot was touched since the route began."""
-        return self._touched_in[slot] == self._route
+        return bool(self._state.slots[slot, TOUCHED] == self._state.registers[ROUTE])
 
     def __iter__(self) -> Iterator[int]:
         """All slots, least recent first."""
-        return iter(self._order)
+        slot = int(self._state.registers[OLDEST])
+        for _ in self._state.slots:
+            if slot < 0:
+                break
+            yield slot
+            slot = int(self._state.slots[slot, NEWER])

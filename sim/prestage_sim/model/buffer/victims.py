@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.records import Policy, ValueKind
 
-from .directory import Directory, SlotState
-from .values import DECAYS, discounts, keep_value, rate_after_use, use_rate
+from ..._jit import compiled
+from .directory import SlotState
+from .state import (
+    BANKS,
+    EXPERTS,
+    FILLS,
+    LANES,
+    LOCKED,
+    MARK,
+    OWNER,
+    PASSES,
+    PINS,
+    POINTER,
+    PREFETCHED,
+    RATE,
+    REMEMBERED,
+    SAMPLES,
+    STAMP,
+    VALUE,
+    BufferState,
+    victim_samples,
+)
+from .values import keep_value, rate_after_use, use_rate
 
-__all__ = ["Search", "Victims", "victim_samples"]
+__all__ = [
+    "Search",
+    "Victims",
+    "count_demand",
+    "expert_keep",
+    "find_victim",
+    "layer_mark",
+    "slot_worth",
+    "victim_samples",
+]
 
 #: Visits of a layer are counted modulo this.
 _VISITS = 1024
@@ -21,10 +52,136 @@ _VISITS = 1024
 #: Of them a prefetch remembers as many bits as this modulus needs.
 _MARKS = 16
 
+_LFU = int(Policy.LFU)
 
-def victim_samples(config: DeviceConfig) -> int:
-    """Slots that a search looks at in one pass."""
-    return min(config.slots, max(8, 32 // config.contexts))
+
+@compiled
+def count_demand(state: Any, ctx: Any, layer: Any, expert: Any, first: Any) -> None:
+    """Count a demand; the first one of a decision counts a visit of its layer."""
+    visits = state.visits
+    key = layer * state.shape[EXPERTS] + expert
+    age = (visits[layer] - state.experts[key, STAMP]) % _VISITS
+    if first:
+        age += 1
+        visits[layer] = (visits[layer] + 1) % _VISITS
+        state.current[ctx] = layer
+    state.experts[key, RATE] = rate_after_use(state.experts[key, RATE], age, state.decays)
+    state.experts[key, STAMP] = visits[layer]
+
+
+@compiled
+def layer_mark(state: Any, layer: Any) -> Any:
+    """What a prefetch for that layer remembers of its visits."""
+    return state.visits[layer] % _MARKS
+
+
+@compiled
+def expert_keep(state: Any, policy: Any, layer: Any, expert: Any, probation: Any) -> Any:
+    """Worth of an expert.
+
+    Parameters
+    ----------
+    state : :class:`BufferState`
+        The buffer.
+    policy : :class:`int`
+        Anything but LRU.
+    layer, expert : :class:`int`
+        Which.
+    probation : :class:`int`
+        Confidence of a prefetch that waits for its layer; 0 for any other expert.
+    """
+    key = layer * state.shape[EXPERTS] + expert
+    age = (state.visits[layer] - state.experts[key, STAMP]) % _VISITS
+    rate = use_rate(state.experts[key, RATE], age, state.decays)
+    if policy == _LFU:
+        return max(rate, probation) << 4
+    layers = state.visits.shape[0]
+    best = np.int64(0)
+    for ctx in range(state.current.shape[0]):
+        current = state.current[ctx]
+        if current < 0:
+            continue
+        distance = layer - current
+        if distance < 0:
+            distance += layers
+        visited = state.visited[ctx, layer, expert // state.shape[LANES]]
+        chance = np.int64(0) if visited else state.chances[ctx, layer, expert]
+        if probation and distance == 0:
+            distance = layers
+        worth = keep_value(
+            max(chance, probation),
+            state.reuse[ctx, layer, expert],
+            rate,
+            visited and not probation,
+            distance,
+            state.discounts,
+        )
+        best = max(best, worth)
+    return best
+
+
+@compiled
+def slot_worth(state: Any, policy: Any, slot: Any) -> Any:
+    """Worth of what a slot holds; -1 for a free slot."""
+    held = state.slots[slot]
+    if held[OWNER] < 0:
+        return np.int64(-1)
+    layer, expert = divmod(held[OWNER], state.shape[EXPERTS])
+    probation = np.int64(0)
+    if held[PREFETCHED] and held[MARK] == layer_mark(state, layer):
+        probation = held[VALUE]
+    return expert_keep(state, policy, layer, expert, probation)
+
+
+@compiled
+def find_victim(
+    state: Any, policy: Any, layer: Any, expert: Any, value: Any, bank: Any = -1
+) -> Any:
+    """Find the slot of least worth: -1 for none, and whether it is worth more than the candidate.
+
+    Parameters
+    ----------
+    state : :class:`BufferState`
+        The buffer.
+    policy : :class:`int`
+        Anything but LRU.
+    layer, expert, value : :class:`int`
+        A prefetch that has to be worth as much, and its confidence; 0 for none.
+    bank : :class:`int`
+        Bank whose slots alone may be taken; -1 for all.
+    """
+    slots, registers = state.slots, state.registers
+    banks = state.shape[BANKS]
+    count, samples = slots.shape[0], state.shape[SAMPLES]
+    best = second = np.int64(-1)
+    best_worth = second_worth = np.int64(0)
+    passes = 0
+    number = registers[REMEMBERED]
+    first = number >= 0
+    while passes < (count + samples - 1) // samples and best < 0:
+        passes += 1
+        for n in range(-1 if first else 0, samples):
+            if n >= 0:
+                number = (registers[POINTER] + n) % count
+            if slots[number, PINS] or slots[number, FILLS] or slots[number, LOCKED]:
+                continue
+            if bank >= 0 and number % banks != bank:
+                continue
+            worth = slot_worth(state, policy, number)
+            if best < 0 or worth < best_worth:
+                second, second_worth = best, best_worth
+                best, best_worth = number, worth
+            elif number != best and (second < 0 or worth < second_worth):
+                second, second_worth = number, worth
+        registers[POINTER] = (registers[POINTER] + samples) % count
+        first = False
+    registers[PASSES] = passes
+    if best < 0:
+        registers[REMEMBERED] = -1
+        return best, False
+    outbid = value > 0 and best_worth > expert_keep(state, policy, layer, expert, value)
+    registers[REMEMBERED] = best if outbid else second
+    return best, outbid
 
 
 class Search(NamedTuple):
@@ -49,46 +206,50 @@ class Victims:
     ----------
     config : :class:`DeviceConfig`
         Device whose experts are ranked.
-    directory : :class:`Directory`
-        Where they are.
+    state : :class:`BufferState`
+        The buffer.
     valued : :class:`bool`
         Whether the predictor gives values; else those that come are ignored.
-
-    Attributes
-    ----------
-    samples : :class:`int`
-        Slots that a search looks at in one pass.
-    chances, reuse : array of :class:`int`, shape ``[C, L, E]``
-        V and R of each context.
-    visited : array of :class:`bool`, shape ``[C, L, lane beats]``
-        Whether R of a part of a layer is newer than V.
-    passes : :class:`int`
-        Passes over ``samples`` slots that the latest search took.
     """
 
-    def __init__(self, config: DeviceConfig, directory: Directory, *, valued: bool) -> None:
+    def __init__(self, config: DeviceConfig, state: BufferState, *, valued: bool) -> None:
         self.config = config
-        self.directory = directory
         self.valued = valued
-        self.samples = victim_samples(config)
-        self._discounts = np.array(discounts(config.model.layers), np.int64)
-        self._decays = np.array(DECAYS, np.int64)
-        self.clear()
+        self._state = state
 
-    def clear(self) -> None:
-        """Forget all values and uses."""
-        model, contexts = self.config.model, self.config.contexts
-        shape = (contexts, model.layers, model.experts)
-        self.chances = np.zeros(shape, np.int64)
-        self.reuse = np.zeros(shape, np.int64)
-        self.visited = np.zeros((contexts, model.layers, self.config.lane_beats), np.bool_)
-        self.visits = [0] * model.layers
-        self._rates = [(0, 0)] * (model.layers * model.experts)
-        #: Layer of the latest decision of each context that had one.
-        self.current: dict[int, int] = {}
-        self.passes = 0
-        self._pointer = 0
-        self._remembered = -1
+    @property
+    def samples(self) -> int:
+        """Slots that a search looks at in one pass."""
+        return int(self._state.shape[SAMPLES])
+
+    @samples.setter
+    def samples(self, count: int) -> None:
+        self._state.shape[SAMPLES] = count
+
+    @property
+    def passes(self) -> int:
+        """Passes over that many slots that the latest search took."""
+        return int(self._state.registers[PASSES])
+
+    @property
+    def chances(self) -> NDArray[np.int64]:
+        """V, shape ``[C, L, E]``."""
+        return self._state.chances
+
+    @property
+    def reuse(self) -> NDArray[np.int64]:
+        """R, shape ``[C, L, E]``."""
+        return self._state.reuse
+
+    @property
+    def visited(self) -> NDArray[np.bool_]:
+        """Whether R of a part of a layer is newer than V, shape ``[C, L, lane beats]``."""
+        return self._state.visited
+
+    @property
+    def current(self) -> NDArray[np.int64]:
+        """Layer of the latest decision of each context, -1 before the first."""
+        return self._state.current
 
     def values(self, kind: int, ctx: int, layer: int, beat: int, values: Sequence[int]) -> None:
         """Take a beat of values."""
@@ -101,76 +262,15 @@ class Victims:
         table[ctx, layer, first:last] = values[: last - first]
         self.visited[ctx, layer, beat] = kind == ValueKind.REUSE
 
-    def demand(self, ctx: int, layer: int, expert: int, *, first: bool) -> None:
-        """Count a demand; the first one of a decision counts a visit of its layer."""
-        key = self.directory.key(layer, expert)
-        rate, stamp = self._rates[key]
-        age = (self.visits[layer] - stamp) % _VISITS + first
-        if first:
-            self.visits[layer] = (self.visits[layer] + 1) % _VISITS
-            self.current[ctx] = layer
-        rate = int(rate_after_use(rate, age, self._decays))
-        self._rates[key] = rate, self.visits[layer]
-
-    def mark(self, layer: int) -> int:
-        """What a prefetch for that layer remembers of its visits."""
-        return self.visits[layer] % _MARKS
-
-    def freed(self, slot: int) -> None:
-        """Look at a slot that became free first."""
-        self._remembered = slot
-
     def keep(self, policy: int, layer: int, expert: int, probation: int) -> int:
-        """Worth of an expert.
-
-        Parameters
-        ----------
-        policy : :class:`int`
-            Anything but LRU.
-        layer, expert : :class:`int`
-            Which.
-        probation : :class:`int`
-            Confidence of a prefetch that waits for its layer; 0 for any other expert.
-        """
-        key = self.directory.key(layer, expert)
-        rate, stamp = self._rates[key]
-        age = (self.visits[layer] - stamp) % _VISITS
-        rate = int(use_rate(rate, age, self._decays))
-        if policy == Policy.LFU:
-            return max(rate, probation) << 4
-        best = 0
-        for ctx, current in self.current.items():
-            distance = (layer - current) % self.config.model.layers
-            visited = bool(self.visited[ctx, layer, expert // self.config.predictor_lanes])
-            chance = 0 if visited else int(self.chances[ctx, layer, expert])
-            if probation and distance == 0:
-                distance = self.config.model.layers
-            worth = keep_value(
-                max(chance, probation),
-                int(self.reuse[ctx, layer, expert]),
-                rate,
-                visited and not probation,
-                distance,
-                self._discounts,
-            )
-            best = max(best, int(worth))
-        return best
+        """Worth of an expert: :func:`expert_keep`."""
+        return int(expert_keep(self._state, int(policy), layer, expert, probation))
 
     def worth(self, policy: int, slot: SlotState) -> int:
         """Worth of what a slot holds; -1 for a free slot."""
-        if slot.owner < 0:
-            return -1
-        layer, expert = divmod(slot.owner, self.config.model.experts)
-        waits = slot.prefetched and slot.mark == self.mark(layer)
-        return self.keep(policy, layer, expert, slot.value if waits else 0)
+        return int(slot_worth(self._state, int(policy), slot.number))
 
-    def search(
-        self,
-        policy: int,
-        candidate: tuple[int, int, int] | None = None,
-        *,
-        bank: int | None = None,
-    ) -> Search:
+    def search(self, policy: int, candidate: tuple[int, int, int] | None = None) -> Search:
         """Find the slot of least worth.
 
         Parameters
@@ -179,35 +279,7 @@ class Victims:
             Anything but LRU.
         candidate : tuple of :class:`int` or None
             Layer, expert and confidence of a prefetch that has to be worth as much.
-        bank : :class:`int` or None
-            Bank whose slots alone may be taken.
         """
-        slots = self.directory.slots
-        best: tuple[int, int] | None = None
-        second: tuple[int, int] | None = None
-        self.passes = 0
-        most = -(-self.config.slots // self.samples)
-        todo = [self._remembered] if self._remembered >= 0 else []
-        while self.passes < most and best is None:
-            self.passes += 1
-            todo += [(self._pointer + n) % self.config.slots for n in range(self.samples)]
-            self._pointer = (self._pointer + self.samples) % self.config.slots
-            for number in todo:
-                slot = slots[number]
-                if slot.pins or slot.filling or slot.locked or slot.held:
-                    continue
-                if bank is not None and number % self.config.replicas != bank:
-                    continue
-                entry = self.worth(policy, slot), number
-                if best is None or entry[0] < best[0]:
-                    best, second = entry, best
-                elif number != best[1] and (second is None or entry[0] < second[0]):
-                    second = entry
-            todo = []
-        if best is None:
-            self._remembered = -1
-            return Search(-1, False)
-        outbid = candidate is not None and best[0] > self.keep(policy, *candidate)
-        kept = best if outbid else second
-        self._remembered = kept[1] if kept else -1
-        return Search(best[1], outbid)
+        layer, expert, value = candidate or (0, 0, 0)
+        slot, outbid = find_victim(self._state, int(policy), layer, expert, value)
+        return Search(int(slot), bool(outbid))

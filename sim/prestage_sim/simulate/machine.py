@@ -1,0 +1,168 @@
+"""What the simulator needs to know of a machine, for one model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .result import Counts
+
+__all__ = ["UNIT", "Link", "Machine", "Tier"]
+
+
+def _require(what: str, value: object, *, low: float, high: float = math.inf) -> None:
+    """Refuse what is not a number in a range; ``low`` itself is refused where it is 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or math.isnan(value) or not low <= value <= high:  # type: ignore[operator, arg-type]
+        most = "" if math.isinf(high) else f" and at most {high:g}"
+        raise ValueError(f"{what} must be at least {low:g}{most}, not {value!r}")
+
+
+def _require_positive(what: str, value: object) -> None:
+    _require(what, value, low=0)
+    if value == 0:
+        raise ValueError(f"{what} must be above 0, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """A way over which tiles come into the slots, one at a time.
+
+    Parameters
+    ----------
+    bandwidth : :class:`float`
+        Bytes a second.
+    latency : :class:`float`
+        Seconds from asking for a tile to its first byte; those of tiles in a row overlap.
+
+    Raises
+    ------
+    ValueError
+        If the bandwidth is not above 0, or the latency is below 0.
+    """
+
+    bandwidth: float
+    latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_positive("Bandwidth of a link", self.bandwidth)
+        _require("Latency of a link", self.latency, low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """A memory that experts come from, beyond the slots: host DRAM, then NVMe.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        What it is.
+    bandwidth : :class:`float`
+        Bytes a second; the way from it into the slots is no faster than this.
+    latency : :class:`float`
+        Seconds to the first byte, on top of the link's.
+    experts : :class:`int` or None
+        How many experts it holds, the most recently used ones; None for all, as the last tier must.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range.
+    """
+
+    name: str
+    bandwidth: float = math.inf
+    latency: float = 0.0
+    experts: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive(f"Bandwidth of tier {self.name}", self.bandwidth)
+        _require(f"Latency of tier {self.name}", self.latency, low=0)
+        if self.experts is not None:
+            _require(f"Experts in tier {self.name}", self.experts, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A machine as one model sees it.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        Name in tables.
+    layer_seconds : :class:`float`
+        Time of a layer with all its experts resident, for one token.
+    alpha : :class:`float`
+        Share of that time that passes before the layer's routing is known; the k experts take the
+        rest, in equal parts.
+    expert_bytes : :class:`int`
+        Size of an expert.
+    tiles : :class:`int`
+        Tiles of an expert: links are given to others only at the edge of a tile.
+    links : tuple of :class:`Link`
+        Ways into the slots; a tile goes over the one that is free first.
+    tiers : tuple of :class:`Tier`
+        Where experts lie beyond the slots, nearest first; none stands for one that holds all and is
+        as fast as the links.
+    joules : callable or None
+        Energy of all scored tokens in joules, from their :class:`Counts`.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range, there is no link, or the last tier does not hold all.
+    """
+
+    name: str
+    layer_seconds: float
+    alpha: float = 0.5
+    expert_bytes: int = 1
+    tiles: int = 8
+    links: tuple[Link, ...] = (Link(bandwidth=1.0),)
+    tiers: tuple[Tier, ...] = ()
+    joules: Callable[[Counts], float] | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive("Time of a layer", self.layer_seconds)
+        _require("Alpha", self.alpha, low=0, high=1)
+        _require("Expert size in bytes", self.expert_bytes, low=1)
+        _require("Tile count", self.tiles, low=1)
+        if not self.links:
+            raise ValueError("Machine must have at least one link, but has none")
+        if self.tiers and self.tiers[-1].experts is not None:
+            raise ValueError(
+                f"Last tier must hold all experts, but {self.tiers[-1].name} holds"
+                f" {self.tiers[-1].experts}"
+            )
+
+    def rho(self, top_k: int) -> float:
+        """Time to load ``top_k`` experts over all links, over the layer's time."""
+        bandwidth = sum(link.bandwidth for link in self.links)
+        return top_k * self.expert_bytes / bandwidth / self.layer_seconds
+
+    def with_rho(self, rho: float, top_k: int) -> Machine:
+        """The same machine with links that are as much faster or slower as makes this its rho.
+
+        Raises
+        ------
+        ValueError
+            If ``rho`` is not above 0.
+        """
+        _require_positive("Rho", rho)
+        faster = self.rho(top_k) / rho
+        return self.replace(
+            links=tuple(
+                Link(bandwidth=link.bandwidth * faster, latency=link.latency) for link in self.links
+            )
+        )
+
+    def replace(self, **changes: Any) -> Machine:
+        """The same machine with some parameters changed, validated again."""
+        return replace(self, **changes)
+
+
+#: The machine of the study that the policies' bars come from: a layer takes the time 1, half of it
+#: until its routing is known, and its experts come over one link, eight tiles each.
+UNIT = Machine(name="unit", layer_seconds=1.0)

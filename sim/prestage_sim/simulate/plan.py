@@ -1,0 +1,157 @@
+"""What a policy tells the simulator's engine to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prestage_sim.traces import Trace
+
+from .machine import Machine
+
+__all__ = ["Candidates", "Card", "Evict", "Plan", "Policy", "Workload"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a policy is.
+
+    Parameters
+    ----------
+    source : :class:`str`
+        Where it comes from.
+    predicts_from : :class:`str`
+        What it knows when it predicts.
+    simplified : :class:`str`
+        What was left out or emulated.
+    """
+
+    source: str
+    predicts_from: str
+    simplified: str
+
+
+class Evict(IntEnum):
+    """Who gives way. The first three are the golden buffer's policies."""
+
+    LRU = 0
+    LFU = 1
+    NEXT_USE = 2
+    LAYER_LRU = 3  # each layer has an equal share of the slots, least recently used first
+    BELADY = 4  # whose next use is farthest; knows the whole trace
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidates:
+    """Experts that a policy proposes, in the order in which it does.
+
+    Step ``t * (L + 1)`` is the start of token t, step ``t * (L + 1) + 1 + l`` the moment when its
+    layer l was routed. What belongs to step s are the entries ``offset[s]`` to ``offset[s + 1]``.
+
+    Parameters
+    ----------
+    offset : array of int64, ``[T * (L + 1) + 1]``
+        First entry of each step.
+    ahead : array of int16
+        How many routing decisions until the entry's layer is routed: 1 is the next one, and more
+        than what is left of the token reaches into the next.
+    expert : array of int16
+        Which expert of that layer.
+    score : array of int16
+        Confidence, 1 to 255; 0 takes a slot whatever it is worth.
+    hint : array of bool, or None
+        Whether it is an opinion from outside, for the throttle; None stands for all.
+    """
+
+    offset: NDArray[np.int64]
+    ahead: NDArray[np.int16]
+    expert: NDArray[np.int16]
+    score: NDArray[np.int16]
+    hint: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """How the engine works.
+
+    Parameters
+    ----------
+    evict : :class:`Evict`
+        Who gives way.
+    candidates : :class:`Candidates` or None
+        What is prefetched, if there is time.
+    predictor : :class:`str` or None
+        A form of the golden perceptron whose values and candidates are used: ``"full"`` or
+        ``"lite"``.
+    slots : :class:`int` or None
+        Slots in place of those that the residency gives.
+    keep : :class:`bool`
+        False empties every slot once its layer is done.
+    throttle : :class:`bool`
+        Whether the golden throttle drops kinds of prefetches that cost more than they save.
+    cancel : :class:`bool`
+        Whether a prefetch on its way that its layer did not want is given up at a tile's edge.
+    preempt : :class:`bool`
+        Whether a demand goes before prefetches at a tile's edge; else at an expert's end.
+    prefetch_inflight : :class:`int`
+        Prefetches that may be on their way at a time.
+    """
+
+    evict: Evict = Evict.LRU
+    candidates: Candidates | None = None
+    predictor: str | None = None
+    slots: int | None = None
+    keep: bool = True
+    throttle: bool = False
+    cancel: bool = True
+    preempt: bool = True
+    prefetch_inflight: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a policy may look at when it makes its plan.
+
+    Parameters
+    ----------
+    trace : :class:`Trace`
+        What the router chose: the traces to warm up with, then the one that counts. Only oracles
+        look ahead in it.
+    first : :class:`int`
+        First token of the trace that counts.
+    machine : :class:`Machine`
+        Where it runs, links already at their rho.
+    slots : :class:`int`
+        Slots that the residency gives.
+    seed : :class:`int`
+        For whatever is drawn at random.
+    """
+
+    trace: Trace
+    first: int
+    machine: Machine
+    slots: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A policy by name.
+
+    Parameters
+    ----------
+    name : :class:`str`
+        Its name.
+    card : :class:`Card`
+        What it is.
+    plan : callable
+        Makes the plan for a workload.
+    """
+
+    name: str
+    card: Card
+    plan: Callable[[Workload], Plan]
