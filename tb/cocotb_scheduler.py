@@ -894,12 +894,14 @@ async def run_timed(dut, stall, latency, failing):
     for step in range(60):
         dut.hold.value = int(tb.random.random() < 0.3)
         ctx = tb.random.randrange(config.contexts)
-        layer, _ = work.step(ctx)
+        layer, experts = work.step(ctx)
         await tb.commands.sent()
         for target, expert in work.candidates(ctx, layer):
             tb.candidate(ctx, target, expert)
         if config.replicas > 1 and tb.random.random() < 0.5:
-            tb.replicate(ctx, *work.hot(), tb.random.randrange(1, config.replicas + 1))
+            # Also of what has just been demanded, and may be in flight.
+            hot = tb.random.choice([work.hot(), (layer, experts[-1])])
+            tb.replicate(ctx, *hot, tb.random.randrange(1, config.replicas + 1))
         if tb.random.random() < 0.2:
             tb.candidate(
                 ctx, layer, tb.random.randrange(config.model.experts), deadline=tb.routes[ctx]
@@ -948,7 +950,7 @@ async def drained(dut, stall, failing, full):
 
 
 @cocotb.test()
-@cocotb.parametrize(stall=["none", "some"], failing=[False, True])
+@cocotb.parametrize((("stall", "failing"), [("none", False), ("some", True)]))
 async def copies_drained(dut, stall, failing):
     """The same with copies between the decisions."""
     if parameters()["config"].replicas > 1:

@@ -60,7 +60,10 @@ VALUELESS = ("one-slot",)
 HOST_WRITES = ("tiny", "odd", "two-banks")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.soak if n == "four-banks" else ()) for n in CONFIGS],
+)
 def test_buffer(name):
     config = CONFIGS[name]
     valued, host_writes = name not in VALUELESS, name in HOST_WRITES

@@ -1136,11 +1136,13 @@ _COPY_SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", _COPY_SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(s, marks=pytest.mark.soak if s != "two" else ()) for s in _COPY_SHAPES],
+)
 def test_copies(shape):
     """Experts in several banks."""
     config = _COPY_SHAPES[shape]
-    timed = ["copies_timed", "timed_pace/profiles=False", "reset_in_flight"]
     run_bench(
         lambda: Top(config=config),
         module=__file__,
@@ -1148,7 +1150,8 @@ def test_copies(shape):
         parameters={"config": config},
         testcase=[
             *(f"copies_drained/policy={policy.name}" for policy in (Policy.LRU, Policy.NEXT_USE)),
-            *(timed if shape == "two" else timed[:1]),
+            "copies_timed",
+            *(["timed_pace/profiles=False", "reset_in_flight"] if shape != "two" else []),
         ],
     )
 

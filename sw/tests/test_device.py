@@ -637,6 +637,35 @@ def test_a_device_without_banks(device):
         device.drain()
 
 
+def test_replicas_that_the_host_copies():
+    host = COPIES.replace(mover="host")
+    image = expert_memory(COPIES)
+    slots = np.zeros((host.slots, host.expert_bytes), np.uint8)
+    broken = set()
+
+    def copier(layer, expert, slot, tile, nbytes, demand):
+        if slot in broken:
+            raise OSError("no room")
+        assert not demand
+        start = host.expert_address(layer, expert) + tile * nbytes
+        slots[slot, tile * nbytes : (tile + 1) * nbytes] = image[start : start + nbytes]
+
+    with prestage.open("model://", config=host, copier=copier) as device:
+        found = device.replicate(1, 4, 2)
+        start = host.expert_address(1, 4)
+        for bank, ready in found.items():
+            assert ready.slot % 2 == bank
+            assert (slots[ready.slot] == image[start : start + host.expert_bytes]).all()
+        device.replicate(1, 4, 1)
+        # The expert itself is where it was; the slot of the copy is the next to be taken.
+        broken.update(ready.slot for ready in found.values())
+        with pytest.raises(BusError) as caught:
+            device.replicate(1, 4, 2)
+        assert isinstance(caught.value.__cause__, OSError)
+        assert len(device.replicas[1, 4]) == 1
+        device.drain()
+
+
 def test_replicas_that_come_late():
     late = []
 
