@@ -30,7 +30,7 @@ from prestage_tb.bench import (
     start_clock,
 )
 
-DEMAND, PREFETCH, FILL, RELEASE, CANCEL, LOCK, UNLOCK = BufferOp
+DEMAND, PREFETCH, FILL, RELEASE, CANCEL, LOCK, UNLOCK, COPY = BufferOp
 RESIDENT, FILLING, ALLOCATED, NO_SLOT, OUTBID, REFUSED, INVALID = BufferCode
 LRU, LFU, NEXT_USE = Policy
 
@@ -73,26 +73,43 @@ class TB:
         if host_writes:
             self.host_writes = StreamSource(dut, "host_writes", layout("BufferWrite"), stall=stall)
         self.values = StreamSource(dut, "values", layout("ValueBeat"), stall=stall)
-        self.reads = StreamSource(dut, "reads", layout("ReadRequest"), stall=stall)
-        self.beats = StreamSink(dut, "beats", layout("Beat"), stall=stall)
+        # Consumer ports, one a bank.
+        banks = [f"__{bank}" for bank in range(config.replicas)] if config.replicas > 1 else [""]
+        self.reads = [
+            StreamSource(dut, f"reads{bank}", layout("ReadRequest"), stall=stall) for bank in banks
+        ]
+        self.beats = [
+            StreamSink(dut, f"beats{bank}", layout("Beat"), stall=stall) for bank in banks
+        ]
         self.writers = [self.writes, *([self.host_writes] if host_writes else [])]
         self.drivers = [self.requests, self.results, *self.writers]
-        self.drivers += [self.values, self.reads, self.beats]
+        self.drivers += [self.values, *self.reads, *self.beats]
         dut.clear.value = 0
         self.set_policy(LRU)
         self.forget()
-        cocotb.start_soon(self._check_beats())
+        for bank in range(config.replicas):
+            cocotb.start_soon(self._check_beats(bank))
 
     def forget(self):
         """Know of no work under way."""
         self.window = []  # tile-valid bits that reads may still see
-        self.pending = deque()  # reads: (slot, beat, allowed (ok, data))
+        # Reads of each bank: (slot, beat, allowed (ok, data))
+        self.pending_of = [deque() for _ in range(self.config.replicas)]
         # For each writer: writes that the golden model has not seen, how many were queued and seen.
         self.queued = {writer: deque() for writer in self.writers}
         self.queued_count = dict.fromkeys(self.writers, 0)
         self.written_count = dict.fromkeys(self.writers, 0)
         self.queued_values = deque()  # values that the golden model has not seen
         self.valued_count = 0
+
+    @property
+    def pending(self):
+        """All reads that were not answered."""
+        return [read for reads in self.pending_of for read in reads]
+
+    def bank(self, slot):
+        """Bank of a slot."""
+        return slot % self.config.replicas
 
     async def start(self):
         """Reset, and fill the slots unless their bytes are known."""
@@ -195,17 +212,21 @@ class TB:
         allowed = [self.golden.read_beat(slot, beat)]
         tile = beat // self.config.tile_beats
         allowed += [(allowed[0][0], bool(valid[slot] >> tile & 1)) for valid in self.window]
-        self.pending.append((slot, beat, allowed))
-        self.reads.send({"slot": slot, "beat": beat})
+        self.expect(slot, beat, allowed)
+
+    def expect(self, slot, beat, allowed):
+        """Queue a read that may have one of these answers."""
+        self.pending_of[self.bank(slot)].append((slot, beat, allowed))
+        self.reads[self.bank(slot)].send({"slot": slot, "beat": beat})
 
     def _changed(self):
         for slot, beat, allowed in self.pending:
             allowed.append(self.golden.read_beat(slot, beat))
 
-    async def _check_beats(self):
+    async def _check_beats(self, bank):
         while True:
-            [beat] = await self.beats.receive(1, limit=None)
-            slot, number, allowed = self.pending.popleft()
+            [beat] = await self.beats[bank].receive(1, limit=None)
+            slot, number, allowed = self.pending_of[bank].popleft()
             got = bytes(beat["data"]), bool(beat["ok"])
             if got[1]:
                 assert got in allowed, f"slot {slot} beat {number}: {got}, not in {allowed}"
@@ -222,13 +243,19 @@ class TB:
             return self.buffer.fill_latency
         if op == RELEASE:
             return self.buffer.release_latency
-        directory, recency = self.golden.directory, self.golden.recency
+        directory = self.golden.directory
         config = self.config
+        if op == COPY:
+            return self._copy_cycles(**fields)
         if directory.state[directory.key(fields["layer"], fields["expert"])]:
             return self.buffer.lookup_latency
-        most = config.slots - config.contexts * config.model.top_k
-        if op == UNLOCK or (op == LOCK and self.golden.locked >= most):
+        if op == UNLOCK or (op == LOCK and self.golden.locked >= config.lockable):
             return 3
+        return self._walk_cycles(self.buffer.lookup_latency, op=op)
+
+    def _walk_cycles(self, base, *, op, bank=None):
+        """Cycles of a search by recency; None with other policies."""
+        directory, recency = self.golden.directory, self.golden.recency
         if self.golden.policy != LRU:
             return None
         skipped = 0
@@ -236,10 +263,33 @@ class TB:
             if op == PREFETCH and recency.touched(slot):
                 break
             held = directory.slots[slot]
-            if not held.pins and not held.filling and not held.locked:
-                return self.buffer.lookup_latency + 3 * skipped
+            kept = held.pins or held.filling or held.locked or held.held
+            if not kept and bank in (None, self.bank(slot)):
+                return base + 3 * skipped
             skipped += 1
-        return self.buffer.lookup_latency + 3 * (skipped - 1) - 1 if skipped else 3
+        return base + 3 * (skipped - 1) - 1 if skipped else 3
+
+    def _copy_cycles(self, layer, expert, value, last):
+        """The same of a COPY."""
+        golden, buffer = self.golden, self.buffer
+        directory = golden.directory
+        key = directory.key(layer, expert)
+        full = golden.locked >= self.config.lockable
+        if value >= self.config.replicas:
+            return 2
+        if directory.state[key] == 0:
+            if value or not last or full:
+                return 3
+            return self._walk_cycles(buffer.lookup_latency, op=COPY)
+        first = directory.slot_of[key]
+        held = directory.slots[first]
+        if value == 0 or held.filling or not held.held:
+            return buffer.lookup_latency
+        if value in held.links:
+            return buffer.copy_latency
+        if not last or full:
+            return buffer.lookup_latency
+        return self._walk_cycles(buffer.lookup_latency + 3, op=COPY, bank=self.bank(first + value))
 
     def _golden(self, op, fields):
         """Answer of the golden model and the cycles that it takes."""
@@ -251,6 +301,7 @@ class TB:
             return BufferResult(INVALID), 2
         if took is None:
             took = self.buffer.search_latency + (before.passes - 1) * self.buffer.pass_cycles
+            took += 2 * (op == COPY and fields["value"] != 0)
             took -= 2 * (answer.code in (NO_SLOT, OUTBID))
             self.passes.append(before.passes)
         return answer, took
@@ -343,14 +394,17 @@ class TB:
         ]
         if len(places) > most:
             places = self.random.sample(places, most)
-        self.beats.clear()
+        for beats in self.beats:
+            beats.clear()
         for place in places:
             self.read(*place)
         while self.pending:
             await cycles(self.dut, 10)
-        for place, got in zip(places, self.beats.received, strict=True):
-            # Also the data of tiles that are not valid.
-            assert (bytes(got["data"]), bool(got["ok"])) == self.golden.read_beat(*place)
+        for bank, beats in enumerate(self.beats):
+            mine = [place for place in places if self.bank(place[0]) == bank]
+            for place, got in zip(mine, beats.received, strict=True):
+                # Also the data of tiles that are not valid.
+                assert (bytes(got["data"]), bool(got["ok"])) == self.golden.read_beat(*place)
         for layer in range(self.config.model.layers):
             for expert in range(self.config.model.experts):
                 answer = await self.operate(DEMAND, ctx=0, layer=layer, expert=expert, index=0)
@@ -416,6 +470,8 @@ class Scheduler:
                 await self._cancel()
             elif kind < 0.61:
                 await self._lock(layer)
+            elif kind < 0.75 and config.replicas > 1:
+                await self._copy(layer)
             elif kind < 0.63:
                 await self._out_of_range()
             elif kind < 0.85:
@@ -528,13 +584,30 @@ class Scheduler:
         if answer.code != NO_SLOT:
             self.locked.add((layer, expert))
 
+    async def _copy(self, layer):
+        """Hold or give back a copy, of a few experts more often."""
+        tb, model = self.tb, self.tb.config.model
+        experts = 3 if self.random.random() < 0.8 else model.experts
+        for number in range(tb.config.replicas) if self.random.random() < 0.5 else ():
+            # All in order, as the scheduler asks for them: the expert itself first.
+            expert = layer % model.experts
+            answer = await tb.operate(COPY, layer=layer, expert=expert, value=number, last=True)
+            self._allocated(answer, layer)
+        expert = self.random.randrange(min(experts, model.experts))
+        number = self.random.randrange(tb.config.replicas)
+        keep = self.random.random() < 0.6
+        answer = await tb.operate(COPY, layer=layer, expert=expert, value=number, last=keep)
+        self._allocated(answer, layer)
+        if answer.code == RESIDENT and not keep and number:
+            assert not self.holders.get(answer.slot), "a pinned slot was dropped"
+
     async def _out_of_range(self):
         """Use a number that is too great, if the fields can hold one."""
         config, model = self.tb.config, self.tb.config.model
         kinds = {
             "ctx": (config.contexts, (DEMAND, RELEASE)),
             "layer": (model.layers, (DEMAND, PREFETCH, RELEASE, LOCK, UNLOCK)),
-            "expert": (model.experts, (DEMAND, PREFETCH, LOCK, UNLOCK)),
+            "expert": (model.experts, (DEMAND, PREFETCH, LOCK, UNLOCK, COPY)),
             "index": (model.top_k, (DEMAND,)),
             "slot": (config.slots, (FILL, CANCEL)),
             "tile": (config.tiles, (FILL,)),
@@ -546,7 +619,10 @@ class Scheduler:
         if least == most:
             return
         used[name] = self.random.randrange(least, most)
-        answer = await self.tb.operate(self.random.choice(ops), **used)
+        op = self.random.choice(ops)
+        if op == COPY:
+            used = {"layer": used["layer"], "expert": used["expert"], "value": 0, "last": 1}
+        answer = await self.tb.operate(op, **used)
         assert answer.code == INVALID
 
     async def _release(self):
@@ -589,6 +665,13 @@ class Scheduler:
             await self._release()
         for layer, expert in sorted(self.locked):
             await self.tb.operate(UNLOCK, layer=layer, expert=expert)
+        experts = self.tb.config.model.experts
+        held = [slot for slot in self.tb.golden.directory.slots if slot.held and not slot.copy]
+        for slot in held:
+            layer, expert = divmod(slot.owner, experts)
+            for number in reversed(range(self.tb.config.replicas)):
+                await self.tb.operate(COPY, layer=layer, expert=expert, value=number, last=False)
+        assert all(not slot.held for slot in self.tb.golden.directory.slots)
         await self.tb.finish_values()
 
 
@@ -636,6 +719,9 @@ async def lasts(dut):
         expected |= {("PREFETCH", "OUTBID")}
     if tb.config.slots > tb.config.contexts * tb.config.model.top_k:
         expected |= {("LOCK", "ALLOCATED"), ("UNLOCK", "RESIDENT")}
+    if tb.config.replicas > 1:
+        codes = (RESIDENT, FILLING, ALLOCATED, NO_SLOT, REFUSED)
+        expected |= {("COPY", code.name) for code in codes}
     assert tb.seen.keys() >= expected, expected - tb.seen.keys()
 
 
@@ -737,7 +823,8 @@ async def reads_a_beat_in_every_cycle(dut):
     await tb.start()
     answer = await tb.operate(DEMAND, ctx=0, layer=0, expert=1, index=0)
     await tb.fetch(answer.slot)
-    tb.beats.clear()
+    bank = tb.bank(answer.slot)
+    tb.beats[bank].clear()
     beats = tb.config.expert_beats
     # Writes go on in another slot meanwhile.
     other = await tb.operate(PREFETCH, layer=0, expert=0)
@@ -746,15 +833,15 @@ async def reads_a_beat_in_every_cycle(dut):
             tb.write_tile(other.slot, tile)
     for beat in range(beats):
         tb.read(answer.slot, beat)
-    while tb.reads.sent_count < 1:
+    while tb.reads[bank].sent_count < 1:
         await cycles(dut)
-    await tb.reads.sent()
-    last = tb.reads.cycle
+    await tb.reads[bank].sent()
+    last = tb.reads[bank].cycle
     while tb.pending:
         await cycles(dut)
     start = last - (beats - 1) + tb.buffer.read_latency
-    assert tb.beats.arrival == list(range(start, start + beats))
-    assert all(beat["ok"] for beat in tb.beats.received)
+    assert tb.beats[bank].arrival == list(range(start, start + beats))
+    assert all(beat["ok"] for beat in tb.beats[bank].received)
     await tb.finish()
 
 
@@ -766,11 +853,11 @@ async def holds_beats_under_backpressure(dut):
     answer = await tb.operate(DEMAND, ctx=0, layer=0, expert=1, index=0)
     await tb.fetch(answer.slot)
     for wait in range(12):
-        tb.beats.paused = True
+        tb.beats[tb.bank(answer.slot)].paused = True
         for beat in range(8):
             tb.read(answer.slot, (beat * 5 + wait) % tb.config.expert_beats)
         await cycles(dut, wait + 1)
-        tb.beats.paused = False
+        tb.beats[tb.bank(answer.slot)].paused = False
         await cycles(dut, 1 + wait % 3)
     await tb.finish()
 
@@ -785,9 +872,51 @@ async def reads_out_of_range_are_not_ok(dut):
         await tb.fetch(answer.slot)
     places = [(slot, 0) for slot in range(config.slots, 1 << config.bits("slot"))]
     places += [(0, beat) for beat in range(config.expert_beats, 1 << config.bits("beat"))]
-    got = len(tb.beats.received)
+    got = sum(len(beats.received) for beats in tb.beats)
     for slot, beat in places:
-        tb.pending.append((slot, beat, [(b"", False)]))
-        tb.reads.send({"slot": slot, "beat": beat})
+        tb.expect(slot, beat, [(b"", False)])
+    # Ports know only the slots of their bank.
+    for bank in range(1, config.replicas):
+        tb.pending_of[bank].append((0, 0, [(b"", False)]))
+        tb.reads[bank].send({"slot": 0, "beat": 0})
     await tb.finish()
-    assert len(tb.beats.received) == got + len(places)
+    expected = got + len(places) + config.replicas - 1
+    assert sum(len(beats.received) for beats in tb.beats) == expected
+
+
+@cocotb.test()
+async def reads_all_banks_in_the_same_cycle(dut):
+    """Every copy of an expert has its bytes, and each bank gives a beat in every cycle."""
+    tb = TB(dut)
+    await tb.start()
+    config, buffer = tb.config, tb.buffer
+    if config.replicas == 1:
+        return
+    slots = []
+    for number in range(config.replicas):
+        answer = await tb.operate(COPY, layer=0, expert=1, value=number, last=True)
+        assert answer.code == ALLOCATED
+        await tb.fetch(answer.slot)
+        slots.append(answer.slot)
+    assert sorted(map(tb.bank, slots)) == list(range(config.replicas))
+    for beats in tb.beats:
+        beats.clear()
+    for beat in range(config.expert_beats):
+        for slot in slots:
+            tb.read(slot, beat)
+    await cycles(dut)
+    while tb.pending:
+        await cycles(dut)
+    arrivals = [beats.arrival for beats in tb.beats]
+    start = arrivals[0][0]
+    assert arrivals == [list(range(start, start + config.expert_beats))] * config.replicas
+    assert all(beat["ok"] for beats in tb.beats for beat in beats.received)
+    # One copy fewer: its slot is nobody's, and the others stay.
+    gone = config.replicas - 1
+    await tb.operate(COPY, layer=0, expert=1, value=gone, last=False)
+    for slot in slots:
+        tb.read(slot, 0)
+        assert tb.pending_of[tb.bank(slot)][-1][2][0][1] == (slot != slots[gone])
+    await tb.finish()
+    tb.golden.check_invariants()
+    assert buffer.read_latency == 6

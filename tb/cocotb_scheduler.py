@@ -22,7 +22,7 @@ from prestage_hw.scheduler import STROBES, CandidateQueue, Scheduler
 from prestage_sim.model.buffer import ExpertBuffer
 from prestage_sim.model.dma import DMA as GoldenDMA
 from prestage_sim.model.dma import Memory
-from prestage_sim.model.scheduler import Event, Ready, kind_of
+from prestage_sim.model.scheduler import Copy, Event, Ready, kind_of
 from prestage_sim.model.scheduler import Scheduler as GoldenScheduler
 from prestage_sim.model.scheduler import Throttle as GoldenThrottle
 from prestage_tb.bench import (
@@ -63,6 +63,7 @@ class Entry:
         self.tag = None
         self.kind = None  # Of a prefetch.
         self.given_up = False
+        self.copy = None  # Context and number of the copy that it is fetched for.
         self.again = []  # A context that waits twice: its layer was released and routed again.
 
 
@@ -99,6 +100,11 @@ class TB:
             self.ready,
             self.events,
         ]
+        self.copies = self.copied = None
+        if config.replicas > 1:
+            self.copies = source("copies", "CopyCommand", stall=stall)
+            self.copied = sink("copied", "Copy", stall=stall)
+            self.streams += [self.copies, self.copied]
         self.latency = latency
         self.failing = failing
         self.base = base
@@ -151,6 +157,9 @@ class TB:
         self.unanswered = []  # Demands that wait: (ctx, layer, expert).
         self.due = deque()  # Answers that must come next on ``ready``, and on ``events``.
         self.due_events = deque()
+        self.due_copied = deque()
+        self.open_copies = deque()  # Copies that were not decided yet.
+        self.copy_waits = False  # The first of them waits until a fetch ends.
         self.queued = deque()  # Candidates that were not looked up yet.
         self.routes = [0] * config.contexts
         self.request = None
@@ -177,6 +186,15 @@ class TB:
     def release(self, ctx, layer):
         command = {"release": 1, "lock": 0, "ctx": ctx, "layer": layer, "repeat": 0}
         self.commands.send({**command, "expert": 0, "index": 0})
+
+    def replicate(self, ctx, layer, expert, copies):
+        """What a REPLICATE becomes."""
+        least = copies if copies > 1 else 0
+        command = {"ctx": ctx, "layer": layer, "expert": expert}
+        for number in reversed(range(least, self.config.replicas)):
+            self.copies.send({**command, "copy": number, "keep": 0})
+        for number in range(least):
+            self.copies.send({**command, "copy": number, "keep": 1})
 
     def candidate(self, ctx, layer, expert, *, deadline=None, source=Source.PREDICTOR, score=None):
         if deadline is None:
@@ -216,6 +234,8 @@ class TB:
             or self.request
             or self.due
             or self.due_events
+            or self.open_copies
+            or (self.copies is not None and self.copies.pending)
         )
 
     async def idle(self, limit=200_000):
@@ -329,6 +349,10 @@ class TB:
             answer = self._taken(self.events)
             if answer is not None:
                 self._answered(Event(**answer), self.due_events)
+            if self.copies is not None:
+                answer = self._taken(self.copied)
+                if answer is not None:
+                    self._answered(Copy(**answer), self.due_copied)
             result = self._taken(self.results)
             if result is not None:
                 self._result(result)
@@ -341,6 +365,11 @@ class TB:
                 self.log["command"] = self.cycle
                 if not command["release"]:
                     self.unanswered.append((command["ctx"], command["layer"], command["expert"]))
+            copy = None if self.copies is None else self._taken(self.copies)
+            if copy is not None:
+                self.open_copies.append(copy)
+                if copy["keep"]:
+                    self.unanswered.append((copy["ctx"], copy["layer"], copy["expert"]))
             candidate = self._taken(self.candidates)
             if (
                 candidate is not None
@@ -360,6 +389,7 @@ class TB:
         if str(self.dut.idle.value) == "1":
             assert not (self.open_demands or self.unanswered or self.inflight), "idle too early"
             assert not (self.request or self.memory_queue or self.due or self.due_events)
+            assert not (self.open_copies or self.due_copied)
             lost = self._lost()
             assert lost == self.expected["skipped"] + len(self.queued), "idle with candidates"
             for stream in (self.requests, self.fetches, self.ready, self.events):
@@ -518,6 +548,8 @@ class TB:
             assert held_for <= SLACK, "a candidate was looked up while candidates are held"
             if str(self.dut.alone.value) == "1":
                 assert not self.inflight, "a candidate was looked up with a fetch in flight"
+        if op == BufferOp.COPY:
+            self._copy_requested(request)
         names = ("ctx", "layer", "expert", "index", "slot", "tile", "value")
         fields = {name: request[name] for name in names}
         result = self.buffer.request(
@@ -543,12 +575,19 @@ class TB:
                     expected["prefetch_cancelled"] += 1
                 else:
                     expected["fills"] += 1
-                if not entry.demand and (entry.failed_at is not None or entry.given_up):
+                prefetch = not entry.demand and entry.copy is None
+                if prefetch and (entry.failed_at is not None or entry.given_up):
                     self.throttle.dropped(entry.slot)
+                self.copy_waits = False
                 for waiter in sorted(entry.waiters):
                     self._answer(entry, waiter)
                 for waiter in entry.again:
                     self._answer(entry, waiter)
+                if entry.copy is not None and entry.failed_at is not None:
+                    self._answer(entry, entry.copy[0])
+                elif entry.copy is not None:
+                    ctx, number = entry.copy
+                    self.due_copied.append(Copy(ctx, entry.layer, entry.expert, number, entry.slot))
             return
         if op == BufferOp.RELEASE:
             return
@@ -556,9 +595,13 @@ class TB:
             assert code == BufferCode.RESIDENT
             expected["prefetch_cancelled"] += 1
             self.throttle.dropped(self.inflight.pop(request["slot"]).slot)
+            self.copy_waits = False
             return
         expected["evictions"] += result["evicted"]
         expected["useless"] += result["evicted_unused"]
+        if op == BufferOp.COPY:
+            self._copy_answered(request, result)
+            return
         if op == BufferOp.PREFETCH:
             if code == BufferCode.ALLOCATED:
                 expected["prefetch_issued"] += 1
@@ -629,6 +672,46 @@ class TB:
             else:
                 entry.waiters.append(ctx)
 
+    def _copy_requested(self, request):
+        """A copy is held or given back: is it the next one, and may it be?"""
+        command = self.open_copies[0]
+        for name, value in (("layer", "layer"), ("expert", "expert"), ("copy", "value")):
+            assert request[value] == command[name]
+        assert request["last"] == command["keep"]
+        assert self.retrying is None
+        assert all(self.shown - since <= 4 for _, since in self.open_demands), (
+            "a command goes before a copy"
+        )
+        assert not self.copy_waits, "asked again before a fetch has ended"
+        assert all(e.copy is None for e in self.inflight.values()), "one copy at a time"
+        assert sum(not e.demand for e in self.inflight.values()) < self.config.prefetch_inflight
+        assert len(self.inflight) <= self.config.inflight - 2
+
+    def _copy_answered(self, request, result):
+        """What must follow from the buffer's answer to a COPY."""
+        command = self.open_copies[0]
+        code, slot = BufferCode(result["code"]), result["slot"]
+        ctx, layer, expert = (command[n] for n in ("ctx", "layer", "expert"))
+        self.expected[f"copy_{code.name}_{command['keep']}"] += 1
+        if code == BufferCode.FILLING or (code == BufferCode.NO_SLOT and self.inflight):
+            assert self.inflight
+            self.copy_waits = True
+            return
+        self.open_copies.popleft()
+        if code == BufferCode.ALLOCATED:
+            flags = {"evicted": result["evicted"], "unused": result["evicted_unused"]}
+            self.throttle.copied(layer, expert, slot=slot, **flags)
+            self._start(layer, expert, slot, demand=False, ctx=ctx)
+            self.inflight[slot].copy = ctx, command["copy"]
+        elif not command["keep"]:
+            pass
+        elif code == BufferCode.RESIDENT:
+            self.due_copied.append(Copy(ctx, layer, expert, command["copy"], slot))
+        else:
+            refused = code == BufferCode.REFUSED
+            error = ErrorCode.NOT_HELD if refused else ErrorCode.NO_SLOT
+            self.due_events.append(Event(error, ctx, layer, expert, 0))
+
     def _best_of(self, key, score):
         """The candidate that is looked up, taken from those that wait; it must be the best."""
         ours = [
@@ -671,6 +754,7 @@ class TB:
     def _may_be_given_up(self, entry):
         """It is a prefetch in part, of which nothing is on its way, and its deadline has come."""
         assert str(self.dut.cancel_enable.value) == "1"
+        assert entry.copy is None, "a copy is never given up"
         assert not entry.demand and entry.completed == entry.offered < self.tiles(entry)
         assert (self.routes[entry.ctx] - entry.deadline) % 256 < 128, "given up too early"
 
@@ -747,6 +831,12 @@ class Workload:
         pending.append(layer)
         return layer, experts
 
+    def hot(self):
+        """An expert that may get copies: few, so that those come that have some."""
+        model = self.config.model
+        layer = self.random.randrange(min(2, model.layers))
+        return layer, self.random.randrange(min(3, model.experts))
+
     def release_all(self):
         for ctx, pending in enumerate(self.pending):
             while pending:
@@ -771,6 +861,23 @@ STALLS = {"none": 0.0, "some": 0.3, "long": Stall(0.5, burst=(1, 30))}
 )
 async def timed(dut, stall, latency, failing):
     """Routes come while earlier ones are under way; the scoreboard checks every cycle."""
+    await run_timed(dut, stall, latency, failing)
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=list(STALLS))
+async def copies_timed(dut, stall):
+    """The same with copies that come and go meanwhile."""
+    if parameters()["config"].replicas == 1:
+        return
+    tb = await run_timed(dut, stall, (5, 60), 0.1)
+    codes = ("ALLOCATED_1", "RESIDENT_1", "RESIDENT_0", "REFUSED_1", "REFUSED_0", "FILLING_1")
+    for code in codes:
+        assert tb.expected[f"copy_{code}"], f"the workload has no {code}"
+    hit("scheduler.copies")
+
+
+async def run_timed(dut, stall, latency, failing):
     config = parameters()["config"]
     base = 16 * config.data_bytes * 3
     tb = TB(
@@ -790,10 +897,14 @@ async def timed(dut, stall, latency, failing):
     for step in range(60):
         dut.hold.value = int(tb.random.random() < 0.3)
         ctx = tb.random.randrange(config.contexts)
-        layer, _ = work.step(ctx)
+        layer, experts = work.step(ctx)
         await tb.commands.sent()
         for target, expert in work.candidates(ctx, layer):
             tb.candidate(ctx, target, expert)
+        if config.replicas > 1 and tb.random.random() < 0.5:
+            # Also of what has just been demanded, and may be in flight.
+            hot = tb.random.choice([work.hot(), (layer, experts[-1])])
+            tb.replicate(ctx, *hot, tb.random.randrange(1, config.replicas + 1))
         if tb.random.random() < 0.2:
             tb.candidate(
                 ctx, layer, tb.random.randrange(config.model.experts), deadline=tb.routes[ctx]
@@ -822,6 +933,7 @@ async def timed(dut, stall, latency, failing):
     if config.layer_bytes:
         hit("scheduler.sizes")
     dut._log.info("counters: %s", dict(tb.strobes))
+    return tb
 
 
 @cocotb.test()
@@ -839,6 +951,19 @@ async def timed(dut, stall, latency, failing):
 )
 async def drained(dut, stall, failing, full):
     """At drained pace all counters and the order of the answers are the golden model's."""
+    await run_drained(dut, stall, failing, full)
+
+
+@cocotb.test()
+@cocotb.parametrize((("stall", "failing"), [("none", False), ("some", True)]))
+async def copies_drained(dut, stall, failing):
+    """The same with copies between the decisions."""
+    if parameters()["config"].replicas > 1:
+        await run_drained(dut, stall, failing, False)
+        hit("scheduler.copies_drained")
+
+
+async def run_drained(dut, stall, failing, full):
     config = parameters()["config"]
     tb = TB(
         dut,
@@ -907,6 +1032,12 @@ async def drained(dut, stall, failing, full):
         await tb.candidates.sent()
         dut.hold.value = 0
         await tb.idle()
+        if config.replicas > 1 and tb.random.random() < 0.6:
+            wanted = (ctx, *work.hot(), tb.random.randrange(1, config.replicas + 1))
+            tb.replicate(*wanted)
+            expected = [*expected, *golden.replicate(*wanted)]
+            await tb.copies.sent()
+            await tb.idle()
         answers = tb.answers[first:]
         check_order(answers, expected)
         for name in STROBES:

@@ -43,15 +43,27 @@ CONFIGS = {
         expert_bytes=512,
         data_bytes=64,
     ),
+    "two-banks": TINY_DEVICE.replace(replicas=2, slots=10),
+    "four-banks": DeviceConfig(
+        model=ModelConfig(name="banks", layers=3, experts=12, top_k=1),
+        slots=12,
+        replicas=4,
+        contexts=3,
+        expert_bytes=1536,
+        predictor="perceptron",
+    ),
     "gpt-oss-20b": DeviceConfig(model=preset("gpt-oss-20b"), slots=192, predictor="perceptron"),
 }
 
 #: Configurations whose buffer takes no values, and those into which the host writes too.
 VALUELESS = ("one-slot",)
-HOST_WRITES = ("tiny", "odd")
+HOST_WRITES = ("tiny", "odd", "two-banks")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.soak if n == "four-banks" else ()) for n in CONFIGS],
+)
 def test_buffer(name):
     config = CONFIGS[name]
     valued, host_writes = name not in VALUELESS, name in HOST_WRITES

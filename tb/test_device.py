@@ -13,10 +13,10 @@ import pytest
 
 import prestage
 from prestage.cli import main
-from prestage.errors import BadTableError
+from prestage.errors import BadTableError, NoSlotError
 from prestage.replay import device_config, replay
 from prestage_hw.contract import DeviceConfig
-from prestage_hw.contract.pattern import expert_pattern
+from prestage_hw.contract.pattern import expert_memory, expert_pattern
 from prestage_hw.contract.perceptron import perceptron_form
 from prestage_hw.contract.records import TABLE_BURST, Phase
 from prestage_hw.contract.registers import COUNTERS
@@ -278,3 +278,39 @@ def test_layers_of_different_sizes():
                     opened.simulated.read_slot(ready.slot)
     assert counters[0] == counters[1]
     assert counters[0]["prefetch_issued"] > 5 and counters[0]["hits"] > 20
+
+
+def test_replicas():
+    """Copies on either device: the same slots, the right bytes, the same counters."""
+    banks = config("none").replace(replicas=2)
+    image = expert_memory(banks)
+    results = []
+    for url in DEVICES:
+        with prestage.open(url, config=banks) as device:
+            found = [device.replicate(layer, 5, 2) for layer in range(3)]
+            for copies in found:
+                for ready in copies.values():
+                    data = device.read(ready)
+                    start = banks.expert_address(ready.layer, ready.expert)
+                    assert data == image[start : start + banks.expert_bytes].tobytes()
+                    assert device.read(ready, over_link=True) == data
+            for layer in range(4):
+                device.route(0, layer, [5, 6])
+                readies = list(device.wait_ready(0, layer))
+                slots = [ready.slot for copies in found for ready in copies.values()]
+                assert [ready.slot in slots for ready in readies if ready.expert == 5] == [
+                    layer < 3
+                ]
+                for ready in readies:
+                    device.read(ready)
+                device.release(0, layer)
+            with pytest.raises(NoSlotError):
+                for expert in range(4):
+                    device.replicate(3, expert, 2)
+            for layer in range(3):
+                device.replicate(layer, 5, 1)
+            device.sync()
+            stats = device.stats()
+            results.append((found, {name: stats[name] for name in COMPARED}))
+    assert results[0] == results[1]
+    assert results[0][1]["prefetch_bytes"] >= 6 * banks.expert_bytes

@@ -74,6 +74,24 @@ def test_sizes():
     run_scheduler("sizes", testcase=SIZES)
 
 
+def test_copies():
+    """Experts in several banks."""
+    config = TINY_DEVICE.replace(replicas=2, slots=10)
+    run_bench(
+        Scheduler(config=config),
+        module=HERE / "cocotb_scheduler.py",
+        name="scheduler",
+        parameters={"config": config},
+        testcase=[
+            *(f"copies_timed/stall={stall}" for stall in ("none", "some", "long")),
+            "copies_drained/stall=none/failing=False",
+            "copies_drained/stall=some/failing=True",
+            "latencies",
+            "reset_in_flight",
+        ],
+    )
+
+
 @pytest.mark.parametrize("block", [Scheduler, InflightTable, CandidateQueue])
 def test_bad_config(block):
     with pytest.raises(TypeError, match="Configuration must be a DeviceConfig, not 'tiny'"):

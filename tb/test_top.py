@@ -99,13 +99,15 @@ class _Bench:
         self.drivers = [self.host.rx, self.host.tx]
         self.slots = None
         if self.config.slot_store == "internal":
-            self.reads = StreamSource(
-                dut, "reads", RecordLayout("ReadRequest", config=self.config), stall=stall
+            # Consumer ports, one a bank.
+            count = self.config.replicas
+            banks = [f"__{bank}" for bank in range(count)] if count > 1 else [""]
+            request, beat = (
+                RecordLayout(name, config=self.config) for name in ("ReadRequest", "Beat")
             )
-            self.beats = StreamSink(
-                dut, "beats", RecordLayout("Beat", config=self.config), stall=stall
-            )
-            self.drivers += [self.reads, self.beats]
+            self.reads = [StreamSource(dut, f"reads{at}", request, stall=stall) for at in banks]
+            self.beats = [StreamSink(dut, f"beats{at}", beat, stall=stall) for at in banks]
+            self.drivers += [*self.reads, *self.beats]
         else:
             self.slots = AXIWriteMemory(
                 dut,
@@ -169,9 +171,10 @@ class _Bench:
             if self.slots is not None:
                 self._check_slot(ready)
                 continue
+            bank = ready["slot"] % self.config.replicas
             for beat in range(beats):
-                self.reads.send({"slot": ready["slot"], "beat": beat})
-            got = await self.beats.receive(beats)
+                self.reads[bank].send({"slot": ready["slot"], "beat": beat})
+            got = await self.beats[bank].receive(beats)
             # Behind the end of an expert that is shorter than its slot nothing is ever valid.
             own = self.config.layer_sizes[ready["layer"]] // self.config.data_bytes
             assert [beat["ok"] for beat in got] == [at < own for at in range(beats)], ready
@@ -180,12 +183,36 @@ class _Bench:
             whole = b"".join(self.image[start : start + size].tobytes() for start, size in spans)
             assert data == whole, ready
 
+    async def check_copies(self, copies):
+        """Read all copies of an expert at once, each through the port of its bank."""
+        beats = self.config.expert_beats
+        if self.slots is not None:
+            await self.check_bytes(copies)
+            return
+        for beat in range(beats):
+            for copy in copies:
+                bank = copy["slot"] % self.config.replicas
+                self.reads[bank].send({"slot": copy["slot"], "beat": beat})
+        cycles = []
+        for copy in copies:
+            bank = copy["slot"] % self.config.replicas
+            got = await self.beats[bank].receive(beats)
+            assert all(beat["ok"] for beat in got), copy
+            data = b"".join(bytes(beat["data"]) for beat in got)
+            spans = self.config.expert_spans(copy["layer"], copy["expert"])
+            whole = b"".join(self.image[start : start + size].tobytes() for start, size in spans)
+            assert data == whole, copy
+            cycles.append(self.beats[bank].arrival[-beats:])
+        return cycles
+
+    def records(self, answers, message):
+        """Records of all answers that are such a message."""
+        record = MESSAGES[message].record
+        code = MESSAGES[message].code
+        return [record.unpack(self.config, body) for at, body in answers if at == code]
+
     def readies(self, answers):
-        return [
-            RECORDS["Ready"].unpack(self.config, body)
-            for code, body in answers
-            if code == MESSAGES["READY"].code
-        ]
+        return self.records(answers, "READY")
 
     async def drained(self, golden, name, *values):
         """One message on an idle device; its answers must be the golden model's, in any order."""
@@ -542,6 +569,106 @@ async def locks_drained(dut, policy):
 
 
 @cocotb.test()
+@cocotb.parametrize(policy=[Policy.LRU, Policy.NEXT_USE])
+async def copies_drained(dut, policy):
+    """Copies come and go, and some never come; every answer, byte and counter is the model's."""
+    bench = _Bench(dut, stall=0.1)
+    config, rng, model = bench.config, bench.random, bench.config.model
+    most = config.replicas
+    golden = GoldenTop(config, bench.image)
+    await bench.reset()
+    await _settle(bench, golden, policy=policy)
+    # An expert that can never be read, and one of which a later copy can't.
+    address = config.expert_address(1, 1) + config.expert_bytes - config.data_bytes
+    bad = (address, address + config.data_bytes)
+
+    async def replicate(layer, expert, copies):
+        answers = await bench.drained(golden, "REPLICATE", 0, layer, expert, copies)
+        golden.buffer.check_invariants()
+        found = bench.records(answers, "COPY")
+        events = [ErrorCode(event["code"]) for event in bench.records(answers, "EVENT")]
+        assert len(answers) == len(found) + len(events)
+        banks = {copy["slot"] % most for copy in found}
+        assert len(banks) == len(found), found
+        return found, events
+
+    bench.memory.failing.append((*bad, SLVERR))
+    golden.memory.failing.append(bad)
+    found, events = await replicate(1, 1, most)
+    assert not found and events.count(ErrorCode.BUS) == 1, events
+    assert events.count(ErrorCode.NOT_HELD) == most - 1
+    bench.memory.failing.clear()
+    golden.memory.failing.clear()
+    await bench.drained(golden, "LOCK", 0, 1, 1, 1)
+    bench.memory.failing.append((*bad, SLVERR))
+    golden.memory.failing.append(bad)
+    found, events = await replicate(1, 1, most)
+    assert [copy["copy"] for copy in found] == [0] and events == [ErrorCode.BUS] * (most - 1)
+    bench.memory.failing.clear()
+    golden.memory.failing.clear()
+    found, events = await replicate(1, 1, most)
+    assert len(found) == most and not events
+    arrivals = await bench.check_copies(found)
+    # Every bank has given a beat in the same cycles, but for random stalls.
+    assert arrivals is None or set(arrivals[0]) & set(arrivals[1]), arrivals
+    if config.stores_slots:
+        # Over the link, too.
+        for copy in found:
+            await bench.drained(golden, "READ", copy["slot"], config.expert_beats - 2, 2)
+    for copies in (0, most + 1, 255):
+        found, events = await replicate(1, 1, copies)
+        assert not found and events == [ErrorCode.BAD_COPIES]
+    for expert, layer, ctx, code in (
+        (model.experts, 0, 0, ErrorCode.BAD_EXPERT),
+        (0, model.layers, 0, ErrorCode.BAD_LAYER),
+        (0, 0, config.contexts, ErrorCode.BAD_CONTEXT),
+    ):
+        answers = await bench.drained(golden, "REPLICATE", ctx, layer, expert, 2)
+        assert [event["code"] for event in bench.records(answers, "EVENT")] == [code]
+    await replicate(1, 1, 1)
+    await bench.drained(golden, "LOCK", 0, 1, 1, 0)
+    # Few experts, so that those come that have copies.
+    hot = [(rng.randrange(model.layers), rng.randrange(model.experts)) for _ in range(3)]
+    copies = {}
+    seen = Counter()
+    if policy is Policy.LRU:
+        # Other policies look first at the slot that a failing fetch frees, which hangs on time.
+        layer, expert = hot[0]
+        at = config.expert_address(layer, expert)
+        failing = (at, at + config.data_bytes)
+    for token, layers in enumerate(_decisions(bench, 6)):
+        await bench.drained(golden, "BEGIN_TOKEN", 0, Phase.DECODE, token)
+        if policy is Policy.LRU and token in (2, 4):
+            for memory, entry in ((bench.memory, (*failing, SLVERR)), (golden.memory, failing)):
+                memory.failing[:] = [] if memory.failing else [entry]
+        for layer, experts in enumerate(layers):
+            for _ in range(2):
+                at = rng.choice([*hot, (layer, experts[0])])
+                if rng.random() < 0.2:
+                    lock = rng.randrange(2)
+                    await bench.drained(golden, "LOCK", 0, *at, lock)
+                    continue
+                found, events = await replicate(*at, rng.randrange(1, most + 1))
+                seen.update(events)
+                copies[at] = found
+            answers = await bench.drained(golden, "ROUTE", 0, layer, experts)
+            for ready in bench.readies(answers):
+                held = copies.get((layer, ready["expert"]))
+                assert not held or held[0]["slot"] == ready["slot"], (held, ready)
+            await bench.drained(golden, "RELEASE", 0, layer)
+        for found in copies.values():
+            await bench.check_copies(found)
+    assert any(copies.values()) and seen[ErrorCode.NO_SLOT], seen
+    # A clear ends all of them.
+    await bench.drained(golden, "REGISTER_WRITE", register_by_name("clear").address, 2)
+    golden.buffer.check_invariants()
+    found, _ = await replicate(0, 0, most)
+    await bench.check_copies(found)
+    await bench.compare_registers(golden)
+    hit("buffer.copies")
+
+
+@cocotb.test()
 async def rows_drained(dut):
     """Tiles gathered from rows at a stride, on some channels only, are the golden model's."""
     bench = _Bench(dut, stall=0.1)
@@ -735,6 +862,118 @@ async def timed_pace(dut, profiles):
         answers = await host.wait(dut, until=MESSAGES["REGISTER_VALUE"].code)
         assert RECORDS["RegisterValue"].unpack(config, answers[-1][1])["value"] == 0
         hit("profiles.traffic")
+
+
+@cocotb.test()
+async def copies_timed(dut):
+    """Copies come and go under traffic: each is answered, its bytes stay, and no slot is lost."""
+    bench = _Bench(dut, stall=0.05, latency=60)
+    config, rng, model = bench.config, bench.random, bench.config.model
+    host = bench.host
+    await bench.reset()
+    control = register_by_name("control").address
+    host.post("REGISTER_WRITE", control, 1 | 1 << 1 | 1 << 4)
+    host.post("REGISTER_WRITE", register_by_name("policy").address, rng.choice(list(Policy)))
+    # Routes are of the other contexts, so that everybody's events are known.
+    mine = config.contexts - 1
+    hot = [(layer, expert) for layer in range(2) for expert in range(3)]
+    broken = config.expert_address(1, 1)
+    bench.memory.failing.append((broken, broken + config.data_bytes, DECERR))
+    asked = {}  # expert: copies that were asked for and not all answered
+    answers = {}  # expert: copies and events that have come
+    held = {}  # expert: copies that are there
+    waiting = {}  # (ctx, layer): experts that are not answered yet
+    seen = 0
+    codes = Counter()
+
+    def replicate():
+        at = rng.choice(hot)
+        if at in asked:
+            return
+        copies = rng.randrange(1, config.replicas + 1)
+        kept = [copy for copy in held.pop(at, []) if copies > 1 and copy["copy"] < copies]
+        host.post("REPLICATE", mine, *at, copies)
+        if copies > 1:
+            asked[at], answers[at] = copies, []
+            # Those that stay may be read all the time.
+            held[at] = kept
+
+    async def take():
+        """Take the answers that have come."""
+        nonlocal seen
+        host.poll()
+        for code, body in host.answers[seen:]:
+            seen += 1
+            if code == MESSAGES["SYNCED"].code:
+                continue
+            if code == MESSAGES["COPY"].code:
+                fields = RECORDS["Copy"].unpack(config, body)
+            elif code == MESSAGES["READY"].code:
+                fields = RECORDS["Ready"].unpack(config, body)
+            else:
+                assert code == MESSAGES["EVENT"].code, code
+                fields = RECORDS["Event"].unpack(config, body)
+                codes[ErrorCode(fields["code"])] += 1
+            at = fields["layer"], fields["expert"]
+            if fields["ctx"] != mine:
+                waiting[fields["ctx"], at[0]].remove(at[1])
+                if code == MESSAGES["READY"].code and rng.random() < 0.2:
+                    await bench.check_bytes([fields])
+                continue
+            answers[at].append(fields)
+            if len(answers[at]) == asked[at]:
+                del asked[at]
+                held[at] = [answer for answer in answers[at] if "copy" in answer]
+                assert [copy["copy"] for copy in held[at]] == sorted(
+                    copy["copy"] for copy in held[at]
+                )
+                assert len({copy["slot"] % config.replicas for copy in held[at]}) == len(held[at])
+                await bench.check_copies(held[at])
+
+    for token, layers in enumerate(_decisions(bench, 10)):
+        for ctx in range(mine):
+            host.post("BEGIN_TOKEN", ctx, Phase.DECODE, token)
+        for layer, experts in enumerate(layers):
+            for ctx in range(mine):
+                chosen = [(expert + ctx) % model.experts for expert in experts]
+                waiting[ctx, layer] = set(chosen)
+                for _ in range(rng.randrange(3)):
+                    replicate()
+                for wanted in range(layer, model.layers):
+                    host.post("HINT", ctx, wanted, rng.randrange(model.experts), 255)
+                host.post("ROUTE", ctx, layer, chosen)
+            for _ in range(20_000 // 16):
+                await take()
+                if not any(waiting.values()):
+                    break
+                await cycles(dut, 16)
+            assert not any(waiting.values()), waiting
+            for ctx in range(mine):
+                host.post("RELEASE", ctx, layer)
+        if rng.random() < 0.5:
+            for copies in held.values():
+                await bench.check_copies(copies)
+    host.post("SYNC", 9)
+    await host.wait(dut, until=MESSAGES["SYNCED"].code, limit=400_000)
+    await take()
+    assert not asked, asked
+    assert codes[ErrorCode.BUS] and codes[ErrorCode.NOT_HELD], codes
+    for copies in held.values():
+        await bench.check_copies(copies)
+    # Given back, all slots are there again.
+    bench.memory.failing.clear()
+    for at in hot:
+        host.post("REPLICATE", mine, *at, 1)
+    host.post("SYNC", 10)
+    await host.wait(dut, until=MESSAGES["SYNCED"].code)
+    everyone = [(at, expert) for at in range(model.layers) for expert in range(model.experts)]
+    for at in rng.sample(everyone, config.lockable):
+        host.post("LOCK", mine, *at, 1)
+        host.post("SYNC", 11)
+        [ready, _] = await host.wait(dut, until=MESSAGES["SYNCED"].code)
+        await bench.check_bytes(bench.readies([ready]))
+        assert ready[0] == MESSAGES["READY"].code
+    hit("buffer.copies_timed")
 
 
 @cocotb.test()
@@ -1026,6 +1265,33 @@ def test_slots_in_memory():
             "slot_memory_fails",
             "wrong_bits",
             "tables_and_reads",
+        ],
+    )
+
+
+_COPY_SHAPES = {
+    "two": TINY_DEVICE.replace(replicas=2, slots=10),
+    "four": TINY_DEVICE.replace(replicas=4, slots=16, contexts=3, predictor="none"),
+    "memory": TINY_DEVICE.replace(replicas=2, slot_store="axi"),
+}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(s, marks=pytest.mark.soak if s != "two" else ()) for s in _COPY_SHAPES],
+)
+def test_copies(shape):
+    """Experts in several banks."""
+    config = _COPY_SHAPES[shape]
+    run_bench(
+        lambda: Top(config=config),
+        module=__file__,
+        name="top",
+        parameters={"config": config},
+        testcase=[
+            *(f"copies_drained/policy={policy.name}" for policy in (Policy.LRU, Policy.NEXT_USE)),
+            "copies_timed",
+            *(["timed_pace/profiles=False", "reset_in_flight"] if shape != "two" else []),
         ],
     )
 

@@ -43,6 +43,7 @@ _DMA_PORTS = (
     *("abort_all", "timeout", "stray", "expired"),
 )
 _BUFFER_PORTS = ("reads", "beats")
+_COPY_PORTS = ("copies", "copied")
 
 
 def connect_engine(m, *, scheduler, dma, buffer, values, policy):
@@ -110,6 +111,8 @@ class Engine(wiring.Component):
     cutoff_layer, hold, wanted, alone, cancel_enable, throttle_enable, throttle_weights, \
     throttle_state, demanding, strobes
         As of :class:`Scheduler`.
+    copies, copied
+        As of :class:`Scheduler`; only where experts may have copies.
     bus, settings, commit, lower_credits, refused, refusal, abort, abort_tag, abort_all, timeout, \
     stray, expired
         As of :class:`DMA`.
@@ -169,6 +172,7 @@ class Engine(wiring.Component):
         return (
             (self._scheduler, _SCHEDULER_PORTS),
             (self._scheduler, _PARTS_PORTS if len(self.config.part_bytes) > 1 else ()),
+            (self._scheduler, _COPY_PORTS if self.config.replicas > 1 else ()),
             (self._dma, _DMA_PORTS),
             (self._buffer, _BUFFER_PORTS)
             if self.config.slot_store == "internal"
@@ -197,7 +201,10 @@ class Engine(wiring.Component):
             for name in names:
                 member = block.signature.members[name]
                 outside, inside = getattr(self, name), getattr(block, name)
-                if member.is_signature:
+                if member.is_signature and member.dimensions:
+                    for outer, inner in zip(outside, inside, strict=True):
+                        wiring.connect(m, wiring.flipped(outer), inner)
+                elif member.is_signature:
                     wiring.connect(m, wiring.flipped(outside), inside)
                 elif member.flow == In:
                     m.d.comb += inside.eq(outside)

@@ -53,7 +53,8 @@ class Top(wiring.Component):
     bus : ``Out(AXI4ReadSignature(...))``
         Memory that holds the experts; not with a host mover.
     reads, beats : ``In(stream of ReadRequest)``, ``Out(stream of Beat)``
-        Consumer port of the expert buffer; only with ``config.stores_slots``.
+        Consumer port of the expert buffer; only with ``config.stores_slots``. Arrays with a port a
+        bank where experts may have copies.
     slot_bus : ``Out(AXI4WriteSignature(...))``
         Memory that holds the slots; only with ``config.slot_store`` "axi".
     tokens : ``Out(AXI4Signature(...))``
@@ -80,10 +81,11 @@ class Top(wiring.Component):
                 )
             )
         }
-        consumer = {
-            "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
-            "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
-        }
+        reads = In(stream.Signature(RecordLayout("ReadRequest", config=config)))
+        beats = Out(stream.Signature(RecordLayout("Beat", config=config)))
+        if config.replicas > 1:
+            reads, beats = reads.array(config.replicas), beats.array(config.replicas)
+        consumer = {"reads": reads, "beats": beats}
         slots = {
             "slot_bus": Out(
                 AXI4WriteSignature(address_bits=config.address_bits, data_bits=config.bits("data"))
@@ -167,6 +169,9 @@ class Top(wiring.Component):
         wiring.connect(m, dispatcher.commands, scheduler.commands)
         wiring.connect(m, scheduler.ready, dispatcher.ready)
         wiring.connect(m, scheduler.events, dispatcher.events)
+        if config.replicas > 1:
+            wiring.connect(m, dispatcher.copies, scheduler.copies)
+            wiring.connect(m, scheduler.copied, dispatcher.copied)
         m.d.comb += [
             scheduler.expert_base.eq(registers.control.expert_base),
             *(
@@ -206,7 +211,9 @@ class Top(wiring.Component):
             ]
 
         # 5 buffer
-        if config.stores_slots:
+        if config.stores_slots and config.replicas > 1:
+            self._connect_banks(m, dispatcher=dispatcher, buffer=buffer)
+        elif config.stores_slots:
             m.submodules.arbiter = arbiter = ReadArbiter(config=config)
             wiring.connect(m, wiring.flipped(self.reads), arbiter.reads)
             wiring.connect(m, arbiter.beats, wiring.flipped(self.beats))
@@ -303,6 +310,28 @@ class Top(wiring.Component):
             self.idle.eq(engine_idle & idle),
         ]
         return m
+
+    def _connect_banks(self, m, *, dispatcher, buffer):
+        """A consumer port a bank; the link reads the bank that its slot is in."""
+        config = self.config
+        asked, told = dispatcher.reads, dispatcher.beats
+        bank = asked.payload.slot[: config.bank_bits]
+        for at in range(config.replicas):
+            m.submodules[f"arbiter_{at}"] = arbiter = ReadArbiter(config=config)
+            wiring.connect(m, wiring.flipped(self.reads[at]), arbiter.reads)
+            wiring.connect(m, arbiter.beats, wiring.flipped(self.beats[at]))
+            wiring.connect(m, arbiter.port_reads, buffer.reads[at])
+            wiring.connect(m, buffer.beats[at], arbiter.port_beats)
+            m.d.comb += [
+                arbiter.link_reads.payload.eq(asked.payload),
+                arbiter.link_reads.valid.eq(asked.valid & (bank == at)),
+                arbiter.link_beats.ready.eq(told.ready),
+            ]
+            with m.If(bank == at):
+                m.d.comb += asked.ready.eq(arbiter.link_reads.ready)
+            # The link asks for one beat at a time.
+            with m.If(arbiter.link_beats.valid):
+                m.d.comb += [told.valid.eq(1), told.payload.eq(arbiter.link_beats.payload)]
 
     def _connect_mover(self, m, *, mover, link, dispatcher, scheduler):
         """Put the host mover between link and dispatcher."""

@@ -338,6 +338,21 @@ def test_model_is_validated(changes, kind, text):
             ValueError,
             "Expert size must be a whole number of 1000-byte tiles, not 2048 bytes",
         ),
+        ({"replicas": 0}, ValueError, "Replica count must be between 1 and 4, not 0"),
+        ({"replicas": 3}, ValueError, "Replica count must be a power of two, not 3"),
+        ({"replicas": 8}, ValueError, "Replica count must be between 1 and 4, not 8"),
+        ({"replicas": True}, TypeError, "Replica count must be an integer, not True"),
+        (
+            {"replicas": 4, "slots": 10},
+            ValueError,
+            "Slot count must be a multiple of the replica count 4, not 10",
+        ),
+        (
+            {"replicas": 2, "slots": 2},
+            ValueError,
+            "Slot count must be at least contexts x top-k + replicas = 4 where experts may have"
+            " copies, not 2",
+        ),
         ({"inflight": 3}, ValueError, "In-flight table size must be between 4 and 32, not 3"),
         ({"inflight": 33}, ValueError, "In-flight table size must be between 4 and 32, not 33"),
         (
@@ -429,7 +444,7 @@ def test_unknown_kinds():
     with raises(
         ValueError,
         "Field kind must be one of ctx, layer, expert, slot, tile, beat, tag, index,"
-        " lane_beat, channel, axi_id, tile_bytes, address, data, not 'colour'",
+        " lane_beat, channel, axi_id, tile_bytes, copy, address, data, not 'colour'",
     ):
         device().bits("colour")
     with raises(ValueError, "Array kind must be top_k, data_bytes or lanes, not 'experts'"):

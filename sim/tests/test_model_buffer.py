@@ -9,7 +9,7 @@ from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.contract.records import BufferCode, BufferOp, Policy, ValueKind
 from prestage_sim.model.buffer import BufferResult, ExpertBuffer
 
-DEMAND, PREFETCH, FILL, RELEASE, CANCEL, LOCK, UNLOCK = BufferOp
+DEMAND, PREFETCH, FILL, RELEASE, CANCEL, LOCK, UNLOCK, COPY = BufferOp
 RESIDENT, FILLING, ALLOCATED, NO_SLOT, OUTBID, REFUSED, _ = BufferCode
 LRU, LFU, NEXT_USE = Policy
 
@@ -415,6 +415,147 @@ def test_agrees_with_the_second_model(name, seed):
     if name == "gpt-oss-20b":
         expected -= {(DEMAND, NO_SLOT), (PREFETCH, NO_SLOT)}
     assert seen >= expected | {(FILL, RESIDENT), (RELEASE, RESIDENT)}
+
+
+# --- copies -----------------------------------------------------------------------------------
+
+#: Two banks of four slots, of which six may be locked or hold copies.
+BANKS = DeviceConfig(
+    model=ModelConfig(name="banks", layers=2, experts=8, top_k=2),
+    slots=8,
+    expert_bytes=1024,
+    replicas=2,
+)
+
+
+def copy(buffer, number, *, keep=True, expert=0, fetch=True):
+    """Hold a copy of an expert of layer 0 or give it back; it is fetched if it is to be."""
+    answer = buffer.request(COPY, expert=expert, value=number, last=keep)
+    if fetch and answer.code == ALLOCATED:
+        fill(buffer, answer.slot)
+    buffer.check_invariants()
+    return answer
+
+
+def test_copies_are_in_banks_of_their_own():
+    buffer = ExpertBuffer(BANKS)
+    buffer.request(DEMAND, expert=3)  # slot 0
+    assert copy(buffer, 0) == result(ALLOCATED, 1)
+    # Slot 2 is the least recent one of the other bank.
+    assert copy(buffer, 1, fetch=False) == result(ALLOCATED, 2)
+    assert copy(buffer, 1) == copy(buffer, 1, keep=False) == result(FILLING, 2)
+    fill(buffer, 2)
+    assert copy(buffer, 1) == result(RESIDENT, 2)
+    assert buffer.locked == 2
+    # A route goes on finding the expert itself, and nothing evicts either of them.
+    assert buffer.request(DEMAND, expert=0, index=1) == result(RESIDENT, 1)
+    buffer.request(RELEASE)
+    for expert in range(1, 8):
+        answer = buffer.request(DEMAND, layer=1, expert=expert)
+        fill(buffer, answer.slot)
+        buffer.request(RELEASE, layer=1)
+        assert answer.slot not in (1, 2)
+    # The expert itself is held as long as there are copies.
+    assert copy(buffer, 0, keep=False) == result(REFUSED)
+    assert copy(buffer, 1, keep=False) == result(RESIDENT, 2)
+    assert copy(buffer, 1, keep=False) == result(REFUSED)
+    assert copy(buffer, 0, keep=False) == result(RESIDENT, 1)
+    assert copy(buffer, 0, keep=False) == result(REFUSED)
+    assert buffer.locked == 0
+    # The slot of the copy is the next to be taken.
+    assert buffer.request(DEMAND, layer=1, expert=0) == result(ALLOCATED, 2)
+
+
+def test_copies_need_their_expert():
+    buffer = ExpertBuffer(BANKS)
+    assert copy(buffer, 1) == copy(buffer, 0, keep=False) == result(REFUSED)
+    slot = buffer.request(DEMAND, expert=0).slot
+    assert copy(buffer, 0) == copy(buffer, 1) == result(FILLING, slot)
+    assert copy(buffer, 0, keep=False) == copy(buffer, 1, keep=False) == result(REFUSED)
+    fill(buffer, slot)
+    assert copy(buffer, 1) == result(REFUSED)
+    assert copy(buffer, 0) == result(RESIDENT, slot)
+    assert copy(buffer, 1).code == ALLOCATED
+    with pytest.raises(ValueError, match="Copy must be between 0 and 1, not 2"):
+        buffer.request(COPY, value=2, last=True)
+    with pytest.raises(ValueError, match="Operation must be a BufferOp, not <BufferOp.COPY: 7>"):
+        ExpertBuffer(TINY_DEVICE).request(COPY, value=0, last=True)
+
+
+def test_a_copy_that_fails_is_dropped():
+    buffer = ExpertBuffer(BANKS)
+    copy(buffer, 0)
+    answer = copy(buffer, 1, fetch=False)
+    buffer.request(FILL, slot=answer.slot, tile=0, last=True, failed=True)
+    buffer.check_invariants()
+    assert buffer.locked == 1
+    assert copy(buffer, 1) == result(ALLOCATED, answer.slot)
+    # The expert itself: nothing is held any more.
+    answer = copy(buffer, 0, expert=1, fetch=False)
+    buffer.request(FILL, slot=answer.slot, tile=0, last=True, failed=True)
+    buffer.check_invariants()
+    assert buffer.locked == 2
+    assert copy(buffer, 1, expert=1) == result(REFUSED)
+
+
+def test_copies_and_locks_share_a_limit():
+    buffer = ExpertBuffer(BANKS)
+    for expert in range(3):
+        assert [copy(buffer, number, expert=expert).code for number in (0, 1)] == [ALLOCATED] * 2
+    assert buffer.locked == BANKS.lockable == 6
+    assert copy(buffer, 0, expert=4) == buffer.request(LOCK, expert=4) == result(NO_SLOT)
+    # What is held already may be locked, too, and stays when its copies go.
+    assert buffer.request(LOCK, expert=0).code == RESIDENT
+    for number in (1, 0):
+        assert copy(buffer, number, keep=False).code == RESIDENT
+    assert buffer.locked == 5
+    assert copy(buffer, 0).code == RESIDENT
+    assert buffer.request(UNLOCK, expert=0).code == RESIDENT
+    buffer.check_invariants()
+    assert buffer.locked == 5
+
+
+@pytest.mark.parametrize("policy", Policy)
+def test_a_copy_finds_no_slot_in_a_full_bank(policy):
+    buffer = ExpertBuffer(BANKS)
+    buffer.policy = policy
+    first = copy(buffer, 0).slot
+    other = 1 - first % 2
+    # All slots of the other bank fill, those of the first one are free.
+    slots = [buffer.request(PREFETCH, layer=1, expert=expert).slot for expert in range(1, 8)]
+    for slot in set(slots) - {slot for slot in slots if slot % 2 == other}:
+        assert buffer.request(CANCEL, slot=slot).code == RESIDENT
+    assert copy(buffer, 1) == result(NO_SLOT)
+    assert buffer.request(DEMAND, expert=1).code == ALLOCATED
+
+
+def test_clear_forgets_copies():
+    buffer = ExpertBuffer(BANKS)
+    copy(buffer, 0)
+    copy(buffer, 1, fetch=False)
+    buffer.clear()
+    buffer.check_invariants()
+    assert buffer.locked == 0
+    assert copy(buffer, 1) == result(REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        ((0, "held", False), "a copy of what is not held"),
+        ((1, "copy", 0), "in two slots"),
+        ((0, "links", {}), "are not those of the experts"),
+        ((2, "held", True), "is held without an owner"),
+    ],
+)
+def test_invariants_know_copies(spoil, match):
+    buffer = ExpertBuffer(BANKS)
+    copy(buffer, 0)
+    copy(buffer, 1)
+    slot, name, value = spoil
+    setattr(buffer.directory.slots[slot], name, value)
+    with pytest.raises(AssertionError, match=match):
+        buffer.check_invariants()
 
 
 # --- values and policies ----------------------------------------------------------------------

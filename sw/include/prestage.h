@@ -45,6 +45,7 @@ enum prestage_message {
     PRESTAGE_SYNC = 0x15, /* to the device */
     PRESTAGE_LOCK = 0x16, /* to the device */
     PRESTAGE_FETCHED = 0x17, /* to the device */
+    PRESTAGE_REPLICATE = 0x18, /* to the device */
     PRESTAGE_LINK_RESET = 0x7c, /* to the device */
     PRESTAGE_LINK_RESET_DONE = 0x7d, /* to the host */
     PRESTAGE_LINK_ACK = 0x7e, /* both ways */
@@ -56,6 +57,7 @@ enum prestage_message {
     PRESTAGE_DATA = 0x94, /* to the host */
     PRESTAGE_SYNCED = 0x95, /* to the host */
     PRESTAGE_FETCH = 0x96, /* to the host */
+    PRESTAGE_COPY = 0x97, /* to the host */
 };
 
 enum prestage_phase {
@@ -88,6 +90,8 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_CHECKSUM = 16, /* The expert's bytes do not have the checksum that was loaded for it. */
     PRESTAGE_ERROR_CODE_BAD_FETCHED = 17, /* The host reported a tile that it was not asked for, or twice. */
     PRESTAGE_ERROR_CODE_OVERRUN = 18, /* More messages wait than the device has room for; this one was dropped. */
+    PRESTAGE_ERROR_CODE_BAD_COPIES = 19, /* The number of copies is 0 or more than the device has banks. */
+    PRESTAGE_ERROR_CODE_NOT_HELD = 20, /* The copy was not made, because the expert itself is not held. */
     PRESTAGE_ERROR_CODE_TIMEOUT = 21, /* The memory did not answer a read in time. */
     PRESTAGE_ERROR_CODE_ABORTED = 22, /* The host aborted the transfer. */
 };
@@ -170,7 +174,7 @@ enum prestage_register {
     PRESTAGE_REG_PART3_BYTES = 0x39, /* ro: Size of part 3 of an expert, in bytes, 0 if there is none. */
     PRESTAGE_REG_SLOT_BASE_LOW = 0x3a, /* rw: Address of slot 0 where slots are in a memory behind an AXI4 write port, bits 31..0: a multiple of 4096. */
     PRESTAGE_REG_SLOT_BASE_HIGH = 0x3b, /* rw: The same, bits 63..32. */
-    PRESTAGE_REG_FEATURES = 0x3c, /* ro: What the device has. Bit 0: slots are in a memory behind an AXI4 write port. Bit 1: checksums of experts. */
+    PRESTAGE_REG_FEATURES = 0x3c, /* ro: What the device has. Bit 0: slots are in a memory behind an AXI4 write port. Bit 1: checksums of experts. Bits 15..8: copies that an expert may have beside itself. */
     PRESTAGE_REG_TOKENS = 0x40, /* ro: Tokens begun. Stage 1. */
     PRESTAGE_REG_ROUTES = 0x41, /* ro: Routing decisions accepted. Stage 1. */
     PRESTAGE_REG_RELEASES = 0x42, /* ro: Layers released. Stage 1. */
@@ -302,6 +306,14 @@ struct prestage_fetched {
     uint8_t failed; /* 0: the tile is in the slot, else it is not. */
 };
 
+/* Hold so many copies of an expert, each in a bank of its own. */
+struct prestage_replicate {
+    uint8_t ctx; /* Context (sequence) number. */
+    uint8_t layer; /* MoE layer, from 0. */
+    uint16_t expert; /* Expert within the layer. */
+    uint8_t copies; /* 1 to the device's replicas. From 2 on the expert itself is held, too, and each of them is answered by a Copy or an Event of this context; 1 gives all of them back, without an answer. */
+};
+
 /* A register's value. */
 struct prestage_register_value {
     uint16_t register_; /* Register address, in 32-bit words. */
@@ -353,6 +365,15 @@ struct prestage_fetch {
     uint16_t expert; /* Expert within the layer. */
     uint16_t slot; /* Slot of the expert buffer. */
     uint16_t tile; /* Tile within the expert. */
+};
+
+/* The slot holds exactly this expert's bytes until fewer copies are asked for. */
+struct prestage_copy {
+    uint8_t ctx; /* Context (sequence) number. */
+    uint8_t layer; /* MoE layer, from 0. */
+    uint16_t expert; /* Expert within the layer. */
+    uint8_t copy; /* Number of the copy; 0 is the expert itself. */
+    uint16_t slot; /* Slot of the expert buffer. */
 };
 
 #pragma pack(pop)

@@ -113,6 +113,7 @@ _FAILED_DEMAND = frozenset(
         ErrorCode.ABORTED,
     }
 )
+_FAILED_COPY = _FAILED_DEMAND | {ErrorCode.NOT_HELD}
 
 
 class Ready(NamedTuple):
@@ -334,6 +335,11 @@ class Device:
         self._locked: dict[tuple[int, int], Ready] = {}
         self._locking: set[tuple[int, int, int]] = set()  # context, layer, expert
         self._lock_errors: dict[tuple[int, int, int], DeviceError] = {}
+        # Copies of experts by number; answers that are awaited, by context, layer and expert, and
+        # the errors among those that have come.
+        self._held: dict[tuple[int, int], dict[int, Ready]] = {}
+        self._copying: dict[tuple[int, int, int], int] = {}
+        self._copy_errors: dict[tuple[int, int, int], list[DeviceError]] = {}
         self._current = [-1] * config.contexts
         self._unclaimed: list[DeviceError] = []
         self._values: deque[tuple[int, int]] = deque()
@@ -364,6 +370,7 @@ class Device:
         self._handlers: dict[int, tuple[Callable[[bytes], Any], Callable[..., None]]] = {
             MESSAGES["EVENT"].code: (layouts["EVENT"].unpack, self._on_event),
             MESSAGES["SYNCED"].code: (layouts["SYNCED"].unpack, self._on_synced),
+            MESSAGES["COPY"].code: (layouts["COPY"].unpack, self._on_copy),
             MESSAGES["REGISTER_VALUE"].code: (layouts["REGISTER_VALUE"].unpack, self._on_value),
             MESSAGES["DATA"].code: (layouts["DATA"].unpack, self._on_data),
             MESSAGES["TABLE_DATA"].code: (layouts["TABLE_DATA"].unpack, self._on_words),
@@ -611,7 +618,9 @@ class Device:
             )
         route = self._routes.get((ready.ctx, ready.layer))
         routed = route is not None and ready.expert in route.experts
-        if not routed and (ready.layer, ready.expert) not in self._locked:
+        at = ready.layer, ready.expert
+        kept = at in self._locked or ready in self._held.get(at, {}).values()
+        if not routed and not kept:
             raise ArgumentError(
                 f"Expert {ready.expert} of layer {ready.layer}, context {ready.ctx}, must not be"
                 f" read"
@@ -703,7 +712,8 @@ class Device:
         Raises
         ------
         ArgumentError
-            If a number is out of range, or a route of the context still waits for this expert.
+            If a number is out of range, or a route of the context still waits for this expert, or
+            for copies of it.
         NoSlotError
             If no slot may be taken, or no more experts may be locked.
         BusError
@@ -711,13 +721,7 @@ class Device:
         DeviceTimeoutError
             If nothing arrives in time.
         """
-        self._check_expert(ctx, layer, expert)
-        route = self._routes.get((ctx, layer))
-        if route is not None and expert in route.waiting:
-            raise ArgumentError(
-                f"Expert {expert} of layer {layer} must not be locked while context {ctx} waits"
-                " for it"
-            )
+        self._check_unawaited(ctx, layer, expert, "locked")
         key = (ctx, layer, expert)
         self._lock_errors.pop(key, None)
         self._post("LOCK", ctx, layer, expert, 1)
@@ -753,6 +757,99 @@ class Device:
     def locked(self) -> tuple[Ready, ...]:
         """The experts that are locked, in the order in which they were."""
         return tuple(self._locked.values())
+
+    def _check_unawaited(self, ctx: int, layer: int, expert: int, what: str) -> None:
+        """Refuse what would make the answers for an expert ambiguous."""
+        self._check_expert(ctx, layer, expert)
+        route = self._routes.get((ctx, layer))
+        key = (ctx, layer, expert)
+        routed = route is not None and expert in route.waiting
+        if routed or key in self._locking and what != "locked" or key in self._copying:
+            raise ArgumentError(
+                f"Expert {expert} of layer {layer} must not be {what} while context {ctx} waits"
+                " for it"
+            )
+
+    def replicate(
+        self, layer: int, expert: int, copies: int, *, ctx: int = 0, timeout: float | None = None
+    ) -> dict[int, Ready]:
+        """Hold so many copies of an expert, each in a bank of its own, until fewer are asked for.
+
+        Each bank has a consumer port, so that as many compute units read the expert at once. What
+        is missing is fetched, behind demands. The expert itself is one of the copies, and
+        :meth:`wait_ready` goes on naming its slot. Whoever reads a copy has to be done with it
+        before a lower number is asked for. Clearing the buffer ends all copies.
+
+        Parameters
+        ----------
+        layer, expert : :class:`int`
+            Which expert.
+        copies : :class:`int`
+            1 to ``config.replicas``. From 2 on the expert and its copies are held: together with
+            locked experts at most ``slots - contexts * top_k`` slots. 1 gives all of them back.
+        ctx : :class:`int`
+            Context in whose name they are asked for; any will do.
+        timeout : :class:`float` or None
+            Longest wait without any answer, as in :meth:`wait_ready`.
+
+        Returns
+        -------
+        :class:`dict` of :class:`int` to :class:`Ready`
+            Slot of each copy by its bank, which is the rest of the slot's number after a division
+            by ``config.replicas``; :meth:`read` takes them. Empty for 1.
+
+        Raises
+        ------
+        ArgumentError
+            If a number is out of range, or somebody waits for this expert in that context.
+        DeviceError
+            If a copy could not be made: :class:`NoSlotError`, :class:`BusError`, ..., and
+            :class:`NotHeldError` for copies of an expert that could not be held itself. Further
+            ones are in its ``others``. What was made is held: see :attr:`replicas`.
+        DeviceTimeoutError
+            If nothing arrives in time.
+        """
+        most = self.config.replicas
+        if most == 1:
+            raise ArgumentError(
+                "Experts must not be replicated on a device without banks: its configuration has"
+                " replicas = 1"
+            )
+        if not 1 <= operator.index(copies) <= most:
+            raise ArgumentError(f"Copies must be between 1 and {most}, not {copies}")
+        self._check_unawaited(ctx, layer, expert, "replicated")
+        key = (ctx, layer, expert)
+        self._post("REPLICATE", ctx, layer, expert, copies)
+        held = self._held.get((layer, expert), {})
+        for number in [number for number in held if copies == 1 or number >= copies]:
+            del held[number]
+        if copies == 1:
+            self._held.pop((layer, expert), None)
+            return {}
+        self._copying[key] = copies
+        self._copy_errors[key] = []
+        while key in self._copying:
+            if not self._pump(1, timeout):
+                # They count as held as soon as the answers come.
+                raise DeviceTimeoutError(
+                    f"Device didn't answer in time: expert {expert} of layer {layer} has"
+                    f" {copies - self._copying[key]} of {copies} answers for its copies"
+                )
+        errors = self._copy_errors.pop(key)
+        if errors:
+            first, *others = errors
+            first.others = tuple(others)
+            raise first
+        return self.replicas[layer, expert]
+
+    @property
+    def replicas(self) -> dict[tuple[int, int], dict[int, Ready]]:
+        """Slots of the copies that are held, by layer and expert, then by bank."""
+        return {
+            expert: {ready.slot % self.config.replicas: ready for ready in held.values()}
+            for expert, held in self._held.items()
+            if held
+        }
 
     def drain(self, *, timeout: float | None = None) -> None:
         """Wait until everything posted is done and the device is idle.
@@ -997,7 +1094,11 @@ class Device:
             + clear_checksums * _CLEAR_CHECKSUMS
         )
         if clear:
-            awaited = self._locking or any(route.waiting for route in self._routes.values())
+            awaited = (
+                self._locking
+                or self._copying
+                or any(route.waiting for route in self._routes.values())
+            )
             if clear_buffer and awaited:
                 raise ArgumentError("Buffer must not be cleared while experts are awaited")
             writes.append(("clear", clear))
@@ -1007,6 +1108,7 @@ class Device:
             self._routes.clear()
             self._locked.clear()
             self._locking.clear()
+            self._held.clear()
             self._current = [-1] * self._contexts
         for number, values in loads:
             self._load_table(number, values)
@@ -1649,6 +1751,23 @@ class Device:
         route.waiting.remove(expert)
         route.ready.append(ready)
 
+    def _on_copy(self, ctx: int, layer: int, expert: int, copy: int, slot: int) -> None:
+        key = (ctx, layer, expert)
+        if key not in self._copying or copy >= self.config.replicas:
+            raise LinkError(
+                f"Device announced copy {copy} of expert {expert} of layer {layer}, context {ctx},"
+                " which isn't awaited"
+            )
+        if slot >= self.config.slots:
+            raise LinkError(f"Device announced slot {slot}, but has only {self.config.slots}")
+        self._held.setdefault((layer, expert), {})[copy] = Ready(ctx, layer, expert, slot)
+        self._copy_answered(key)
+
+    def _copy_answered(self, key: tuple[int, int, int]) -> None:
+        self._copying[key] -= 1
+        if not self._copying[key]:
+            del self._copying[key]
+
     def _on_event(self, code: int, ctx: int, layer: int, expert: int, address: int) -> None:
         error = device_error(code, ctx=ctx, layer=layer, expert=expert, address=address)
         if isinstance(error, LinkError):
@@ -1660,6 +1779,9 @@ class Device:
         if key in self._locking and error.code in _FAILED_DEMAND:
             self._locking.remove(key)
             self._lock_errors[key] = error
+        elif key in self._copying and error.code in _FAILED_COPY:
+            self._copy_errors[key].append(error)
+            self._copy_answered(key)
         elif route is not None and error.code in _FAILED_DEMAND and expert in route.waiting:
             route.waiting.remove(expert)
             route.errors.append(error)

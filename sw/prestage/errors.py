@@ -282,6 +282,21 @@ class AbortedError(_ExpertError):
         return f"{super()._about()}, address {self.address:#x}"
 
 
+class BadCopiesError(_ExpertError):
+    """The number of copies is 0 or more than the device has banks."""
+
+    code = ErrorCode.BAD_COPIES
+
+    def _about(self) -> str:
+        return f"{super()._about()}, copies {self.address}"
+
+
+class NotHeldError(_ExpertError):
+    """A copy was not made, because the expert itself is not held."""
+
+    code = ErrorCode.NOT_HELD
+
+
 #: The exception of each error code.
 DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
     kind.code: kind
@@ -306,6 +321,8 @@ DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
         OverrunError,
         MemoryTimeoutError,
         AbortedError,
+        BadCopiesError,
+        NotHeldError,
     )
 }
 

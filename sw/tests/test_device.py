@@ -13,6 +13,7 @@ from prestage import device as device_module
 from prestage.device import Device, Ready
 from prestage.errors import (
     ArgumentError,
+    BadMessageError,
     BadReadError,
     BadRegisterError,
     BusError,
@@ -25,6 +26,7 @@ from prestage.errors import (
     MismatchError,
     MissingExtraError,
     NoSlotError,
+    NotHeldError,
     NotLockedError,
     UnknownDeviceError,
     UnreleasedError,
@@ -635,6 +637,149 @@ def test_locks_end(device):
         with pytest.raises(BusError, match="layer 0, expert 0"):
             other.lock(0, 0)
         assert other.locked == ()
+
+
+COPIES = CONFIG.replace(replicas=2, slots=10)
+
+
+def test_replicas():
+    image = expert_memory(COPIES)
+    with prestage.open("model://", config=COPIES) as device:
+        found = device.replicate(2, 5, 2, ctx=1)
+        assert sorted(found) == [0, 1] and device.replicas == {(2, 5): found}
+        assert all(ready.slot % 2 == bank for bank, ready in found.items())
+        assert {ready[:3] for ready in found.values()} == {(1, 2, 5)}
+        for layer in range(4):
+            for experts in ([0, 1], [2, 3], [4, 6]):
+                device.route(0, layer, experts)
+                assert len(arrive(device, 0, layer)) == 2
+                device.release(0, layer)
+        start = COPIES.expert_address(2, 5)
+        for ready in found.values():
+            for over_link in (False, True):
+                data = device.read(ready, over_link=over_link)
+                assert data == image[start : start + COPIES.expert_bytes].tobytes()
+        assert device.replicate(2, 5, 2, ctx=1) == found
+        # Routes are told of the expert itself, which is where it was.
+        device.route(0, 2, [5, 7])
+        with pytest.raises(ArgumentError, match="Expert 7 of layer 2 must not be replicated while"):
+            device.replicate(2, 7, 2)
+        assert arrive(device, 0, 2)[5] in {ready.slot for ready in found.values()}
+        device.release(0, 2)
+        assert device.replicate(2, 5, 1) == {} and device.replicas == {}
+        with pytest.raises(ArgumentError, match="must not be read after its layer was released"):
+            device.read(found[0])
+        # Six slots may be held: of the fourth expert there are none.
+        for expert in range(3):
+            device.replicate(0, expert, 2)
+        with pytest.raises(NoSlotError, match="layer 0, expert 3") as caught:
+            device.replicate(0, 3, 2)
+        assert [type(error) for error in caught.value.others] == [NotHeldError]
+        assert (0, 3) not in device.replicas
+        device.configure(clear_buffer=True)
+        assert device.replicas == {}
+        device.drain()
+
+
+def test_replicas_that_cannot_be_read():
+    with prestage.open("model://?error=0:1024", config=COPIES) as device:
+        with pytest.raises(BusError, match="layer 0, expert 0") as caught:
+            device.replicate(0, 0, 2)
+        assert [error.code for error in caught.value.others] == [ErrorCode.NOT_HELD]
+        assert "held. (NOT_HELD: context 0, layer 0, expert 0)" in str(caught.value.others[0])
+        assert device.replicas == {}
+        assert len(device.replicate(0, 1, 2)) == 2
+        device.drain()
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda d: d.replicate(0, 0, 0), "Copies must be between 1 and 2, not 0"),
+        (lambda d: d.replicate(0, 0, 3), "Copies must be between 1 and 2, not 3"),
+        (lambda d: d.replicate(0, 8, 2), "Expert must be between 0 and 7, not 8"),
+        (lambda d: d.replicate(4, 0, 2), "Layer must be between 0 and 3, not 4"),
+        (lambda d: d.replicate(0, 0, 2, ctx=2), "Context must be between 0 and 1, not 2"),
+    ],
+)
+def test_bad_replicas(call, match):
+    with (
+        prestage.open("model://", config=COPIES) as device,
+        pytest.raises(ArgumentError, match=match),
+    ):
+        call(device)
+
+
+def test_a_device_without_banks(device):
+    with pytest.raises(ArgumentError, match="Experts must not be replicated on a device without"):
+        device.replicate(0, 0, 1)
+    with pytest.raises(MismatchError, match="features"):
+        Device(ModelPipe(CONFIG.replace(slots=10), memory=expert_memory(CONFIG)), COPIES)
+    # A message that the device does not know.
+    device._post("REPLICATE", 0, 0, 0, 2)
+    with pytest.raises(BadMessageError, match="BAD_MESSAGE: type 0x18"):
+        device.drain()
+
+
+def test_replicas_that_the_host_copies():
+    host = COPIES.replace(mover="host")
+    image = expert_memory(COPIES)
+    slots = np.zeros((host.slots, host.expert_bytes), np.uint8)
+    broken = set()
+
+    def copier(layer, expert, slot, tile, nbytes, demand):
+        if slot in broken:
+            raise OSError("no room")
+        assert not demand
+        start = host.expert_address(layer, expert) + tile * nbytes
+        slots[slot, tile * nbytes : (tile + 1) * nbytes] = image[start : start + nbytes]
+
+    with prestage.open("model://", config=host, copier=copier) as device:
+        found = device.replicate(1, 4, 2)
+        start = host.expert_address(1, 4)
+        for bank, ready in found.items():
+            assert ready.slot % 2 == bank
+            assert (slots[ready.slot] == image[start : start + host.expert_bytes]).all()
+        device.replicate(1, 4, 1)
+        # The expert itself is where it was; the slot of the copy is the next to be taken.
+        broken.update(ready.slot for ready in found.values())
+        with pytest.raises(BusError) as caught:
+            device.replicate(1, 4, 2)
+        assert isinstance(caught.value.__cause__, OSError)
+        assert len(device.replicas[1, 4]) == 1
+        device.drain()
+
+
+def test_replicas_that_come_late():
+    late = []
+
+    def hold(body, answers):
+        late.extend(answers)
+        return []
+
+    faulty = Faulty(COPIES, REPLICATE=hold, SYNC=lambda body, answers: late + answers)
+    with Device(faulty, COPIES) as device:
+        with pytest.raises(DeviceTimeoutError, match="layer 1 has 0 of 2 answers for its copies"):
+            device.replicate(1, 3, 2, timeout=100)
+        with pytest.raises(ArgumentError, match="must not be locked while context 0 waits"):
+            device.lock(1, 3)
+        device.sync()
+        late.clear()
+        assert sorted(device.replicas[1, 3]) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ((0, 1, 3, 0, 99), "Device announced slot 99, but has only 10"),
+        ((0, 1, 3, 2, 1), "Device announced copy 2 of expert 3 of layer 1, context 0, which"),
+        ((0, 1, 4, 0, 1), "Device announced copy 0 of expert 4 of layer 1, context 0, which"),
+    ],
+)
+def test_copies_that_make_no_sense(values, match):
+    faulty = Faulty(COPIES, REPLICATE=lambda *_: [message("COPY", *values, config=COPIES)])
+    with Device(faulty, COPIES) as device, pytest.raises(LinkError, match=match):
+        device.replicate(1, 3, 2)
 
 
 def test_a_lock_that_comes_late():

@@ -1,6 +1,6 @@
 """Slots for experts: directory, replacement, pins, data."""
 
-from amaranth import Const, Module, Mux, Signal
+from amaranth import Cat, Const, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -35,6 +35,10 @@ class ExpertBuffer(wiring.Component):
     - FILL, CANCEL: after ``fill_latency``.
     - RELEASE: after ``release_latency``.
     - LOCK of one expert more than may be locked, UNLOCK of one without a slot: after 3.
+    - COPY of an expert without a slot: as a LOCK or, where there is nothing to hold, an UNLOCK. Of
+      one that has a slot: after ``lookup_latency``, or ``copy_latency`` where the copy has a slot,
+      too. One that allocates a slot for a copy: three cycles later than a LOCK that has to look at
+      as many slots, those of other banks included; with policies other than LRU two later.
     - INVALID: after 2.
 
     The next request is taken when the result was taken, at the earliest one cycle later. What a
@@ -64,7 +68,8 @@ class ExpertBuffer(wiring.Component):
 
     Attributes
     ----------
-    lookup_latency, fill_latency, release_latency, search_latency, pass_cycles : :class:`int`
+    lookup_latency, fill_latency, release_latency, search_latency, pass_cycles, copy_latency : \
+    :class:`int`
         See above, in cycles.
     passes : :class:`int`
         See above.
@@ -91,9 +96,10 @@ class ExpertBuffer(wiring.Component):
     host_writes : ``In(stream.Signature(RecordLayout("BufferWrite", config=config)))``
         The same from the host, in cycles without a beat on ``writes``; only if asked for.
     reads : ``In(stream.Signature(RecordLayout("ReadRequest", config=config)))``
-        Beats wanted by the consumer, one a cycle.
+        Beats wanted by the consumer, one a cycle. With ``config.replicas`` above 1 an array: a port
+        for each bank, whose slots it reads.
     beats : ``Out(stream.Signature(RecordLayout("Beat", config=config)))``
-        The beats, in the order of the reads.
+        The beats, in the order of the reads; an array, too.
     clear : ``In(1)``
         A pulse forgets everything but the data.
     strobes : ``Out(StructLayout({"cancelled": 1, "outbid": 1, "refused": 1, "invalid": 1}))``
@@ -120,7 +126,8 @@ class ExpertBuffer(wiring.Component):
         self._has_host_writes = host_writes
         self._directory = Directory(config=config)
         self._recency = RecencyList(config=config)
-        self._storage = Storage(config=config) if stores else None
+        banks = config.replicas if stores else 0
+        self._storages = [Storage(config=config, bank=bank) for bank in range(banks)]
         self._victims = Victims(config=config, valued=self.valued)
         self.lookup_latency = 5
         self.fill_latency = 4
@@ -128,15 +135,21 @@ class ExpertBuffer(wiring.Component):
         self.search_latency = self._victims.search_cycles + 5
         self.pass_cycles = self._victims.pass_cycles
         self.passes = self._victims.passes
-        self.read_latency = self._storage.read_latency if stores else 0
+        #: Of a COPY that finds or allocates a copy.
+        self.copy_latency = 7
+        self.read_latency = self._storages[0].read_latency if stores else 0
         self._row_bits = max(self._directory.row_bits, self._victims.row_bits)
         self.clear_cycles = 1 << self._row_bits
         writes = stream.Signature(RecordLayout("BufferWrite", config=config))
+        reads = In(stream.Signature(RecordLayout("ReadRequest", config=config)))
+        beats = Out(stream.Signature(RecordLayout("Beat", config=config)))
+        if banks > 1:
+            reads, beats = reads.array(banks), beats.array(banks)
         data_ports = {
             "writes": In(writes),
             **({"host_writes": In(writes)} if host_writes else {}),
-            "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
-            "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+            "reads": reads,
+            "beats": beats,
         }
         super().__init__(
             {
@@ -157,7 +170,8 @@ class ExpertBuffer(wiring.Component):
         m = Module()
         m.submodules.directory = directory = self._directory
         m.submodules.recency = recency = self._recency
-        if self._storage is None:
+        copies = self.config.replicas > 1
+        if not self._storages:
             # What the storage would be told; nobody listens.
             storage = Signal(
                 data.StructLayout(
@@ -169,11 +183,13 @@ class ExpertBuffer(wiring.Component):
                     }
                 )
             )
+        elif copies:
+            storage = self._connect_banks(m)
         else:
-            m.submodules.storage = storage = self._storage
+            m.submodules.storage = storage = self._storages[0]
         m.submodules.victims = victims = self._victims
         wiring.connect(m, wiring.flipped(self.values), victims.values)
-        if self._storage is None:
+        if not self._storages or copies:
             pass
         elif self._has_host_writes:
             m.d.comb += [
@@ -184,7 +200,7 @@ class ExpertBuffer(wiring.Component):
             ]
         else:
             wiring.connect(m, wiring.flipped(self.writes), storage.writes)
-        if self._storage is not None:
+        if self._storages and not copies:
             wiring.connect(m, wiring.flipped(self.reads), storage.reads)
             wiring.connect(m, storage.beats, wiring.flipped(self.beats))
 
@@ -209,9 +225,34 @@ class ExpertBuffer(wiring.Component):
         is_resident = Signal()
         by_recency = Signal()
         locked = Signal(range(self.config.slots + 1))
-        most_locked = self.config.slots - self.config.contexts * self.config.model.top_k
+        most_locked = self.config.lockable
         may_lock = Signal()
         may_take = Signal()
+        free = (state.pins == 0) & ~state.filling & ~state.locked
+        found = is_resident  # The slot that is looked up is there.
+        kept = state.locked  # The slot counts among those that are locked.
+        takes_lock = is_lock  # What is allocated will.
+        if copies:
+            is_copy = Signal()
+            found = Signal()
+            seeks = Signal()  # A slot for a copy is looked for, in ``bank``.
+            bank = Signal(self.config.bank_bits)
+            place = Signal(self.config.bits("copy"))  # number of the copy under work
+            further = Signal()  # It is not the expert itself.
+            first = Signal.like(state)  # state of the slot of the expert itself, and its number
+            first_slot = Signal.like(slot)
+            linked, linking = Signal.like(slot), Signal()
+            free &= ~state.held & (~seeks | (slot[: self.config.bank_bits] == bank))
+            kept = state.locked | state.held
+            takes_lock = is_lock | is_copy
+            m.d.comb += [
+                is_copy.eq(request.op == BufferOp.COPY),
+                further.eq(is_copy & (request.value != 0)),
+                # Copies are looked up beside their expert.
+                found.eq(is_resident & ~is_copy),
+                victims.banked.eq(seeks),
+                victims.bank.eq(bank),
+            ]
         all_touched = Signal()  # since the route began, a cycle ago
         m.d.sync += all_touched.eq(~recency.marked)
         m.d.comb += [
@@ -222,7 +263,7 @@ class ExpertBuffer(wiring.Component):
             is_resident.eq(entry.state != EntryState.EMPTY),
             by_recency.eq(self.policy == Policy.LRU),
             may_lock.eq(locked != most_locked),
-            may_take.eq((state.pins == 0) & ~state.filling & ~state.locked),
+            may_take.eq(free),
             looked_at.eq(Mux(victims.searching, victims.slot, slot)),
             directory.slot.eq(slot),
             directory.read_slot.eq(looked_at),
@@ -294,6 +335,9 @@ class ExpertBuffer(wiring.Component):
                 m.d.comb += is_valid.eq(names_slot & below("tile", self.config.tiles))
             with m.Case(BufferOp.CANCEL):
                 m.d.comb += is_valid.eq(names_slot)
+            if copies:
+                with m.Case(BufferOp.COPY):
+                    m.d.comb += is_valid.eq(names_expert & (request.value < self.config.replicas))
 
         # Of a FILL or CANCEL, from its second cycle on.
         is_cancel = Signal()
@@ -304,6 +348,11 @@ class ExpertBuffer(wiring.Component):
             last.eq(request.last | (request.op == BufferOp.CANCEL)),
             dropped.eq((request.failed & request.last) | (request.op == BufferOp.CANCEL)),
         ]
+
+        # Of an expert without a slot.
+        nothing_to_give = request.op == BufferOp.UNLOCK
+        if copies:
+            nothing_to_give |= is_copy & (further | ~request.last)
 
         # What the directory's entry is written for, from a register: the block RAM is far away.
         allocates = Signal()
@@ -338,6 +387,8 @@ class ExpertBuffer(wiring.Component):
                     directory.entry_read.eq(1),
                 ]
                 m.d.sync += request.eq(arriving)
+                if copies:
+                    m.d.sync += seeks.eq(0)
                 with m.If(clear_wanted & ~self.results.valid):
                     m.d.sync += clear_wanted.eq(self.clear)
                     m.next = "CLEAR"
@@ -374,10 +425,10 @@ class ExpertBuffer(wiring.Component):
                     m.d.comb += looked_at.eq(entry.slot)
                     m.d.sync += slot.eq(entry.slot)
                     m.next = "CAPTURE"
-                with m.Elif(request.op == BufferOp.UNLOCK):
+                with m.Elif(nothing_to_give):
                     answer(BufferCode.REFUSED)
                     m.next = "IDLE"
-                with m.Elif(is_lock & ~may_lock):
+                with m.Elif(takes_lock & ~may_lock):
                     answer(BufferCode.NO_SLOT)
                     m.next = "IDLE"
                 with m.Elif(~by_recency):
@@ -406,8 +457,11 @@ class ExpertBuffer(wiring.Component):
 
             with m.State("CAPTURE"):
                 m.next = "CHECK"
-                with m.If(is_resident | ~by_recency):
+                with m.If(found | ~by_recency):
                     m.next = "TOUCH"
+                if copies:
+                    with m.If(is_copy & is_resident & ~seeks):
+                        m.next = "COPY"
 
             with m.State("CHECK"):
                 m.d.sync += slot.eq(recency.newer)
@@ -424,22 +478,22 @@ class ExpertBuffer(wiring.Component):
             with m.State("TOUCH"):
                 m.d.comb += [
                     # That an expert is predicted is no use of it: a source may say anything.
-                    recency.touch.eq(~(is_prefetch & is_resident)),
+                    recency.touch.eq(~(is_prefetch & found)),
                     directory.pin_write.eq(is_demand),
                     directory.pin_value.valid.eq(1),
                     directory.pin_value.slot.eq(slot),
                     # The owner is evicted.
                     directory.entry_value.evicted_by_prefetch.eq(is_prefetch),
-                    directory.entry_write.eq(~is_resident & state.valid),
-                    storage.valid_write.eq(~is_resident),
+                    directory.entry_write.eq(~found & state.valid),
+                    storage.valid_write.eq(~found),
                     # A demand pins a resident expert.
                     directory.slot_value.eq(state),
                     directory.slot_value.prefetched.eq(state.prefetched & ~(is_demand | is_lock)),
                     directory.slot_value.pins.eq(state.pins + is_demand),
                     directory.slot_value.locked.eq(is_lock | (state.locked & ~is_unlock)),
                 ]
-                with m.If(is_resident):
-                    with m.If(is_lock & ~state.locked & ~may_lock):
+                with m.If(found):
+                    with m.If(is_lock & ~kept & ~may_lock):
                         answer(BufferCode.NO_SLOT)
                     with m.Elif(is_unlock & ~state.locked):
                         answer(BufferCode.REFUSED)
@@ -455,7 +509,11 @@ class ExpertBuffer(wiring.Component):
                         )
                         m.d.sync += [
                             result.prefetched.eq((is_demand | is_lock) & state.prefetched),
-                            locked.eq(locked + (is_lock & ~state.locked) - is_unlock),
+                            locked.eq(
+                                locked
+                                + (is_lock & ~kept)
+                                - (is_unlock & ~state.held if copies else is_unlock)
+                            ),
                         ]
                 with m.Else():
                     answer(BufferCode.ALLOCATED, slot=slot)
@@ -463,7 +521,7 @@ class ExpertBuffer(wiring.Component):
                         result.evicted.eq(state.valid),
                         result.evicted_unused.eq(state.valid & state.prefetched),
                         result.polluted.eq(is_demand & entry.evicted_by_prefetch),
-                        locked.eq(locked + is_lock),
+                        locked.eq(locked + takes_lock),
                     ]
                 m.next = "ALLOCATE"
 
@@ -472,7 +530,7 @@ class ExpertBuffer(wiring.Component):
                 m.d.comb += [
                     directory.entry_value.state.eq(EntryState.FILLING),
                     directory.entry_value.slot.eq(slot),
-                    directory.entry_write.eq(~is_resident),
+                    directory.entry_write.eq(~found & ~further if copies else ~found),
                     directory.slot_value.valid.eq(1),
                     directory.slot_value.layer.eq(request.layer),
                     directory.slot_value.expert.eq(request.expert),
@@ -482,9 +540,19 @@ class ExpertBuffer(wiring.Component):
                     directory.slot_value.locked.eq(is_lock),
                     directory.slot_value.value.eq(Mux(request.value == 0, _CERTAIN, request.value)),
                     directory.slot_value.mark.eq(victims.mark),
-                    directory.slot_write.eq(~is_resident),
+                    directory.slot_write.eq(~found),
                 ]
                 m.next = "IDLE"
+                if copies:
+                    m.d.comb += [
+                        directory.slot_value.held.eq(is_copy),
+                        directory.slot_value.copy.eq(Mux(further, place, 0)),
+                        directory.slot_value.links[0].slot.eq(Mux(further, first_slot, 0)),
+                    ]
+                    m.d.sync += [linked.eq(slot), linking.eq(1)]
+                    with m.If(further):
+                        m.d.sync += slot.eq(first_slot)
+                        m.next = "LINK"
 
             with m.State("FILL READ"):
                 m.next = "FILL"
@@ -497,7 +565,9 @@ class ExpertBuffer(wiring.Component):
                         Mux(dropped, EntryState.EMPTY, EntryState.READY)
                     ),
                     directory.entry_value.slot.eq(slot),
-                    directory.entry_write.eq(acts & last),
+                    directory.entry_write.eq(
+                        acts & last & (state.copy == 0) if copies else acts & last
+                    ),
                     directory.slot_value.eq(state),
                     directory.slot_value.filling.eq(~last),
                     storage.valid_tiles.eq(directory.slot_value.tiles),
@@ -521,12 +591,47 @@ class ExpertBuffer(wiring.Component):
                         recency.retire.eq(dropped & (state.pins == 0)),
                     ]
                     m.d.sync += [
-                        locked.eq(locked - (dropped & state.locked)),
+                        locked.eq(locked - (dropped & kept)),
                         cancelled.eq(is_cancel),
                     ]
                 with m.Elif(is_cancel):
                     answer(BufferCode.REFUSED)
                 m.next = "IDLE"
+                if copies:
+                    with m.If(dropped):
+                        m.d.comb += [
+                            directory.slot_value.held.eq(0),
+                            directory.slot_value.copy.eq(0),
+                        ]
+                    m.d.sync += [
+                        first_slot.eq(state.links[0].slot),
+                        place.eq(state.copy),
+                        linking.eq(0),
+                    ]
+                    with m.If(acts & dropped & (state.copy != 0)):
+                        m.next = "UNLINK"
+
+            if copies:
+                self._serve_copy(
+                    m,
+                    answer=answer,
+                    request=request,
+                    entry=entry,
+                    state=state,
+                    slot=slot,
+                    looked_at=looked_at,
+                    storage=storage,
+                    locked=locked,
+                    may_lock=may_lock,
+                    by_recency=by_recency,
+                    seeks=seeks,
+                    bank=bank,
+                    place=place,
+                    first=first,
+                    first_slot=first_slot,
+                    linked=linked,
+                    linking=linking,
+                )
 
             with m.State("UNPIN"):
                 pinned = Signal()  # `slot` holds a pin of this release
@@ -564,3 +669,169 @@ class ExpertBuffer(wiring.Component):
 
         m.d.sync += allocates.eq(fsm.ongoing("TOUCH"))
         return m
+
+    def _connect_banks(self, m):
+        """Storage of every bank; what all of them are told."""
+        config = self.config
+        arriving = self.writes
+        writes_valid = self.writes.valid
+        writes = self.writes.payload
+        if self._has_host_writes:
+            writes = Signal(arriving.payload.shape())
+            m.d.comb += [
+                writes.eq(Mux(self.writes.valid, self.writes.p, self.host_writes.p)),
+                self.host_writes.ready.eq(~self.writes.valid),
+            ]
+            writes_valid = self.writes.valid | self.host_writes.valid
+        m.d.comb += self.writes.ready.eq(1)
+        told = Signal(
+            data.StructLayout(
+                {
+                    "valid_write": 1,
+                    "valid_slot": config.bits("slot"),
+                    "valid_tiles": config.tiles,
+                    "blank": 1,
+                }
+            )
+        )
+        for bank, storage in enumerate(self._storages):
+            m.submodules[f"storage_{bank}"] = storage
+            m.d.comb += [
+                storage.writes.payload.eq(writes),
+                storage.writes.valid.eq(writes_valid),
+                storage.valid_write.eq(told.valid_write),
+                storage.valid_slot.eq(told.valid_slot),
+                storage.valid_tiles.eq(told.valid_tiles),
+                storage.blank.eq(told.blank),
+            ]
+            wiring.connect(m, wiring.flipped(self.reads[bank]), storage.reads)
+            wiring.connect(m, storage.beats, wiring.flipped(self.beats[bank]))
+        return told
+
+    def _serve_copy(
+        self,
+        m,
+        *,
+        answer,
+        request,
+        entry,
+        state,
+        slot,
+        looked_at,
+        storage,
+        locked,
+        may_lock,
+        by_recency,
+        seeks,
+        bank,
+        place,
+        first,
+        first_slot,
+        linked,
+        linking,
+    ):
+        """States of a COPY whose expert has a slot, and of a copy that fails to arrive."""
+        directory, recency, victims = self._directory, self._recency, self._victims
+        number = request.value[: len(place)]
+        keep = request.last
+        fills = entry.state == EntryState.FILLING
+        link = state.links[(number - 1)[: len(number)]]
+        any_there = Cat(state.links[at].there for at in range(self.config.replicas - 1)).any()
+
+        # The slot of the expert itself.
+        with m.State("COPY"):
+            m.d.sync += [
+                first.eq(state),
+                first_slot.eq(slot),
+                place.eq(number),
+                bank.eq(slot[: len(bank)] + number),
+            ]
+            m.d.comb += [
+                directory.slot_value.eq(state),
+                directory.slot_value.held.eq(keep),
+            ]
+            m.next = "IDLE"
+            with m.If(~keep & ~state.held):
+                answer(BufferCode.REFUSED)
+            with m.Elif(number == 0):
+                with m.If(fills):
+                    answer(BufferCode.FILLING, slot=slot)
+                with m.Elif(keep & ~state.held & ~state.locked & ~may_lock):
+                    answer(BufferCode.NO_SLOT)
+                with m.Elif(~keep & any_there):
+                    answer(BufferCode.REFUSED)
+                with m.Else():
+                    answer(BufferCode.RESIDENT, slot=slot)
+                    # Second cycle: no request is taken in the one after.
+                    m.d.comb += [recency.touch.eq(1), directory.slot_write.eq(1)]
+                    with m.If(~state.locked & (keep != state.held)):
+                        m.d.sync += locked.eq(Mux(keep, locked + 1, locked - 1))
+            with m.Elif(~keep & ~link.there):
+                answer(BufferCode.REFUSED)
+            with m.Elif(fills):
+                answer(BufferCode.FILLING, slot=slot)
+            with m.Elif(~state.held):
+                answer(BufferCode.REFUSED)
+            with m.Elif(link.there):
+                m.d.comb += looked_at.eq(link.slot)
+                m.d.sync += slot.eq(link.slot)
+                m.next = "COPY CAPTURE"
+            with m.Elif(~may_lock):
+                answer(BufferCode.NO_SLOT)
+            with m.Else():
+                m.d.sync += seeks.eq(1)
+                with m.If(by_recency):
+                    m.d.comb += looked_at.eq(recency.oldest)
+                    m.d.sync += slot.eq(recency.oldest)
+                    m.next = "CAPTURE"
+                with m.Else():
+                    m.d.comb += victims.begin.eq(1)
+                    m.next = "SEARCH"
+
+        with m.State("COPY CAPTURE"):
+            m.next = "COPY FOUND"
+
+        # The slot of the copy.
+        with m.State("COPY FOUND"):
+            answer(BufferCode.RESIDENT, slot=slot)
+            m.next = "IDLE"
+            with m.If(state.filling):
+                answer(BufferCode.FILLING, slot=slot)
+            with m.Elif(keep):
+                m.d.comb += recency.touch.eq(1)
+            with m.Else():
+                m.d.comb += [
+                    directory.slot_write.eq(1),
+                    storage.valid_write.eq(1),
+                    victims.free.eq(1),
+                    recency.retire.eq(1),
+                ]
+                m.d.sync += [locked.eq(locked - 1), linking.eq(0)]
+                m.next = "COPY DROPPED"
+
+        with m.State("COPY DROPPED"):
+            m.d.sync += slot.eq(first_slot)
+            m.next = "LINK"
+
+        # A copy did not arrive: the slot of its expert has to know.
+        with m.State("UNLINK"):
+            m.d.comb += looked_at.eq(first_slot)
+            m.d.sync += slot.eq(first_slot)
+            m.next = "UNLINK CAPTURE"
+
+        with m.State("UNLINK CAPTURE"):
+            m.next = "UNLINK FIRST"
+
+        with m.State("UNLINK FIRST"):
+            m.d.sync += first.eq(state)
+            m.next = "LINK"
+
+        with m.State("LINK"):
+            m.d.comb += [directory.slot_value.eq(first), directory.slot_write.eq(1)]
+            for at in range(self.config.replicas - 1):
+                with m.If(place == at + 1):
+                    m.d.comb += [
+                        directory.slot_value.links[at].there.eq(linking),
+                        directory.slot_value.links[at].slot.eq(linked),
+                    ]
+            m.next = "IDLE"

@@ -48,6 +48,11 @@ class SlotLayout(data.StructLayout):
     ``tiles`` repeats the tile-valid bits of :class:`Storage`, so that setting one needs no second
     read port there.
 
+    Only where experts may have copies: ``held`` is 1 for a copy, and for an expert itself while it
+    is held for the sake of copies; ``copy`` is the number of the copy, 0 for the expert itself.
+    ``links`` of the expert itself say where copy 1 and those after it are; ``links[0].slot`` of a
+    copy is the slot of the expert itself.
+
     Parameters
     ----------
     config : :class:`DeviceConfig`
@@ -56,6 +61,12 @@ class SlotLayout(data.StructLayout):
 
     def __init__(self, *, config):
         require_config(config)
+        link = data.StructLayout({"there": 1, "slot": unsigned(config.bits("slot"))})
+        copies = {
+            "held": unsigned(1),
+            "copy": unsigned(config.bits("copy")),
+            "links": data.ArrayLayout(link, config.replicas - 1),
+        }
         super().__init__(
             {
                 "valid": unsigned(1),
@@ -68,6 +79,7 @@ class SlotLayout(data.StructLayout):
                 "value": unsigned(8),
                 "mark": unsigned(MARK_BITS),
                 "tiles": unsigned(config.tiles),
+                **(copies if config.replicas > 1 else {}),
             }
         )
 

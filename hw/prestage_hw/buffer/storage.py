@@ -5,6 +5,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from prestage_hw.contract.checks import require_integer
 from prestage_hw.contract.params import require_config
 from prestage_hw.layouts import RecordLayout
 
@@ -29,6 +30,9 @@ class Storage(wiring.Component):
     ----------
     config : :class:`DeviceConfig`
         Device whose experts are stored.
+    bank : :class:`int`
+        Bank whose slots are stored: those whose number leaves it as the rest after a division by
+        ``config.replicas``. Writes to others change nothing.
 
     Attributes
     ----------
@@ -44,7 +48,7 @@ class Storage(wiring.Component):
         Beats wanted by the consumer.
     beats : ``Out(stream.Signature(RecordLayout("Beat", config=config)))``
         The beats in the order of the reads. ``ok`` is the valid bit of the beat's tile; it is 0 for
-        a slot or a beat out of range.
+        a slot or a beat out of range, and for a slot of another bank.
     valid_write : ``In(1)``
         Set the tile-valid bits of slot ``valid_slot`` to ``valid_tiles``.
     valid_slot : ``In(config.bits("slot"))``
@@ -57,12 +61,16 @@ class Storage(wiring.Component):
     Raises
     ------
     TypeError
-        If ``config`` is not a :class:`DeviceConfig`.
+        If ``config`` is not a :class:`DeviceConfig`, or the bank no integer.
+    ValueError
+        If there is no such bank.
     """
 
-    def __init__(self, *, config):
+    def __init__(self, *, config, bank=0):
         require_config(config)
+        require_integer("Bank", bank, low=0, high=config.replicas - 1)
         self.config = config
+        self.bank = bank
         self._aligned = config.expert_beats & (config.expert_beats - 1) == 0
         self.read_latency = 6
         super().__init__(
@@ -79,15 +87,24 @@ class Storage(wiring.Component):
 
     def _address(self, place):
         """Row of a slot's beat."""
+        slot = self._in_bank(place.slot)
         if self._aligned:
-            return Cat(place.beat, place.slot)
-        return place.slot * self.config.expert_beats + place.beat
+            return Cat(place.beat, slot)
+        return slot * self.config.expert_beats + place.beat
+
+    def _in_bank(self, slot):
+        """Number of a slot among those of its bank."""
+        return slot[self.config.bank_bits :] if self.config.replicas > 1 else slot
+
+    def _is_mine(self, slot):
+        """Whether a slot is of this bank."""
+        return slot[: self.config.bank_bits] == self.bank
 
     def elaborate(self, platform):
         m = Module()
         config = self.config
 
-        depth = config.slots * config.expert_beats
+        depth = config.slots // config.replicas * config.expert_beats
         # A read waits for writes to what it reads, so that synthesis need not care for those.
         own = {"no_rw_check": 1}
         banks = [
@@ -102,7 +119,10 @@ class Storage(wiring.Component):
         for number, bank in enumerate(banks):
             m.submodules[f"rows_{number}"] = bank
         m.submodules.valid_rows = valid_rows = Memory(
-            shape=config.tiles, depth=1 << config.bits("slot"), init=[], attrs=own
+            shape=config.tiles,
+            depth=1 << config.bits("slot") - config.bank_bits,
+            init=[],
+            attrs=own,
         )
         row = unsigned((depth - 1).bit_length())
         bank_bits = _BANK_ROWS.bit_length() - 1
@@ -112,14 +132,18 @@ class Storage(wiring.Component):
         valid_write, valid_read = valid_rows.write_port(), valid_rows.read_port()
 
         arriving = self.writes.payload
+        arrives, validates = self.writes.valid, self.valid_write
+        if config.replicas > 1:
+            arrives &= self._is_mine(arriving.slot)
+            validates &= self._is_mine(self.valid_slot)
         m.d.comb += [self.writes.ready.eq(1), write_row.eq(self._address(arriving))]
         m.d.sync += [
             write.addr.eq(write_row),
             write.data.eq(arriving.data),
-            write_banks.eq(Mux(self.writes.valid, 1 << (write_row >> bank_bits), 0)),
-            valid_write.addr.eq(self.valid_slot),
+            write_banks.eq(Mux(arrives, 1 << (write_row >> bank_bits), 0)),
+            valid_write.addr.eq(self._in_bank(self.valid_slot)),
             valid_write.data.eq(self.valid_tiles),
-            valid_write.en.eq(self.valid_write),
+            valid_write.en.eq(validates),
         ]
 
         # Every read that is taken has a place among the beats that wait for the consumer, so that
@@ -175,11 +199,14 @@ class Storage(wiring.Component):
         read_tile = Signal(tile_bits)
         read_blank = Signal()
         read_bank = Signal(range(len(banks)))
-        m.d.comb += valid_read.addr.eq(address_place.slot)
+        m.d.comb += valid_read.addr.eq(self._in_bank(address_place.slot))
+        blank = self.blank
+        if config.replicas > 1:
+            blank |= ~self._is_mine(address_place.slot)
         m.d.sync += [
             read_valid.eq(address_valid & ~waits),
             read_tile.eq(address_place.beat >> (config.tile_beats - 1).bit_length()),
-            read_blank.eq(self.blank),
+            read_blank.eq(blank),
             read_bank.eq(address >> bank_bits),
         ]
 

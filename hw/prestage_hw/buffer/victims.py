@@ -93,6 +93,9 @@ class Victims(wiring.Component):
         With ``begin``, to the end of the search: it is for a prefetch that has to be worth as much.
     value : ``In(8)``
         Confidence of that prefetch.
+    banked : ``In(1)``, ``bank`` : ``In(config.bank_bits)``
+        With ``begin``, to the end of the search: only slots of that bank may be taken; only where
+        experts may have copies.
     searching : ``Out(1)``
         A search is under way and ``slot`` counts.
     slot : ``Out(config.bits("slot"))``
@@ -132,8 +135,10 @@ class Victims(wiring.Component):
         self._beat_bits = config.bits("lane_beat") if config.lane_beats > 1 else 0
         self.row_bits = max(key.size, self._ctx_bits + layer + self._beat_bits)
         slot = unsigned(config.bits("slot"))
+        banks = {"banked": In(1), "bank": In(config.bank_bits)}
         super().__init__(
             {
+                **(banks if config.replicas > 1 else {}),
                 "values": In(stream.Signature(RecordLayout("ValueBeat", config=config))),
                 "layer": In(layer),
                 "expert": In(expert),
@@ -445,7 +450,11 @@ class Victims(wiring.Component):
 
         # Stage 10: the greatest over the contexts, then the least over the slots.
         may = Signal()  # the slot may be taken
-        m.d.sync += may.eq(~candidate_2 & (state.pins == 0) & ~state.filling & ~state.locked)
+        may_take = ~candidate_2 & (state.pins == 0) & ~state.filling & ~state.locked
+        if config.replicas > 1:
+            bank_2 = _delayed(m, self.slot[: config.bank_bits], 2)
+            may_take &= ~state.held & (~self.banked | (bank_2 == self.bank))
+        m.d.sync += may.eq(may_take)
         eligible = _delayed(
             m, may & _delayed(m, asking & (~is_remembered | remembers), 3), _STAGES - 3
         )

@@ -214,6 +214,9 @@ class DeviceConfig:
     mover : :class:`str`
         Who moves experts into slots: ``"dma"``, the device from a memory of its own, or ``"host"``,
         which then keeps the slots and is asked for tiles over the link.
+    replicas : :class:`int`
+        Most copies of an expert, and banks of slots: 1, 2 or 4. Slot s is in bank s mod replicas;
+        of slots in the device each bank has a consumer port of its own.
 
     Raises
     ------
@@ -246,6 +249,7 @@ class DeviceConfig:
     slot_store: str = "internal"
     checksums: bool = False
     mover: str = "dma"
+    replicas: int = 1
 
     PREDICTORS = ("none", "st_moe", "perceptron")
     SLOT_STORES = ("internal", "axi")
@@ -332,11 +336,26 @@ class DeviceConfig:
             )
         if not isinstance(self.checksums, bool):
             raise TypeError(f"Checksums must be True or False, not {self.checksums!r}")
+        self._check_replicas(least)
         total = self.slots * self.expert_bytes
         if self.slot_store == "axi" and total > 1 << self.address_bits:
             raise ValueError(
                 f"Address width must span all slots ({total} bytes),"
                 f" but is {self.address_bits} bits"
+            )
+
+    def _check_replicas(self, least: int) -> None:
+        """Refuse banks that slots do not fill, or copies that no slots are left for."""
+        require_power_of_two("Replica count", self.replicas, low=1, high=4)
+        if self.slots % self.replicas:
+            raise ValueError(
+                f"Slot count must be a multiple of the replica count {self.replicas},"
+                f" not {self.slots}"
+            )
+        if self.replicas > 1 and self.slots < least + self.replicas:
+            raise ValueError(
+                f"Slot count must be at least contexts x top-k + replicas = {least + self.replicas}"
+                f" where experts may have copies, not {self.slots}"
             )
 
     def _check_parts(self) -> None:
@@ -433,6 +452,16 @@ class DeviceConfig:
     def stores_slots(self) -> bool:
         """Whether the slots' bytes are in the device."""
         return self.mover == "dma" and self.slot_store == "internal"
+
+    @property
+    def bank_bits(self) -> int:
+        """Lowest bits of a slot's number, which name its bank."""
+        return self.replicas.bit_length() - 1
+
+    @property
+    def lockable(self) -> int:
+        """Slots that may be locked or hold copies, so that every demand still finds one."""
+        return self.slots - self.contexts * self.model.top_k
 
     @property
     def tiles(self) -> int:
@@ -533,8 +562,8 @@ class DeviceConfig:
         Kinds: ``ctx``, ``layer``, ``expert``, ``slot``, ``tile``, ``beat`` (beat within a
         slot), ``tag`` (in-flight entry), ``index`` (position in a routing decision),
         ``lane_beat`` (beat of a value for each expert), ``channel`` (of the DMA engine),
-        ``axi_id``, ``tile_bytes`` (size of a transfer, a whole tile at most), ``address``,
-        ``data``.
+        ``axi_id``, ``tile_bytes`` (size of a transfer, a whole tile at most), ``copy`` (of an
+        expert), ``address``, ``data``.
 
         Raises
         ------
@@ -554,6 +583,7 @@ class DeviceConfig:
             "channel": self.dma_channels,
             "axi_id": self.axi_ids,
             "tile_bytes": self.tile_bytes + 1,
+            "copy": self.replicas,
         }
         if kind in counts:
             return _bits_for_count(counts[kind])

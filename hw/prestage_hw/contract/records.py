@@ -94,17 +94,20 @@ class BufferOp(IntEnum):
     CANCEL = 4
     LOCK = 5
     UNLOCK = 6
+    COPY = 7
 
 
 class BufferCode(IntEnum):
     """Answers of the expert buffer."""
 
     RESIDENT = 0  # DEMAND, PREFETCH, LOCK, UNLOCK: whole in the slot. FILL, RELEASE, CANCEL: done.
-    FILLING = 1  # DEMAND, PREFETCH, LOCK, UNLOCK: in flight to the slot.
-    ALLOCATED = 2  # DEMAND, PREFETCH, LOCK: the slot is now filling; fetch it.
-    NO_SLOT = 3  # DEMAND, PREFETCH, LOCK: no slot may be taken.
+    FILLING = 1  # DEMAND, PREFETCH, LOCK, UNLOCK: in flight to the slot. COPY: so; nothing changed.
+    ALLOCATED = 2  # DEMAND, PREFETCH, LOCK, COPY: the slot is now filling; fetch it.
+    NO_SLOT = 3  # DEMAND, PREFETCH, LOCK, COPY: no slot may be taken.
     OUTBID = 4  # PREFETCH: every slot that was looked at is worth more than the candidate.
-    REFUSED = 5  # RELEASE without a pin, CANCEL of no prefetch in flight, UNLOCK without a lock.
+    # RELEASE without a pin, CANCEL of no prefetch in flight, UNLOCK without a lock, COPY of what is
+    # not held.
+    REFUSED = 5
     INVALID = 6  # A number that the operation uses is out of range; nothing was done.
 
 
@@ -206,6 +209,8 @@ class ErrorCode(IntEnum):
     CHECKSUM = 16
     BAD_FETCHED = 17
     OVERRUN = 18
+    BAD_COPIES = 19
+    NOT_HELD = 20
     TIMEOUT = 21
     ABORTED = 22
 
@@ -231,6 +236,8 @@ ERROR_TEXT = {
     ErrorCode.CHECKSUM: "The expert's bytes do not have the checksum that was loaded for it.",
     ErrorCode.BAD_FETCHED: "The host reported a tile that it was not asked for, or twice.",
     ErrorCode.OVERRUN: "More messages wait than the device has room for; this one was dropped.",
+    ErrorCode.BAD_COPIES: "The number of copies is 0 or more than the device has banks.",
+    ErrorCode.NOT_HELD: "The copy was not made, because the expert itself is not held.",
     ErrorCode.TIMEOUT: "The memory did not answer a read in time.",
     ErrorCode.ABORTED: "The host aborted the transfer.",
 }
@@ -392,6 +399,9 @@ _SERIAL = Field(
     wire_bits=16,
     description="Number of the fetch, modulo 65,536; all tiles of an expert have the same.",
 )
+_COPY = Field(
+    name="copy", kind="copy", wire_bits=8, description="Number of the copy; 0 is the expert itself."
+)
 _SYNC_TAG = Field(name="tag", kind=16, wire_bits=16, description="Echoed by the answer.")
 
 RECORDS: dict[str, Record] = {
@@ -506,6 +516,34 @@ RECORDS: dict[str, Record] = {
                     description="1: fetch it if it is missing, answer with a Ready of this context,"
                     " and never evict it; 0: it may be evicted again.",
                 ),
+            ),
+        ),
+        Record(
+            name="Replicate",
+            description="Hold so many copies of an expert, each in a bank of its own.",
+            fields=(
+                _CTX,
+                _LAYER,
+                _EXPERT,
+                Field(
+                    name="copies",
+                    kind=8,
+                    wire_bits=8,
+                    description="1 to the device's replicas. From 2 on the expert itself is held,"
+                    " too, and each of them is answered by a Copy or an Event of this context; 1"
+                    " gives all of them back, without an answer.",
+                ),
+            ),
+        ),
+        Record(
+            name="CopyCommand",
+            description="Hold one copy of an expert, or give it back.",
+            fields=(
+                Field(name="keep", kind=1, wire_bits=8, description="1: hold it, 0: give it back."),
+                _CTX,
+                _LAYER,
+                _EXPERT,
+                _COPY,
             ),
         ),
         Record(
@@ -687,7 +725,8 @@ RECORDS: dict[str, Record] = {
                     name="last",
                     kind=1,
                     wire_bits=8,
-                    description="FILL: 1 with the tile that completes the expert.",
+                    description="FILL: 1 with the tile that completes the expert. COPY: 1 to hold"
+                    " it.",
                 ),
                 Field(
                     name="failed",
@@ -699,7 +738,8 @@ RECORDS: dict[str, Record] = {
                     name="value",
                     kind=8,
                     wire_bits=8,
-                    description="PREFETCH: confidence in 1/256; 0 takes whatever slot is found.",
+                    description="PREFETCH: confidence in 1/256; 0 takes whatever slot is found."
+                    " COPY: which one.",
                 ),
             ),
         ),
@@ -749,6 +789,12 @@ RECORDS: dict[str, Record] = {
             name="Ready",
             description="The slot holds exactly this expert's bytes until the layer is released.",
             fields=(_CTX, _LAYER, _EXPERT, _SLOT),
+        ),
+        Record(
+            name="Copy",
+            description="The slot holds exactly this expert's bytes until fewer copies are asked"
+            " for.",
+            fields=(_CTX, _LAYER, _EXPERT, _COPY, _SLOT),
         ),
         Record(
             name="Event",
@@ -859,12 +905,19 @@ class Message:
         True from host to device.
     name : :class:`str`
         Name in UPPER_CASE.
+    replicas : :class:`bool`
+        Whether only devices whose experts may have copies have it; others take it for unknown.
     """
 
     code: int
     name: str
     to_device: bool
     record: Record | None = None
+    replicas: bool = False
+
+    def known(self, config: DeviceConfig) -> bool:
+        """Whether the device has it."""
+        return config.replicas > 1 or not self.replicas
 
     def body_bytes(self, config: DeviceConfig) -> int:
         """Length of the body, in bytes."""
@@ -890,6 +943,13 @@ MESSAGES: dict[str, Message] = {
         Message(code=0x15, name="SYNC", to_device=True, record=RECORDS["Sync"]),
         Message(code=0x16, name="LOCK", to_device=True, record=RECORDS["Lock"]),
         Message(code=0x17, name="FETCHED", to_device=True, record=RECORDS["Fetched"]),
+        Message(
+            code=0x18,
+            name="REPLICATE",
+            to_device=True,
+            record=RECORDS["Replicate"],
+            replicas=True,
+        ),
         Message(code=LINK_RESET, name="LINK_RESET", to_device=True),
         Message(code=LINK_RESET_DONE, name="LINK_RESET_DONE", to_device=False),
         Message(code=LINK_ACK, name="LINK_ACK", to_device=True),
@@ -901,6 +961,7 @@ MESSAGES: dict[str, Message] = {
         Message(code=0x94, name="DATA", to_device=False, record=RECORDS["Data"]),
         Message(code=0x95, name="SYNCED", to_device=False, record=RECORDS["Synced"]),
         Message(code=0x96, name="FETCH", to_device=False, record=RECORDS["Fetch"]),
+        Message(code=0x97, name="COPY", to_device=False, record=RECORDS["Copy"], replicas=True),
     )
 }
 

@@ -491,7 +491,7 @@ def _layout() -> tuple[Register, ...]:
         "ro",
         None,
         "What the device has. Bit 0: slots are in a memory behind an AXI4 write port. Bit 1:"
-        " checksums of experts.",
+        " checksums of experts. Bits 15..8: copies that an expert may have beside itself.",
     )
     at = 0x40
     for counter in COUNTERS:
@@ -560,6 +560,8 @@ def shape_registers(config: DeviceConfig) -> dict[str, int]:
             f"part{part}_bytes": sum(config.part_bytes[part : part + 1])
             for part in range(MOST_PARTS)
         },
-        "features": (config.slot_store == "axi") | config.checksums << 1,
+        "features": (config.slot_store == "axi")
+        | config.checksums << 1
+        | (config.replicas - 1) << 8,
         "mover": config.MOVERS.index(config.mover),
     }

@@ -61,6 +61,10 @@ class Dispatcher(wiring.Component):
         Checked routing decisions, to the predictor.
     commands : ``Out(stream.Signature(RecordLayout("Command", config=config)))``
         Demands and releases, to the scheduler.
+    copies : ``Out(stream.Signature(RecordLayout("CopyCommand", config=config)))``
+        Copies to hold or to give back, to the scheduler; only where experts may have any.
+    copied : ``In(stream.Signature(RecordLayout("Copy", config=config)))``
+        Copies that are there; only with ``copies``.
     hints : ``Out(stream.Signature(RecordLayout("Candidate", config=config)))``
         Candidates from hints, to the predictor. Only one of ``begin``, ``decisions`` and ``hints``
         is valid at a time, so that the predictor sees them in the host's order.
@@ -110,6 +114,11 @@ class Dispatcher(wiring.Component):
                 "begin": Out(record("BeginToken")),
                 "decisions": Out(record("RoutingDecision")),
                 "commands": Out(record("Command")),
+                **(
+                    {"copies": Out(record("CopyCommand")), "copied": In(record("Copy"))}
+                    if config.replicas > 1
+                    else {}
+                ),
                 "hints": Out(record("Candidate")),
                 "ready": In(record("Ready")),
                 "events": In(record("Event")),
@@ -132,6 +141,7 @@ class Dispatcher(wiring.Component):
         m = Module()
         config = self.config
         model = config.model
+        may_copy = config.replicas > 1
         layer_bits = config.bits("layer")
         ctx_bits = config.bits("ctx")
 
@@ -195,6 +205,7 @@ class Dispatcher(wiring.Component):
             self.registers,
             self.reads,
             self.phases,
+            *([self.copies] if may_copy else []),
         ):
             with m.If(port.valid & port.ready):
                 m.d.sync += port.valid.eq(0)
@@ -239,7 +250,7 @@ class Dispatcher(wiring.Component):
                 | self.begin.valid
                 | self.decisions.valid
                 | self.commands.valid
-                | self.hints.valid
+                | (self.hints.valid | self.copies.valid if may_copy else self.hints.valid)
             ):
                 m.d.sync += idle_for.eq(0)
             with m.Elif(~settled):
@@ -264,7 +275,8 @@ class Dispatcher(wiring.Component):
                         with m.Case(MESSAGES["BEGIN_TOKEN"].code):
                             m.next = "BEGIN"
                         with m.Case(
-                            *(MESSAGES[name].code for name in ("ROUTE", "RELEASE", "HINT", "LOCK"))
+                            *(MESSAGES[name].code for name in ("ROUTE", "RELEASE", "HINT", "LOCK")),
+                            *([MESSAGES["REPLICATE"].code] if may_copy else []),
                         ):
                             m.next = "PLACE"
                         with m.Case(MESSAGES["READ"].code):
@@ -331,6 +343,9 @@ class Dispatcher(wiring.Component):
                     m.next = "RELEASE"
                 with m.Elif(code == MESSAGES["LOCK"].code):
                     m.next = "LOCK"
+                if may_copy:
+                    with m.Elif(code == MESSAGES["REPLICATE"].code):
+                        m.next = "REPLICATE"
                 with m.Else():
                     m.next = "HINT"
 
@@ -443,6 +458,9 @@ class Dispatcher(wiring.Component):
                     )
                     done()
 
+            if may_copy:
+                self._replicate(m, fields=fields, put=put, reject=reject, done=done)
+
             with m.State("HINT"):
                 hint = fields["HINT"]
                 with m.If(hint["expert"] >= model.experts):
@@ -516,7 +534,10 @@ class Dispatcher(wiring.Component):
                     & ~own_valid
                     & ~Cat(
                         port.valid
-                        for port in (self.begin, self.decisions, self.commands, self.hints)
+                        for port in (
+                            *(self.begin, self.decisions, self.commands, self.hints),
+                            *([self.copies] if may_copy else []),
+                        )
                     ).any()
                 )
                 with m.If(~quiet):
@@ -669,6 +690,43 @@ class Dispatcher(wiring.Component):
         self._merge(m, own=own, own_valid=own_valid, own_ready=own_ready)
         return m
 
+    def _replicate(self, m, *, fields, put, reject, done):
+        """States of a Replicate: a command for each copy that the device may have.
+
+        What is more than wanted is given back first, from the last copy down to the expert itself;
+        then the others are held, from the expert itself on.
+        """
+        config = self.config
+        wanted = fields["REPLICATE"]
+        copies = wanted["copies"]
+        number = Signal(range(config.replicas + 1))
+        command = {name: wanted[name] for name in ("ctx", "layer", "expert")}
+        least = Mux(copies == 1, 0, copies)  # Of those to give back.
+
+        with m.State("REPLICATE"):
+            m.d.sync += number.eq(config.replicas)
+            with m.If(wanted["expert"] >= config.model.experts):
+                reject(ErrorCode.BAD_EXPERT, at_expert=wanted["expert"])
+            with m.Elif((copies == 0) | (copies > config.replicas)):
+                reject(ErrorCode.BAD_COPIES, at_expert=wanted["expert"], address=copies)
+            with m.Else():
+                m.next = "GIVE_BACK"
+
+        with m.State("GIVE_BACK"):
+            with m.If(number == least):
+                m.d.sync += number.eq(0)
+                m.next = "HOLD"
+            with m.Elif(~self.copies.valid | self.copies.ready):
+                put(self.copies, {**command, "keep": 0, "copy": number - 1})
+                m.d.sync += number.eq(number - 1)
+
+        with m.State("HOLD"):
+            with m.If((copies == 1) | (number == copies)):
+                done()
+            with m.Elif(~self.copies.valid | self.copies.ready):
+                put(self.copies, {**command, "keep": 1, "copy": number})
+                m.d.sync += number.eq(number + 1)
+
     def _merge(self, m, *, own, own_valid, own_ready):
         """Merge the scheduler's answers and the dispatcher's own into ``replies``.
 
@@ -676,13 +734,20 @@ class Dispatcher(wiring.Component):
         can't be starved for ever.
         """
         with m.If(self.replies.ready | ~self.replies.valid):
-            m.d.sync += self.replies.valid.eq(self.ready.valid | self.events.valid | own_valid)
+            answers = self.ready.valid | self.events.valid
+            if self.config.replicas > 1:
+                answers |= self.copied.valid
+            m.d.sync += self.replies.valid.eq(answers | own_valid)
             with m.If(self.ready.valid):
                 m.d.comb += self.ready.ready.eq(1)
                 self._load(m, "READY", "Ready", self.ready.p)
             with m.Elif(self.events.valid):
                 m.d.comb += self.events.ready.eq(1)
                 self._load(m, "EVENT", "Event", self.events.p)
+            if self.config.replicas > 1:
+                with m.Elif(self.copied.valid):
+                    m.d.comb += self.copied.ready.eq(1)
+                    self._load(m, "COPY", "Copy", self.copied.p)
             with m.Elif(own_valid):
                 m.d.comb += own_ready.eq(1)
                 m.d.sync += self.replies.p.eq(own)

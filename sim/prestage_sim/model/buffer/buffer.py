@@ -13,16 +13,21 @@ from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import BufferCode, BufferOp, Policy, ValueKind
 
 from ..._jit import compiled
-from .directory import Directory
+from .directory import Directory, SlotState
 from .recency import Recency, least_recent, retire, touch
 from .state import (
+    BANKS,
+    BY_COPY,
+    BY_LOCK,
     EMPTY,
     EXPERTS,
     FILLING,
     FILLS,
+    LOCKABLE,
     LOCKED,
     LOCKS,
     MARK,
+    NUMBER,
     OWNER,
     PINS,
     POLICY,
@@ -45,6 +50,7 @@ __all__ = [
     "ExpertBuffer",
     "begin_demand",
     "cancel",
+    "copy",
     "demand",
     "fill",
     "find_demand_victim",
@@ -81,8 +87,10 @@ def _result(code: Any, slot: Any, prefetched: Any, evicted: Any, unused: Any, po
 
 
 @compiled
-def _take(state: Any, slot: Any, key: Any, by_prefetch: Any) -> Any:
-    """Give a slot to an expert; whether it held another, and whether nobody had used that."""
+def _take(state: Any, slot: Any, key: Any, by_prefetch: Any, number: Any = 0) -> Any:
+    """Give a slot to an expert, or to a copy of it; whether it held another, and whether nobody had
+    used that.
+    """
     held = state.slots[slot]
     owner, unused = held[OWNER], held[PREFETCHED]
     evicted = owner >= 0
@@ -90,9 +98,10 @@ def _take(state: Any, slot: Any, key: Any, by_prefetch: Any) -> Any:
         state.experts[owner, STATE] = EMPTY
         if by_prefetch:
             state.experts[owner, PUSHED] = 1
-    state.experts[key, PUSHED] = 0
-    state.experts[key, STATE] = FILLING
-    state.experts[key, SLOT] = slot
+    if number == 0:
+        state.experts[key, PUSHED] = 0
+        state.experts[key, STATE] = FILLING
+        state.experts[key, SLOT] = slot
     held[OWNER], held[FILLS], held[PREFETCHED] = key, 1, 0
     touch(state, slot)
     return evicted, evicted and unused != 0
@@ -101,9 +110,15 @@ def _take(state: Any, slot: Any, key: Any, by_prefetch: Any) -> Any:
 @compiled
 def _drop(state: Any, slot: Any) -> None:
     """Empty a slot; it keeps its pins."""
-    held = state.slots[slot]
-    state.experts[held[OWNER], STATE] = EMPTY
-    state.registers[LOCKS] -= held[LOCKED]
+    held, number = state.slots[slot], state.copies[slot, NUMBER]
+    if number:
+        # The expert itself is there, and knows no longer of this copy.
+        state.copies[state.experts[held[OWNER], SLOT], number] = -1
+        state.copies[slot, NUMBER] = 0
+    else:
+        state.experts[held[OWNER], STATE] = EMPTY
+    if held[LOCKED]:
+        state.registers[LOCKS] -= 1
     held[OWNER] = -1
     held[FILLS] = held[PREFETCHED] = held[LOCKED] = 0
     if held[PINS] == 0:
@@ -112,12 +127,12 @@ def _drop(state: Any, slot: Any) -> None:
 
 
 @compiled
-def find_demand_victim(state: Any) -> Any:
-    """Slot for a demand, by the policy; -1 for none."""
+def find_demand_victim(state: Any, bank: Any = -1) -> Any:
+    """Slot for a demand, or one of a bank for a copy, by the policy; -1 for none."""
     policy = state.registers[POLICY]
     if policy == _LRU:
-        return least_recent(state, False)
-    return find_victim(state, policy, 0, 0, 0)[0]
+        return least_recent(state, False, bank)
+    return find_victim(state, policy, 0, 0, 0, bank)[0]
 
 
 @compiled
@@ -202,14 +217,16 @@ def lock(state: Any, layer: Any, expert: Any) -> Any:
     slot = state.experts[key, SLOT]
     if found:
         touch(state, slot)
-        if state.slots[slot, LOCKED]:
+        if state.slots[slot, LOCKED] & BY_LOCK:
             return _result(code, slot, 0, 0, 0, 0)
-    if state.registers[LOCKS] >= state.slots.shape[0] - state.pins.shape[0] * state.pins.shape[2]:
+    counted = found and state.slots[slot, LOCKED] != 0
+    if state.registers[LOCKS] >= state.shape[LOCKABLE] and not counted:
         return _result(_NO_SLOT, 0, 0, 0, 0, 0)
     if found:
         held = state.slots[slot]
-        held[LOCKED] = 1
-        state.registers[LOCKS] += 1
+        held[LOCKED] |= BY_LOCK
+        if not counted:
+            state.registers[LOCKS] += 1
         prefetched = held[PREFETCHED]
         held[PREFETCHED] = 0
         return _result(code, slot, prefetched, 0, 0, 0)
@@ -217,7 +234,7 @@ def lock(state: Any, layer: Any, expert: Any) -> Any:
     if slot < 0:
         return _result(_NO_SLOT, 0, 0, 0, 0, 0)
     evicted, unused = _take(state, slot, key, False)
-    state.slots[slot, LOCKED] = 1
+    state.slots[slot, LOCKED] = BY_LOCK
     state.registers[LOCKS] += 1
     return _result(_ALLOCATED, slot, 0, evicted, unused, 0)
 
@@ -230,12 +247,81 @@ def unlock(state: Any, layer: Any, expert: Any) -> Any:
         return _result(_REFUSED, 0, 0, 0, 0, 0)
     slot = state.experts[key, SLOT]
     touch(state, slot)
-    if state.slots[slot, LOCKED] == 0:
+    if state.slots[slot, LOCKED] & BY_LOCK == 0:
         return _result(_REFUSED, 0, 0, 0, 0, 0)
-    state.slots[slot, LOCKED] = 0
-    state.registers[LOCKS] -= 1
+    state.slots[slot, LOCKED] &= ~BY_LOCK
+    if state.slots[slot, LOCKED] == 0:
+        state.registers[LOCKS] -= 1
     code = _RESIDENT if state.experts[key, STATE] == READY else _IN_FLIGHT
     return _result(code, slot, 0, 0, 0, 0)
+
+
+@compiled
+def _hold(state: Any, slot: Any, keep: Any) -> Any:
+    """Hold the expert itself for the sake of copies, or no longer."""
+    held = state.slots[slot]
+    if held[FILLS]:
+        return _result(_IN_FLIGHT, slot, 0, 0, 0, 0)
+    before = held[LOCKED]
+    if keep and before == 0 and state.registers[LOCKS] >= state.shape[LOCKABLE]:
+        return _result(_NO_SLOT, 0, 0, 0, 0, 0)
+    if not keep and np.any(state.copies[slot, 1:] >= 0):
+        return _result(_REFUSED, 0, 0, 0, 0, 0)
+    held[LOCKED] = before | BY_COPY if keep else before & ~BY_COPY
+    state.registers[LOCKS] += np.int64(held[LOCKED] != 0) - np.int64(before != 0)
+    touch(state, slot)
+    return _result(_RESIDENT, slot, 0, 0, 0, 0)
+
+
+@compiled
+def _take_for_copy(state: Any, key: Any, number: Any, bank: Any) -> Any:
+    """Find a slot for a copy, or for the expert itself."""
+    if state.registers[LOCKS] >= state.shape[LOCKABLE]:
+        return _result(_NO_SLOT, 0, 0, 0, 0, 0)
+    slot = find_demand_victim(state, bank)
+    if slot < 0:
+        return _result(_NO_SLOT, 0, 0, 0, 0, 0)
+    evicted, unused = _take(state, slot, key, False, number)
+    if number:
+        state.copies[state.experts[key, SLOT], number] = slot
+        state.copies[slot, NUMBER] = number
+    state.slots[slot, LOCKED] = BY_COPY
+    state.registers[LOCKS] += 1
+    return _result(_ALLOCATED, slot, 0, evicted, unused, 0)
+
+
+@compiled
+def copy(state: Any, layer: Any, expert: Any, number: Any, keep: Any) -> Any:
+    """Do a COPY: the fields of its :class:`BufferResult`, and whether a slot was dropped."""
+    key = layer * state.shape[EXPERTS] + expert
+    refused = _result(_REFUSED, 0, 0, 0, 0, 0)
+    if state.experts[key, STATE] == EMPTY:
+        if number or not keep:
+            return refused, False
+        return _take_for_copy(state, key, 0, -1), False
+    first = state.experts[key, SLOT]
+    held = state.slots[first, LOCKED] & BY_COPY
+    if not keep and not held:
+        return refused, False
+    if number == 0:
+        return _hold(state, first, keep), False
+    slot = state.copies[first, number]
+    if not keep and slot < 0:
+        return refused, False
+    if state.slots[first, FILLS]:
+        return _result(_IN_FLIGHT, first, 0, 0, 0, 0), False
+    if not held:
+        return refused, False
+    if slot < 0:
+        bank = (first + number) % state.shape[BANKS]
+        return _take_for_copy(state, key, number, bank), False
+    if state.slots[slot, FILLS]:
+        return _result(_IN_FLIGHT, slot, 0, 0, 0, 0), False
+    if keep:
+        touch(state, slot)
+    else:
+        _drop(state, slot)
+    return _result(_RESIDENT, slot, 0, 0, 0, 0), not keep
 
 
 @compiled
@@ -248,7 +334,8 @@ def fill(state: Any, slot: Any, last: Any, failed: Any) -> Any:
     if failed:
         _drop(state, slot)
         return True
-    state.experts[held[OWNER], STATE] = READY
+    if state.copies[slot, NUMBER] == 0:
+        state.experts[held[OWNER], STATE] = READY
     return False
 
 
@@ -356,7 +443,7 @@ class ExpertBuffer:
 
     @property
     def locked(self) -> int:
-        """Slots that are locked."""
+        """Slots that are locked or held for the sake of copies."""
         return int(self.state.registers[LOCKS])
 
     def clear(self) -> None:
@@ -385,7 +472,8 @@ class ExpertBuffer:
         op : :class:`int`
             A :class:`BufferOp`. DEMAND uses ``ctx, layer, expert, index``; PREFETCH ``layer,
             expert, value``; FILL ``slot, tile, last, failed``; RELEASE ``ctx, layer``; CANCEL
-            ``slot``; LOCK and UNLOCK ``layer, expert``.
+            ``slot``; LOCK and UNLOCK ``layer, expert``; COPY, where experts may have copies,
+            ``layer, expert``, number ``value`` and ``last`` to hold it.
 
         Raises
         ------
@@ -407,6 +495,8 @@ class ExpertBuffer:
             return self._lock(layer, expert)
         if op == BufferOp.UNLOCK:
             return self._unlock(layer, expert)
+        if op == BufferOp.COPY and self.config.replicas > 1:
+            return self._copy(layer, expert, value, keep=bool(last))
         raise ValueError(f"Operation must be a BufferOp, not {op!r}")
 
     def values(self, kind: int, ctx: int, layer: int, beat: int, values: Sequence[int]) -> None:
@@ -477,8 +567,12 @@ class ExpertBuffer:
         """
         directory = self.directory
         owned = {}
+        linked = {}
         for number, slot in enumerate(directory.slots):
-            if slot.owner >= 0:
+            if slot.copy:
+                self._check_copy(number, slot)
+                linked[slot.owner, slot.copy] = number
+            elif slot.owner >= 0:
                 assert slot.owner not in owned, f"expert {slot.owner} in two slots"
                 owned[slot.owner] = number
                 state = FILLING if slot.filling else READY
@@ -489,6 +583,7 @@ class ExpertBuffer:
                 assert not slot.filling, f"slot {number} fills without an owner"
                 assert not slot.prefetched, f"slot {number} is prefetched without an owner"
                 assert not slot.locked, f"slot {number} is locked without an owner"
+                assert not slot.held, f"slot {number} is held without an owner"
                 assert self.storage.valid[number] == 0, f"slot {number} has tiles without an owner"
             assert 0 <= slot.pins <= self.config.contexts, f"slot {number} has {slot.pins} pins"
         for key, state in enumerate(directory.state):
@@ -498,9 +593,23 @@ class ExpertBuffer:
             for number in entries.values():
                 pins[number] += 1
         assert pins == [slot.pins for slot in directory.slots], "pins differ from the pin lists"
-        locked = sum(slot.locked for slot in directory.slots)
+        links = {
+            (slot.owner, copy): at for slot in directory.slots for copy, at in slot.links.items()
+        }
+        assert links == linked, f"copies {linked} are not those of the experts: {links}"
+        locked = sum(slot.locked or slot.held for slot in directory.slots)
+        assert locked <= self.config.lockable, f"{locked} slots are locked"
         assert locked == self.locked, f"{self.locked} locks counted, not {locked}"
         assert sorted(self.recency) == list(range(self.config.slots)), "slots lost from the order"
+
+    def _check_copy(self, number: int, slot: SlotState) -> None:
+        """A copy belongs to an expert that is whole and held, and is in a bank of its own."""
+        directory, replicas = self.directory, self.config.replicas
+        assert slot.held and not slot.pins and not slot.locked and not slot.prefetched, number
+        assert directory.state[slot.owner] == READY, f"slot {number}: a copy of nothing"
+        at = directory.slot_of[slot.owner]
+        assert directory.slots[at].held, f"slot {number}: a copy of what is not held"
+        assert number % replicas == (at + slot.copy) % replicas, f"slot {number}: wrong bank"
 
     def _check_context(self, ctx: int) -> None:
         if not 0 <= ctx < self.config.contexts:
@@ -532,6 +641,16 @@ class ExpertBuffer:
     def _unlock(self, layer: int, expert: int) -> BufferResult:
         self.directory.key(layer, expert)
         return _answer(unlock(self.state, layer, expert))
+
+    def _copy(self, layer: int, expert: int, number: int, *, keep: bool) -> BufferResult:
+        self.directory.key(layer, expert)
+        if not 0 <= number < self.config.replicas:
+            raise ValueError(f"Copy must be between 0 and {self.config.replicas - 1}, not {number}")
+        fields, dropped = copy(self.state, layer, expert, number, keep)
+        answer = self._allocated(fields)
+        if dropped:
+            self.storage.valid[answer.slot] = 0
+        return answer
 
     def _allocated(self, fields: Sequence[int]) -> BufferResult:
         """The result of an operation that may have given away a slot."""

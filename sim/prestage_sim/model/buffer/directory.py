@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 from prestage_hw.contract import DeviceConfig
 
 from .state import (
+    BY_COPY,
+    BY_LOCK,
     EMPTY,
     FILLING,
     FILLS,
     LOCKED,
     MARK,
+    NUMBER,
     OWNER,
     PINS,
     PREFETCHED,
@@ -38,6 +41,19 @@ def _field(column: int, kind: type, description: str) -> property:
 
     def write(self: SlotState, value: int) -> None:
         self._table[self.number, column] = value
+
+    return property(read, write, doc=description)
+
+
+def _flag(column: int, bit: int, description: str) -> property:
+    """Attribute of a slot that is one bit of a column of the slots' table."""
+
+    def read(self: SlotState) -> bool:
+        return bool(self._table[self.number, column] & bit)
+
+    def write(self: SlotState, value: bool) -> None:
+        self._table[self.number, column] &= ~bit
+        self._table[self.number, column] |= bit * bool(value)
 
     return property(read, write, doc=description)
 
@@ -66,19 +82,48 @@ class SlotState:
         Whether the expert stays until it is unlocked.
     value, mark : :class:`int`
         Of a prefetch: its confidence, and the visits of its layer at that time.
+    held : :class:`bool`
+        Whether it is a copy, or an expert that is held for the sake of its copies.
+    copy : :class:`int`
+        Number of the copy, 0 for the expert itself.
+    links : dict of :class:`int` to :class:`int`
+        Slot of each copy of the expert that is here itself.
     """
 
-    __slots__ = ("_table", "number")
+    __slots__ = ("_copies", "_table", "number")
 
     def __init__(self, state: BufferState, number: int) -> None:
         self._table = state.slots
+        self._copies = state.copies
         self.number = number
+
+    @property
+    def copy(self) -> int:
+        """Number of the copy, 0 for the expert itself."""
+        return int(self._copies[self.number, NUMBER])
+
+    @copy.setter
+    def copy(self, number: int) -> None:
+        self._copies[self.number, NUMBER] = number
+
+    @property
+    def links(self) -> dict[int, int]:
+        """Slot of each copy of the expert that is here itself."""
+        row = self._copies[self.number].tolist()
+        return {number: slot for number, slot in enumerate(row) if number > NUMBER and slot >= 0}
+
+    @links.setter
+    def links(self, links: dict[int, int]) -> None:
+        self._copies[self.number, NUMBER + 1 :] = -1
+        for number, slot in links.items():
+            self._copies[self.number, number] = slot
 
     owner = _field(OWNER, int, "Key of the expert, -1 for none.")
     filling = _field(FILLS, bool, "Whether a transfer into the slot is in flight.")
     prefetched = _field(PREFETCHED, bool, "Whether a prefetch brought it and nobody came for it.")
     pins = _field(PINS, int, "Contexts that hold the slot.")
-    locked = _field(LOCKED, bool, "Whether the expert stays until it is unlocked.")
+    locked = _flag(LOCKED, BY_LOCK, "Whether the expert stays until it is unlocked.")
+    held = _flag(LOCKED, BY_COPY, "Whether it is a copy, or held for the sake of copies.")
     value = _field(VALUE, int, "Confidence of the prefetch.")
     mark = _field(MARK, int, "Visits of its layer when it was prefetched.")
 

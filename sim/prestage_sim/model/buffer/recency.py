@@ -7,6 +7,7 @@ from typing import Any
 
 from ..._jit import compiled
 from .state import (
+    BANKS,
     FILLS,
     LOCKED,
     NEWER,
@@ -66,17 +67,18 @@ def retire(state: Any, slot: Any) -> None:
 
 
 @compiled
-def least_recent(state: Any, untouched: Any) -> Any:
-    """Least recent slot that may be taken, of those that the route has not touched if wanted so;
-    -1 for none.
+def least_recent(state: Any, untouched: Any, bank: Any = -1) -> Any:
+    """Least recent slot that may be taken, of those that the route has not touched if wanted so,
+    and of one bank if that isn't -1; -1 for none.
     """
-    slots = state.slots
+    slots, banks = state.slots, state.shape[BANKS]
     slot = state.registers[OLDEST]
     while slot >= 0:
         # All that are more recent were touched in this route as well.
         if untouched and slots[slot, TOUCHED] == state.registers[ROUTE]:
             break
-        if slots[slot, PINS] == 0 and slots[slot, FILLS] == 0 and slots[slot, LOCKED] == 0:
+        kept = slots[slot, PINS] != 0 or slots[slot, FILLS] != 0 or slots[slot, LOCKED] != 0
+        if not kept and (bank < 0 or slot % banks == bank):
             return slot
         slot = slots[slot, NEWER]
     return -1

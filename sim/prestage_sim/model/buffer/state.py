@@ -19,11 +19,17 @@ EMPTY, FILLING, READY = range(3)
 #: Columns of :attr:`BufferState.slots`.
 OWNER, FILLS, PREFETCHED, PINS, LOCKED, VALUE, MARK, OLDER, NEWER, TOUCHED = range(10)
 
+#: Bits of ``LOCKED``: by a lock, and for the sake of copies.
+BY_LOCK, BY_COPY = 1, 2
+
+#: Columns of :attr:`BufferState.copies` beside the slots of copies 1 and those after it.
+NUMBER = 0
+
 #: Columns of :attr:`BufferState.experts`.
 STATE, SLOT, PUSHED, RATE, STAMP = range(5)
 
 #: Places of :attr:`BufferState.shape`.
-EXPERTS, LANES, SAMPLES = range(3)
+EXPERTS, LANES, SAMPLES, BANKS, LOCKABLE = range(5)
 
 #: Places of :attr:`BufferState.registers`.
 POLICY, LOCKS, ROUTE, OLDEST, NEWEST, POINTER, REMEMBERED, PASSES = range(8)
@@ -35,15 +41,19 @@ class BufferState(NamedTuple):
     Parameters
     ----------
     shape : array of ``int64``
-        Experts of a layer, lanes of a beat of values, slots that a search looks at in one pass.
+        Experts of a layer, lanes of a beat of values, slots that a search looks at in one pass,
+        banks, slots that may be locked.
     registers : array of ``int64``
         Policy, slots that are locked, number of the route, least and most recent slot, where the
         next search starts, slot that the last one remembered (-1 for none), its passes.
     slots : array of ``int64``, shape ``[S, 10]``
         Of each slot: key of its expert (-1 for none), whether it is being filled, whether it came
-        by a prefetch and was not demanded since, contexts that hold it, whether it is locked; of a
+        by a prefetch and was not demanded since, contexts that hold it, what it is locked by; of a
         prefetch its confidence and the visits of its layer at that time; the next slots in the
         order of recency that are older and newer (-1 at the ends), route of its last touch.
+    copies : array of ``int64``, shape ``[S, replicas]``
+        Of each slot: number of the copy that is there, 0 for an expert itself; of an expert itself
+        the slots of copy 1 and those after it (-1 for none).
     experts : array of ``int64``, shape ``[L * E, 5]``
         Of each expert: ``EMPTY``, ``FILLING`` or ``READY``, its slot, whether a prefetch evicted it
         last, its use rate, and the visits of its layer when it was used last.
@@ -64,6 +74,7 @@ class BufferState(NamedTuple):
     shape: NDArray[np.int64]
     registers: NDArray[np.int64]
     slots: NDArray[np.int64]
+    copies: NDArray[np.int64]
     experts: NDArray[np.int64]
     pins: NDArray[np.int64]
     chances: NDArray[np.int64]
@@ -85,9 +96,16 @@ def create_state(config: DeviceConfig) -> BufferState:
     model, contexts = config.model, config.contexts
     values = (contexts, model.layers, model.experts)
     state = BufferState(
-        shape=np.array([model.experts, config.predictor_lanes, victim_samples(config)], np.int64),
+        shape=np.array(
+            [
+                *(model.experts, config.predictor_lanes, victim_samples(config)),
+                *(config.replicas, config.lockable),
+            ],
+            np.int64,
+        ),
         registers=np.zeros(8, np.int64),
         slots=np.zeros((config.slots, 10), np.int64),
+        copies=np.zeros((config.slots, config.replicas), np.int64),
         experts=np.zeros((model.layers * model.experts, 5), np.int64),
         pins=np.zeros((contexts, model.layers, model.top_k), np.int64),
         chances=np.zeros(values, np.int64),
@@ -111,6 +129,8 @@ def clear_state(state: BufferState) -> None:
     state.visits[:] = 0
     state.current[:] = -1
     state.pins[:] = -1
+    state.copies[:] = -1
+    state.copies[:, NUMBER] = 0
     slots = len(state.slots)
     order = np.arange(slots)
     state.slots[:, OWNER] = -1

@@ -14,6 +14,7 @@ from prestage_hw.contract.records import Policy, ValueKind
 from ..._jit import compiled
 from .directory import SlotState
 from .state import (
+    BANKS,
     EXPERTS,
     FILLS,
     LANES,
@@ -133,7 +134,9 @@ def slot_worth(state: Any, policy: Any, slot: Any) -> Any:
 
 
 @compiled
-def find_victim(state: Any, policy: Any, layer: Any, expert: Any, value: Any) -> Any:
+def find_victim(
+    state: Any, policy: Any, layer: Any, expert: Any, value: Any, bank: Any = -1
+) -> Any:
     """Find the slot of least worth: -1 for none, and whether it is worth more than the candidate.
 
     Parameters
@@ -144,8 +147,11 @@ def find_victim(state: Any, policy: Any, layer: Any, expert: Any, value: Any) ->
         Anything but LRU.
     layer, expert, value : :class:`int`
         A prefetch that has to be worth as much, and its confidence; 0 for none.
+    bank : :class:`int`
+        Bank whose slots alone may be taken; -1 for all.
     """
     slots, registers = state.slots, state.registers
+    banks = state.shape[BANKS]
     count, samples = slots.shape[0], state.shape[SAMPLES]
     best = second = np.int64(-1)
     best_worth = second_worth = np.int64(0)
@@ -158,6 +164,8 @@ def find_victim(state: Any, policy: Any, layer: Any, expert: Any, value: Any) ->
             if n >= 0:
                 number = (registers[POINTER] + n) % count
             if slots[number, PINS] or slots[number, FILLS] or slots[number, LOCKED]:
+                continue
+            if bank >= 0 and number % banks != bank:
                 continue
             worth = slot_worth(state, policy, number)
             if best < 0 or worth < best_worth:

@@ -48,7 +48,7 @@ class Deframer:
         self._lengths = {
             message.code: message.body_bytes(config)
             for message in MESSAGES.values()
-            if message.to_device and message.record is not None
+            if message.to_device and message.record is not None and message.known(config)
         }
         self._bare = frozenset((LINK_RESET, LINK_ACK, LINK_NAK))
         self._rest = b""

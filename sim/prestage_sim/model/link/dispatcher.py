@@ -12,6 +12,7 @@ from prestage_hw.contract.registers import register_by_name
 from ..dma.checksum import Checksums
 from ..dma.settings import Channel
 from ..scheduler.chunks import ChunkUnion
+from ..scheduler.inflight import Copy
 from ..scheduler.throttle import Throttle
 from ..stats.accuracy import Accuracy
 from ..stats.counters import Counters
@@ -78,6 +79,9 @@ class Scheduler(Protocol):
     def offer(self, candidates: Sequence[CandidateTuple]) -> None:
         """Prefetch candidates, best first."""
 
+    def replicate(self, ctx: int, layer: int, expert: int, copies: int) -> Sequence[object]:
+        """Hold so many copies of an expert, and give the answers."""
+
     def release(self, ctx: int, layer: int) -> None:
         """Release a layer."""
 
@@ -139,7 +143,9 @@ class Dispatcher:
                 ("REGISTER_WRITE", self._register_write),
                 ("TABLE_READ", self._table_read),
                 ("TABLE_WRITE", self._table_write),
+                ("REPLICATE", self._replicate),
             )
+            if MESSAGES[name].known(config)
         }
 
     def handle(self, code: int, body: bytes) -> list[Answer]:
@@ -242,6 +248,8 @@ class Dispatcher:
     def _scheduled(self, answer: object) -> Answer:
         """An answer of the scheduler as a message."""
         fields = tuple(answer)  # type: ignore[arg-type, var-annotated]
+        if isinstance(answer, Copy):
+            return self._answer("COPY", *fields)
         return self._answer("READY" if len(fields) == 4 else "EVENT", *fields)
 
     def _release(self, body: bytes) -> list[Answer]:
@@ -283,6 +291,21 @@ class Dispatcher:
         self._configure()
         act = self._scheduler.lock if lock & 1 else self._scheduler.unlock
         return [self._scheduled(answer) for answer in act(ctx, layer, expert)]
+
+    def _replicate(self, body: bytes) -> list[Answer]:
+        ctx, layer, expert, copies = self._values("Replicate", body)
+        reason = self._misplaced(ctx, layer)
+        if reason is not None:
+            return self._reject(reason, ctx=ctx, layer=layer)
+        if expert >= self._config.model.experts:
+            return self._reject(ErrorCode.BAD_EXPERT, ctx=ctx, layer=layer, expert=expert)
+        if not 0 < copies <= self._config.replicas:
+            return self._reject(
+                ErrorCode.BAD_COPIES, ctx=ctx, layer=layer, expert=expert, address=copies
+            )
+        self._configure()
+        answers = self._scheduler.replicate(ctx, layer, expert, copies)
+        return [self._scheduled(answer) for answer in answers]
 
     def _read(self, body: bytes) -> list[Answer]:
         slot, beat, count = self._values("Read", body)

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-__all__ = ["Entry"]
+__all__ = ["Copy", "Entry"]
+
+
+class Copy(NamedTuple):
+    """The slot holds this expert until fewer copies are asked for."""
+
+    ctx: int
+    layer: int
+    expert: int
+    copy: int
+    slot: int
 
 
 @dataclass
@@ -19,6 +30,8 @@ class Entry:
         Class of its tiles.
     waiters : list of :class:`int`
         Contexts that wait for it, ascending.
+    copy : :class:`bool`
+        Whether it is fetched for the sake of copies: no prefetch that the throttle counts.
     """
 
     layer: int
@@ -26,3 +39,4 @@ class Entry:
     slot: int
     demand: bool
     waiters: list[int] = field(default_factory=list)
+    copy: bool = False

@@ -15,7 +15,7 @@ from ..dma.dma import DMA
 from ..dma.settings import Channel, Settings
 from ..link.mover import Copies
 from ..stats.counters import ChannelCounters
-from .inflight import Entry
+from .inflight import Copy, Entry
 from .queue import CandidateQueue, enters
 from .throttle import Throttle, kind_of
 
@@ -82,6 +82,7 @@ class Buffer(Protocol):
 _DEMAND, _PREFETCH = BufferOp.DEMAND, BufferOp.PREFETCH
 _FILL, _RELEASE = BufferOp.FILL, BufferOp.RELEASE
 _LOCK, _UNLOCK = BufferOp.LOCK, BufferOp.UNLOCK
+_COPY = BufferOp.COPY
 _RESIDENT = BufferCode.RESIDENT
 _ALLOCATED, _NO_SLOT = BufferCode.ALLOCATED, BufferCode.NO_SLOT
 _OUTBID, _REFUSED = BufferCode.OUTBID, BufferCode.REFUSED
@@ -307,6 +308,39 @@ class Scheduler:
             return [Event(ErrorCode.NOT_LOCKED, ctx, layer, expert, 0)]
         return []
 
+    def replicate(
+        self, ctx: int, layer: int, expert: int, copies: int
+    ) -> list[Ready | Event | Copy]:
+        """Hold so many copies of an expert, and give one answer for each; 1 gives all back.
+
+        What is more than wanted is given back first, from the last copy down.
+        """
+        request = self.buffer.request
+        least = copies if copies > 1 else 0
+        for number in reversed(range(least, self.config.replicas)):
+            request(_COPY, layer=layer, expert=expert, value=number)
+        answers: list[Ready | Event | Copy] = []
+        for number in range(least):
+            result = request(_COPY, layer=layer, expert=expert, value=number, last=True)
+            if result.code == _RESIDENT:
+                answers.append(Copy(ctx, layer, expert, number, result.slot))
+            elif result.code == _ALLOCATED:
+                self._count_eviction(result)
+                self.throttle.copied(
+                    layer,
+                    expert,
+                    slot=result.slot,
+                    evicted=result.evicted,
+                    unused=result.evicted_unused,
+                )
+                [answer] = self._fill(Entry(layer, expert, result.slot, False, [ctx], copy=True))
+                good = isinstance(answer, Ready)
+                answers.append(Copy(ctx, layer, expert, number, result.slot) if good else answer)
+            else:
+                code = ErrorCode.NOT_HELD if result.code == _REFUSED else ErrorCode.NO_SLOT
+                answers.append(Event(code, ctx, layer, expert, 0))
+        return answers
+
     def clear(self) -> None:
         """Forget what was counted, along with the buffer."""
         self.throttle.clear()
@@ -369,7 +403,7 @@ class Scheduler:
             self.counters["fills"] += 1
             return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
         self.counters["fill_errors"] += 1
-        if not entry.demand:
+        if not entry.demand and not entry.copy:
             self.throttle.dropped(slot)
         address = self.config.expert_address(entry.layer, entry.expert, base=self.expert_base)
         address += first_failed * self.config.tile_bytes
@@ -436,6 +470,6 @@ class Scheduler:
     def _failed(self, entry: Entry, code: ErrorCode, address: int) -> list[Ready | Event]:
         """A fetch ended in an error."""
         self.counters["fill_errors"] += 1
-        if not entry.demand:
+        if not entry.demand and not entry.copy:
             self.throttle.dropped(entry.slot)
         return [Event(code, ctx, entry.layer, entry.expert, address) for ctx in entry.waiters]

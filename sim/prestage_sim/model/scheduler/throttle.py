@@ -18,6 +18,7 @@ __all__ = [
     "Throttle",
     "ThrottleState",
     "clear_throttle",
+    "count_copy",
     "count_drop",
     "count_miss",
     "count_prefetch",
@@ -191,6 +192,12 @@ def count_prefetch(
 
 
 @compiled
+def count_copy(state: Any, slot: Any, expert: Any, evicted: Any, unused: Any) -> None:
+    """Count that a copy was given a slot: it is nobody's prefetch."""
+    _note(state, slot, expert, -1, evicted, unused)
+
+
+@compiled
 def count_use(state: Any, slot: Any, tiles: Any) -> None:
     """Count a demand for a prefetch of which so many tiles had come; all, if it has no more."""
     kinds, registers = state.kinds, state.registers
@@ -297,6 +304,12 @@ class Throttle:
         self._check(slot)
         key = layer * self._experts + expert
         count_prefetch(self.counted, slot, key, int(kind), bool(evicted), bool(unused))
+
+    def copied(self, layer: int, expert: int, *, slot: int, evicted: bool, unused: bool) -> None:
+        """Count that a copy was given a slot: it is nobody's prefetch."""
+        self._check(slot)
+        key = layer * self._experts + expert
+        count_copy(self.counted, slot, key, bool(evicted), bool(unused))
 
     def used(self, slot: int, *, returned: int | None = None) -> None:
         """Count a demand for a prefetch that had so many tiles; None stands for all."""
