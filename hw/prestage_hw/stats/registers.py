@@ -10,6 +10,7 @@ from prestage_hw.contract.registers import (
     COUNTERS,
     SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
+    TIME_BITS,
     register_by_name,
     shape_registers,
 )
@@ -58,6 +59,8 @@ class RegisterBank(wiring.Component):
         Values of the counters.
     throttle_state : ``In(ThrottleStateLayout())``
         The register of that name.
+    layer_time, tile_time : ``In(24)``
+        The registers of these names.
     engine_idle : ``In(1)``
         Nothing is under way.
     control : ``Out(StructLayout)``
@@ -92,6 +95,8 @@ class RegisterBank(wiring.Component):
                 "counters": In(data.StructLayout({c.name: c.bits for c in COUNTERS})),
                 "engine_idle": In(1),
                 "throttle_state": In(ThrottleStateLayout()),
+                "layer_time": In(TIME_BITS),
+                "tile_time": In(TIME_BITS),
                 "control": Out(
                     data.StructLayout(
                         {
@@ -180,6 +185,8 @@ class RegisterBank(wiring.Component):
             "policy": policy,
             "throttle": throttle,
             "throttle_state": self.throttle_state.as_value(),
+            "layer_time": self.layer_time,
+            "tile_time": self.tile_time,
             "hint_threshold": hint_threshold,
             "expert_base_low": base_low,
             "expert_base_high": base_high,

@@ -12,6 +12,7 @@ from prestage_hw.contract.registers import register_by_name
 from ..dma.checksum import Checksums
 from ..dma.settings import Channel
 from ..scheduler.chunks import ChunkUnion
+from ..scheduler.statistics import PrefetchStatistics
 from ..scheduler.throttle import Throttle
 from ..stats.accuracy import Accuracy
 from ..stats.counters import Counters
@@ -69,6 +70,8 @@ class Scheduler(Protocol):
     bases: list[int]
     checksums: Checksums
     throttle: Throttle
+    statistics: PrefetchStatistics
+    streaming: list[bool]
 
     def demand(
         self, ctx: int, layer: int, experts: Sequence[int], *, repeat: bool
@@ -191,6 +194,7 @@ class Dispatcher:
         self._scheduler.enable = bool(registers["control"] & 1)
         self._scheduler.cutoff_layer = registers["cutoff_layer"]
         self._scheduler.channels = registers.profiles.dma.active
+        self._scheduler.streaming = self._chunks.streaming
         self._scheduler.throttle.enable = bool(registers["control"] & 8)
         self._scheduler.throttle.register = registers["throttle"]
         self._buffer.policy = registers["policy"]
@@ -351,6 +355,7 @@ class Dispatcher:
             self._current = [-1] * self._config.contexts
         if "counters" in cleared:
             self._counters.clear()
+            self._scheduler.statistics.clear()
         if "checksums" in cleared:
             self._scheduler.checksums.clear()
         return []

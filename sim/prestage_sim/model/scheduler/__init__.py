@@ -1,8 +1,20 @@
 """Golden model of stage 3: the scheduler."""
 
+from .budget import Budget
 from .inflight import Entry
 from .queue import CandidateQueue
 from .scheduler import Event, Ready, Scheduler
+from .statistics import PrefetchStatistics
 from .throttle import Throttle, kind_of
 
-__all__ = ["CandidateQueue", "Entry", "Event", "Ready", "Scheduler", "Throttle", "kind_of"]
+__all__ = [
+    "Budget",
+    "CandidateQueue",
+    "Entry",
+    "Event",
+    "PrefetchStatistics",
+    "Ready",
+    "Scheduler",
+    "Throttle",
+    "kind_of",
+]

@@ -19,6 +19,8 @@ class Entry:
         Class of its tiles.
     waiters : list of :class:`int`
         Contexts that wait for it, ascending.
+    stream : :class:`bool`
+        It is a prefetch of a prefill chunk's.
     """
 
     layer: int
@@ -26,3 +28,4 @@ class Entry:
     slot: int
     demand: bool
     waiters: list[int] = field(default_factory=list)
+    stream: bool = False

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode
+from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode, PrefetchKind
 
 from ..dma.axi import BusError, Memory
 from ..dma.checksum import Checksums
@@ -16,6 +16,7 @@ from ..dma.settings import Channel, Settings
 from ..link.mover import Copies
 from .inflight import Entry
 from .queue import CandidateQueue, enters
+from .statistics import PrefetchStatistics
 from .throttle import Throttle, kind_of
 
 __all__ = ["Buffer", "Event", "Memory", "Ready", "Scheduler"]
@@ -94,8 +95,9 @@ class Scheduler:
     is hangs on time, so that with bus errors it is the model's as long as a decision's demands are
     all looked up before the first of them fails, and with the policy LRU: others count each time
     that a demand asks for a slot until it gets one.
-    Two things are not modelled because drained pace never shows them: demands that find a
-    prefetch in flight or wait for its tile, and prefetches that are given up. Candidates that are
+    Three things are not modelled because drained pace never shows them: demands that find a
+    prefetch in flight or wait for its tile, prefetches that are given up, and the budget, which has
+    no effect with control bit 2. Candidates that are
     offered together are all in the queue before the first of them is served, as in the RTL while
     ``hold`` is 1.
 
@@ -134,6 +136,10 @@ class Scheduler:
         As above.
     throttle : :class:`Throttle`
         Drops candidates of kinds that cost more than they save.
+    statistics : :class:`PrefetchStatistics`
+        What became of prefetches, by layer and kind.
+    streaming : list of :class:`bool`
+        Contexts that go through a prefill chunk.
 
     Raises
     ------
@@ -163,6 +169,8 @@ class Scheduler:
         self.cutoff_layer = 255
         self.channels = Settings(config).active
         self.throttle = Throttle(config)
+        self.statistics = PrefetchStatistics(config)
+        self.streaming = [False] * config.contexts
         self._dma = DMA(config)
         self._routes = [0] * config.contexts
         self._queue = CandidateQueue(config, routes=self._routes)
@@ -211,6 +219,7 @@ class Scheduler:
             if result.prefetched:
                 counters["useful"] += 1
                 self.throttle.used(result.slot)
+                self.statistics.used(result.slot)
             counters["pollution"] += result.polluted
             self._count_eviction(result)
             if result.code == _RESIDENT:
@@ -218,13 +227,7 @@ class Scheduler:
                 answers.append(Ready(ctx, layer, expert, result.slot))
             elif result.code == _ALLOCATED:
                 counters["misses"] += 1
-                self.throttle.miss(
-                    layer,
-                    expert,
-                    slot=result.slot,
-                    evicted=result.evicted,
-                    unused=result.evicted_unused,
-                )
+                self._missed(layer, expert, result)
                 inflight.append(Entry(layer, expert, result.slot, True, [ctx]))
                 self._begin(inflight[-1])
             elif result.code == _NO_SLOT:
@@ -258,15 +261,17 @@ class Scheduler:
             if result.code == _ALLOCATED:
                 counters["prefetch_issued"] += 1
                 self._count_eviction(result)
-                self.throttle.prefetch(
-                    layer,
-                    expert,
-                    kind,
-                    slot=result.slot,
-                    evicted=result.evicted,
-                    unused=result.evicted_unused,
-                )
-                self._fill(Entry(layer, expert, result.slot, False))
+                for told in (self.throttle, self.statistics):
+                    told.prefetch(
+                        layer,
+                        expert,
+                        kind,
+                        slot=result.slot,
+                        evicted=result.evicted,
+                        unused=result.evicted_unused,
+                    )
+                stream = kind == PrefetchKind.NEAR and self.streaming[ctx]
+                self._fill(Entry(layer, expert, result.slot, False, stream=stream))
             elif result.code == _NO_SLOT:
                 counters["prefetch_no_slot"] += 1
             elif result.code == _OUTBID:
@@ -294,13 +299,12 @@ class Scheduler:
         if result.prefetched:
             counters["useful"] += 1
             self.throttle.used(result.slot)
+            self.statistics.used(result.slot)
         if result.code == _RESIDENT:
             return [Ready(ctx, layer, expert, result.slot)]
         counters["lock_misses"] += 1
         self._count_eviction(result)
-        self.throttle.miss(
-            layer, expert, slot=result.slot, evicted=result.evicted, unused=result.evicted_unused
-        )
+        self._missed(layer, expert, result)
         return self._fill(Entry(layer, expert, result.slot, True, [ctx]))
 
     def unlock(self, ctx: int, layer: int, expert: int) -> list[Ready | Event]:
@@ -313,6 +317,19 @@ class Scheduler:
     def clear(self) -> None:
         """Forget what was counted, along with the buffer."""
         self.throttle.clear()
+
+    def _missed(self, layer: int, expert: int, result: _Result) -> None:
+        """A demand or a lock was given a slot."""
+        slot, evicted, unused = result.slot, result.evicted, result.evicted_unused
+        self.throttle.miss(layer, expert, slot=slot, evicted=evicted, unused=unused)
+        self.statistics.miss(
+            layer, expert, slot=slot, evicted=evicted, unused=unused, polluted=result.polluted
+        )
+
+    def _dropped(self, slot: int) -> None:
+        """A prefetch failed."""
+        self.throttle.dropped(slot)
+        self.statistics.dropped(slot)
 
     def _count_eviction(self, result: _Result) -> None:
         if result.evicted:
@@ -377,7 +394,7 @@ class Scheduler:
             return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
         self.counters["fill_errors"] += 1
         if not entry.demand:
-            self.throttle.dropped(slot)
+            self._dropped(slot)
         address = self.expert_base + first_failed * self.config.tile_bytes
         address += (entry.layer * self._experts + entry.expert) * self._expert_bytes
         return [
@@ -386,7 +403,9 @@ class Scheduler:
 
     def _channel(self, entry: Entry) -> Channel:
         """Settings of the channel that fetches an expert."""
-        return self.channels[0 if entry.demand else min(1, self.config.dma_channels - 1)]
+        config = self.config
+        prefetches = config.stream_channel if entry.stream else min(1, config.dma_channels - 1)
+        return self.channels[0 if entry.demand else prefetches]
 
     def _fill_tiles(self, entry: Entry, spans: Sequence[tuple[int, int]]) -> list[Ready | Event]:
         """Fetch tile by tile up to the first that fails; ``spans`` are the expert's parts.
@@ -432,5 +451,5 @@ class Scheduler:
         """A fetch ended in an error."""
         self.counters["fill_errors"] += 1
         if not entry.demand:
-            self.throttle.dropped(entry.slot)
+            self._dropped(entry.slot)
         return [Event(code, ctx, entry.layer, entry.expert, address) for ctx in entry.waiters]
