@@ -478,5 +478,6 @@ def render(run: Run, *, trace_path: str = "") -> str:
             for counter in COUNTERS
             if counter.name in run.counters
         ],
+        prefetches=run.prefetch_rows(),
         settings=_settings(run, trace_path),
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prestage_hw.contract import TRANSFER_DTYPE, DeviceConfig
-from prestage_hw.contract.records import NO_TOKEN, Phase
+from prestage_hw.contract.records import NO_TOKEN, Phase, PrefetchKind, PrefetchOutcome
 
 from .traces import Trace
 
@@ -151,6 +151,8 @@ class Run:
         Predictor tables that were loaded before.
     versions : mapping
         Versions by name.
+    prefetches : array
+        What became of prefetches, ``[layers, kinds, outcomes]``.
     """
 
     config: DeviceConfig
@@ -176,6 +178,20 @@ class Run:
     transfers: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, TRANSFER_DTYPE))
     tables: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    prefetches: NDArray[np.uint32] = field(default_factory=lambda: np.zeros((0, 3, 5), np.uint32))
+
+    def prefetch_rows(self) -> list[dict[str, int | str]]:
+        """What became of prefetches, a row for each layer and kind that had any."""
+        return [
+            {
+                "layer": layer,
+                "kind": kind.name.lower(),
+                **{o.name.lower(): int(counts[kind, o]) for o in PrefetchOutcome},
+            }
+            for layer, counts in enumerate(self.prefetches)
+            for kind in PrefetchKind
+            if counts[kind].any()
+        ]
 
     def metrics(self) -> dict[str, float | int | None]:
         """See :func:`metrics`."""

@@ -28,6 +28,8 @@ from prestage_hw.contract.records import (
     ErrorCode,
     Phase,
     Policy,
+    PrefetchKind,
+    PrefetchOutcome,
     Record,
     Refusal,
     TrafficClass,
@@ -42,6 +44,7 @@ from prestage_hw.contract.registers import (
     THROTTLE_FIELDS,
     shape_registers,
 )
+from prestage_hw.contract.statistics import KIND_BITS, OUTCOME_BITS, STATISTICS_TABLE
 
 from .copies import Copier, CopyServer
 from .errors import (

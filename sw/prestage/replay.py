@@ -21,7 +21,7 @@ from prestage_hw.contract import (
     register_hash,
 )
 from prestage_hw.contract.pattern import expert_pattern
-from prestage_hw.contract.records import Phase, Policy
+from prestage_hw.contract.records import Phase, Policy, PrefetchKind, PrefetchOutcome
 from prestage_hw.contract.registers import VERSION
 from prestage_sim.profile import CORRELATION_TABLE, correlation_profile
 from prestage_sim.runs import SAMPLE_DTYPE, Run, baseline_misses
@@ -276,11 +276,13 @@ def replay(
     seconds = time.perf_counter() - started
     cycles = device.cycles - first_cycle
     counters: dict[str, int] = {}
+    prefetches = np.zeros((0, len(PrefetchKind), len(PrefetchOutcome)), np.uint32)
     try:
         counters = device.stats()
         counters.pop("cycles")
         if int(recorder.samples[recorder.sampled - 1]["token"]) != done:
             recorder.sample(device, done)
+        prefetches = device.prefetch_statistics()
     except PrestageError as failure:
         error = error or failure
     complete = done == trace.tokens and error is None
@@ -313,6 +315,7 @@ def replay(
         ),
         tables=tables or {},
         versions=_versions(),
+        prefetches=prefetches,
     )
 
 
@@ -420,6 +423,7 @@ def run_object(run: Run, *, trace_path: str) -> dict[str, Any]:
             "profiled": bool(run.tables),
         },
         "counters": run.counters,
+        "prefetches": run.prefetch_rows(),
         "metrics": {**run.metrics(), "baseline_misses": run.baseline_misses},
         "checked": {"experts": run.experts_checked, "bytes": run.bytes_checked},
         "timing": timing,
