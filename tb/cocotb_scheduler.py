@@ -1332,7 +1332,8 @@ async def chunks_use_the_stream_channel(dut):
     await tb.reset()
     experts = config.model.experts
     tb.hold_memory = True
-    tb.candidate(last, 1, experts - 1, deadline=1)  # of the chunk
+    tb.candidate(last, 1, experts - 1, deadline=1, score=255)  # of the chunk
+    await cycles(dut, 60)
     tb.candidate(last, 1, experts - 2, deadline=2)  # far
     tb.candidate(last, 1, experts - 3, deadline=1, source=Source.HINT)
     await cycles(dut, 300)
@@ -1342,7 +1343,7 @@ async def chunks_use_the_stream_channel(dut):
     await cycles(dut, 300)
     tb.hold_memory = False
     await tb.idle()
-    assert {e for e in tb.channels} == {0, 1, config.stream_channel}
+    assert tb.channels == {0, 1, config.stream_channel}
     hit("scheduler.stream")
 
 

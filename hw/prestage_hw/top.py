@@ -247,7 +247,8 @@ class Top(wiring.Component):
             predictor.table_requests.payload.eq(requests.payload),
             table_values.payload.eq(predictor.table_values.payload),
             table_values.valid.eq(
-                predictor.table_values.valid | Cat(told.valid for _, told, _ in tables.values()).any()
+                predictor.table_values.valid
+                | Cat(told.valid for _, told, _ in tables.values()).any()
             ),
             predictor.table_values.ready.eq(table_values.ready),
             registers.table_words.eq(predictor.table_words),

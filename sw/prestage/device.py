@@ -854,8 +854,8 @@ class Device:
         """Change settings; None leaves one as it is.
 
         ``prefetch``, ``hints``, ``prefetch_tiles``, ``threshold``, ``far_threshold``, ``ahead``,
-        ``cutoff`` and ``budget`` are those of the active profile: the one of decoding unless :meth:`switch` or
-        ``follow_phase`` has chosen another.
+        ``cutoff`` and ``budget`` are those of the active profile: the one of decoding unless
+        :meth:`switch` or ``follow_phase`` has chosen another.
 
         Parameters
         ----------
@@ -907,7 +907,8 @@ class Device:
             The phase of :meth:`begin_token` makes its profile active (off after reset).
         clear_predictor, clear_buffer, clear_counters, clear_checksums : :class:`bool`
             Clear the predictor's tables, the buffer (every layer counts as released), the counters
-            with the statistics of prefetches, the checksums of experts. Waits for the engine to be idle.
+            with the statistics of prefetches, the checksums of experts. Waits for the engine to be
+            idle.
         tables : mapping of :class:`int` to arrays of uint32, or None
             Predictor tables to load after clearing, as :meth:`snapshot` gives them.
         """
@@ -1028,10 +1029,11 @@ class Device:
             ``config.outstanding_bursts``; 0 (after reset) for as many as hold a tile.
         channels : mapping of :class:`int` to mappings, or None
             Settings of channels of the DMA engine: ``enable`` (0 or 1; those of
-            ``config.scheduled_channels`` carry demands and prefetches and stay enabled), ``traffic`` (a :class:`TrafficClass`),
-            ``weight`` (1 to 15), ``credits`` (1 to ``config.outstanding_bursts``), ``burst_beats``
-            (a power of two up to ``config.longest_burst``), ``row_bytes`` and ``row_stride`` (whole
-            beats). What isn't named stays. Rows of a channel must not change while it moves tiles.
+            ``config.scheduled_channels`` carry demands and prefetches and stay enabled),
+            ``traffic`` (a :class:`TrafficClass`), ``weight`` (1 to 15), ``credits`` (1 to
+            ``config.outstanding_bursts``), ``burst_beats`` (a power of two up to
+            ``config.longest_burst``), ``row_bytes`` and ``row_stride`` (whole beats). What isn't
+            named stays. Rows of a channel must not change while it moves tiles.
 
         Raises
         ------

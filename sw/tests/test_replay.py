@@ -122,6 +122,9 @@ def test_json_object(device):
     assert value["config"]["layer_cycles"] is None
     assert value["timing"]["cycles"] == 0
     assert value["metrics"]["bytes_moved"] == run.metrics()["bytes_moved"]
+    rows = value["prefetches"]
+    assert sum(row["issued"] for row in rows) == value["counters"]["prefetch_issued"] > 0
+    assert {row["kind"] for row in rows} <= {"near", "far"}
     assert value["versions"]["contract"] == "0.2"
 
 

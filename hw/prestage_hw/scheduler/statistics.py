@@ -172,10 +172,6 @@ class PrefetchStatistics(wiring.Component):
         with m.If(self.clear):
             m.d.sync += clears.eq(1)
         m.d.comb += self.idle.eq(
-            fsm.ongoing("Idle")
-            & ~clears
-            & (steps == 0)
-            & ~self.values.valid
-            & ~self.marks.valid
+            fsm.ongoing("Idle") & ~clears & (steps == 0) & ~self.values.valid & ~self.marks.valid
         )
         return m
