@@ -146,8 +146,9 @@ class Budget(wiring.Component):
         # --- layers: when each context's last decision was, modulo 2 ** bits ---
         now = Signal(bits)
         m.d.sync += now.eq(now + 1)
+        # Synthesis makes no memory of a single word.
         m.submodules.stamps = stamps = memory.Memory(
-            shape=unsigned(bits), depth=config.contexts, init=[]
+            shape=unsigned(bits), depth=max(2, config.contexts), init=[]
         )
         stamp_write = stamps.write_port()
         stamp_read = stamps.read_port(domain="comb")
