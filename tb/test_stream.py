@@ -13,7 +13,6 @@ import cocotb
 import pytest
 from cocotb.triggers import RisingEdge
 
-from prestage_hw.contract import DeviceConfig, preset
 from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.contract.pattern import expert_memory
 from prestage_hw.contract.records import Source
@@ -34,16 +33,9 @@ from prestage_tb.coverage import hit
 
 _CONFIGS = {
     # Tiles of eight bursts, so that overtaking within a tile shows.
-    "tiny": TINY_DEVICE.replace(
-        model=preset("tiny"),
-        slots=24,
-        expert_bytes=4096,
-        tile_bytes=1024,
-        burst_beats=32,
-        prefetch_inflight=4,
-    ),
-    "three": DeviceConfig(
-        model=preset("tiny"), slots=24, expert_bytes=2048, dma_channels=3, axi_ids=3, contexts=2
+    "tiny": TINY_DEVICE.replace(slots=16, expert_bytes=2048, burst_beats=16, prefetch_inflight=4),
+    "three": pytest.param(
+        TINY_DEVICE.replace(slots=16, dma_channels=3, axi_ids=3), marks=pytest.mark.soak
     ),
 }
 
@@ -226,13 +218,13 @@ async def other_prefetches_do_not_starve_a_chunk(dut):
     assert ids == {0, 1, config.stream_channel}
 
 
-@pytest.mark.parametrize("name", _CONFIGS)
-def test_stream(name):
+@pytest.mark.parametrize("config", _CONFIGS.values(), ids=_CONFIGS)
+def test_stream(config):
     run_bench(
-        lambda: Engine(config=_CONFIGS[name]),
+        lambda: Engine(config=config),
         module=Path(__file__),
         name="engine",
-        parameters={"config": _CONFIGS[name]},
+        parameters={"config": config},
     )
 
 
