@@ -121,6 +121,8 @@ class Run:
         Prefetch tiles that could be under way at once.
     policy : :class:`str`
         Which expert gave way to another.
+    budget : :class:`int`
+        Eighths of a prefetch that had to be expected in time; 0: none.
     throttle : :class:`bool`
         Whether prefetches of a kind were switched off while they cost more than they saved.
     trace : :class:`Trace`
@@ -172,6 +174,7 @@ class Run:
     prefetch_tiles: int = 1
     policy: str = "lru"
     throttle: bool = False
+    budget: int = 0
     error: str = ""
     samples: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, SAMPLE_DTYPE))
     spans: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0, 2), np.uint64))

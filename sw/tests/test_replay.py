@@ -280,6 +280,17 @@ def test_throttle(pace, wanted, throttled):
         assert bool(device.read_register("control") & 8) == throttled
 
 
+@pytest.mark.parametrize("budget", [0, 5])
+def test_budget(budget):
+    config = device_config(walk(), slots=12)
+    with Device(Ticking(config), config) as device:
+        run = replay(device, walk(3), pace="timed", layer_cycles=9, budget=budget)
+        assert run.budget == device.read_register("budget") == budget
+        assert run_object(run, trace_path="walk.npz")["config"]["budget"] == budget
+        with pytest.raises(ArgumentError, match="Budget must be between 0 and 8 eighths, not 9"):
+            replay(device, walk(3), pace="timed", layer_cycles=9, budget=9)
+
+
 def test_throttle_drops_what_does_not_pay():
     """Nobody can predict experts that are drawn at random; those of a walk pay."""
     rng = np.random.default_rng(3)
