@@ -125,6 +125,8 @@ async def follows_golden(dut, stall):
             await cycles(dut, rng.randrange(1, 2 * config.model.experts))
         await bench.quiet()
         assert bench.received() == expected
+        streaming = sum(int(each) << at for at, each in enumerate(golden.streaming))
+        assert dut.streaming.value.to_unsigned() == streaming
 
     # More decisions than the stamps have values: old rows come round again.
     for turn in range(12 if config.model.experts > 16 else 45):
