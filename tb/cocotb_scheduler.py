@@ -87,6 +87,7 @@ class TB:
     def __init__(self, dut, *, stall=0.0, fetch_stall=0.0, latency=(1, 1), failing=0.0, base=0):
         self.dut = dut
         self.config = config = parameters()["config"]
+        self.weigh_latency = Scheduler(config=config).weigh_latency
         self.random = random.Random(cocotb.RANDOM_SEED)
         start_clock(dut)
 
@@ -549,7 +550,7 @@ class TB:
                 assert len(self.inflight) < self.config.inflight
         if op == BufferOp.PREFETCH:
             assert self.retrying is None
-            weighing = Scheduler.weigh_latency(self.config) if self.budgeted() else 0
+            weighing = self.weigh_latency if self.budgeted() else 0
             assert all(self.shown - since <= 4 + weighing for _, since in self.open_demands), (
                 "a command goes before a candidate"
             )
@@ -561,7 +562,7 @@ class TB:
             kind = self.kind_of(candidate)
             assert self.throttle.admits(kind), f"{kind} is switched off"
             if self.budgeted():
-                asked = self.shown - Scheduler.weigh_latency(self.config) - 2
+                asked = self.shown - self.weigh_latency - 2
                 assert not self.late(candidate, asked), "a candidate was late"
             held_for = self.held_for - (self.cycle - self.shown)  # when the request was first shown
             assert held_for <= SLACK, "a candidate was looked up while candidates are held"
@@ -708,7 +709,7 @@ class TB:
 
     def _dropped_late(self):
         assert self.budgeted(), "a candidate was dropped without a budget"
-        asked = self.cycle - Scheduler.weigh_latency(self.config) - 1
+        asked = self.cycle - self.weigh_latency - 1
         assert any(self.late(c, asked) for c, _ in self.queued if not self.stale(c)), (
             "a candidate was dropped that was not late"
         )

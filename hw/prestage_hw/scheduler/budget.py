@@ -8,9 +8,19 @@ from prestage_hw.contract.checks import require_integer
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.registers import TIME_BITS
 
-__all__ = ["Budget", "Mean"]
+__all__ = ["Budget", "Mean", "answer_cycles"]
 
 _EIGHTHS = 8
+
+#: Cycles of an answer beside the multiplication.
+_ANSWER_CYCLES = 4
+
+
+def answer_cycles(config):
+    """Cycles from a question to its answer: one for each bit of the most tiles that may be in
+    flight, at least 8, and 4 more.
+    """
+    return max(8, ((config.inflight + 1) * config.tiles).bit_length()) + _ANSWER_CYCLES
 
 
 class Mean(wiring.Component):
@@ -105,10 +115,10 @@ class Budget(wiring.Component):
         self.config = config
         self.time_bits = time_bits
         left = range(config.inflight * config.tiles + 1)
-        #: Bits that are multiplied, one a cycle.
-        self.steps = max(8, ((config.inflight + 1) * config.tiles).bit_length())
         #: Cycles from ``ask`` to ``answered``.
-        self.latency = self.steps + 4
+        self.latency = answer_cycles(config)
+        #: Bits that are multiplied, one a cycle.
+        self.steps = self.latency - _ANSWER_CYCLES
         super().__init__(
             {
                 "routed": In(1),

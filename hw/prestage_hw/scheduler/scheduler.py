@@ -16,7 +16,7 @@ from prestage_hw.contract.records import (
 from prestage_hw.contract.registers import TIME_BITS
 from prestage_hw.layouts import RecordLayout
 
-from .budget import Budget
+from .budget import Budget, answer_cycles
 from .inflight import InflightTable
 from .queue import CandidateQueue
 from .statistics import PrefetchStatistics
@@ -167,14 +167,12 @@ class Scheduler(wiring.Component):
     miss_latency = 10
     fill_latency = 6
 
-    @staticmethod
-    def weigh_latency(config):
-        """Cycles for which a candidate is held up if the register ``budget`` is not 0."""
-        return Budget(config=config).latency
-
     def __init__(self, *, config):
         require_config(config)
         self.config = config
+        #: Cycles for which a candidate, and what comes meanwhile, is held up if the register
+        #: ``budget`` is not 0.
+        self.weigh_latency = answer_cycles(config)
         #: Commands that may wait: two routing decisions at least.
         self.command_depth = max(16, 2 * config.model.top_k)
 
