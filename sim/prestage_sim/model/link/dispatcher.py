@@ -356,6 +356,7 @@ class Dispatcher:
         if "counters" in cleared:
             self._counters.clear()
             self._scheduler.statistics.clear()
+            self._registers.channels.clear()
         if "checksums" in cleared:
             self._scheduler.checksums.clear()
         return []
