@@ -565,7 +565,9 @@ class TB:
                 asked = self.shown - self.weigh_latency - 2
                 assert not self.late(candidate, asked), "a candidate was late"
             held_for = self.held_for - (self.cycle - self.shown)  # when the request was first shown
-            assert held_for <= SLACK, "a candidate was looked up while candidates are held"
+            assert held_for <= SLACK + (self.weigh_latency if self.budgeted() else 0), (
+                "a candidate was looked up while candidates are held"
+            )
             if str(self.dut.alone.value) == "1":
                 assert not self.inflight, "a candidate was looked up with a fetch in flight"
         names = ("ctx", "layer", "expert", "index", "slot", "tile", "value")
