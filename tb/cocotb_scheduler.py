@@ -12,17 +12,28 @@ from collections import Counter, deque
 
 import cocotb
 import numpy as np
+from amaranth import unsigned
 from cocotb.triggers import FallingEdge, RisingEdge
 
 from prestage_hw.contract.benefit import CONFIDENCE_STEPS
-from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode, Policy, Source
+from prestage_hw.contract.records import (
+    BufferCode,
+    BufferOp,
+    ErrorCode,
+    Policy,
+    PrefetchKind,
+    PrefetchOutcome,
+    Source,
+)
 from prestage_hw.contract.registers import THROTTLE_FIELDS, register_by_name
+from prestage_hw.contract.statistics import statistics_words
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.scheduler import STROBES, CandidateQueue, Scheduler
 from prestage_sim.model.buffer import ExpertBuffer
 from prestage_sim.model.dma import DMA as GoldenDMA
 from prestage_sim.model.dma import Memory
-from prestage_sim.model.scheduler import Copy, Event, Ready, kind_of
+from prestage_sim.model.scheduler import Budget as GoldenBudget
+from prestage_sim.model.scheduler import Copy, Event, PrefetchStatistics, Ready, kind_of
 from prestage_sim.model.scheduler import Scheduler as GoldenScheduler
 from prestage_sim.model.scheduler import Throttle as GoldenThrottle
 from prestage_tb.bench import (
@@ -39,6 +50,9 @@ from prestage_tb.coverage import hit
 # Cycles in which what the bench has seen may not yet have reached the choice of the next tile: from
 # a lookup's result or a completion being taken to the table, and from the table to ``fetches``.
 SLACK = 6
+
+# Counters of candidates that are dropped without a lookup.
+LOST = ("prefetch_stale", "prefetch_overflow", "prefetch_throttled", "prefetch_late_dropped")
 
 # Cycles for which the throttle counts an outcome: what follows from the next lookup waits for it.
 OUTCOME = 12
@@ -62,6 +76,7 @@ class Entry:
         self.failed_address = None
         self.tag = None
         self.kind = None  # Of a prefetch.
+        self.stream = False  # It is one of a prefill chunk's.
         self.given_up = False
         self.copy = None  # Context and number of the copy that it is fetched for.
         self.again = []  # A context that waits twice: its layer was released and routed again.
@@ -73,6 +88,7 @@ class TB:
     def __init__(self, dut, *, stall=0.0, fetch_stall=0.0, latency=(1, 1), failing=0.0, base=0):
         self.dut = dut
         self.config = config = parameters()["config"]
+        self.weigh_latency = Scheduler(config=config).weigh_latency
         self.random = random.Random(cocotb.RANDOM_SEED)
         start_clock(dut)
 
@@ -131,6 +147,14 @@ class TB:
         dut.throttle_enable.value = 0
         dut.throttle_weights.value = self.throttle_weights
         dut.clear.value = 0
+        dut.clear_statistics.value = 0
+        dut.streaming.value = 0
+        dut.budget.value = 0
+        self.table = StreamSource(
+            dut, "statistics_requests", RecordLayout("TableRequest", config=config), stall=stall
+        )
+        self.words = StreamSink(dut, "statistics_values", unsigned(32), stall=stall)
+        self.streams += [self.table, self.words]
         self.held_for = 0  # Cycles for which candidates have been held.
         self.policy = Policy.LRU
         self.cycle = 0
@@ -146,6 +170,8 @@ class TB:
         self.throttle = GoldenThrottle(config)
         self.throttle.enable = self.throttle_enable
         self.throttle.register = self.throttle_weights
+        self.statistics = PrefetchStatistics(config)
+        self.budget = GoldenBudget(config)
         self.charged = False  # A demand of this decision was charged for waiting.
         self.last_kind = None  # Kind of the prefetch tile that was offered last.
         self.strobes = Counter()
@@ -171,11 +197,18 @@ class TB:
         self.offered_now = None
         self.fill_queue = deque()  # Completions taken whose FILL has not come.
         self.shown = 0
+        self.channels = set()  # of the DMA engine that were used
 
     async def reset(self):
         self.forget()
         await reset(self.dut, drivers=self.streams)
         self.forget()
+        # The statistics are cleared; until then outcomes wait.
+        for _ in range(statistics_words(self.config) + 10):
+            await RisingEdge(self.dut.clk)
+            if str(self.dut.idle.value) == "1":
+                return
+        raise AssertionError("not idle after a reset")
 
     # --- stimulus ---
 
@@ -252,13 +285,19 @@ class TB:
         assert self.quiet() and str(self.dut.idle.value) == "1"
         assert str(self.dut.demanding.value) == "0"
         for name in STROBES:
-            if name not in ("prefetch_stale", "prefetch_overflow", "prefetch_throttled"):
+            if name not in LOST:
                 assert self.strobes[name] == self.expected[name], (
                     f"{name} is {self.strobes[name]}, not {self.expected[name]}"
                 )
         assert int(self.dut.throttle_state.value) == self.throttle.state
+        assert int(self.dut.layer_time.value) == self.budget.layer_time
+        assert int(self.dut.tile_time.value) == self.budget.tile_time
         assert self._lost() == self.expected["skipped"] + len(self.queued)
-        if not self.strobes["prefetch_overflow"] and not self.throttle_enable:
+        if not (
+            self.strobes["prefetch_overflow"]
+            or self.throttle_enable
+            or self.strobes["prefetch_late_dropped"]
+        ):
             for candidate, _ in self.queued:
                 assert self.stale(candidate), f"lost candidate {candidate}"
         self.expected["skipped"] += len(self.queued)
@@ -267,7 +306,7 @@ class TB:
 
     def _lost(self):
         """Candidates that were dropped without a lookup."""
-        return sum(self.strobes[f"prefetch_{name}"] for name in ("stale", "overflow", "throttled"))
+        return sum(self.strobes[name] for name in LOST)
 
     def throttled(self, **fields):
         """Switch the throttle on with these weights, all others 0; a reset must follow."""
@@ -329,6 +368,8 @@ class TB:
                 if strobes >> n & 1:
                     self.strobes[name] += 1
                     self.log[name] = self.cycle
+                    if name == "prefetch_late_dropped":
+                        self._dropped_late()
                     if name == "demands" and self.undecided is not None:
                         self._decided()
             self._watch_idle()
@@ -405,7 +446,10 @@ class TB:
         if self.offered_now is not None:
             return
         fetch = self.offered_now = self.fetches._unpack(int(self.fetches.payload.value))
-        assert fetch["channel"] == int(not fetch["demand"])
+        self.channels.add(fetch["channel"])
+        entry = self.inflight[fetch["slot"]]
+        prefetches = self.config.stream_channel if entry.stream else 1
+        assert fetch["channel"] == (0 if fetch["demand"] else prefetches)
         self.log.setdefault("fetch", self.cycle)
         entry = self.inflight[fetch["slot"]]
         config = self.config
@@ -439,11 +483,15 @@ class TB:
             late = entry.demand and entry is not self.undecided
             assert not late or self.cycle - entry.since <= SLACK
             under_way = sum(not f["demand"] for f, *_ in self.memory_queue)
+            assert all(
+                f["demand"] or f["channel"] == fetch["channel"] for f, *_ in self.memory_queue
+            ), "prefetch tiles of two channels are under way"
             assert under_way < max(1, self.prefetch_tiles), "too many prefetch tiles with the DMA"
             self.last_kind = entry.kind
         entry.offered += 1
 
     def _fetched(self, fetch):
+        self.budget.fetched(now=self.cycle)
         failing = False
         address = fetch["address"]
         for burst, beats in self.golden_dma.bursts(address):
@@ -473,6 +521,7 @@ class TB:
     def _completed(self, completion):
         fetch, expected, _ = self.memory_queue.popleft()
         assert completion == expected
+        self.budget.completed(failed=bool(completion["failed"]), now=self.cycle)
         self.log["completion"] = self.cycle
         self.log.pop("ready", None)
         entry = self.inflight[fetch["slot"]]
@@ -530,11 +579,13 @@ class TB:
                     assert request["index"] == command["index"]
                     if request["index"] == 0 and not command["repeat"]:
                         self.routes[request["ctx"]] = (self.routes[request["ctx"]] + 1) % 256
+                        self.budget.routed(request["ctx"], now=self.shown - 1)
             if op == BufferOp.DEMAND:
                 assert len(self.inflight) < self.config.inflight
         if op == BufferOp.PREFETCH:
             assert self.retrying is None
-            assert all(self.shown - since <= 4 for _, since in self.open_demands), (
+            weighing = self.weigh_latency if self.budgeted() else 0
+            assert all(self.shown - since <= 4 + weighing for _, since in self.open_demands), (
                 "a command goes before a candidate"
             )
             prefetches = sum(not e.demand for e in self.inflight.values())
@@ -544,8 +595,13 @@ class TB:
             self.candidate_looked_up = candidate
             kind = self.kind_of(candidate)
             assert self.throttle.admits(kind), f"{kind} is switched off"
+            if self.budgeted():
+                asked = self.shown - self.weigh_latency - 2
+                assert not self.late(candidate, asked), "a candidate was late"
             held_for = self.held_for - (self.cycle - self.shown)  # when the request was first shown
-            assert held_for <= SLACK, "a candidate was looked up while candidates are held"
+            assert held_for <= SLACK + (self.weigh_latency if self.budgeted() else 0), (
+                "a candidate was looked up while candidates are held"
+            )
             if str(self.dut.alone.value) == "1":
                 assert not self.inflight, "a candidate was looked up with a fetch in flight"
         if op == BufferOp.COPY:
@@ -577,7 +633,7 @@ class TB:
                     expected["fills"] += 1
                 prefetch = not entry.demand and entry.copy is None
                 if prefetch and (entry.failed_at is not None or entry.given_up):
-                    self.throttle.dropped(entry.slot)
+                    self._dropped(entry.slot)
                 self.copy_waits = False
                 for waiter in sorted(entry.waiters):
                     self._answer(entry, waiter)
@@ -594,7 +650,7 @@ class TB:
         if op == BufferOp.CANCEL:
             assert code == BufferCode.RESIDENT
             expected["prefetch_cancelled"] += 1
-            self.throttle.dropped(self.inflight.pop(request["slot"]).slot)
+            self._dropped(self.inflight.pop(request["slot"]).slot)
             self.copy_waits = False
             return
         expected["evictions"] += result["evicted"]
@@ -607,17 +663,20 @@ class TB:
                 expected["prefetch_issued"] += 1
                 candidate = self.candidate_looked_up
                 kind = self.kind_of(candidate)
-                self.throttle.prefetch(
-                    layer,
-                    expert,
-                    kind,
-                    slot=slot,
-                    evicted=result["evicted"],
-                    unused=result["evicted_unused"],
-                )
+                for told in (self.throttle, self.statistics):
+                    told.prefetch(
+                        layer,
+                        expert,
+                        kind,
+                        slot=slot,
+                        evicted=result["evicted"],
+                        unused=result["evicted_unused"],
+                    )
                 self._start(layer, expert, slot, demand=False, ctx=ctx)
                 self.inflight[slot].deadline = candidate["deadline"]
                 self.inflight[slot].kind = kind
+                streaming = self.dut.streaming.value.to_unsigned() >> ctx & 1
+                self.inflight[slot].stream = bool(streaming) and kind == PrefetchKind.NEAR
             elif code == BufferCode.NO_SLOT:
                 expected["prefetch_no_slot"] += 1
             elif code == BufferCode.OUTBID:
@@ -628,7 +687,9 @@ class TB:
         expected["useful"] += result["prefetched"]
         if result["prefetched"]:
             entry = self.inflight.get(slot)
-            self.throttle.used(slot, returned=None if entry is None else entry.completed)
+            returned = None if entry is None else entry.completed
+            self.throttle.used(slot, returned=returned)
+            self.statistics.used(slot, returned=returned)
         if request["index"] == 0:
             self.charged = False
         expected["pollution"] += result["polluted"]
@@ -652,6 +713,14 @@ class TB:
                 evicted=result["evicted"],
                 unused=result["evicted_unused"],
                 waits_for=waits_for,
+            )
+            self.statistics.miss(
+                layer,
+                expert,
+                slot=slot,
+                evicted=result["evicted"],
+                unused=result["evicted_unused"],
+                polluted=result["polluted"],
             )
             self.charged |= waits_for is not None
             self._start(layer, expert, slot, demand=True, ctx=ctx)
@@ -701,6 +770,7 @@ class TB:
         if code == BufferCode.ALLOCATED:
             flags = {"evicted": result["evicted"], "unused": result["evicted_unused"]}
             self.throttle.copied(layer, expert, slot=slot, **flags)
+            self.statistics.copied(layer, expert, slot=slot, **flags)
             self._start(layer, expert, slot, demand=False, ctx=ctx)
             self.inflight[slot].copy = ctx, command["copy"]
         elif not command["keep"]:
@@ -711,6 +781,43 @@ class TB:
             refused = code == BufferCode.REFUSED
             error = ErrorCode.NOT_HELD if refused else ErrorCode.NO_SLOT
             self.due_events.append(Event(error, ctx, layer, expert, 0))
+
+    def late(self, candidate, asked):
+        """Whether a candidate was late in the cycle in which the budget was asked."""
+        tiles = sum(
+            (self.tiles(e) if e.failed_at is None else e.offered) - e.completed
+            for e in self.inflight.values()
+        )
+        ctx = candidate["ctx"]
+        deadline = (candidate["deadline"] - self.routes[ctx]) % 256
+        eighths = self.dut.budget.value.to_unsigned()
+        return self.budget.late(
+            ctx, deadline, left=tiles, budget=eighths, now=asked, layer=candidate["layer"]
+        )
+
+    def budgeted(self):
+        """Candidates that would come late are dropped."""
+        return self.dut.budget.value.to_unsigned() and str(self.dut.alone.value) == "0"
+
+    def _dropped_late(self):
+        assert self.budgeted(), "a candidate was dropped without a budget"
+        asked = self.cycle - self.weigh_latency - 1
+        assert any(self.late(c, asked) for c, _ in self.queued if not self.stale(c)), (
+            "a candidate was dropped that was not late"
+        )
+
+    async def check_statistics(self, *, words=24):
+        """Compare counters of the table with the model's: all that are not 0, and some others."""
+        count = self.statistics.words
+        wanted = [word for word in range(count) if self.statistics.read(word)]
+        wanted += [self.random.randrange(count) for _ in range(words)] + [count - 1, count]
+        for word in wanted:
+            self.table.send({"write": 0, "table": 0, "word": word, "value": 0})
+        assert await self.words.receive(len(wanted)) == [self.statistics.read(w) for w in wanted]
+
+    def _dropped(self, slot):
+        self.throttle.dropped(slot)
+        self.statistics.dropped(slot)
 
     def _best_of(self, key, score):
         """The candidate that is looked up, taken from those that wait; it must be the best."""
@@ -728,7 +835,11 @@ class TB:
             ),
             key=lambda waiting: self.steps_left(waiting[0]),
         )
-        if not self.strobes["prefetch_overflow"] and not self.throttle_enable:
+        if not (
+            self.strobes["prefetch_overflow"]
+            or self.throttle_enable
+            or self.dut.budget.value.to_unsigned()
+        ):
             for other, other_since in ours:
                 better = (self.steps_left(other), other_since) < (self.steps_left(candidate), since)
                 # It was chosen when its lookup began.
@@ -892,6 +1003,10 @@ async def run_timed(dut, stall, latency, failing):
     dut.cancel_enable.value = int(latency[1] > 4)
     if stall == "some" or failing:
         tb.throttled_at_random()
+    if latency[1] <= 4:
+        # What is given up is known to the scoreboard only when it ends.
+        dut.budget.value = tb.random.randrange(1, 9)
+    dut.streaming.value = tb.random.randrange(1 << config.contexts)
     await tb.reset()
     work = Workload(tb, hold=1)
     for step in range(60):
@@ -928,6 +1043,7 @@ async def run_timed(dut, stall, latency, failing):
         names += ["prefetch_issued", "prefetch_redundant", "prefetch_stale"]
     for name in names:
         assert tb.strobes[name], f"the workload has no {name}"
+    await tb.check_statistics()
     if len(config.part_bytes) > 1:
         hit("scheduler.parts")
     if config.layer_bytes:
@@ -1051,6 +1167,10 @@ async def run_drained(dut, stall, failing, full):
         assert tb.strobes["refused"]
     if failing:
         assert tb.strobes["fill_errors"]
+    assert [golden.statistics.read(w) for w in range(golden.statistics.words)] == [
+        tb.statistics.read(w) for w in range(tb.statistics.words)
+    ]
+    await tb.check_statistics()
     assert list(tb.buffer.recency) == list(golden_buffer.recency)
     for name in ("state", "pins", "evicted_by_prefetch"):
         ours = getattr(tb.buffer.directory, name)
@@ -1241,6 +1361,133 @@ async def throttle_switches_off_and_on(dut):
     tb.throttle.clear()
     await cycles(dut, 6)
     assert int(dut.throttle_state.value) == tb.throttle.state
+
+
+async def paced(tb, *, cycles_a_layer, layers):
+    """Route layers at a steady pace, and then let one more begin."""
+    config = tb.config
+    for layer in range(layers + 1):
+        tb.demand(0, layer % config.model.layers, list(range(config.model.top_k)))
+        tb.release(0, layer % config.model.layers)
+        if layer < layers:
+            await cycles(tb.dut, cycles_a_layer)
+
+
+@cocotb.test()
+@cocotb.parametrize(budget=[0, 1, 4, 8, 15])
+async def drops_what_comes_late(dut, budget):
+    """What would come late is dropped: by the budget, the deadline, and what is in flight."""
+    tb = TB(dut, latency=(100, 100))
+    config = tb.config
+    pace = 100 * config.tiles * (config.model.top_k + 4)
+    await tb.reset()
+    expert = config.model.experts - 1
+    # Without a mean nothing is late.
+    dut.budget.value = budget
+    tb.candidate(0, 2, expert, deadline=1)
+    await tb.idle()
+    await paced(tb, cycles_a_layer=pace, layers=6)
+    await tb.idle()
+    assert pace <= tb.budget.layer_time <= pace + 9
+    assert tb.strobes["prefetch_late_dropped"] == 0 and tb.strobes["prefetch_issued"] == 1
+    # All of it comes in time, some of it, none.
+    eighths = -(-config.tiles * min(budget, 8) // 8)
+    for at in (pace // 2, pace - 100 * config.tiles * 3 // 4, pace - 20, pace + 50):
+        tb.demand(0, 3, list(range(config.model.top_k)))
+        tb.release(0, 3)
+        await tb.commands.sent()
+        began = tb.cycle
+        while tb.cycle - began < at:
+            await cycles(dut, 1)
+        before = tb.strobes["prefetch_late_dropped"]
+        left = tb.budget.layer_time - (tb.cycle - began)
+        issued = tb.strobes["prefetch_issued"]
+        # For the layer after next there is time.
+        tb.candidate(0, 0, expert - 1, deadline=tb.routes[0] + 2, score=0)
+        tb.candidate(0, 1, expert - 2, deadline=tb.routes[0] + 1, score=255)
+        await tb.idle()
+        late = budget > 0 and eighths * tb.budget.tile_time > left
+        assert tb.strobes["prefetch_late_dropped"] - before == int(late), (at, left)
+        if at == pace - 20:
+            assert late == (budget > 0)
+        assert tb.strobes["prefetch_issued"] - issued <= 2
+        await tb.reset()
+        dut.budget.value = 0
+        tb.candidate(0, 2, expert, deadline=1)
+        await tb.idle()
+        await paced(tb, cycles_a_layer=pace, layers=6)
+        await tb.idle()
+        dut.budget.value = budget
+    # One at a time there is no budget.
+    dut.alone.value = 1
+    await cycles(dut, pace)
+    tb.candidate(0, 1, expert - 3, deadline=tb.routes[0] + 1)
+    await tb.idle()
+    assert tb.strobes["prefetch_late_dropped"] == 0
+    hit("scheduler.budget")
+
+
+@cocotb.test()
+async def statistics_by_layer(dut):
+    """One prefetch of each fate, each counted for its layer and kind; cleared with the counters."""
+    tb = TB(dut, latency=(2, 2))
+    config = tb.config
+    experts = config.model.experts
+    await tb.reset()
+    near, hint = PrefetchKind.NEAR, PrefetchKind.HINT
+    # Useful in time; useful but late, as a hint; of no use.
+    tb.candidate(0, 1, experts - 1, deadline=1)
+    await tb.idle()
+    tb.demand(0, 1, [experts - 1])
+    await tb.idle()
+    tb.hold_memory = True
+    tb.candidate(0, 2, experts - 1, deadline=2, source=Source.HINT)
+    await cycles(dut, 80)
+    tb.demand(0, 2, [experts - 1])
+    await cycles(dut, 40)
+    tb.hold_memory = False
+    await tb.idle()
+    count = tb.statistics.count
+    assert count(1, near, PrefetchOutcome.ISSUED) == count(1, near, PrefetchOutcome.USEFUL) == 1
+    assert count(2, hint, PrefetchOutcome.USEFUL) == count(2, hint, PrefetchOutcome.LATE) == 1
+    assert not count(1, near, PrefetchOutcome.LATE) and not count(1, near, PrefetchOutcome.USELESS)
+    await tb.check_statistics()
+    dut.clear_statistics.value = 1
+    await cycles(dut, 1)
+    dut.clear_statistics.value = 0
+    await cycles(dut, 1)
+    assert str(dut.idle.value) == "0"
+    tb.statistics.clear()
+    await tb.idle()
+    await tb.check_statistics()
+    hit("scheduler.statistics")
+
+
+@cocotb.test()
+async def chunks_use_the_stream_channel(dut):
+    """Only near candidates of the predictor's, of contexts in a chunk; a demand takes them over."""
+    tb = TB(dut, latency=(30, 30))
+    config = tb.config
+    last = config.contexts - 1
+    dut.streaming.value = 1 << last
+    tb.prefetch_tiles = 4
+    dut.prefetch_tiles.value = 4
+    await tb.reset()
+    experts = config.model.experts
+    tb.hold_memory = True
+    tb.candidate(last, 1, experts - 1, deadline=1, score=255)  # of the chunk
+    await cycles(dut, 60)
+    tb.candidate(last, 1, experts - 2, deadline=2)  # far
+    tb.candidate(last, 1, experts - 3, deadline=1, source=Source.HINT)
+    await cycles(dut, 300)
+    channels = {f["channel"] for f, *_ in tb.memory_queue}
+    assert len(channels) == 1 and len(tb.memory_queue) <= 4
+    tb.demand(last, 1, list(range(config.model.top_k - 1)) + [experts - 1])
+    await cycles(dut, 300)
+    tb.hold_memory = False
+    await tb.idle()
+    assert tb.channels == {0, 1, config.stream_channel}
+    hit("scheduler.stream")
 
 
 @cocotb.test()

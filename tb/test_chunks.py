@@ -125,11 +125,13 @@ async def follows_golden(dut, stall):
             await cycles(dut, rng.randrange(1, 2 * config.model.experts))
         await bench.quiet()
         assert bench.received() == expected
+        streaming = sum(int(each) << at for at, each in enumerate(golden.streaming))
+        assert dut.streaming.value.to_unsigned() == streaming
 
     # More decisions than the stamps have values: old rows come round again.
-    for turn in range(12 if config.model.experts > 16 else 45):
+    for turn in range(18 if config.model.experts > 16 else 45):
         ctx = rng.randrange(config.contexts)
-        phase = rng.choice([Phase.PREFILL, Phase.VERIFY, Phase.DECODE])
+        phase = (Phase.PREFILL, Phase.VERIFY, Phase.DECODE)[turn % 3]
         await bench.begin(ctx, phase)
         golden.begin(ctx, phase)
         await offer(bench.some(ctx, 0))

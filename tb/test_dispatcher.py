@@ -163,6 +163,7 @@ class _Recorder:
         self.tables = {}
         self.plan = []  # (layer, expert, source) of the next candidates
         self.throttle = SimpleNamespace(enable=False, register=0, state=0)
+        self.statistics = SimpleNamespace(clear=lambda: None)
         self.order = []  # how token starts and decisions follow each other
 
     # Predictor
@@ -750,7 +751,7 @@ def _write_profiles(bench, golden, rng):
         for name in PROFILE_REGISTERS:
             if not name.startswith("dma_"):
                 # Bit 5 of control, phases ask for their profiles, stays 0.
-                writes.append((name, rng.randrange(1, 32)))
+                writes.append((name, rng.randrange(1, 9 if name == "budget" else 32)))
         writes.append(("dma_lower_credits", rng.randrange(bench.config.outstanding_bursts + 1)))
         for channel in range(bench.config.dma_channels):
             beats = rng.randrange(1, bench.config.tile_beats + 1)
@@ -902,6 +903,8 @@ async def refusals(dut):
         ("dma_shape", _shape(**{**good, "credits": 0}), Refusal.CREDITS),
         ("dma_shape", _shape(**{**good, "credits": credits + 1}), Refusal.CREDITS),
         ("dma_shape", _shape(**{**good, "enable": 0}), Refusal.ENABLE),
+        ("budget", 9, Refusal.BUDGET),
+        ("budget", 1 << 31, Refusal.BUDGET),
         ("dma_lower_credits", credits + 1, Refusal.CREDITS),
         ("dma_lower_credits", 1 << 31, Refusal.CREDITS),
         ("dma_row_bytes", 1, Refusal.ROWS),

@@ -7,6 +7,7 @@
 """
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import cocotb
@@ -17,9 +18,20 @@ from prestage_hw.contract import DeviceConfig, ModelConfig
 from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.contract.records import PrefetchKind
 from prestage_hw.contract.registers import THROTTLE_FIELDS, register_by_name
+from prestage_hw.contract.statistics import statistics_word
+from prestage_hw.scheduler.statistics import MarksLayout
 from prestage_hw.scheduler.throttle import Outcome, OutcomeLayout, Throttle
+from prestage_sim.model.scheduler import PrefetchStatistics
 from prestage_sim.model.scheduler import Throttle as GoldenThrottle
-from prestage_tb.bench import StreamSource, cycles, parameters, reset, run_bench, start_clock
+from prestage_tb.bench import (
+    StreamSink,
+    StreamSource,
+    cycles,
+    parameters,
+    reset,
+    run_bench,
+    start_clock,
+)
 from prestage_tb.coverage import hit
 
 _CONFIGS = {
@@ -46,6 +58,7 @@ class _Bench:
         self.outcomes = StreamSource(
             dut, "outcomes", OutcomeLayout(config=self.config), stall=stall
         )
+        self.marks = StreamSink(dut, "marks", MarksLayout(config=self.config), stall=stall)
         dut.enable.value = 1
         dut.clear.value = 0
         self.weigh(register_by_name("throttle").reset)
@@ -59,10 +72,13 @@ class _Bench:
         self.golden = GoldenThrottle(self.config)
         self.golden.enable = True
         self.golden.register = self.weights
+        self.statistics = PrefetchStatistics(self.config)
+        self.marks.clear()
+        self.evicted_for = {}  # kind or None by expert
         self.slots = [None] * self.config.slots  # (layer, expert, kind or None)
 
     async def reset(self):
-        await reset(self.dut, drivers=[self.outcomes])
+        await reset(self.dut, drivers=[self.outcomes, self.marks])
         self.forget()
         await self.idle()
 
@@ -77,6 +93,14 @@ class _Bench:
         assert int(self.dut.state.value) == self.golden.state
         admits = sum(int(self.golden.admits(kind)) << kind for kind in PrefetchKind)
         assert int(self.dut.admits.value) == admits
+        counts = Counter(
+            statistics_word(mark["layer"], mark["kind"], mark["outcome"])
+            for marks in self.marks.received
+            for mark in (marks["first"], marks["second"])
+            if mark["valid"]
+        )
+        words = range(self.statistics.words)
+        assert counts == {w: self.statistics.read(w) for w in words if self.statistics.read(w)}
 
     def step(self, *, useful=0.5):
         """One random outcome that a buffer could have."""
@@ -88,12 +112,14 @@ class _Bench:
         if now is not None and now[2] is not None and rng.random() < useful:
             if rng.random() < 0.1:
                 self.golden.dropped(slot)
+                self.statistics.dropped(slot)
                 slots[slot] = None
                 fields["outcome"] = Outcome.DROPPED.value
             else:
                 tiles = self.config.layer_tiles[now[0]]
                 returned = tiles if rng.random() < 0.7 else rng.randrange(tiles)
                 self.golden.used(slot, returned=returned)
+                self.statistics.used(slot, returned=returned)
                 slots[slot] = (*now[:2], None)
                 if returned == tiles and rng.random() < 0.5:
                     returned = self.config.tiles  # A resident expert has all it can have.
@@ -109,6 +135,10 @@ class _Bench:
         kind = rng.choice(list(PrefetchKind))
         evicted = now is not None
         unused = evicted and now[2] is not None
+        prefetches = rng.random() < 0.5 and self.golden.admits(kind)
+        polluted = not prefetches and self.evicted_for.pop((layer, expert), None) is not None
+        if evicted:
+            self.evicted_for[now[:2]] = kind if prefetches else None
         fields.update(
             layer=layer,
             expert=expert,
@@ -116,8 +146,9 @@ class _Bench:
             evicted=int(evicted),
             unused=int(unused),
         )
-        if rng.random() < 0.5 and self.golden.admits(kind):
-            self.golden.prefetch(layer, expert, kind, slot=slot, evicted=evicted, unused=unused)
+        if prefetches:
+            for told in (self.golden, self.statistics):
+                told.prefetch(layer, expert, kind, slot=slot, evicted=evicted, unused=unused)
             fields["outcome"] = Outcome.PREFETCH.value
             slots[slot] = (layer, expert, kind)
         else:
@@ -130,7 +161,10 @@ class _Bench:
                 unused=unused,
                 waits_for=kind if waits else None,
             )
-            fields.update(outcome=Outcome.MISS.value, waits=int(waits))
+            self.statistics.miss(
+                layer, expert, slot=slot, evicted=evicted, unused=unused, polluted=polluted
+            )
+            fields.update(outcome=Outcome.MISS.value, waits=int(waits), polluted=int(polluted))
             slots[slot] = (layer, expert, None)
         self.outcomes.send(fields)
 

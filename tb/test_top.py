@@ -33,6 +33,7 @@ from prestage_hw.contract.records import (
     ErrorCode,
     Phase,
     Policy,
+    PrefetchOutcome,
     TrafficClass,
 )
 from prestage_hw.contract.registers import (
@@ -42,6 +43,7 @@ from prestage_hw.contract.registers import (
     THROTTLE_FIELDS,
     register_by_name,
 )
+from prestage_hw.contract.statistics import OUTCOME_BITS, STATISTICS_TABLE
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.top import Top
 from prestage_sim.model.top import Top as GoldenTop
@@ -63,8 +65,8 @@ from prestage_tb.host import LinkHost
 _ROOT = Path(__file__).resolve().parents[1]
 _ACKNOWLEDGE_EVERY = 8
 
-#: Registers that count cycles.
-_TIMES = ("channel_busy", "channel_stall")
+#: Registers that hang on time.
+_TIMES = ("cycles_low", "cycles_high", "layer_time", "tile_time", "channel_busy", "channel_stall")
 
 
 class _Host(LinkHost):
@@ -230,7 +232,7 @@ class _Bench:
     async def compare_registers(self, golden):
         """All counters and all writable registers equal the golden model's."""
         for register in REGISTERS:
-            if register.name not in ("cycles_low", "cycles_high", "table_data", *_TIMES):
+            if register.name not in ("table_data", *_TIMES):
                 await self.drained(golden, "REGISTER_READ", register.address)
         selected = register_by_name("dma_channel").address
         for channel in range(self.config.dma_channels):
@@ -251,6 +253,27 @@ class _Bench:
                 await self.drained(golden, "TABLE_READ", table, start, count)
             table += 1
         assert await self.drained(golden, "TABLE_READ", table, 0, 1)
+
+    async def compare_statistics(self, golden):
+        """What became of prefetches equals the golden model's, and adds up to the counters."""
+        words = golden.scheduler.statistics.words
+        step = _ACKNOWLEDGE_EVERY * TABLE_BURST - 1
+        for start in range(0, words, step):
+            count = min(step, words - start)
+            await self.drained(golden, "TABLE_READ", STATISTICS_TABLE, start, count)
+        await self.drained(golden, "TABLE_READ", STATISTICS_TABLE, words - 1, 2)
+        # It can't be written.
+        values = [9] * TABLE_BURST
+        await self.drained(golden, "TABLE_WRITE", STATISTICS_TABLE, 0, TABLE_BURST, values)
+        await self.drained(golden, "TABLE_READ", STATISTICS_TABLE, 0, TABLE_BURST)
+        counts = [golden.scheduler.statistics.read(word) for word in range(words)]
+        for name, outcome in (
+            ("prefetch_issued", PrefetchOutcome.ISSUED),
+            ("useful", PrefetchOutcome.USEFUL),
+            ("pollution", PrefetchOutcome.POLLUTING),
+        ):
+            total = sum(counts[outcome :: 1 << OUTCOME_BITS])
+            assert total == golden.counters[name], (name, total)
 
 
 def _decisions(bench, tokens):
@@ -305,6 +328,10 @@ async def drained_pace(dut, stall, policy):
             await bench.drained(golden, "RELEASE", ctx, layer)
     assert golden.counters["fills"] > 0
     await bench.compare_registers(golden)
+    await bench.compare_statistics(golden)
+    # They go with the counters.
+    await bench.drained(golden, "REGISTER_WRITE", register_by_name("clear").address, 4)
+    await bench.compare_statistics(golden)
 
 
 @cocotb.test()
@@ -333,6 +360,7 @@ async def chunks(dut):
     assert golden.counters["hints"] > 5
     assert golden.counters["prefetch_stale"] == 0
     await bench.compare_registers(golden)
+    await bench.compare_statistics(golden)
     if model.layers * model.experts * config.successors <= 1024:
         await bench.compare_tables(golden)
 
@@ -447,12 +475,14 @@ def _profile_writes(bench, phase):
         ("predict_far_threshold", rng.randrange(256)),
         ("predict_ahead", rng.randrange(config.model.layers + 1)),
         ("prefetch_tiles", rng.randrange(1, 5)),
+        # No effect at drained pace.
+        ("budget", rng.randrange(9)),
         ("cutoff_layer", rng.choice([255, rng.randrange(config.model.layers + 1)])),
         ("dma_lower_credits", rng.randrange(config.outstanding_bursts + 1)),
     ]
     for channel in range(config.dma_channels):
         shape = {
-            "enable": channel < 2 or rng.random() < 0.5,
+            "enable": channel in config.scheduled_channels or rng.random() < 0.5,
             "traffic": rng.choice(list(TrafficClass)),
             "weight": rng.randrange(1, 16),
             "credits": rng.randrange(1, config.outstanding_bursts + 1),

@@ -33,6 +33,8 @@ _SCHEDULER_PORTS = (
         "throttle_enable",
         "throttle_weights",
         "throttle_state",
+        *("budget", "layer_time", "tile_time", "streaming"),
+        *("statistics_requests", "statistics_values", "clear_statistics"),
     ),
     *("demanding", "strobes"),
 )
@@ -109,7 +111,8 @@ class Engine(wiring.Component):
     -------
     commands, candidates, ready, events, expert_base, part_bases, prefetch_tiles, enable, \
     cutoff_layer, hold, wanted, alone, cancel_enable, throttle_enable, throttle_weights, \
-    throttle_state, demanding, strobes
+    throttle_state, budget, layer_time, tile_time, streaming, statistics_requests, \
+    statistics_values, clear_statistics, demanding, strobes
         As of :class:`Scheduler`.
     copies, copied
         As of :class:`Scheduler`; only where experts may have copies.

@@ -12,7 +12,7 @@ With a host mover fetches leave over the link, and the slots are the host's::
                      └──────────────────── fetches ────────────┘
 """
 
-from amaranth import Module, Mux
+from amaranth import Cat, Module
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -21,6 +21,7 @@ from prestage_hw.buffer.arbiter import ReadArbiter
 from prestage_hw.contract.crc import CHECKSUM_TABLE
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.registers import COUNTERS
+from prestage_hw.contract.statistics import STATISTICS_TABLE, statistics_words
 from prestage_hw.dma import DMA
 from prestage_hw.dma.axi import AXI4ReadSignature, AXI4Signature, AXI4WriteSignature
 from prestage_hw.engine import connect_engine
@@ -186,7 +187,12 @@ class Top(wiring.Component):
             scheduler.throttle_enable.eq(registers.control.throttle_enable),
             scheduler.throttle_weights.eq(registers.control.throttle),
             registers.throttle_state.eq(scheduler.throttle_state),
+            registers.layer_time.eq(scheduler.layer_time),
+            registers.tile_time.eq(scheduler.tile_time),
+            scheduler.budget.eq(profile.budget),
+            scheduler.streaming.eq(chunks.streaming),
             scheduler.clear.eq(registers.clear.buffer),
+            scheduler.clear_statistics.eq(registers.clear.counters),
         ]
         m.d.sync += scheduler.hold.eq(registers.control.settle & ~predictor.idle)
 
@@ -239,37 +245,51 @@ class Top(wiring.Component):
             policy=registers.control.policy,
         )
 
-        # Tables of the predictor, and that of checksums.
+        # Tables of the predictor, that of statistics, and that of checksums. One access at a time:
+        # only one of them has a value.
+        experts = config.model.layers * config.model.experts
+        tables = {
+            STATISTICS_TABLE: (
+                scheduler.statistics_requests,
+                scheduler.statistics_values,
+                statistics_words(config),
+            )
+        }
+        if checksums is not None:
+            tables[CHECKSUM_TABLE] = (checksums.requests, checksums.values, experts)
+            m.d.comb += checksums.clear.eq(registers.clear.checksums)
         requests, table_values = registers.table_requests, registers.table_values
-        if checksums is None:
-            wiring.connect(m, requests, predictor.table_requests)
-            wiring.connect(m, predictor.table_values, table_values)
-            m.d.comb += registers.table_words.eq(predictor.table_words)
-        else:
-            mine = requests.payload.table == CHECKSUM_TABLE
-            asked, told = checksums.requests, checksums.values
+        m.d.comb += [
+            predictor.table_requests.payload.eq(requests.payload),
+            table_values.payload.eq(predictor.table_values.payload),
+            table_values.valid.eq(
+                predictor.table_values.valid
+                | Cat(told.valid for _, told, _ in tables.values()).any()
+            ),
+            predictor.table_values.ready.eq(table_values.ready),
+            registers.table_words.eq(predictor.table_words),
+        ]
+        with m.Switch(requests.payload.table):
+            for number, (asked, _, _) in tables.items():
+                with m.Case(number):
+                    m.d.comb += [
+                        asked.valid.eq(requests.valid),
+                        requests.ready.eq(asked.ready),
+                    ]
+            with m.Default():
+                m.d.comb += [
+                    predictor.table_requests.valid.eq(requests.valid),
+                    requests.ready.eq(predictor.table_requests.ready),
+                ]
+        for number, (asked, told, words) in tables.items():
             m.d.comb += [
                 asked.payload.eq(requests.payload),
-                asked.valid.eq(requests.valid & mine),
-                predictor.table_requests.payload.eq(requests.payload),
-                predictor.table_requests.valid.eq(requests.valid & ~mine),
-                requests.ready.eq(Mux(mine, asked.ready, predictor.table_requests.ready)),
-                # One access at a time: only one of them has a value.
-                table_values.valid.eq(told.valid | predictor.table_values.valid),
-                table_values.payload.eq(
-                    Mux(told.valid, told.payload, predictor.table_values.payload)
-                ),
                 told.ready.eq(table_values.ready),
-                predictor.table_values.ready.eq(table_values.ready),
-                registers.table_words.eq(
-                    Mux(
-                        registers.table_select == CHECKSUM_TABLE,
-                        config.model.layers * config.model.experts,
-                        predictor.table_words,
-                    )
-                ),
-                checksums.clear.eq(registers.clear.checksums),
             ]
+            with m.If(told.valid):
+                m.d.comb += table_values.payload.eq(told.payload)
+            with m.If(registers.table_select == number):
+                m.d.comb += registers.table_words.eq(words)
 
         # 6 stats
         m.d.comb += [

@@ -442,6 +442,7 @@ def _settings(run: Run, trace_path: str) -> Sequence[tuple[str, Any]]:
         ("prefetch tiles at once", run.prefetch_tiles),
         ("eviction", run.policy),
         ("throttle", "on" if run.throttle else "off"),
+        ("budget", f"{run.budget} eighths in time" if run.budget else "off"),
         ("profiled before", "yes" if run.tables else "no"),
         ("wall time", f"{run.seconds:.1f} s"),
         *((f"model {name}".replace("_", " "), value) for name, value in model.items()),
@@ -478,5 +479,6 @@ def render(run: Run, *, trace_path: str = "") -> str:
             for counter in COUNTERS
             if counter.name in run.counters
         ],
+        prefetches=run.prefetch_rows(),
         settings=_settings(run, trace_path),
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prestage_hw.contract import TRANSFER_DTYPE, DeviceConfig
-from prestage_hw.contract.records import NO_TOKEN, Phase
+from prestage_hw.contract.records import NO_TOKEN, Phase, PrefetchKind, PrefetchOutcome
 
 from .traces import Trace
 
@@ -121,6 +121,8 @@ class Run:
         Prefetch tiles that could be under way at once.
     policy : :class:`str`
         Which expert gave way to another.
+    budget : :class:`int`
+        Eighths of a prefetch that had to be expected in time; 0: none.
     throttle : :class:`bool`
         Whether prefetches of a kind were switched off while they cost more than they saved.
     trace : :class:`Trace`
@@ -151,6 +153,8 @@ class Run:
         Predictor tables that were loaded before.
     versions : mapping
         Versions by name.
+    prefetches : array
+        What became of prefetches, ``[layers, kinds, outcomes]``.
     """
 
     config: DeviceConfig
@@ -170,12 +174,27 @@ class Run:
     prefetch_tiles: int = 1
     policy: str = "lru"
     throttle: bool = False
+    budget: int = 0
     error: str = ""
     samples: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, SAMPLE_DTYPE))
     spans: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0, 2), np.uint64))
     transfers: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, TRANSFER_DTYPE))
     tables: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    prefetches: NDArray[np.uint32] = field(default_factory=lambda: np.zeros((0, 3, 5), np.uint32))
+
+    def prefetch_rows(self) -> list[dict[str, int | str]]:
+        """What became of prefetches, a row for each layer and kind that had any."""
+        return [
+            {
+                "layer": layer,
+                "kind": kind.name.lower(),
+                **{o.name.lower(): int(counts[kind, o]) for o in PrefetchOutcome},
+            }
+            for layer, counts in enumerate(self.prefetches)
+            for kind in PrefetchKind
+            if counts[kind].any()
+        ]
 
     def metrics(self) -> dict[str, float | int | None]:
         """See :func:`metrics`."""

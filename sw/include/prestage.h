@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0x369bc472u
+#define PRESTAGE_REGISTER_HASH 0xfc734b05u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -110,8 +110,9 @@ enum prestage_refusal {
     PRESTAGE_REFUSAL_BURST = 4, /* The burst length is no power of two, or longer than the longest burst. */
     PRESTAGE_REFUSAL_CREDITS = 5, /* A channel has no credit, or there are more credits than bursts outstanding. */
     PRESTAGE_REFUSAL_ROWS = 6, /* Size or stride of a row is no whole number of beats, or too large. */
-    PRESTAGE_REFUSAL_ENABLE = 7, /* Channels 0 and 1 carry demands and prefetches and can't be disabled. */
+    PRESTAGE_REFUSAL_ENABLE = 7, /* Channels 0 and 1, and the last of three or more, carry demands and prefetches and can't be disabled. */
     PRESTAGE_REFUSAL_PROFILE = 8, /* No phase has that number. */
+    PRESTAGE_REFUSAL_BUDGET = 9, /* A budget is at most 8 eighths. */
 };
 
 /* Register addresses, in 32-bit words. */
@@ -140,7 +141,7 @@ enum prestage_register {
     PRESTAGE_REG_PREDICT_THRESHOLD = 0x16, /* rw: Least confidence of a candidate for the next layer, in 1/256 (bits 7..0). */
     PRESTAGE_REG_PREDICT_FAR_THRESHOLD = 0x17, /* rw: Least confidence of a candidate for a layer after the next, in 1/256 (bits 7..0). */
     PRESTAGE_REG_PREDICT_AHEAD = 0x18, /* rw: Layers, from layer 0 on, that are proposed when a token starts (bits 7..0). */
-    PRESTAGE_REG_TABLE_ADDRESS = 0x19, /* rw: Table word for table_data: table in bits 31..24, word in bits 23..0. Table 255 holds the experts' checksums. */
+    PRESTAGE_REG_TABLE_ADDRESS = 0x19, /* rw: Table word for table_data: table in bits 31..24, word in bits 23..0. Table 255 holds the experts' checksums, table 254 the statistics of prefetches. */
     PRESTAGE_REG_TABLE_DATA = 0x1a, /* rw: The addressed table word; each access moves table_address one word on. */
     PRESTAGE_REG_TABLE_WORDS = 0x1b, /* ro: Words in the table that table_address selects. */
     PRESTAGE_REG_TOKEN_BASE_LOW = 0x1c, /* rw: Address of the predictor's token tables where they lie behind a memory port, bits 31..0: a multiple of 4096. */
@@ -152,7 +153,7 @@ enum prestage_register {
     PRESTAGE_REG_THROTTLE_STATE = 0x23, /* ro: Credit of the kinds near, far and hint in bits 7..0, 15..8 and 23..16, signed; bits 24 to 26: they are switched on. */
     PRESTAGE_REG_PROFILE = 0x24, /* rw: Phase whose profile is asked for: 0 PREFILL, 1 DECODE, 2 VERIFY. It becomes active as a whole, its DMA channels included, at the next layer boundary, at once if nothing is under way; a write of the active one makes its DMA channels active. */
     PRESTAGE_REG_PROFILE_ACTIVE = 0x25, /* ro: Phase whose profile is active. */
-    PRESTAGE_REG_PROFILE_SELECT = 0x26, /* rw: Profile that these registers belong to: control (bits 0 and 1), prefetch_tiles, predict_threshold, predict_far_threshold, predict_ahead, cutoff_layer, dma_lower_credits, dma_shape, dma_row_bytes, dma_row_stride. Writes for the active one hold at once, but for those of the DMA. */
+    PRESTAGE_REG_PROFILE_SELECT = 0x26, /* rw: Profile that these registers belong to: control (bits 0 and 1), prefetch_tiles, predict_threshold, predict_far_threshold, predict_ahead, cutoff_layer, budget, dma_lower_credits, dma_shape, dma_row_bytes, dma_row_stride. Writes for the active one hold at once, but for those of the DMA. */
     PRESTAGE_REG_CUTOFF_LAYER = 0x27, /* rw: Candidates for this layer and those above are dropped (bits 7..0); 255: none are. */
     PRESTAGE_REG_DMA_LOWER_CREDITS = 0x28, /* rw: Most bursts outstanding in the classes below demand; 0: as many as hold a tile. */
     PRESTAGE_REG_DMA_CHANNEL = 0x29, /* rw: DMA channel of dma_shape, dma_row_bytes, dma_row_stride and the channel_ counters. */
@@ -175,6 +176,9 @@ enum prestage_register {
     PRESTAGE_REG_SLOT_BASE_LOW = 0x3a, /* rw: Address of slot 0 where slots are in a memory behind an AXI4 write port, bits 31..0: a multiple of 4096. */
     PRESTAGE_REG_SLOT_BASE_HIGH = 0x3b, /* rw: The same, bits 63..32. */
     PRESTAGE_REG_FEATURES = 0x3c, /* ro: What the device has. Bit 0: slots are in a memory behind an AXI4 write port. Bit 1: checksums of experts. Bits 15..8: copies that an expert may have beside itself. */
+    PRESTAGE_REG_BUDGET = 0x3d, /* rw: Eighths of a prefetch's tiles that must be expected before its deadline, 1 to 8, or it is dropped; 0: none is. No effect while control bit 2 is set. */
+    PRESTAGE_REG_LAYER_TIME = 0x3e, /* ro: Cycles from one routing decision of a context to the next: a mean with the weight 1/8 for the last one; 0 before there are two, and 16,777,216 or more do not count. */
+    PRESTAGE_REG_TILE_TIME = 0x3f, /* ro: Cycles that the DMA engine, or the host, takes for a tile while it has any: a mean like that; 0 before there is one. */
     PRESTAGE_REG_TOKENS = 0x40, /* ro: Tokens begun. Stage 1. */
     PRESTAGE_REG_ROUTES = 0x41, /* ro: Routing decisions accepted. Stage 1. */
     PRESTAGE_REG_RELEASES = 0x42, /* ro: Layers released. Stage 1. */
@@ -213,6 +217,7 @@ enum prestage_register {
     PRESTAGE_REG_LINK_ERRORS = 0x63, /* ro: Damaged frames received. Stage 1. */
     PRESTAGE_REG_LINK_REPLAYS = 0x64, /* ro: Times the link went back to resend. Stage 1. */
     PRESTAGE_REG_CHECKSUM_ERRORS = 0x65, /* ro: Experts that arrived whole but not with the checksum loaded for them. Stage 4. */
+    PRESTAGE_REG_PREFETCH_LATE_DROPPED = 0x66, /* ro: Candidates of which less than the budget would have come in time. Stage 3. */
     PRESTAGE_REG_CHANNEL_TILES = 0xa0, /* ro: Tiles that came whole. Of the channel that dma_channel names. Stage 4. */
     PRESTAGE_REG_CHANNEL_ERRORS = 0xa1, /* ro: Tiles that ended in an error, but for those aborted. Of the channel that dma_channel names. Stage 4. */
     PRESTAGE_REG_CHANNEL_ABORTED = 0xa2, /* ro: Tiles that were aborted. Of the channel that dma_channel names. Stage 4. */

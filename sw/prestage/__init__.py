@@ -15,7 +15,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from prestage_hw.contract import DeviceConfig, ModelConfig, preset
-from prestage_hw.contract.records import ErrorCode, Phase
+from prestage_hw.contract.records import ErrorCode, Phase, PrefetchKind, PrefetchOutcome
 
 from .device import Device, Ready, Refused, known_links
 from .device import open_device as open
@@ -28,6 +28,8 @@ __all__ = [
     "ErrorCode",
     "ModelConfig",
     "Phase",
+    "PrefetchKind",
+    "PrefetchOutcome",
     "PrestageError",
     "Ready",
     "Refused",

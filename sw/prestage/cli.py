@@ -260,6 +260,14 @@ def _add_replay(commands: Any) -> None:
         " timed pace)",
     )
     device.add_argument(
+        "--budget",
+        type=int,
+        default=0,
+        metavar="EIGHTHS",
+        help="at timed pace drop a prefetch of which fewer eighths are expected before its layer is"
+        " routed (default: 0, drops none)",
+    )
+    device.add_argument(
         "--profile",
         action="append",
         default=[],
@@ -410,6 +418,7 @@ def _run_replay(args: argparse.Namespace) -> int:
                 prefetch_tiles=args.prefetch_tiles,
                 policy=None if args.policy is None else POLICIES[args.policy],
                 throttle=args.throttle,
+                budget=args.budget,
                 interrupt=interrupt,
                 progress=lambda done: progress.update(task, completed=done),
                 tables=tables,

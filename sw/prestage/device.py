@@ -28,6 +28,8 @@ from prestage_hw.contract.records import (
     ErrorCode,
     Phase,
     Policy,
+    PrefetchKind,
+    PrefetchOutcome,
     Record,
     Refusal,
     TrafficClass,
@@ -38,13 +40,13 @@ from prestage_hw.contract.registers import (
     REFUSAL_FIELDS,
     REGISTERS,
     ROW_STRIDE_BITS,
-    SCHEDULED_CHANNELS,
     SHAPE_FIELDS,
     SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
     TIMEOUT_BITS,
     shape_registers,
 )
+from prestage_hw.contract.statistics import KIND_BITS, OUTCOME_BITS, STATISTICS_TABLE
 
 from .copies import Copier, CopyServer
 from .errors import (
@@ -950,6 +952,7 @@ class Device:
         far_threshold: int | None = None,
         ahead: int | None = None,
         cutoff: int | None = None,
+        budget: int | None = None,
         follow_phase: bool | None = None,
         clear_predictor: bool = False,
         clear_buffer: bool = False,
@@ -959,9 +962,9 @@ class Device:
     ) -> None:
         """Change settings; None leaves one as it is.
 
-        ``prefetch``, ``hints``, ``prefetch_tiles``, ``threshold``, ``far_threshold``, ``ahead`` and
-        ``cutoff`` are those of the active profile: the one of decoding unless :meth:`switch` or
-        ``follow_phase`` has chosen another.
+        ``prefetch``, ``hints``, ``prefetch_tiles``, ``threshold``, ``far_threshold``, ``ahead``,
+        ``cutoff`` and ``budget`` are those of the active profile: the one of decoding unless
+        :meth:`switch` or ``follow_phase`` has chosen another.
 
         Parameters
         ----------
@@ -1008,11 +1011,17 @@ class Device:
             Layers that the predictor proposes when a token starts, 0 to 255.
         cutoff : :class:`int` or None
             Layers from this one on are not prefetched; 255 (after reset) for none.
+        budget : :class:`int` or None
+            Eighths of a prefetch's tiles, 1 to 8, that must be expected before its deadline by the
+            measured times of layers and tiles, or it is dropped; 0 (after reset) drops none. It was
+            measured to lose time on a link that is the bottleneck: it is there for who pays for
+            bytes. No effect with ``settle``.
         follow_phase : :class:`bool` or None
             The phase of :meth:`begin_token` makes its profile active (off after reset).
         clear_predictor, clear_buffer, clear_counters, clear_checksums : :class:`bool`
-            Clear the predictor's tables, the buffer (every layer counts as released), the counters,
-            the checksums of experts. Waits for the engine to be idle.
+            Clear the predictor's tables, the buffer (every layer counts as released), the counters
+            with the statistics of prefetches, the checksums of experts. Waits for the engine to be
+            idle.
         tables : mapping of :class:`int` to arrays of uint32, or None
             Predictor tables to load after clearing, as :meth:`snapshot` gives them.
         """
@@ -1035,6 +1044,7 @@ class Device:
             far_threshold=far_threshold,
             ahead=ahead,
             cutoff=cutoff,
+            budget=budget,
         )
         if hint_threshold is not None:
             if not 0 <= operator.index(hint_threshold) <= 255:
@@ -1124,6 +1134,7 @@ class Device:
         far_threshold: int | None = None,
         ahead: int | None = None,
         cutoff: int | None = None,
+        budget: int | None = None,
         lower_credits: int | None = None,
         channels: Mapping[int, Mapping[str, int]] | None = None,
     ) -> None:
@@ -1136,17 +1147,18 @@ class Device:
         ----------
         phase : :class:`Phase`
             Whose profile.
-        prefetch, hints, prefetch_tiles, threshold, far_threshold, ahead, cutoff
+        prefetch, hints, prefetch_tiles, threshold, far_threshold, ahead, cutoff, budget
             As for :meth:`configure`.
         lower_credits : :class:`int` or None
             Most read bursts outstanding in the traffic classes below demand, at most
             ``config.outstanding_bursts``; 0 (after reset) for as many as hold a tile.
         channels : mapping of :class:`int` to mappings, or None
-            Settings of channels of the DMA engine: ``enable`` (0 or 1; channels 0 and 1 carry
-            demands and prefetches and stay enabled), ``traffic`` (a :class:`TrafficClass`),
-            ``weight`` (1 to 15), ``credits`` (1 to ``config.outstanding_bursts``), ``burst_beats``
-            (a power of two up to ``config.longest_burst``), ``row_bytes`` and ``row_stride`` (whole
-            beats). What isn't named stays. Rows of a channel must not change while it moves tiles.
+            Settings of channels of the DMA engine: ``enable`` (0 or 1; those of
+            ``config.scheduled_channels`` carry demands and prefetches and stay enabled),
+            ``traffic`` (a :class:`TrafficClass`), ``weight`` (1 to 15), ``credits`` (1 to
+            ``config.outstanding_bursts``), ``burst_beats`` (a power of two up to
+            ``config.longest_burst``), ``row_bytes`` and ``row_stride`` (whole beats). What isn't
+            named stays. Rows of a channel must not change while it moves tiles.
 
         Raises
         ------
@@ -1164,6 +1176,7 @@ class Device:
             far_threshold=far_threshold,
             ahead=ahead,
             cutoff=cutoff,
+            budget=budget,
             lower_credits=lower_credits,
         )
         for channel, settings in (channels or {}).items():
@@ -1216,6 +1229,7 @@ class Device:
         far_threshold: int | None,
         ahead: int | None,
         cutoff: int | None,
+        budget: int | None,
         lower_credits: int | None = None,
     ) -> list[tuple[str, int]]:
         """Register writes for what a profile holds beside the DMA channels, and for control."""
@@ -1238,6 +1252,10 @@ class Device:
                 if not 0 <= operator.index(value) <= 255:
                     raise ArgumentError(f"{what} must be between 0 and 255, not {value}")
                 writes.append((register, value))
+        if budget is not None:
+            if not 0 <= operator.index(budget) <= 8:
+                raise ArgumentError(f"Budget must be between 0 and 8 eighths, not {budget}")
+            writes.append(("budget", budget))
         if lower_credits is not None:
             most = self.config.outstanding_bursts
             if not 0 <= operator.index(lower_credits) <= most:
@@ -1260,7 +1278,7 @@ class Device:
             )
         known = (*SHAPE_FIELDS, *_ROW_SETTINGS)
         limits = {
-            "enable": (int(channel < SCHEDULED_CHANNELS), 1),
+            "enable": (int(channel in config.scheduled_channels), 1),
             "traffic": (min(TrafficClass), max(TrafficClass)),
             "weight": (1, 15),
             "credits": (1, config.outstanding_bursts),
@@ -1386,6 +1404,16 @@ class Device:
     def counters(self, *names: str) -> tuple[int, ...]:
         """Some 32-bit counters, cheaper than :meth:`stats`."""
         return tuple(self._read_registers(names))
+
+    def prefetch_statistics(self) -> NDArray[np.uint32]:
+        """What became of prefetches since the counters were cleared, ``[layers, kinds, outcomes]``.
+
+        Indices are :class:`PrefetchKind` and :class:`PrefetchOutcome`; the layer is that which was
+        prefetched for. Counters stay at 65,535. Waits for the engine to be idle.
+        """
+        values = self.save_table(STATISTICS_TABLE)
+        rows = values.reshape(self._layers, 1 << KIND_BITS, 1 << OUTCOME_BITS)
+        return rows[:, : len(PrefetchKind), : len(PrefetchOutcome)].copy()
 
     def read_register(self, name: str) -> int:
         """Value of a register."""

@@ -21,7 +21,7 @@ from prestage_hw.contract import (
     register_hash,
 )
 from prestage_hw.contract.pattern import expert_pattern
-from prestage_hw.contract.records import Phase, Policy
+from prestage_hw.contract.records import Phase, Policy, PrefetchKind, PrefetchOutcome
 from prestage_hw.contract.registers import VERSION
 from prestage_sim.profile import CORRELATION_TABLE, correlation_profile
 from prestage_sim.runs import SAMPLE_DTYPE, Run, baseline_misses
@@ -181,6 +181,7 @@ def replay(
     prefetch_tiles: int | None = None,
     policy: Policy | None = None,
     throttle: bool | None = None,
+    budget: int = 0,
     interrupt: Interrupt | None = None,
     progress: Callable[[int], None] | None = None,
     tables: dict[int, NDArray[np.uint32]] | None = None,
@@ -208,6 +209,9 @@ def replay(
     throttle : :class:`bool` or None
         Switch off prefetches of a kind while they cost more than they save. None stands for True at
         timed pace; at drained pace all that is prefetched comes in time, and costs no demand any.
+    budget : :class:`int`
+        Eighths of a prefetch's tiles that must be expected before its deadline, or it is dropped; 0
+        drops none. Without effect at drained pace.
     interrupt : :class:`Interrupt` or None
         Flag that ends the run between two layers.
     progress : callable or None
@@ -235,7 +239,13 @@ def replay(
     settle = pace == "drained"
     if throttle is None:
         throttle = pace == "timed"
-    device.configure(prefetch_tiles=prefetch_tiles, policy=policy, settle=settle, throttle=throttle)
+    device.configure(
+        prefetch_tiles=prefetch_tiles,
+        policy=policy,
+        settle=settle,
+        throttle=throttle,
+        budget=budget,
+    )
     recorder = _Recorder(trace, clocked=device.clocked)
     model = device.config.model
     interrupt = interrupt or Interrupt()
@@ -276,11 +286,13 @@ def replay(
     seconds = time.perf_counter() - started
     cycles = device.cycles - first_cycle
     counters: dict[str, int] = {}
+    prefetches = np.zeros((0, len(PrefetchKind), len(PrefetchOutcome)), np.uint32)
     try:
         counters = device.stats()
         counters.pop("cycles")
         if int(recorder.samples[recorder.sampled - 1]["token"]) != done:
             recorder.sample(device, done)
+        prefetches = device.prefetch_statistics()
     except PrestageError as failure:
         error = error or failure
     complete = done == trace.tokens and error is None
@@ -292,6 +304,7 @@ def replay(
         layer_cycles=layer_cycles,
         prefetch_tiles=prefetch_tiles,
         throttle=throttle,
+        budget=budget,
         policy=next(name for name, each in POLICIES.items() if each == policy),
         trace=trace,
         complete=complete,
@@ -313,6 +326,7 @@ def replay(
         ),
         tables=tables or {},
         versions=_versions(),
+        prefetches=prefetches,
     )
 
 
@@ -423,9 +437,11 @@ def run_object(run: Run, *, trace_path: str) -> dict[str, Any]:
             "prefetch_tiles": run.prefetch_tiles,
             "policy": run.policy,
             "throttle": run.throttle,
+            "budget": run.budget,
             "profiled": bool(run.tables),
         },
         "counters": run.counters,
+        "prefetches": run.prefetch_rows(),
         "metrics": {**run.metrics(), "baseline_misses": run.baseline_misses},
         "checked": {"experts": run.experts_checked, "bytes": run.bytes_checked},
         "timing": timing,

@@ -34,7 +34,14 @@ from prestage.errors import (
 )
 from prestage_hw.contract import MESSAGES, DeviceConfig, preset
 from prestage_hw.contract.pattern import expert_memory, expert_pattern
-from prestage_hw.contract.records import ErrorCode, Phase, Policy, Refusal
+from prestage_hw.contract.records import (
+    ErrorCode,
+    Phase,
+    Policy,
+    PrefetchKind,
+    PrefetchOutcome,
+    Refusal,
+)
 from prestage_hw.contract.registers import COUNTERS, register_by_name, shape_registers
 from prestage_sim.model.pipe import ModelPipe
 
@@ -165,6 +172,8 @@ def test_more_messages_than_the_link_holds(device):
         (lambda d: d.configure(hint_threshold=256), "Hint threshold must be between 0 and 255"),
         (lambda d: d.configure(prefetch_tiles=0), "Prefetch tiles must be between 1 and 4, not 0"),
         (lambda d: d.configure(cutoff=256), "Cut-off layer must be between 0 and 255, not 256"),
+        (lambda d: d.configure(budget=9), "Budget must be between 0 and 8 eighths, not 9"),
+        (lambda d: d.configure_profile(0, budget=-1), "Budget must be between 0 and 8 eighths"),
         (lambda d: d.switch(3), r"Phase must be one of 0 \(PREFILL\), .*, not 3"),
         (lambda d: d.configure_profile(7, ahead=1), "Phase must be one of 0 .*, not 7"),
         (lambda d: d.configure_profile(0, threshold=-1), "Threshold must be between 0 and 255"),
@@ -183,6 +192,7 @@ def test_more_messages_than_the_link_holds(device):
                 ({2: {"row_stride": 1 << 24}}, "row_stride .* must be a multiple of 16 from 0"),
                 ({0: {"enable": 0}}, "enable of DMA channel 0 must be between 1 and 1, not 0"),
                 ({2: {}, 1: {"enable": 0}}, "enable of DMA channel 1 must be between 1 and 1"),
+                ({3: {"enable": 0}}, "enable of DMA channel 3 must be between 1 and 1"),
             )
         ),
         (lambda d: d.configure(policy=4), r"Policy must be one of 0 \(LRU\), .*, not 4"),
@@ -267,35 +277,36 @@ def test_profiles(device):
     device.configure(threshold=70, hints=True)
     device.configure_profile(
         verify, prefetch=False, hints=False, threshold=90, cutoff=2, lower_credits=3,
-        channels={1: {"weight": 5, "credits": 2}, 3: {"enable": 0, "row_bytes": 64}},
+        budget=4, channels={1: {"weight": 5, "credits": 2}, 2: {"enable": 0, "row_bytes": 64}},
     )  # fmt: skip
     device.configure_profile(Phase.PREFILL, ahead=0, prefetch_tiles=4)
     names = ("predict_threshold", "predict_ahead", "cutoff_layer", "control", "prefetch_tiles")
+    names += ("budget",)
 
     def profile(phase):
         device.write_register("profile_select", phase)
         return [device.read_register(name) for name in names]
 
-    assert profile(Phase.PREFILL) == [64, 0, 255, 17, 4]
-    assert profile(Phase.DECODE) == [70, 3, 255, 19, 1]
-    assert profile(verify) == [90, 3, 2, 16, 1]
+    assert profile(Phase.PREFILL) == [64, 0, 255, 17, 4, 0]
+    assert profile(Phase.DECODE) == [70, 3, 255, 19, 1, 0]
+    assert profile(verify) == [90, 3, 2, 16, 1, 4]
     device.write_register("dma_channel", 1)
     assert device.read_register("dma_shape") == 1 | 1 << 4 | 5 << 8 | 2 << 12 | 64 << 20
-    device.write_register("dma_channel", 3)
-    assert device.read_register("dma_shape") == 2 << 4 | 1 << 8 | 4 << 12 | 64 << 20
+    device.write_register("dma_channel", 2)
+    assert device.read_register("dma_shape") == 1 << 4 | 1 << 8 | 4 << 12 | 64 << 20
     assert device.read_register("dma_row_bytes") == 64
 
     assert device.read_register("profile_active") == Phase.DECODE
     device.switch(verify)
     assert device.read_register("profile_active") == verify
     device.configure(ahead=9, settle=True)
-    assert profile(verify) == [90, 9, 2, 20, 1]
+    assert profile(verify) == [90, 9, 2, 20, 1, 4]
     device.configure(follow_phase=True, hints=True)
     device.begin_token(0, 1, Phase.PREFILL)
     assert device.read_register("profile_active") == Phase.PREFILL
     device.configure(ahead=7)
-    assert profile(Phase.PREFILL) == [64, 7, 255, 16 + 4 + 32 + 1, 4]
-    assert profile(verify) == [90, 9, 2, 16 + 4 + 32 + 2, 1]
+    assert profile(Phase.PREFILL) == [64, 7, 255, 16 + 4 + 32 + 1, 4, 0]
+    assert profile(verify) == [90, 9, 2, 16 + 4 + 32 + 2, 1, 4]
     assert device.refusal() is None
 
 
@@ -543,6 +554,40 @@ def test_checksums():
         ):
             with pytest.raises(ArgumentError, match=text):
                 device.load_checksums(wrong)
+
+
+def test_prefetch_statistics(device):
+    """Rows by layer and kind add up to the counters; cleared with them."""
+    device.configure(hints=True, settle=True)
+    model = device.config.model
+    rng = np.random.default_rng(3)
+    for token in range(12):
+        device.begin_token(0, token)
+        for layer in range(model.layers):
+            if layer + 1 < model.layers:
+                device.hint(0, layer + 1, int(rng.integers(model.experts)), 255)
+            device.sync()
+            device.route(0, layer, [layer, 7] if token % 3 else [layer + 1, 6])
+            arrive(device, 0, layer)
+            device.release(0, layer)
+            device.sync()
+    counts = device.prefetch_statistics()
+    assert counts.shape == (model.layers, len(PrefetchKind), len(PrefetchOutcome))
+    stats = device.stats()
+    for name, outcome in (
+        ("prefetch_issued", PrefetchOutcome.ISSUED),
+        ("useful", PrefetchOutcome.USEFUL),
+        ("late", PrefetchOutcome.LATE),
+        ("useless", PrefetchOutcome.USELESS),
+        ("pollution", PrefetchOutcome.POLLUTING),
+    ):
+        assert counts[..., outcome].sum() == stats[name], name
+    assert stats["useful"] and stats["useless"]
+    assert counts[:, PrefetchKind.NEAR].any() and counts[:, PrefetchKind.HINT].any()
+    # Nobody hints layer 0 here.
+    assert not counts[0, PrefetchKind.HINT].any() and counts[1, PrefetchKind.HINT].any()
+    device.configure(clear_counters=True)
+    assert not device.prefetch_statistics().any()
 
 
 def test_a_device_without_checksums(device):

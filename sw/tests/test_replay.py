@@ -122,6 +122,9 @@ def test_json_object(device):
     assert value["config"]["layer_cycles"] is None
     assert value["timing"]["cycles"] == 0
     assert value["metrics"]["bytes_moved"] == run.metrics()["bytes_moved"]
+    rows = value["prefetches"]
+    assert sum(row["issued"] for row in rows) == value["counters"]["prefetch_issued"] > 0
+    assert {row["kind"] for row in rows} <= {"near", "far"}
     assert value["versions"]["contract"] == "0.2"
 
 
@@ -275,6 +278,17 @@ def test_throttle(pace, wanted, throttled):
         run = replay(device, walk(3), pace=pace, layer_cycles=9, throttle=wanted)
         assert run.throttle == throttled
         assert bool(device.read_register("control") & 8) == throttled
+
+
+@pytest.mark.parametrize("budget", [0, 5])
+def test_budget(budget):
+    config = device_config(walk(), slots=12)
+    with Device(Ticking(config), config) as device:
+        run = replay(device, walk(3), pace="timed", layer_cycles=9, budget=budget)
+        assert run.budget == device.read_register("budget") == budget
+        assert run_object(run, trace_path="walk.npz")["config"]["budget"] == budget
+        with pytest.raises(ArgumentError, match="Budget must be between 0 and 8 eighths, not 9"):
+            replay(device, walk(3), pace="timed", layer_cycles=9, budget=9)
 
 
 def test_throttle_drops_what_does_not_pay():

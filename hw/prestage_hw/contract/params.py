@@ -495,6 +495,21 @@ class DeviceConfig:
         return self.parts or (self.expert_bytes,)
 
     @property
+    def stream_channel(self) -> int:
+        """DMA channel of what is prefetched for a prefill chunk: the last of three or more, else
+        that of other prefetches.
+        """
+        return self.dma_channels - 1 if self.dma_channels > 2 else min(1, self.dma_channels - 1)
+
+    @property
+    def scheduled_channels(self) -> tuple[int, ...]:
+        """DMA channels that the scheduler sends to: of demands, prefetches and prefill chunks.
+
+        None of them can be disabled: a tile that waits in one for ever would hold up demands.
+        """
+        return tuple(sorted({0, min(1, self.dma_channels - 1), self.stream_channel}))
+
+    @property
     def first_tiles(self) -> tuple[int, ...]:
         """First tile of each part."""
         sizes = self.part_bytes

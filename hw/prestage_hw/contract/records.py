@@ -84,6 +84,16 @@ class PrefetchKind(IntEnum):
     HINT = 2
 
 
+class PrefetchOutcome(IntEnum):
+    """What became of a prefetch, for the statistics by layer and kind."""
+
+    ISSUED = 0  # It was given a slot.
+    USEFUL = 1  # A demand, or a lock, came for it.
+    LATE = 2  # It was useful, but still in flight then.
+    USELESS = 3  # It was evicted, given up or failed before a demand came.
+    POLLUTING = 4  # A demand missed an expert that it had evicted.
+
+
 class BufferOp(IntEnum):
     """Operations on the expert buffer."""
 
@@ -172,6 +182,7 @@ class Refusal(IntEnum):
     ROWS = 6
     ENABLE = 7
     PROFILE = 8
+    BUDGET = 9
 
 
 #: One sentence for each refusal, for messages and documents.
@@ -183,8 +194,10 @@ REFUSAL_TEXT = {
     Refusal.BURST: "The burst length is no power of two, or longer than the longest burst.",
     Refusal.CREDITS: "A channel has no credit, or there are more credits than bursts outstanding.",
     Refusal.ROWS: "Size or stride of a row is no whole number of beats, or too large.",
-    Refusal.ENABLE: "Channels 0 and 1 carry demands and prefetches and can't be disabled.",
+    Refusal.ENABLE: "Channels 0 and 1, and the last of three or more, carry demands and prefetches"
+    " and can't be disabled.",
     Refusal.PROFILE: "No phase has that number.",
+    Refusal.BUDGET: "A budget is at most 8 eighths.",
 }
 
 

@@ -18,10 +18,10 @@ __all__ = [
     "REFUSAL_FIELDS",
     "REGISTERS",
     "ROW_STRIDE_BITS",
-    "SCHEDULED_CHANNELS",
     "SHAPE_FIELDS",
     "SLOT_BASE_BYTES",
     "THROTTLE_FIELDS",
+    "TIME_BITS",
     "TIMEOUT_BITS",
     "VERSION",
     "Counter",
@@ -139,6 +139,11 @@ COUNTERS: tuple[Counter, ...] = (
         stage=4,
         description="Experts that arrived whole but not with the checksum loaded for them.",
     ),
+    Counter(
+        name="prefetch_late_dropped",
+        stage=3,
+        description="Candidates of which less than the budget would have come in time.",
+    ),
 )
 
 
@@ -185,9 +190,8 @@ REFUSAL_FIELDS = {"reason": (0, 8), "register": (8, 16), "refused": (31, 1)}
 #: What the address of slot 0 is a multiple of, in bytes, where slots are in a memory of their own.
 SLOT_BASE_BYTES = 4096
 
-#: DMA channels that the scheduler sends to, demands to the first. None of them can be disabled: a
-#: tile that waits in one for ever would hold up demands.
-SCHEDULED_CHANNELS = 2
+#: Width of the registers ``layer_time`` and ``tile_time``, in bits.
+TIME_BITS = 24
 
 #: Bits of the register ``dma_row_stride``.
 ROW_STRIDE_BITS = 24
@@ -201,6 +205,7 @@ PROFILE_REGISTERS = (
     "predict_far_threshold",
     "predict_ahead",
     "cutoff_layer",
+    "budget",
     "dma_lower_credits",
     "dma_shape",
     "dma_row_bytes",
@@ -326,7 +331,7 @@ def _layout() -> tuple[Register, ...]:
         "rw",
         0,
         "Table word for table_data: table in bits 31..24, word in bits 23..0. Table 255 holds the"
-        " experts' checksums.",
+        " experts' checksums, table 254 the statistics of prefetches.",
     )
     add(
         0x1A,
@@ -492,6 +497,30 @@ def _layout() -> tuple[Register, ...]:
         None,
         "What the device has. Bit 0: slots are in a memory behind an AXI4 write port. Bit 1:"
         " checksums of experts. Bits 15..8: copies that an expert may have beside itself.",
+    )
+    add(
+        0x3D,
+        "budget",
+        "rw",
+        0,
+        "Eighths of a prefetch's tiles that must be expected before its deadline, 1 to 8, or it is"
+        " dropped; 0: none is. No effect while control bit 2 is set.",
+    )
+    add(
+        0x3E,
+        "layer_time",
+        "ro",
+        None,
+        "Cycles from one routing decision of a context to the next: a mean with the weight 1/8 for"
+        f" the last one; 0 before there are two, and {1 << TIME_BITS:,} or more do not count.",
+    )
+    add(
+        0x3F,
+        "tile_time",
+        "ro",
+        None,
+        "Cycles that the DMA engine, or the host, takes for a tile while it has any: a mean like"
+        " that; 0 before there is one.",
     )
     at = 0x40
     for counter in COUNTERS:

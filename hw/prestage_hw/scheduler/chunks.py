@@ -60,6 +60,8 @@ class ChunkUnion(wiring.Component):
         The scheduler has no candidate left.
     hold : ``In(1)``
         1 lets what was gathered wait.
+    streaming : ``Out(config.contexts)``
+        Contexts that go through a prefill chunk.
     idle : ``Out(1)``
         No candidate is in the block, nor one gathered that will be handed on.
     """
@@ -86,6 +88,7 @@ class ChunkUnion(wiring.Component):
                 "decision": In(RecordLayout("RoutingDecision", config=config)),
                 "wanted": In(1),
                 "hold": In(1),
+                "streaming": Out(config.contexts),
                 "idle": Out(1),
             }
         )
@@ -235,6 +238,7 @@ class ChunkUnion(wiring.Component):
                 chunk.bit_select(self.token.ctx, 1).eq(
                     (self.token.phase == Phase.PREFILL) | (self.token.phase == Phase.VERIFY)
                 ),
+                self.streaming.bit_select(self.token.ctx, 1).eq(self.token.phase == Phase.PREFILL),
                 target[self.token.ctx].eq(0),
                 pending.bit_select(self.token.ctx, 1).eq(0),
             ]

@@ -43,7 +43,9 @@ class InflightTable(wiring.Component):
     order. A tile of a prefetch is offered only while no demand has tiles left and fewer than
     ``prefetch_tiles`` prefetch tiles are on their way. A failed entry gets no further tiles, a
     cancelled one only if a demand comes for it. Demands go to the DMA engine's first channel,
-    prefetches to its second.
+    prefetches to its second, those of a prefill chunk to ``config.stream_channel``. The prefetch
+    tiles that are on their way are of one channel: else those of the lower class might wait for
+    those of the other for ever, and a demand with them.
 
     At most one of ``allocate``, ``wait``, ``cancel``, ``complete`` and ``free`` may be 1 in a
     cycle. All but ``allocate`` mean the entry ``tag``; what they change is seen from the next cycle
@@ -67,8 +69,9 @@ class InflightTable(wiring.Component):
         leaves one for a demand and keeps to ``config.prefetch_inflight``.
     allocate : ``In(1)``
         Start the fetch of ``entry`` as entry ``free_tag``, a demand with ``waiters`` or a prefetch.
-    entry, waiters, demand : ``In``
-        What is allocated. ``waiters`` has one bit a context; ``wait`` adds them, too.
+    entry, waiters, demand, stream : ``In``
+        What is allocated; ``stream`` is 1 for a prefill chunk's prefetch. ``waiters`` has one bit a
+        context; ``wait`` adds them, too.
     free_tag : ``Out``
         Entry that ``allocate`` takes, from the second cycle after an ``allocate`` or ``free`` on.
     tag : ``In``
@@ -84,6 +87,8 @@ class InflightTable(wiring.Component):
         Entry ``tag`` was cancelled, and is no demand; tiles that came back.
     row_idle, row_disposable : ``Out``
         None of the tiles of entry ``tag`` is on its way; it is a prefetch with tiles left.
+    left : ``Out``
+        Tiles of all entries that did not come back and will, two cycles after they changed.
     waits, waits_kind : ``Out``
         A prefetch's tile is on its way; kind of the one that left last.
     wait : ``In(1)``
@@ -125,6 +130,7 @@ class InflightTable(wiring.Component):
                 "entry": In(self.entry_layout),
                 "waiters": In(config.contexts),
                 "demand": In(1),
+                "stream": In(1),
                 "free_tag": Out(tag_bits),
                 "tag": In(tag_bits),
                 "row": Out(self.entry_layout),
@@ -138,6 +144,7 @@ class InflightTable(wiring.Component):
                 "row_returned": Out(range(config.tiles + 1)),
                 "row_idle": Out(1),
                 "row_disposable": Out(1),
+                "left": Out(range(config.inflight * config.tiles + 1)),
                 "waits": Out(1),
                 "waits_kind": Out(2),
                 "wait": In(1),
@@ -244,9 +251,27 @@ class InflightTable(wiring.Component):
             self.complete_demand.eq(self.tile >= promotion_read.data),
         ]
 
+        # --- tiles yet to come ---
+        left_change = Signal(range(-config.tiles, config.tiles + 1))
+        unissued = Signal(tile_shape)
+        row_tiles = new_tiles = config.tiles
+        if config.layer_bytes:
+            row_tiles, new_tiles = self.row.last_tile + 1, self.entry.last_tile + 1
+        m.d.comb += unissued.eq(row_tiles - row_issued)
+        m.d.sync += [left_change.eq(0), self.left.eq(self.left + left_change)]
+        with m.If(self.allocate):
+            m.d.sync += left_change.eq(new_tiles)
+        with m.Elif(self.complete):
+            m.d.sync += left_change.eq(-1 - Mux(self.failed & row_more, unissued, 0))
+        with m.Elif(self.cancel):
+            m.d.sync += left_change.eq(-unissued)
+        with m.Elif(self.wait & self.row_cancelled & ~self.row_failed):
+            m.d.sync += left_change.eq(unissued)
+
         # --- choice of the next tile ---
         want_demand = Signal(count)
         want = Signal(count)
+        fits = Signal(count)  # Its channel is that of the prefetch tiles on their way.
         best = Signal(count)
         best_tag = Signal(config.bits("tag"))
         m.d.comb += [
@@ -260,9 +285,18 @@ class InflightTable(wiring.Component):
             ),
         ]
         for i in range(count):
-            m.d.comb += best[i].eq(want[i] & ~(want & older[i]).any())
+            m.d.comb += best[i].eq(want[i] & fits[i] & ~(want & older[i]).any())
             with m.If(best[i]):
                 m.d.comb += best_tag.eq(i)
+
+        if config.dma_channels > 2:
+            streams = Signal(count)
+            streaming = Signal()  # So were the prefetch tiles that left last.
+            m.d.comb += fits.eq(
+                demand | ~(streams ^ streaming.replicate(count)) | (under_way == 0).replicate(count)
+            )
+        else:
+            m.d.comb += fits.eq(everything)
 
         # The choice passes through two registers: which entry, then what is known of it. It counts
         # if nothing has changed since it was made.
@@ -278,11 +312,12 @@ class InflightTable(wiring.Component):
         prepared_part = Signal(range(parts))
         next_part = Signal(range(parts))
         prepared_demand = Signal()
-        prepared_last, row_tiles = config.tiles - 1, config.tiles
+        prepared_last = config.tiles - 1
         if config.layer_bytes:
             prepared_last = Signal(config.bits("tile"))
             m.d.sync += prepared_last.eq(offer_read.data.last_tile)
-            row_tiles = self.row.last_tile + 1
+        prefetch_channel = Signal(config.bits("channel"))
+        target = Signal(count)  # Entry that changes, one bit.
         ready = Signal()
         load = Signal()
         changing = Signal()
@@ -313,13 +348,23 @@ class InflightTable(wiring.Component):
             m.d.sync += [
                 self.fetches.payload.tag.eq(prepared_tag),
                 self.fetches.payload.demand.eq(prepared_demand),
-                self.fetches.payload.channel.eq(~prepared_demand if config.dma_channels > 1 else 0),
+                self.fetches.payload.channel.eq(Mux(prepared_demand, 0, prefetch_channel)),
                 self.fetches.payload.slot.eq(prepared_slot),
                 self.fetches.payload.tile.eq(prepared_tile),
                 self.fetches.payload.address.eq(
                     prepared_address + prepared_tile * config.tile_bytes
                 ),
             ]
+        m.d.comb += prefetch_channel.eq(min(1, config.dma_channels - 1))
+        if config.dma_channels > 2:
+            prepared_stream = Signal()
+            m.d.sync += prepared_stream.eq((chosen & streams).any())
+            with m.If(prepared_stream):
+                m.d.comb += prefetch_channel.eq(config.stream_channel)
+            with m.If(load & ~prepared_demand):
+                m.d.sync += streaming.eq(prepared_stream)
+            with m.If(self.allocate):
+                m.d.sync += streams.eq(Mux(self.stream, streams | target, streams & ~target))
         if config.mover == "host":
             prepared_layer = Signal(config.bits("layer"))
             prepared_expert = Signal(config.bits("expert"))
@@ -348,7 +393,6 @@ class InflightTable(wiring.Component):
                     m.d.sync += [issued[i].eq(prepared_tile + 1), part[i].eq(next_part)]
 
         # --- changes ---
-        target = Signal(count)  # Entry that changes, one bit.
         m.d.comb += [
             target.eq(1 << Mux(self.allocate, self.free_tag, self.tag)),
             entry_write.addr.eq(self.free_tag),

@@ -13,10 +13,13 @@ from prestage_hw.contract.records import (
     PrefetchKind,
     Source,
 )
+from prestage_hw.contract.registers import TIME_BITS
 from prestage_hw.layouts import RecordLayout
 
+from .budget import Budget, answer_cycles
 from .inflight import InflightTable
 from .queue import CandidateQueue
+from .statistics import PrefetchStatistics
 from .throttle import Outcome, OutcomeLayout, Throttle, ThrottleStateLayout, WeightsLayout
 
 __all__ = ["STROBES", "Scheduler"]
@@ -48,6 +51,7 @@ STROBES = (
     "demand_bytes",
     "prefetch_bytes",
     "checksum_errors",
+    "prefetch_late_dropped",
 )
 
 
@@ -144,8 +148,18 @@ class Scheduler(wiring.Component):
         The register ``throttle``.
     throttle_state : ``Out(ThrottleStateLayout())``
         The register ``throttle_state``.
+    budget : ``In(4)``
+        The register of that name; no effect while ``alone`` is 1.
+    layer_time, tile_time : ``Out(24)``
+        The registers of these names.
+    streaming : ``In(config.contexts)``
+        Contexts that go through a prefill chunk: what the predictor proposes for their next layer
+        goes over ``config.stream_channel``.
+    statistics_requests, statistics_values, clear_statistics
+        As ``requests``, ``values`` and ``clear`` of :class:`PrefetchStatistics`.
     clear : ``In(1)``
-        A pulse makes the throttle forget what it has counted. Nothing else may be in the block.
+        A pulse makes throttle and budget forget what they have counted and measured. Nothing else
+        may be in the block.
     demanding : ``Out(1)``
         A demand waits, or is looked up.
     strobes : ``Out(StructLayout)``
@@ -163,6 +177,9 @@ class Scheduler(wiring.Component):
     def __init__(self, *, config):
         require_config(config)
         self.config = config
+        #: Cycles for which a candidate, and what comes meanwhile, is held up if the register
+        #: ``budget`` is not 0.
+        self.weigh_latency = answer_cycles(config)
         #: Commands that may wait: two routing decisions at least.
         self.command_depth = max(16, 2 * config.model.top_k)
 
@@ -172,6 +189,7 @@ class Scheduler(wiring.Component):
         def record(name):
             return stream.Signature(RecordLayout(name, config=config))
 
+        contexts = config.contexts
         others = len(config.part_bytes) - 1
         bases = {"part_bases": In(data.ArrayLayout(config.address_bits, others))}
         starts = {
@@ -214,6 +232,13 @@ class Scheduler(wiring.Component):
                 "throttle_enable": In(1),
                 "throttle_weights": In(WeightsLayout()),
                 "throttle_state": Out(ThrottleStateLayout()),
+                "budget": In(4),
+                "layer_time": Out(TIME_BITS),
+                "tile_time": Out(TIME_BITS),
+                "streaming": In(contexts),
+                "statistics_requests": In(record("TableRequest")),
+                "statistics_values": Out(stream.Signature(32)),
+                "clear_statistics": In(1),
                 "clear": In(1),
                 "demanding": Out(1),
                 "strobes": Out(data.StructLayout({name: unsigned(1) for name in STROBES})),
@@ -230,6 +255,8 @@ class Scheduler(wiring.Component):
         m.submodules.queue = queue = CandidateQueue(config=config)
         m.submodules.table = table = InflightTable(config=config)
         m.submodules.throttle = throttle = Throttle(config=config)
+        m.submodules.statistics = statistics = PrefetchStatistics(config=config)
+        m.submodules.budgeting = budget = Budget(config=config)
         m.submodules.commands = commands = fifo.SyncFIFOBuffered(
             width=self.commands.payload.shape().size, depth=self.command_depth
         )
@@ -240,6 +267,9 @@ class Scheduler(wiring.Component):
         filling_write = filling.write_port()
         filling_read = filling.read_port()
 
+        wiring.connect(m, throttle.marks, statistics.marks)
+        wiring.connect(m, wiring.flipped(self.statistics_requests), statistics.requests)
+        wiring.connect(m, statistics.values, wiring.flipped(self.statistics_values))
         wiring.connect(m, wiring.flipped(self.candidates), queue.i)
         wiring.connect(m, wiring.flipped(self.commands), commands.w_stream)
         wiring.connect(m, table.fetches, wiring.flipped(self.fetches))
@@ -272,6 +302,8 @@ class Scheduler(wiring.Component):
         value = Signal(8)  # confidence of a candidate
         hinted = Signal()  # It comes from a hint.
         kind = Signal(PrefetchKind)
+        streams = Signal()  # It is one of a prefill chunk's.
+        weighs = Signal()  # Whether it comes late is asked.
         route_starts = Signal()
         waiting = Signal()  # A demand found no slot and waits for a completion.
         retry = Signal()  # That completion has come.
@@ -313,6 +345,11 @@ class Scheduler(wiring.Component):
             throttle.enable.eq(self.throttle_enable),
             throttle.clear.eq(self.clear),
             self.throttle_state.eq(throttle.state),
+            statistics.clear.eq(self.clear_statistics),
+            budget.budget.eq(self.budget),
+            budget.clear.eq(self.clear),
+            self.layer_time.eq(budget.layer_time),
+            self.tile_time.eq(budget.tile_time),
         ]
         with m.If(throttle.outcomes.ready):
             m.d.sync += outcome_valid.eq(0)
@@ -367,6 +404,7 @@ class Scheduler(wiring.Component):
             table.entry.deadline.eq(deadline),
             table.entry.kind.eq(kind),
             *([table.entry.last_tile.eq(last_tile)] if config.layer_bytes else []),
+            table.stream.eq(streams),
             table.waiters.eq(Mux(wanted, one_ctx, 0)),
             table.demand.eq(wanted),
             table.tile.eq(completion.tile),
@@ -380,6 +418,15 @@ class Scheduler(wiring.Component):
                 | (state == _State.RETURN)
                 | (state == _State.FREE)
             ),
+            budget.routed.eq((state == _State.LOOKUP) & route_starts),
+            budget.ctx.eq(ctx),
+            budget.fetched.eq(self.fetches.valid & self.fetches.ready),
+            budget.completed.eq(self.completions.valid & self.completions.ready),
+            budget.failed.eq(self.completions.payload.failed),
+            budget.left.eq(table.left),
+            budget.ask_ctx.eq(ctx),
+            budget.ask_deadline.eq(-age),
+            *([budget.ask_layer.eq(layer)] if config.layer_bytes else []),
             filling_write.addr.eq(result.slot),
             filling_write.data.eq(table.free_tag),
             filling_read.addr.eq(self.buffer_results.payload.slot),
@@ -393,6 +440,9 @@ class Scheduler(wiring.Component):
         ):
             with m.If(stream_.ready):
                 m.d.sync += stream_.valid.eq(0)
+
+        budgeted = Signal()
+        m.d.sync += budgeted.eq((self.budget != 0) & ~self.alone)
 
         # Whether a candidate may come, known from the state's second cycle on. There nothing of it
         # changes but that the throttle comes to an end: what it was told before counts.
@@ -483,7 +533,10 @@ class Scheduler(wiring.Component):
                     ]
 
             with m.Case(_State.SCREEN):
+                m.d.comb += budget.ask.eq(budgeted)
                 m.d.sync += [
+                    weighs.eq(budgeted),
+                    streams.eq(~hinted & age.all() & (self.streaming & one_ctx).any()),
                     kind.eq(
                         Mux(
                             hinted,
@@ -496,8 +549,14 @@ class Scheduler(wiring.Component):
 
             with m.Case(_State.JUDGE):
                 admitted = throttle.admits.bit_select(kind, 1)
-                m.d.comb += strobe.prefetch_throttled.eq(~admitted)
-                m.d.sync += state.eq(Mux(admitted, _State.LOOKUP, _State.DISPATCH))
+                with m.If(~weighs | budget.answered):
+                    m.d.comb += [
+                        strobe.prefetch_throttled.eq(~admitted),
+                        strobe.prefetch_late_dropped.eq(admitted & weighs & budget.late),
+                    ]
+                    m.d.sync += state.eq(
+                        Mux(admitted & ~(weighs & budget.late), _State.LOOKUP, _State.DISPATCH)
+                    )
 
             with m.Case(_State.SCAN):
                 m.d.sync += [
@@ -634,6 +693,7 @@ class Scheduler(wiring.Component):
                     expert=expert,
                     evicted=result.evicted,
                     unused=result.evicted_unused,
+                    polluted=result.polluted,
                     waits=waits & (op == BufferOp.DEMAND),
                     kind=Mux(wanted, waits_kind, kind),
                 )
@@ -796,6 +856,7 @@ class Scheduler(wiring.Component):
             & ~self.strobes.as_value().any()
             & (scans == 0)
             & throttle.idle
+            & statistics.idle
             & (~outcome_valid & no_copy if may_copy else ~outcome_valid)
         )
         return m

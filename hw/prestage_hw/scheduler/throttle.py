@@ -6,8 +6,10 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import PrefetchKind
+from prestage_hw.contract.records import PrefetchKind, PrefetchOutcome
 from prestage_hw.contract.registers import THROTTLE_FIELDS
+
+from .statistics import MarksLayout
 
 __all__ = ["Outcome", "OutcomeLayout", "Throttle", "ThrottleStateLayout", "WeightsLayout"]
 
@@ -45,6 +47,7 @@ class OutcomeLayout(data.StructLayout):
                 "expert": unsigned(config.bits("expert")),
                 "evicted": 1,
                 "unused": 1,  # What was evicted had been prefetched and not used.
+                "polluted": 1,  # MISS: a prefetch had evicted the expert.
                 "waits": 1,  # MISS: the demand finds a prefetch's tile before it, of ``kind``.
                 "kind": unsigned(2),  # Of a PREFETCH.
                 "returned": unsigned((config.tiles).bit_length()),  # USED: tiles that have come.
@@ -85,7 +88,7 @@ class Throttle(wiring.Component):
     is off, a candidate may probe after 2 ** 4 demand misses, then after twice as many each time up
     to 2 ** ``probe``; a probe that is used makes it a quarter again.
 
-    An outcome takes ``latency`` cycles, after which ``admits`` shows it.
+    An outcome takes ``latency`` cycles unless ``marks`` waits, after which ``admits`` shows it.
 
     Parameters
     ----------
@@ -100,6 +103,8 @@ class Throttle(wiring.Component):
         The register ``throttle``.
     enable : ``In(1)``
         0 admits all kinds; outcomes are counted all the same.
+    marks : ``Out(stream.Signature(MarksLayout(config=config)))``
+        What each outcome is in the statistics by layer and kind.
     admits : ``Out(3)``
         One bit for each ``PrefetchKind``: a candidate may be prefetched now.
     state : ``Out(ThrottleStateLayout())``
@@ -120,6 +125,7 @@ class Throttle(wiring.Component):
             {
                 "outcomes": In(stream.Signature(OutcomeLayout(config=config))),
                 "weights": In(WeightsLayout()),
+                "marks": Out(stream.Signature(MarksLayout(config=config))),
                 "enable": In(1),
                 "admits": Out(_KINDS),
                 "state": Out(ThrottleStateLayout()),
@@ -144,11 +150,16 @@ class Throttle(wiring.Component):
             shape=owner_layout, depth=config.slots, init=[], attrs=own
         )
         owner_read, owner_write = owners.read_port(), owners.write_port()
-        # When an expert was evicted last.
+        # When an expert was evicted last, and for whom.
         depth = config.model.layers << expert_bits
         eviction_bits = max(_EVICTION_BITS, config.slots.bit_length() + 2)
         m.submodules.evicted = evicted = Memory(
-            shape=unsigned(eviction_bits), depth=depth, init=[], attrs=own
+            shape=data.StructLayout(
+                {"at": eviction_bits, "layer": config.bits("layer"), "kind": 2}
+            ),
+            depth=depth,
+            init=[],
+            attrs=own,
         )
         evicted_read, evicted_write = evicted.read_port(), evicted.write_port()
 
@@ -178,7 +189,7 @@ class Throttle(wiring.Component):
 
         now = Signal(OutcomeLayout(config=config))
         before = Signal(owner_layout, reset_less=True)  # who had the slot
-        since = Signal(eviction_bits, reset_less=True)
+        since = Signal(evicted_read.data.shape(), reset_less=True)
         age = Signal(eviction_bits)
         eighths = Signal(range(9))
         worth = Signal(8)
@@ -214,8 +225,18 @@ class Throttle(wiring.Component):
             owner_write.data.number.layer.eq(now.layer),
             owner_write.data.kind.eq(Mux(is_prefetch, now.kind, _KINDS)),
             evicted_write.addr.eq(before.number),
-            evicted_write.data.eq(evictions),
+            evicted_write.data.at.eq(evictions),
+            evicted_write.data.layer.eq(now.layer),
+            evicted_write.data.kind.eq(owner_write.data.kind),
         ]
+        first, second = self.marks.payload.first, self.marks.payload.second
+        late = now.returned != config.tiles
+        if config.layer_bytes:
+            late = now.returned <= now.last_tile
+        # A copy is a prefetch of nobody.
+        counts = ~(is_prefetch & (now.kind == _KINDS)) if config.replicas > 1 else 1
+        with m.If(self.marks.ready):
+            m.d.sync += self.marks.valid.eq(0)
 
         with m.FSM(init="Clear") as fsm:
             with m.State("Clear"):
@@ -255,11 +276,33 @@ class Throttle(wiring.Component):
                 m.next = "Age"
             with m.State("Age"):
                 m.d.sync += [
-                    age.eq(evictions - since),
+                    age.eq(evictions - since.at),
                     worth.eq(self.weights.useful * eighths),
                     evictions.eq(evictions + (takes & now.evicted)),
                     steps.eq(1),
+                    self.marks.valid.eq(1),
+                    first.valid.eq(Mux(is_miss, now.polluted, counts)),
+                    first.layer.eq(before.number.layer),
+                    first.kind.eq(before.kind),
+                    first.outcome.eq(Mux(is_used, PrefetchOutcome.USEFUL, PrefetchOutcome.USELESS)),
+                    # A prefetch that is evicted unused, or used before it has come.
+                    second.valid.eq(Mux(is_used, late, takes & now.evicted & now.unused)),
+                    second.layer.eq(before.number.layer),
+                    second.kind.eq(before.kind),
+                    second.outcome.eq(Mux(is_used, PrefetchOutcome.LATE, PrefetchOutcome.USELESS)),
                 ]
+                with m.If(is_prefetch):
+                    m.d.sync += [
+                        first.layer.eq(now.layer),
+                        first.kind.eq(now.kind),
+                        first.outcome.eq(PrefetchOutcome.ISSUED),
+                    ]
+                with m.If(is_miss):
+                    m.d.sync += [
+                        first.layer.eq(since.layer),
+                        first.kind.eq(since.kind),
+                        first.outcome.eq(PrefetchOutcome.POLLUTING),
+                    ]
                 m.next = "Count"
             with m.State("Count"):
                 # One kind after the other, each in five cycles.
@@ -272,7 +315,8 @@ class Throttle(wiring.Component):
                     m.next = "Settle"
             with m.State("Settle"):
                 # ``admits`` is a register behind the flags.
-                m.next = "Idle"
+                with m.If(~self.marks.valid):
+                    m.next = "Idle"
 
         # Step n looks at kind n; what it finds goes on through the registers of four more cycles.
         for n in range(_KINDS):

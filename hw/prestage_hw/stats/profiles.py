@@ -11,7 +11,6 @@ from prestage_hw.contract.registers import (
     PROFILE_REGISTERS,
     REFUSAL_FIELDS,
     ROW_STRIDE_BITS,
-    SCHEDULED_CHANNELS,
     SHAPE_FIELDS,
     register_by_name,
 )
@@ -38,6 +37,7 @@ class ActiveProfileLayout(data.StructLayout):
                 "predict_far_threshold": 8,
                 "predict_ahead": 8,
                 "cutoff_layer": 8,
+                "budget": 4,
                 "dma_lower_credits": 5,
             }
         )
@@ -149,11 +149,15 @@ class Profiles(wiring.Component):
         checks = {
             "profile": ((value > max(Phase), Refusal.PROFILE),),
             "profile_select": ((value > max(Phase), Refusal.PROFILE),),
+            "budget": ((value > 8, Refusal.BUDGET),),
             "dma_channel": ((value >= config.dma_channels, Refusal.CHANNEL),),
             "dma_lower_credits": ((value > config.outstanding_bursts, Refusal.CREDITS),),
             "dma_shape": (
                 *shape_refusals(config, **shape),
-                (~enabled & (channel < SCHEDULED_CHANNELS), Refusal.ENABLE),
+                (
+                    ~enabled & Cat(channel == c for c in config.scheduled_channels).any(),
+                    Refusal.ENABLE,
+                ),
             ),
             "dma_row_bytes": ((rows_are_bad(config, row_bytes=value), Refusal.ROWS),),
             "dma_row_stride": (
@@ -252,6 +256,7 @@ class Profiles(wiring.Component):
                 "predict_far_threshold",
                 "predict_ahead",
                 "cutoff_layer",
+                "budget",
                 "dma_lower_credits",
             ):
                 with m.Case(register_by_name(name).address):

@@ -11,6 +11,7 @@ from prestage_hw.contract.registers import (
     COUNTERS,
     SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
+    TIME_BITS,
     TIMEOUT_BITS,
     register_by_name,
     shape_registers,
@@ -64,6 +65,8 @@ class RegisterBank(wiring.Component):
         Counter of a channel, and its value a cycle later.
     throttle_state : ``In(ThrottleStateLayout())``
         The register of that name.
+    layer_time, tile_time : ``In(24)``
+        The registers of these names.
     engine_idle : ``In(1)``
         Nothing is under way.
     control : ``Out(StructLayout)``
@@ -101,6 +104,8 @@ class RegisterBank(wiring.Component):
                 "counters": In(data.StructLayout({c.name: c.bits for c in COUNTERS})),
                 "engine_idle": In(1),
                 "throttle_state": In(ThrottleStateLayout()),
+                "layer_time": In(TIME_BITS),
+                "tile_time": In(TIME_BITS),
                 "channel_counter": Out(CounterAddressLayout(config=config)),
                 "channel_value": In(32),
                 "abort": Out(1),
@@ -195,6 +200,8 @@ class RegisterBank(wiring.Component):
             "policy": policy,
             "throttle": throttle,
             "throttle_state": self.throttle_state.as_value(),
+            "layer_time": self.layer_time,
+            "tile_time": self.tile_time,
             "hint_threshold": hint_threshold,
             "expert_base_low": base_low,
             "expert_base_high": base_high,

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from prestage_hw.contract.crc import CHECKSUM_TABLE
 from prestage_hw.contract.params import DeviceConfig
+from prestage_hw.contract.statistics import STATISTICS_TABLE
 
 from .buffer.buffer import ExpertBuffer
 from .dma.checksum import Checksums
@@ -14,6 +15,7 @@ from .link.dispatcher import Answer, Dispatcher
 from .link.mover import Copier, Copies, HostCopies, HostMover
 from .predictor import Predictor, create_predictor
 from .scheduler.scheduler import Memory, Scheduler
+from .scheduler.statistics import PrefetchStatistics
 from .stats.counters import Counters
 from .stats.registers import RegisterBank
 
@@ -21,37 +23,46 @@ __all__ = ["Tables", "Top"]
 
 
 class Tables:
-    """Tables of the predictor, and that of checksums.
+    """Tables of the predictor, that of checksums and that of the statistics of prefetches.
 
     Parameters
     ----------
     predictor : :class:`Predictor`
-        Answers for all tables but that of checksums.
+        Answers for all tables but the other two.
     checksums : :class:`Checksums`
-        Answers for that.
+        Answers for table 255.
+    statistics : :class:`PrefetchStatistics`
+        Answers for table 254, which ignores writes.
     """
 
-    def __init__(self, predictor: Predictor, checksums: Checksums) -> None:
+    def __init__(
+        self, predictor: Predictor, checksums: Checksums, statistics: PrefetchStatistics
+    ) -> None:
         self._predictor = predictor
         self._checksums = checksums
+        self._statistics = statistics
 
     def table_words(self, table: int) -> int:
         """Words in a table, 0 if there is none."""
         if table == CHECKSUM_TABLE:
             return self._checksums.words
+        if table == STATISTICS_TABLE:
+            return self._statistics.words
         return self._predictor.table_words(table)
 
     def read_table(self, table: int, word: int) -> int:
         """One word of a table."""
         if table == CHECKSUM_TABLE:
             return self._checksums.read(word)
+        if table == STATISTICS_TABLE:
+            return self._statistics.read(word)
         return self._predictor.read_table(table, word)
 
     def write_table(self, table: int, word: int, value: int) -> None:
         """Store one word in a table."""
         if table == CHECKSUM_TABLE:
             self._checksums.write(word, value)
-        else:
+        elif table != STATISTICS_TABLE:
             self._predictor.write_table(table, word, value)
 
 
@@ -84,7 +95,7 @@ class Top:
         self.scheduler = Scheduler(
             config, buffer=self.buffer, memory=self.memory, counters=self.counters
         )
-        tables = Tables(self.predictor, self.scheduler.checksums)
+        tables = Tables(self.predictor, self.scheduler.checksums, self.scheduler.statistics)
         self.registers = RegisterBank(
             config,
             self.counters,

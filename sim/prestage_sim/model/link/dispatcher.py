@@ -13,6 +13,7 @@ from ..dma.checksum import Checksums
 from ..dma.settings import Channel
 from ..scheduler.chunks import ChunkUnion
 from ..scheduler.inflight import Copy
+from ..scheduler.statistics import PrefetchStatistics
 from ..scheduler.throttle import Throttle
 from ..stats.accuracy import Accuracy
 from ..stats.counters import Counters
@@ -70,6 +71,8 @@ class Scheduler(Protocol):
     bases: list[int]
     checksums: Checksums
     throttle: Throttle
+    statistics: PrefetchStatistics
+    streaming: list[bool]
 
     def demand(
         self, ctx: int, layer: int, experts: Sequence[int], *, repeat: bool
@@ -197,6 +200,7 @@ class Dispatcher:
         self._scheduler.enable = bool(registers["control"] & 1)
         self._scheduler.cutoff_layer = registers["cutoff_layer"]
         self._scheduler.channels = registers.profiles.dma.active
+        self._scheduler.streaming = self._chunks.streaming
         self._scheduler.throttle.enable = bool(registers["control"] & 8)
         self._scheduler.throttle.register = registers["throttle"]
         self._buffer.policy = registers["policy"]
@@ -374,6 +378,7 @@ class Dispatcher:
             self._current = [-1] * self._config.contexts
         if "counters" in cleared:
             self._counters.clear()
+            self._scheduler.statistics.clear()
             self._registers.channels.clear()
         if "checksums" in cleared:
             self._scheduler.checksums.clear()

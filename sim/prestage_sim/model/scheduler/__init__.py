@@ -1,8 +1,21 @@
 """Golden model of stage 3: the scheduler."""
 
+from .budget import Budget
 from .inflight import Copy, Entry
 from .queue import CandidateQueue
 from .scheduler import Event, Ready, Scheduler
+from .statistics import PrefetchStatistics
 from .throttle import Throttle, kind_of
 
-__all__ = ["CandidateQueue", "Copy", "Entry", "Event", "Ready", "Scheduler", "Throttle", "kind_of"]
+__all__ = [
+    "Budget",
+    "CandidateQueue",
+    "Copy",
+    "Entry",
+    "Event",
+    "PrefetchStatistics",
+    "Ready",
+    "Scheduler",
+    "Throttle",
+    "kind_of",
+]

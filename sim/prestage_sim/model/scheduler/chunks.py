@@ -23,10 +23,16 @@ class ChunkUnion:
     ----------
     config : :class:`DeviceConfig`
         Device.
+
+    Attributes
+    ----------
+    streaming : list of :class:`bool`
+        Contexts that go through a prefill chunk.
     """
 
     def __init__(self, config: DeviceConfig) -> None:
         require_config(config)
+        self.streaming = [False] * config.contexts
         self._chunk = [False] * config.contexts
         self._target = [0] * config.contexts
         # Popularity, deadline and whether it was handed on, by context and expert.
@@ -35,6 +41,7 @@ class ChunkUnion:
     def begin(self, ctx: int, phase: int) -> None:
         """A token starts, or a chunk."""
         self._chunk[ctx] = phase in (Phase.PREFILL, Phase.VERIFY)
+        self.streaming[ctx] = phase == Phase.PREFILL
         self._target[ctx] = 0
 
     def decide(self, ctx: int, layer: int) -> None:

@@ -32,6 +32,8 @@ class Entry:
         Contexts that wait for it, ascending.
     copy : :class:`bool`
         Whether it is fetched for the sake of copies: no prefetch that the throttle counts.
+    stream : :class:`bool`
+        It is a prefetch of a prefill chunk's.
     """
 
     layer: int
@@ -40,3 +42,4 @@ class Entry:
     demand: bool
     waiters: list[int] = field(default_factory=list)
     copy: bool = False
+    stream: bool = False

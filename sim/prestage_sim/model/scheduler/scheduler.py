@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode
+from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode, PrefetchKind
 
 from ..dma.axi import BusError, Memory
 from ..dma.checksum import Checksums
@@ -17,6 +17,7 @@ from ..link.mover import Copies
 from ..stats.counters import ChannelCounters
 from .inflight import Copy, Entry
 from .queue import CandidateQueue, enters
+from .statistics import PrefetchStatistics
 from .throttle import Throttle, kind_of
 
 __all__ = ["Buffer", "Event", "Memory", "Ready", "Scheduler"]
@@ -96,8 +97,9 @@ class Scheduler:
     is hangs on time, so that with bus errors it is the model's as long as a decision's demands are
     all looked up before the first of them fails, and with the policy LRU: others count each time
     that a demand asks for a slot until it gets one.
-    Two things are not modelled because drained pace never shows them: demands that find a
-    prefetch in flight or wait for its tile, and prefetches that are given up. Candidates that are
+    Three things are not modelled because drained pace never shows them: demands that find a
+    prefetch in flight or wait for its tile, prefetches that are given up, and the budget, which has
+    no effect with control bit 2. Candidates that are
     offered together are all in the queue before the first of them is served, as in the RTL while
     ``hold`` is 1.
 
@@ -136,6 +138,10 @@ class Scheduler:
         As above.
     throttle : :class:`Throttle`
         Drops candidates of kinds that cost more than they save.
+    statistics : :class:`PrefetchStatistics`
+        What became of prefetches, by layer and kind.
+    streaming : list of :class:`bool`
+        Contexts that go through a prefill chunk.
 
     Raises
     ------
@@ -165,6 +171,8 @@ class Scheduler:
         self.cutoff_layer = 255
         self.channels = Settings(config).active
         self.throttle = Throttle(config)
+        self.statistics = PrefetchStatistics(config)
+        self.streaming = [False] * config.contexts
         self._dma = DMA(config)
         self.channel_counters = ChannelCounters(config)
         self._routes = [0] * config.contexts
@@ -209,6 +217,7 @@ class Scheduler:
             if result.prefetched:
                 counters["useful"] += 1
                 self.throttle.used(result.slot)
+                self.statistics.used(result.slot)
             counters["pollution"] += result.polluted
             self._count_eviction(result)
             if result.code == _RESIDENT:
@@ -216,13 +225,7 @@ class Scheduler:
                 answers.append(Ready(ctx, layer, expert, result.slot))
             elif result.code == _ALLOCATED:
                 counters["misses"] += 1
-                self.throttle.miss(
-                    layer,
-                    expert,
-                    slot=result.slot,
-                    evicted=result.evicted,
-                    unused=result.evicted_unused,
-                )
+                self._missed(layer, expert, result)
                 inflight.append(Entry(layer, expert, result.slot, True, [ctx]))
                 self._begin(inflight[-1])
             elif result.code == _NO_SLOT:
@@ -256,15 +259,17 @@ class Scheduler:
             if result.code == _ALLOCATED:
                 counters["prefetch_issued"] += 1
                 self._count_eviction(result)
-                self.throttle.prefetch(
-                    layer,
-                    expert,
-                    kind,
-                    slot=result.slot,
-                    evicted=result.evicted,
-                    unused=result.evicted_unused,
-                )
-                self._fill(Entry(layer, expert, result.slot, False))
+                for told in (self.throttle, self.statistics):
+                    told.prefetch(
+                        layer,
+                        expert,
+                        kind,
+                        slot=result.slot,
+                        evicted=result.evicted,
+                        unused=result.evicted_unused,
+                    )
+                stream = kind == PrefetchKind.NEAR and self.streaming[ctx]
+                self._fill(Entry(layer, expert, result.slot, False, stream=stream))
             elif result.code == _NO_SLOT:
                 counters["prefetch_no_slot"] += 1
             elif result.code == _OUTBID:
@@ -292,13 +297,12 @@ class Scheduler:
         if result.prefetched:
             counters["useful"] += 1
             self.throttle.used(result.slot)
+            self.statistics.used(result.slot)
         if result.code == _RESIDENT:
             return [Ready(ctx, layer, expert, result.slot)]
         counters["lock_misses"] += 1
         self._count_eviction(result)
-        self.throttle.miss(
-            layer, expert, slot=result.slot, evicted=result.evicted, unused=result.evicted_unused
-        )
+        self._missed(layer, expert, result)
         return self._fill(Entry(layer, expert, result.slot, True, [ctx]))
 
     def unlock(self, ctx: int, layer: int, expert: int) -> list[Ready | Event]:
@@ -326,13 +330,9 @@ class Scheduler:
                 answers.append(Copy(ctx, layer, expert, number, result.slot))
             elif result.code == _ALLOCATED:
                 self._count_eviction(result)
-                self.throttle.copied(
-                    layer,
-                    expert,
-                    slot=result.slot,
-                    evicted=result.evicted,
-                    unused=result.evicted_unused,
-                )
+                slot, evicted, unused = result.slot, result.evicted, result.evicted_unused
+                self.throttle.copied(layer, expert, slot=slot, evicted=evicted, unused=unused)
+                self.statistics.copied(layer, expert, slot=slot, evicted=evicted, unused=unused)
                 [answer] = self._fill(Entry(layer, expert, result.slot, False, [ctx], copy=True))
                 good = isinstance(answer, Ready)
                 answers.append(Copy(ctx, layer, expert, number, result.slot) if good else answer)
@@ -344,6 +344,19 @@ class Scheduler:
     def clear(self) -> None:
         """Forget what was counted, along with the buffer."""
         self.throttle.clear()
+
+    def _missed(self, layer: int, expert: int, result: _Result) -> None:
+        """A demand or a lock was given a slot."""
+        slot, evicted, unused = result.slot, result.evicted, result.evicted_unused
+        self.throttle.miss(layer, expert, slot=slot, evicted=evicted, unused=unused)
+        self.statistics.miss(
+            layer, expert, slot=slot, evicted=evicted, unused=unused, polluted=result.polluted
+        )
+
+    def _dropped(self, slot: int) -> None:
+        """A prefetch failed."""
+        self.throttle.dropped(slot)
+        self.statistics.dropped(slot)
 
     def _count_eviction(self, result: _Result) -> None:
         if result.evicted:
@@ -404,7 +417,7 @@ class Scheduler:
             return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
         self.counters["fill_errors"] += 1
         if not entry.demand and not entry.copy:
-            self.throttle.dropped(slot)
+            self._dropped(slot)
         address = self.config.expert_address(entry.layer, entry.expert, base=self.expert_base)
         address += first_failed * self.config.tile_bytes
         return [
@@ -419,7 +432,10 @@ class Scheduler:
 
     def _channel_number(self, entry: Entry) -> int:
         """The channel that fetches an expert."""
-        return 0 if entry.demand else min(1, self.config.dma_channels - 1)
+        config = self.config
+        if entry.demand:
+            return 0
+        return config.stream_channel if entry.stream else min(1, config.dma_channels - 1)
 
     def _channel(self, entry: Entry) -> Channel:
         """Its settings."""
@@ -471,5 +487,5 @@ class Scheduler:
         """A fetch ended in an error."""
         self.counters["fill_errors"] += 1
         if not entry.demand and not entry.copy:
-            self.throttle.dropped(entry.slot)
+            self._dropped(entry.slot)
         return [Event(code, ctx, entry.layer, entry.expert, address) for ctx in entry.waiters]

@@ -10,7 +10,6 @@ from prestage_hw.contract.registers import (
     PROFILE_REGISTERS,
     REFUSAL_FIELDS,
     ROW_STRIDE_BITS,
-    SCHEDULED_CHANNELS,
     SHAPE_FIELDS,
     register_by_name,
 )
@@ -27,6 +26,7 @@ _OWN = {
     "predict_far_threshold": 255,
     "predict_ahead": 255,
     "cutoff_layer": 255,
+    "budget": 15,
     "dma_lower_credits": 31,
 }
 
@@ -168,6 +168,8 @@ class Profiles:
             return Refusal.PROFILE
         if name == "dma_channel" and value >= self._config.dma_channels:
             return Refusal.CHANNEL
+        if name == "budget" and value > 8:
+            return Refusal.BUDGET
         if name == "dma_lower_credits" and value > self._config.outstanding_bursts:
             return Refusal.CREDITS
         if name in ("dma_shape", "dma_row_bytes", "dma_row_stride"):
@@ -178,6 +180,6 @@ class Profiles:
             reason = self.dma.refusal({**old, "channel": self.channel, **fields})
             if reason:
                 return Refusal(reason)
-            if self.channel < SCHEDULED_CHANNELS and not fields.get("enable", 1):
+            if self.channel in self._config.scheduled_channels and not fields.get("enable", 1):
                 return Refusal.ENABLE
         return Refusal.NONE

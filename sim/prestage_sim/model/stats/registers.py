@@ -53,7 +53,7 @@ class State(Protocol):
 
 
 class RegisterBank:
-    """Registers of the contract, without a clock: ``cycles`` is always 0.
+    """Registers of the contract, without a clock: ``cycles`` and measured times are always 0.
 
     Parameters
     ----------
@@ -156,6 +156,8 @@ class RegisterBank:
             return self.channels.register(self.profiles.channel, counter)
         if name == "throttle_state":
             return self._throttle.state
+        if name in ("layer_time", "tile_time"):
+            return 0
         if name == "cycles_low":
             self._high = 0
             return 0
