@@ -60,6 +60,8 @@ BUFFER_INSTANCE = "4 slots, 2 contexts, 2 layers of 4 experts, 1 chosen a token,
 
 INFLIGHT_INSTANCE = "4 entries, 2 of them for prefetches, 2 contexts, 2 tiles an expert"
 
+QUEUE_INSTANCE = "2 contexts with 2 places each"
+
 PROOFS = (
     Proof(
         name="two-beats",
@@ -266,5 +268,37 @@ PROOFS = (
             new="older[i].eq(older[i])",
         ),
         twin_depth=12,
+    ),
+    Proof(
+        name="queue-candidates",
+        statement="No candidate is lost, doubled or changed in the queue in silence; what is shown"
+        " is there and its deadline has not come.",
+        instance=QUEUE_INSTANCE,
+        harness="queue:Candidates",
+        depth=2,
+        cover_depth=34,
+        twin=Mutation(
+            name="a newcomer comes to the row before the last",
+            module="prestage_hw.scheduler.queue",
+            old="write_index = Mux(insert, here[:index_bits], writes[:index_bits])",
+            new="write_index = Mux(insert, 0, writes[:index_bits])",
+        ),
+        twin_depth=20,
+    ),
+    Proof(
+        name="queue-settles",
+        statement="A newcomer is taken within longest_wait cycles, and when nothing comes, leaves"
+        " or is routed, the queue shows a candidate or is empty in bounded time.",
+        instance=QUEUE_INSTANCE,
+        harness="queue:Settles",
+        depth=2,
+        cover_depth=60,
+        twin=Mutation(
+            name="a newcomer is weighed for ever",
+            module="prestage_hw.scheduler.queue",
+            old="here.eq(Array(counts)[insert_ctx]),\n                    state.eq(_State.COMPARE)",
+            new="here.eq(Array(counts)[insert_ctx]),\n                    state.eq(_State.WEIGH)",
+        ),
+        twin_depth=14,
     ),
 )
