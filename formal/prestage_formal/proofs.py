@@ -60,6 +60,8 @@ BUFFER_INSTANCE = "4 slots, 2 contexts, 2 layers of 4 experts, 1 chosen a token,
 
 INFLIGHT_INSTANCE = "4 entries, 2 of them for prefetches, 2 contexts, 2 tiles an expert"
 
+WRITER_INSTANCE = "2 channels, tiles of 32 beats of 16 bytes, bursts of up to 16 beats"
+
 QUEUE_INSTANCE = "2 contexts with 2 places each"
 
 PROOFS = (
@@ -278,7 +280,7 @@ PROOFS = (
         depth=2,
         cover_depth=34,
         twin=Mutation(
-            name="a newcomer comes to the row before the last",
+            name="a newcomer is written to its context's first place",
             module="prestage_hw.scheduler.queue",
             old="write_index = Mux(insert, here[:index_bits], writes[:index_bits])",
             new="write_index = Mux(insert, 0, writes[:index_bits])",
@@ -300,5 +302,21 @@ PROOFS = (
             new="here.eq(Array(counts)[insert_ctx]),\n                    state.eq(_State.WEIGH)",
         ),
         twin_depth=14,
+    ),
+    Proof(
+        name="writer-channels",
+        statement="AXI4 writes: AWVALID, WVALID and what they offer stay until they are taken; no"
+        " burst crosses 4 KiB or is longer than 16; as many beats as announced, the last marked.",
+        instance=WRITER_INSTANCE,
+        harness="writer:WriteChannels",
+        depth=2,
+        cover_depth=24,
+        twin=Mutation(
+            name="the beat before the last is marked",
+            module="prestage_hw.dma.writer",
+            old="last.eq(row == now.length)",
+            new="last.eq(row + 1 >= now.length)",
+        ),
+        twin_depth=20,
     ),
 )
