@@ -240,6 +240,22 @@ PROOFS = (
         twin_parameters={"slots": 2, "contexts": 1, "layers": 1},
     ),
     Proof(
+        name="buffer-walk",
+        statement="With the policy LRU the buffer answers every request in the cycles that it"
+        " promises: the list is the order of the touches, and the walk along it ends.",
+        instance=BUFFER_INSTANCE + "; policy LRU",
+        harness="recency:Walk",
+        depth=2,
+        cover_depth=60,
+        twin=Mutation(
+            name="the slot that was touched is the most recent a cycle late",
+            module="prestage_hw.buffer.recency",
+            old="self.newest.eq(self.slot),",
+            new="self.newest.eq(self.newest),",
+        ),
+        twin_depth=40,
+    ),
+    Proof(
         name="inflight-demand-first",
         statement="A prefetch's tile is offered only if no demand has tiles left, and at most"
         " prefetch_tiles are on their way; each tile is offered once, in order, and stays.",
