@@ -1,6 +1,7 @@
 """The DMA engine as a whole: AXI4 rules, credits, and what a demand waits for."""
 
-from amaranth import Array, Cat, Elaboratable, Module, Mux, Signal
+from amaranth import Array, Cat, Elaboratable, Module, Mux, Signal, Value
+from amaranth.asserts import AnySeq
 from amaranth.hdl import Assert, Assume, Cover
 from amaranth.lib import data
 
@@ -9,7 +10,7 @@ from .harness import Held, Inside, drive_freely, lemma
 from .instances import dma_device
 from .order import Queues
 
-__all__ = ["AddressChannel", "Credits", "DemandFirst", "LowerCredits", "Streams"]
+__all__ = ["AddressChannel", "Credits", "DemandFirst", "LowerCredits", "ReadBeats", "Streams"]
 
 
 class _Engine:
@@ -86,6 +87,11 @@ class _Engine:
             lemma(self.channel < channels),
             lemma(~self.burst | ~self.block.bus.arvalid),
         ]
+
+
+def _same(a, b):
+    """Whether two values have the same bits."""
+    return Value.cast(a) == Value.cast(b)
 
 
 def _power(value, most):
@@ -371,3 +377,87 @@ class Streams(Elaboratable):
             Cover(completions.waited & block.completions.ready),
         ]
         return m
+
+
+class ReadBeats(Elaboratable):
+    """What memory answers: each beat that is taken counts once, in order, for the right burst."""
+
+    def elaborate(self, platform):
+        m = Module()
+        engine = _Engine(m, channels=2)
+        ledger = _Ledger(m, engine)
+        bus, inside = engine.block.bus, engine.inside
+        part = "BackEnd"
+
+        def local(name):
+            return inside.local(name, part=part)
+
+        arrived, spare = local("arrived"), local("spare")
+        arrived_valid, spare_valid = local("arrived_valid"), local("spare_valid")
+        goes = local("arrived_go")
+        came, went = bus.rvalid & bus.rready, arrived_valid & goes
+        # One beat, whichever the solver likes, is followed to where its burst is looked up.
+        level, ahead, followed = Signal(2), Signal(2), Signal()
+        kept = Signal(arrived.shape())
+        offered = local("offered")
+        m.d.sync += level.eq(level + came - went)
+        with m.If(~followed & came & AnySeq(1)):
+            m.d.sync += [followed.eq(1), kept.eq(offered), ahead.eq(level - went)]
+        with m.Elif(followed & went):
+            m.d.sync += [ahead.eq(ahead - 1), followed.eq(ahead != 0)]
+        stalled = Signal()  # It could not go on in the cycle before.
+        m.d.sync += stalled.eq(~goes)
+
+        # Beats that each ID's first burst has taken.
+        known, end = local("known"), local("burst_end")
+        ids = range(engine.config.axi_ids)
+        taken = [Signal(3, name=f"taken_{i}") for i in ids]
+        table = Array(inside.rows("backend.burst_table"))
+        lists = ledger.lists
+        counting, ending = local("counting"), local("ending")
+        rows = inside.rows("backend.beat_counts")
+        m.d.comb += [
+            Assert(arrived_valid == (level != 0)),
+            Assert(~(followed & arrived_valid & (ahead == 0)) | _same(arrived, kept)),
+            # Memory is made to wait only while a beat can't go on.
+            Assert(bus.rready | (level == 2)),
+            Assert(bus.rready | stalled),
+            lemma(level == arrived_valid + spare_valid),
+            lemma(~spare_valid | (arrived_valid & stalled)),
+            lemma(~followed | (ahead < level)),
+            lemma(~(followed & (ahead == 1)) | _same(spare, kept)),
+            Cover(followed & (ahead == 1) & went),
+        ]
+        for i in ids:
+            mine = went & known & (arrived.id == i)
+            with m.If(mine):
+                m.d.sync += taken[i].eq(Mux(end, 0, taken[i] + 1))
+            length = table[lists.queues[i][0]].length
+            has = lists.counts[i] != 0
+            m.d.comb += [
+                # As many beats as were asked for, whatever memory calls the last one.
+                Assert(~mine | (has & (end == (taken[i] == length)))),
+                lemma((taken[i] == 0) | has),
+                lemma(~has | (taken[i] <= length)),
+                lemma(counting[i] == (taken[i] != 0)),
+                lemma(~counting[i] | (rows[i] == (length - taken[i])[:8])),
+                lemma(~counting[i] | (ending[i] == (taken[i] == length))),
+                Cover(mine & end & (taken[i] == 3)),
+                Cover(mine & ~end & bus.rlast & (taken[i] == 1)),
+            ]
+            for j, entry in enumerate(lists.queues[i]):
+                burst = table[entry]
+                in_list = j < lists.counts[i]
+                m.d.comb += [
+                    lemma(~in_list | (burst.length < 4)),
+                    lemma(~in_list | (self._mark(inside, lists, i, j) == (burst.length == 0))),
+                ]
+        return m
+
+    @staticmethod
+    def _mark(inside, lists, i, j):
+        """Mark of the j-th entry of a list."""
+        prefix = lists.prefix
+        if j == 0:
+            return inside.signal(f"{prefix}mark_{i}")
+        return Array(inside.rows(f"{prefix}next_marks"))[lists.queues[i][j - 1]]

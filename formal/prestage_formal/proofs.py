@@ -174,6 +174,22 @@ PROOFS = (
         twin_depth=20,
     ),
     Proof(
+        name="dma-read-beats",
+        statement="AXI4 reads: a beat that is taken counts once, in order, and a burst takes as"
+        " many as were asked for; RREADY is low only while a beat can't go on.",
+        instance=DMA_INSTANCE,
+        harness="dma:ReadBeats",
+        depth=2,
+        cover_depth=18,
+        twin=Mutation(
+            name="a burst ends a beat early",
+            module="prestage_hw.dma.backend",
+            old="ending[i].eq(left == 1)",
+            new="ending[i].eq(left == 2)",
+        ),
+        twin_depth=16,
+    ),
+    Proof(
         name="dma-lower-credits",
         statement="A burst of a class below demand leaves only while fewer of those classes that"
         " somebody waits for are outstanding than lower_credits.",
@@ -284,6 +300,37 @@ PROOFS = (
             module="prestage_hw.scheduler.inflight",
             old="older[i].eq(older[i] & ~target)",
             new="older[i].eq(older[i])",
+        ),
+        twin_depth=12,
+    ),
+    Proof(
+        name="throttle-takes",
+        statement="The throttle takes what it is told in bounded time.",
+        instance=INFLIGHT_INSTANCE,
+        harness="scheduler:ThrottleTakes",
+        depth=2,
+        cover_depth=20,
+        twin=Mutation(
+            name="the kinds are counted for ever",
+            module="prestage_hw.scheduler.throttle",
+            old="with m.If(steps[-1]):",
+            new="with m.If(0):",
+        ),
+        twin_depth=26,
+    ),
+    Proof(
+        name="scheduler-serves",
+        statement="The scheduler's machine comes back to what waits in bounded time; a command is"
+        " served, or what it waits for is in flight; only commands demand, lock or release.",
+        instance=INFLIGHT_INSTANCE,
+        harness="scheduler:Machine",
+        depth=4,
+        cover_depth=30,
+        twin=Mutation(
+            name="a candidate goes before commands",
+            module="prestage_hw.scheduler.scheduler",
+            old="with m.Elif(queue.valid & may_prefetch & ~self.hold):",
+            new="with m.If(queue.valid & may_prefetch & ~self.hold):",
         ),
         twin_depth=12,
     ),
