@@ -94,6 +94,16 @@ def _same(a, b):
     return Value.cast(a) == Value.cast(b)
 
 
+def _cut(m, engine):
+    """Lemmas on how long the burst is that a step cuts off."""
+    signal = engine.inside.signal
+    at, fits, mask = (signal(f"midend.{name}") for name in ("at", "fits", "mask"))
+    m.d.comb += [
+        lemma(_power(mask + 1, 4)),
+        lemma(~engine.step | (fits == (~at[:8] & mask))),
+    ]
+
+
 def _power(value, most):
     """Whether a value is a power of two up to that."""
     return Cat(value == 1 << i for i in range(most.bit_length())).any()
@@ -123,12 +133,7 @@ class AddressChannel(Elaboratable):
             Cover(bus.arvalid & bus.arready & (bus.arlen == 3) & (bus.arid == 1)),
             Cover(held.waited & bus.arready & (beat == 63)),
         ]
-        signal = engine.inside.signal
-        at, fits, mask = (signal(f"midend.{name}") for name in ("at", "fits", "mask"))
-        m.d.comb += [
-            lemma(_power(mask + 1, 4)),
-            lemma(~engine.step | (fits == (~at[:8] & mask))),
-        ]
+        _cut(m, engine)
         return m
 
 
@@ -392,6 +397,7 @@ class ReadBeats(Elaboratable):
         def local(name):
             return inside.local(name, part=part)
 
+        _cut(m, engine)
         arrived, spare = local("arrived"), local("spare")
         arrived_valid, spare_valid = local("arrived_valid"), local("spare_valid")
         goes = local("arrived_go")
