@@ -10,7 +10,15 @@ from .harness import Held, Inside, drive_freely, lemma
 from .instances import dma_device
 from .order import Queues
 
-__all__ = ["AddressChannel", "Credits", "DemandFirst", "LowerCredits", "ReadBeats", "Streams"]
+__all__ = [
+    "AddressChannel",
+    "Credits",
+    "DemandFirst",
+    "Goes",
+    "LowerCredits",
+    "ReadBeats",
+    "Streams",
+]
 
 
 class _Engine:
@@ -65,6 +73,8 @@ class _Engine:
             for name in ("read", "step", "null", "turn", "chosen", "chosen_null", "chosen_turn")
         }
         self.read, self.step, self.chosen = mid["read"], mid["step"], mid["chosen"]
+        self.null = mid["null"]
+        self.fresh = signal("midend.fresh")
         self.channel = signal("midend.channel")
         self.issue = signal("midend.issue")
         #: No step is under way: a channel may be chosen.
@@ -467,3 +477,126 @@ class ReadBeats(Elaboratable):
         if j == 0:
             return inside.signal(f"{prefix}mark_{i}")
         return Array(inside.rows(f"{prefix}next_marks"))[lists.queues[i][j - 1]]
+
+
+class Goes(Elaboratable):
+    """No request waits while nothing is in flight; the watchdog is off, settings as after reset."""
+
+    def elaborate(self, platform):
+        m = Module()
+        engine = _Engine(m, channels=2, but=("settings.valid", "commit", "timeout"))
+        ledger = _Ledger(m, engine)
+        _cut(m, engine)
+        block, inside, signal = engine.block, engine.inside, engine.inside.signal
+        channels = engine.channels
+
+        def local(name, part="BackEnd"):
+            return inside.local(name, part=part)
+
+        tiles = Queues(m, inside, lists=len(channels), entries=block.tiles, prefix="backend.tiles.")
+        beat, beat_valid = local("beat"), local("beat_valid")
+        begun, waiting = signal("midend.begun"), signal("frontend.waiting")
+        wants, hold = signal("midend.arbiter.wants"), signal("midend.hold")
+        room, held = local("room"), local("held_valid")
+        table = Array(inside.rows("backend.burst_table"))
+        rows = inside.rows("midend.places")
+        incoming = local("incoming_to", "FrontEnd")
+        used, entry = local("tile_used"), signal("midend.tile_entry")
+        tile_room = signal("midend.tile_room")
+
+        # Cycles of a step that nothing holds up.
+        worked = Signal(3)
+        with m.If(engine.choosing):
+            m.d.sync += worked.eq(0)
+        with m.Elif(~hold):
+            m.d.sync += worked.eq(worked + 1)
+        # Cycles for which one bad beat holds it up though what leaves has room.
+        held_up = Signal(3)
+        with m.If(~hold | local("beat_go")):
+            m.d.sync += held_up.eq(0)
+        with m.Elif(room):
+            m.d.sync += held_up.eq(held_up + 1)
+        # Cycles for which there is something to do, nothing is chosen, and nothing on its way.
+        in_flight = (sum(ledger.lists.counts) != 0) | block.bus.arvalid | beat_valid | held
+        needs, stuck, most = (waiting | begun).any(), Signal(3), 3
+        blocked = needs & engine.choosing & ~wants.any()
+        m.d.sync += stuck.eq(Mux(blocked & ~in_flight, stuck + 1, 0))
+        m.d.comb += [
+            Assert(worked <= 2),
+            Assert(held_up <= 1),
+            lemma(~hold | (held_up == 0) | ~held),
+            Assert(stuck <= most),
+            Cover(blocked & in_flight & waiting[0] & ~begun[0]),
+            Cover(stuck == 1),
+            Cover(held_up == 1),
+        ]
+        for c in channels:
+            listed = [
+                (j < ledger.lists.counts[c]) & table[entry].last
+                for j, entry in enumerate(ledger.lists.queues[c])
+            ]
+            ends = beat_valid & beat.tile_end & (beat.channel == c)
+            open_tiles = tiles.counts[c]
+            m.d.comb += [
+                # A tile that is open has bursts under way, or to come.
+                Assert((open_tiles == 0) | begun[c] | (ledger.outstanding[c] != 0)),
+                lemma(open_tiles == begun[c] + sum(listed) + ends),
+                lemma(~(beat_valid & beat.tile_end) | beat.burst_end),
+            ]
+            # Bursts are of the tiles in their order.
+            order = Array(tiles.queues[c])
+            mine = beat_valid & (beat.channel == c)
+            place = rows[c].entry
+            last_tile = order[(open_tiles - 1)[:2]]
+            level = local("levels", "FrontEnd")[c]
+            of_step = engine.step & ~engine.null & (engine.channel == c)
+            m.d.comb += [
+                lemma(~mine | ((beat.entry == order[0]) & (open_tiles != 0))),
+                lemma(~begun[c] | (place == last_tile)),
+                lemma(~of_step | Mux(engine.fresh, ~begun[c], begun[c])),
+                lemma(~(of_step & ~engine.fresh) | (signal("midend.entry") == last_tile)),
+                lemma(~(of_step & engine.fresh) | (tile_room & (signal("midend.entry") == entry))),
+                lemma(level + incoming[c] <= engine.config.dma_queue_depth),
+                lemma(~(engine.read & (engine.channel == c) & ~begun[c]) | (level != 0)),
+                lemma(~(engine.step & engine.fresh & (engine.channel == c)) | (level != 0)),
+                lemma(~engine.null | engine.fresh),
+                lemma(~signal(f"frontend.movable_{c}") | (level != 0)),
+                lemma(~signal("midend.wants_null")[c] | ((level != 0) & ~begun[c])),
+                lemma(signal(f"frontend.filled_{c}") == (level != 0)),
+            ]
+            before = ends
+            for (j, number), is_last in zip(enumerate(ledger.lists.queues[c]), listed, strict=True):
+                at = Signal(3, name=f"tile_of_{c}_{j}")
+                m.d.comb += [
+                    at.eq(before),
+                    lemma(~(j < ledger.lists.counts[c]) | (table[number].entry == order[at[:2]])),
+                    lemma(~(j < ledger.lists.counts[c]) | (at < open_tiles)),
+                ]
+                before = before + is_last
+        for i in range(block.tiles):
+            m.d.comb += lemma(used[i] == tiles.holds(i))
+        m.d.comb += [
+            lemma(~tile_room | ~tiles.holds(entry)),
+            lemma(~tile_room | (entry < block.tiles)),
+            lemma(Value.cast(signal("backend.expired")) == 0),
+            lemma(~local("expiring") & ~local("looked_up")),
+            lemma(local("quarter", "Watchdog") == 0),
+            lemma(~local("tick", "Watchdog")),
+            lemma(~signal("settings.good") & ~signal("settings.arrived")),
+            lemma(signal("settings.commits") == 0),
+            lemma(local("has_dead") == 0),
+            lemma(signal("midend.turning") == 0),
+            lemma((signal("midend.more") == 0) & ~signal("midend.has_more")),
+            lemma(~signal("midend.turn") & (signal("midend.chosen_turn") == 0)),
+            lemma(worked <= Mux(engine.step, 1, 2)),
+            lemma(~engine.read | (worked == 0)),
+            lemma(~engine.choosing | (worked <= 2)),
+        ]
+        for c in channels:
+            for setting in (engine.shadow[c], engine.active[c]):
+                m.d.comb += [
+                    lemma(setting.traffic == c),
+                    lemma(setting.enable & ~setting.rows),
+                    lemma(setting.credits == engine.bursts),
+                ]
+        return m

@@ -109,7 +109,9 @@ class Inside:
             if (owner is self._block if part is None else type(owner).__name__ == part)
         ]
         if len(found) != 1:
-            raise ValueError(f"Component {part or 'itself'} must be there once, not {len(found)} times")
+            raise ValueError(
+                f"Component {part or 'itself'} must be there once, not {len(found)} times"
+            )
         if name not in found[0]:
             raise ValueError(f"Variable must be one of {', '.join(sorted(found[0]))}, not {name!r}")
         return found[0][name]

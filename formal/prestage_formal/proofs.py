@@ -190,6 +190,22 @@ PROOFS = (
         twin_depth=16,
     ),
     Proof(
+        name="dma-goes-on",
+        statement="A step of the DMA engine ends in bounded time, and no request or tile waits"
+        " while nothing is in flight.",
+        instance=DMA_INSTANCE + "; settings as after reset, watchdog off",
+        harness="dma:Goes",
+        depth=5,
+        cover_depth=22,
+        twin=Mutation(
+            name="a step of a burst never ends",
+            module="prestage_hw.dma.midend",
+            old="done.eq(step & ~self.hold & (~turn | prepared))",
+            new="done.eq(step & ~self.hold & turn & prepared)",
+        ),
+        twin_depth=12,
+    ),
+    Proof(
         name="dma-lower-credits",
         statement="A burst of a class below demand leaves only while fewer of those classes that"
         " somebody waits for are outstanding than lower_credits.",
@@ -262,7 +278,7 @@ PROOFS = (
         instance=BUFFER_INSTANCE + "; policy LRU",
         harness="recency:Walk",
         depth=2,
-        cover_depth=60,
+        cover_depth=45,
         twin=Mutation(
             name="the slot that was touched is the most recent a cycle late",
             module="prestage_hw.buffer.recency",

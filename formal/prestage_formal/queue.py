@@ -115,9 +115,7 @@ class _Queue:
             lemma(~passing | (self.reads <= self.count)),
             # What was read is written, in a register, or left out.
             lemma(~passing | (self.writes + in_flight <= self.reads)),
-            lemma(
-                ~(passing & self.removes & gone) | (self.writes + in_flight + 1 <= self.reads)
-            ),
+            lemma(~(passing & self.removes & gone) | (self.writes + in_flight + 1 <= self.reads)),
             lemma(~at("FINISH", "NEXT") | (self.writes <= self.count)),
             lemma(~(at("FINISH", "NEXT") & self.removes) | (self.writes < self.count)),
             lemma(~at("NEXT") | (self.full == (self.writes == share))),
@@ -139,20 +137,17 @@ class _Queue:
                 | ~aims("ROOM")
                 | (self.ctx == self.newcomer.candidate.ctx)
             ),
-            lemma(~at("CHOOSE", "START", "PASS", "FINISH") | aims("ROOM") | (self.total != 0)
-                  | at("CHOOSE")),
+            lemma(
+                ~at("CHOOSE", "START", "PASS", "FINISH")
+                | aims("ROOM")
+                | (self.total != 0)
+                | at("CHOOSE")
+            ),
             # A newcomer's place.
-            lemma(
-                ~at("INSERT") | (self.here == Array(counts)[self.newcomer.candidate.ctx])
-            ),
-            lemma(
-                ~at("COMPARE") | (self.here == Array(counts)[self.newcomer.candidate.ctx])
-            ),
+            lemma(~at("INSERT") | (self.here == Array(counts)[self.newcomer.candidate.ctx])),
+            lemma(~at("COMPARE") | (self.here == Array(counts)[self.newcomer.candidate.ctx])),
             lemma(~at("INSERT") | (self.full == (self.here == share))),
-            lemma(
-                ~(at("START", "PASS", "FINISH") & aims("ROOM"))
-                | (here_now == share)
-            ),
+            lemma(~(at("START", "PASS", "FINISH") & aims("ROOM")) | (here_now == share)),
         ]
         shown_index = self.shown_index
         resting = at("IDLE", "WEIGH", "COMPARE", "INSERT")
@@ -216,8 +211,7 @@ class Candidates(Elaboratable):
             return Mux(
                 under[c],
                 (j < q.writes) | ((j >= q.reads) & (j < q.count) & ~removed),
-                (j < q.counts[c])
-                & ~(at("START") & (q.ctx == c) & removed),
+                (j < q.counts[c]) & ~(at("START") & (q.ctx == c) & removed),
             )
 
         places = [
@@ -245,14 +239,16 @@ class Candidates(Elaboratable):
         worst, loses = local("worst"), local("loses")
         lost = Signal()  # The followed one is, to a full queue,
         late = Signal()  # or since its deadline has come.
-        marked_worst = Array(
-            row.candidate.expert == mark for c in contexts for row in rows[c]
-        )[Cat(worst, q.ctx)]
+        marked_worst = Array(row.candidate.expert == mark for c in contexts for row in rows[c])[
+            Cat(worst, q.ctx)
+        ]
         m.d.comb += [
             lost.eq(overflow & Mux(loses, newcomer.candidate.expert == mark, marked_worst)),
             late.eq(
                 stale
-                & Mux(at("INSERT"), newcomer.candidate.expert == mark, row3.candidate.expert == mark)
+                & Mux(
+                    at("INSERT"), newcomer.candidate.expert == mark, row3.candidate.expert == mark
+                )
             ),
         ]
         taken = block.take & (block.best.expert == mark)
@@ -315,7 +311,7 @@ class Candidates(Elaboratable):
         return m
 
     def _lemmas(self, m, q, present, came):
-        local, at, aims, block = q.local, q.at, q.aims, q.block
+        local, at, _aims, block = q.local, q.at, q.aims, q.block
         row3, newcomer = local("row3"), q.newcomer
         shown, shown_index = local("shown"), q.shown_index
         routes, contexts = local("routes"), q.contexts
@@ -330,8 +326,7 @@ class Candidates(Elaboratable):
         found = (q.writes != 0) & at("PASS", "FINISH", "NEXT")
         m.d.comb += [
             lemma(~present | came),
-            lemma(~(resting & q.is_shown)
-                  | (Value.cast(shown_row.candidate) == Value.cast(shown))),
+            lemma(~(resting & q.is_shown) | (Value.cast(shown_row.candidate) == Value.cast(shown))),
             lemma(~found | (Value.cast(pass_row.candidate) == Value.cast(shown))),
             # Deadlines.
             lemma(~at("PASS", "FINISH", "NEXT") | q.again | (routes == routes_of[q.ctx])),
@@ -341,8 +336,10 @@ class Candidates(Elaboratable):
             lemma(
                 ~at("COMPARE", "INSERT")
                 | q.again
-                | (local("newcomer_late")
-                   == ~q.fresh(newcomer.candidate, routes_of[newcomer.candidate.ctx]))
+                | (
+                    local("newcomer_late")
+                    == ~q.fresh(newcomer.candidate, routes_of[newcomer.candidate.ctx])
+                )
             ),
         ]
 
@@ -386,9 +383,7 @@ class Settles(Elaboratable):
                 ("INSERT", Mux(q.full, room, 1)),
                 (
                     "CHOOSE",
-                    sum(filled) * (whole + 1)
-                    + 1
-                    + (~Array(filled)[q.ctx] & (q.total != 0)),
+                    sum(filled) * (whole + 1) + 1 + (~Array(filled)[q.ctx] & (q.total != 0)),
                 ),
             ):
                 with m.Case(q._states[name]):
@@ -421,9 +416,7 @@ class Settles(Elaboratable):
             aims("ROOM") & at("START", "PASS", "FINISH", "NEXT")
         )
         m.d.comb += to_come.eq(
-            until_idle
-            + Mux(q.waits, room + 3, 0)
-            + Mux(q.again | q.waits | makes_room, lap + 1, 0)
+            until_idle + Mux(q.waits, room + 3, 0) + Mux(q.again | q.waits | makes_room, lap + 1, 0)
         )
         settled = at("IDLE") & ~q.waits & ~q.again
         m.d.comb += [

@@ -3,7 +3,6 @@
 import contextlib
 
 from amaranth import Array, Cat, Elaboratable, Module, Mux, Signal
-from amaranth.asserts import AnySeq
 from amaranth.hdl import Assert, Assume, Cover
 from amaranth.lib import wiring
 
@@ -145,9 +144,7 @@ class Machine(Elaboratable):
                     m.d.sync += away[i][j].eq(1)
                 with m.Elif(came & back):
                     m.d.sync += away[i][j].eq(0)
-        is_away = Array(Array(row) for row in away)[completion.payload.tag][
-            completion.payload.tile
-        ]
+        is_away = Array(Array(row) for row in away)[completion.payload.tag][completion.payload.tile]
         # Cycles for which the throttle has taken nothing.
         untaken = Signal(8)
         most = 15
@@ -235,7 +232,7 @@ class Machine(Elaboratable):
 
         # --- lemmas ---
         tag, pending, filled = local("tag"), local("pending"), local("filled")
-        outcome_valid, op_now = local("outcome_valid"), op
+        outcome_valid = local("outcome_valid")
         held_tag = local("held_tag")
         answers = sum(pending) + Mux(held & (held_tag == tag), 2, 0)
         decides = 1 + Mux(outcome_valid, most + 1 - untaken, 0)
@@ -329,8 +326,10 @@ class Machine(Elaboratable):
             lemma(~(at("RESULT", "DECIDE") & filled) | row_live),
             lemma(~filled | at("RESULT", "DECIDE", "ANSWER", "FREE", "DISPATCH")),
             lemma(~(waiting & ~retry) | (at("DISPATCH", "RETURN") & table.occupied)),
-            lemma(~waiting | at("DISPATCH", "RETURN", "FILL", "RESULT", "DECIDE", "ANSWER", "FREE",
-                                "LOOKUP")),
+            lemma(
+                ~waiting
+                | at("DISPATCH", "RETURN", "FILL", "RESULT", "DECIDE", "ANSWER", "FREE", "LOOKUP")
+            ),
         ]
         failed = inside.local("failed", part="InflightTable")
         cancelled = inside.local("cancelled", part="InflightTable")
@@ -358,9 +357,7 @@ class Machine(Elaboratable):
                 lemma(valid[i] | (~Cat(away[i]).any() & ~offered)),
                 lemma(issued[i] <= tiles),
                 lemma(~valid[i] | to_come[i] | ending),
-                lemma(
-                    more[i] == (valid[i] & ~failed[i] & ~cancelled[i] & (issued[i] != tiles))
-                ),
+                lemma(more[i] == (valid[i] & ~failed[i] & ~cancelled[i] & (issued[i] != tiles))),
                 lemma(~valid[i] | ~cancelled[i] | ~demand[i]),
                 lemma(~valid[i] | demand[i] | (waiters[i] == 0)),
                 lemma(~valid[i] | (filling[rows[i].slot] == i)),

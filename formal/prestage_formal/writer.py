@@ -130,7 +130,9 @@ class WriteChannels(Elaboratable):
             at = Signal(8, name=f"position_{number}")
             m.d.comb += [
                 at.eq(position),
-                lemma(~(follows & valid & (at >= ahead) & (at <= last)) | (is_last == (at == last))),
+                lemma(
+                    ~(follows & valid & (at >= ahead) & (at <= last)) | (is_last == (at == last))
+                ),
             ]
         # Addresses: every burst begins at a multiple of the longest in the slots.
         size = beat_bytes * longest
@@ -181,9 +183,7 @@ class WriteChannels(Elaboratable):
             here.append(registers)
             with m.If(taken & (channel == c)):
                 m.d.sync += [registers[1].eq(item.slot), registers[2].eq(item.beat[tile_bits:])]
-                m.d.sync += registers[0].eq(
-                    Mux(item.final, 0, registers[0] + item.write)
-                )
+                m.d.sync += registers[0].eq(Mux(item.final, 0, registers[0] + item.write))
         m.d.comb += [
             signal.eq(Array(registers[i] for registers in here)[channel])
             for i, signal in enumerate((position, slot, tile))
