@@ -96,6 +96,22 @@ PROOFS = (
         twin_depth=8,
     ),
     Proof(
+        name="dma-requests",
+        statement="The DMA engine's queues hand on each request once, in order and as it was, and"
+        " tell whether it is refused, empty or aborted.",
+        instance=DMA_INSTANCE,
+        harness="frontend:RequestQueues",
+        depth=2,
+        cover_depth=8,
+        twin=Mutation(
+            name="a queue that is nearly full has room for two",
+            module="prestage_hw.dma.frontend",
+            old="(levels[c] != depth) & ~((levels[c] == depth - 1) & incoming_to[c])",
+            new="levels[c] != depth",
+        ),
+        twin_depth=8,
+    ),
+    Proof(
         name="arbiter-priority",
         statement="The arbiter chooses one that wants to, of the best class that wants to.",
         instance="3 channels; classes and weights change at will",
@@ -397,5 +413,21 @@ PROOFS = (
             new="last.eq(row + 1 >= now.length)",
         ),
         twin_depth=20,
+    ),
+    Proof(
+        name="mover-tiles",
+        statement="Whatever the host says, and however often it starts anew, a tile comes back"
+        " once, and only if it was asked for.",
+        instance=INFLIGHT_INSTANCE + "; mover host",
+        harness="mover:HostTiles",
+        depth=2,
+        cover_depth=22,
+        twin=Mutation(
+            name="the host may report a tile that it was not asked for",
+            module="prestage_hw.link.mover",
+            old="with m.If(fits & same & was_asked):",
+            new="with m.If(fits & same):",
+        ),
+        twin_depth=18,
     ),
 )
