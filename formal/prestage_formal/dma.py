@@ -1,6 +1,7 @@
 """The DMA engine as a whole: AXI4 rules, credits, and what a demand waits for."""
 
-from amaranth import Array, Cat, Elaboratable, Module, Mux, Signal
+from amaranth import Array, Cat, Elaboratable, Module, Mux, Signal, Value
+from amaranth.asserts import AnySeq
 from amaranth.hdl import Assert, Assume, Cover
 from amaranth.lib import data
 
@@ -9,7 +10,15 @@ from .harness import Held, Inside, drive_freely, lemma
 from .instances import dma_device
 from .order import Queues
 
-__all__ = ["AddressChannel", "Credits", "DemandFirst", "LowerCredits", "Streams"]
+__all__ = [
+    "AddressChannel",
+    "Credits",
+    "DemandFirst",
+    "Goes",
+    "LowerCredits",
+    "ReadBeats",
+    "Streams",
+]
 
 
 class _Engine:
@@ -64,6 +73,8 @@ class _Engine:
             for name in ("read", "step", "null", "turn", "chosen", "chosen_null", "chosen_turn")
         }
         self.read, self.step, self.chosen = mid["read"], mid["step"], mid["chosen"]
+        self.null = mid["null"]
+        self.fresh = signal("midend.fresh")
         self.channel = signal("midend.channel")
         self.issue = signal("midend.issue")
         #: No step is under way: a channel may be chosen.
@@ -86,6 +97,21 @@ class _Engine:
             lemma(self.channel < channels),
             lemma(~self.burst | ~self.block.bus.arvalid),
         ]
+
+
+def _same(a, b):
+    """Whether two values have the same bits."""
+    return Value.cast(a) == Value.cast(b)
+
+
+def _cut(m, engine):
+    """Lemmas on how long the burst is that a step cuts off."""
+    signal = engine.inside.signal
+    at, fits, mask = (signal(f"midend.{name}") for name in ("at", "fits", "mask"))
+    m.d.comb += [
+        lemma(_power(mask + 1, 4)),
+        lemma(~engine.step | (fits == (~at[:8] & mask))),
+    ]
 
 
 def _power(value, most):
@@ -117,12 +143,7 @@ class AddressChannel(Elaboratable):
             Cover(bus.arvalid & bus.arready & (bus.arlen == 3) & (bus.arid == 1)),
             Cover(held.waited & bus.arready & (beat == 63)),
         ]
-        signal = engine.inside.signal
-        at, fits, mask = (signal(f"midend.{name}") for name in ("at", "fits", "mask"))
-        m.d.comb += [
-            lemma(_power(mask + 1, 4)),
-            lemma(~engine.step | (fits == (~at[:8] & mask))),
-        ]
+        _cut(m, engine)
         return m
 
 
@@ -370,4 +391,212 @@ class Streams(Elaboratable):
             Cover(writes.waited & block.writes.ready),
             Cover(completions.waited & block.completions.ready),
         ]
+        return m
+
+
+class ReadBeats(Elaboratable):
+    """What memory answers: each beat that is taken counts once, in order, for the right burst."""
+
+    def elaborate(self, platform):
+        m = Module()
+        engine = _Engine(m, channels=2)
+        ledger = _Ledger(m, engine)
+        bus, inside = engine.block.bus, engine.inside
+        part = "BackEnd"
+
+        def local(name):
+            return inside.local(name, part=part)
+
+        _cut(m, engine)
+        arrived, spare = local("arrived"), local("spare")
+        arrived_valid, spare_valid = local("arrived_valid"), local("spare_valid")
+        goes = local("arrived_go")
+        came, went = bus.rvalid & bus.rready, arrived_valid & goes
+        # One beat, whichever the solver likes, is followed to where its burst is looked up.
+        level, ahead, followed = Signal(2), Signal(2), Signal()
+        kept = Signal(arrived.shape())
+        offered = local("offered")
+        m.d.sync += level.eq(level + came - went)
+        with m.If(~followed & came & AnySeq(1)):
+            m.d.sync += [followed.eq(1), kept.eq(offered), ahead.eq(level - went)]
+        with m.Elif(followed & went):
+            m.d.sync += [ahead.eq(ahead - 1), followed.eq(ahead != 0)]
+        stalled = Signal()  # It could not go on in the cycle before.
+        m.d.sync += stalled.eq(~goes)
+
+        # Beats that each ID's first burst has taken.
+        known, end = local("known"), local("burst_end")
+        ids = range(engine.config.axi_ids)
+        taken = [Signal(3, name=f"taken_{i}") for i in ids]
+        table = Array(inside.rows("backend.burst_table"))
+        lists = ledger.lists
+        counting, ending = local("counting"), local("ending")
+        rows = inside.rows("backend.beat_counts")
+        m.d.comb += [
+            Assert(arrived_valid == (level != 0)),
+            Assert(~(followed & arrived_valid & (ahead == 0)) | _same(arrived, kept)),
+            # Memory is made to wait only while a beat can't go on.
+            Assert(bus.rready | (level == 2)),
+            Assert(bus.rready | stalled),
+            lemma(level == arrived_valid + spare_valid),
+            lemma(~spare_valid | (arrived_valid & stalled)),
+            lemma(~followed | (ahead < level)),
+            lemma(~(followed & (ahead == 1)) | _same(spare, kept)),
+            Cover(followed & (ahead == 1) & went),
+        ]
+        for i in ids:
+            mine = went & known & (arrived.id == i)
+            with m.If(mine):
+                m.d.sync += taken[i].eq(Mux(end, 0, taken[i] + 1))
+            length = table[lists.queues[i][0]].length
+            has = lists.counts[i] != 0
+            m.d.comb += [
+                # As many beats as were asked for, whatever memory calls the last one.
+                Assert(~mine | (has & (end == (taken[i] == length)))),
+                lemma((taken[i] == 0) | has),
+                lemma(~has | (taken[i] <= length)),
+                lemma(counting[i] == (taken[i] != 0)),
+                lemma(~counting[i] | (rows[i] == (length - taken[i])[:8])),
+                lemma(~counting[i] | (ending[i] == (taken[i] == length))),
+                Cover(mine & end & (taken[i] == 3)),
+                Cover(mine & ~end & bus.rlast & (taken[i] == 1)),
+            ]
+            for j, entry in enumerate(lists.queues[i]):
+                burst = table[entry]
+                in_list = j < lists.counts[i]
+                m.d.comb += [
+                    lemma(~in_list | (burst.length < 4)),
+                    lemma(~in_list | (self._mark(inside, lists, i, j) == (burst.length == 0))),
+                ]
+        return m
+
+    @staticmethod
+    def _mark(inside, lists, i, j):
+        """Mark of the j-th entry of a list."""
+        prefix = lists.prefix
+        if j == 0:
+            return inside.signal(f"{prefix}mark_{i}")
+        return Array(inside.rows(f"{prefix}next_marks"))[lists.queues[i][j - 1]]
+
+
+class Goes(Elaboratable):
+    """No request waits while nothing is in flight; the watchdog is off, settings as after reset."""
+
+    def elaborate(self, platform):
+        m = Module()
+        engine = _Engine(m, channels=2, but=("settings.valid", "commit", "timeout"))
+        ledger = _Ledger(m, engine)
+        _cut(m, engine)
+        block, inside, signal = engine.block, engine.inside, engine.inside.signal
+        channels = engine.channels
+
+        def local(name, part="BackEnd"):
+            return inside.local(name, part=part)
+
+        tiles = Queues(m, inside, lists=len(channels), entries=block.tiles, prefix="backend.tiles.")
+        beat, beat_valid = local("beat"), local("beat_valid")
+        begun, waiting = signal("midend.begun"), signal("frontend.waiting")
+        wants, hold = signal("midend.arbiter.wants"), signal("midend.hold")
+        room, held = local("room"), local("held_valid")
+        table = Array(inside.rows("backend.burst_table"))
+        rows = inside.rows("midend.places")
+        incoming = local("incoming_to", "FrontEnd")
+        used, entry = local("tile_used"), signal("midend.tile_entry")
+        tile_room = signal("midend.tile_room")
+
+        # Cycles of a step that nothing holds up.
+        worked = Signal(3)
+        with m.If(engine.choosing):
+            m.d.sync += worked.eq(0)
+        with m.Elif(~hold):
+            m.d.sync += worked.eq(worked + 1)
+        # Cycles for which one bad beat holds it up though what leaves has room.
+        held_up = Signal(3)
+        with m.If(~hold | local("beat_go")):
+            m.d.sync += held_up.eq(0)
+        with m.Elif(room):
+            m.d.sync += held_up.eq(held_up + 1)
+        # Cycles for which there is something to do, nothing is chosen, and nothing on its way.
+        in_flight = (sum(ledger.lists.counts) != 0) | block.bus.arvalid | beat_valid | held
+        needs, stuck, most = (waiting | begun).any(), Signal(3), 3
+        blocked = needs & engine.choosing & ~wants.any()
+        m.d.sync += stuck.eq(Mux(blocked & ~in_flight, stuck + 1, 0))
+        m.d.comb += [
+            Assert(worked <= 2),
+            Assert(held_up <= 1),
+            lemma(~hold | (held_up == 0) | ~held),
+            Assert(stuck <= most),
+            Cover(blocked & in_flight & waiting[0] & ~begun[0]),
+            Cover(stuck == 1),
+            Cover(held_up == 1),
+        ]
+        for c in channels:
+            listed = [
+                (j < ledger.lists.counts[c]) & table[entry].last
+                for j, entry in enumerate(ledger.lists.queues[c])
+            ]
+            ends = beat_valid & beat.tile_end & (beat.channel == c)
+            open_tiles = tiles.counts[c]
+            m.d.comb += [
+                # A tile that is open has bursts under way, or to come.
+                Assert((open_tiles == 0) | begun[c] | (ledger.outstanding[c] != 0)),
+                lemma(open_tiles == begun[c] + sum(listed) + ends),
+                lemma(~(beat_valid & beat.tile_end) | beat.burst_end),
+            ]
+            # Bursts are of the tiles in their order.
+            order = Array(tiles.queues[c])
+            mine = beat_valid & (beat.channel == c)
+            place = rows[c].entry
+            last_tile = order[(open_tiles - 1)[:2]]
+            level = local("levels", "FrontEnd")[c]
+            of_step = engine.step & ~engine.null & (engine.channel == c)
+            m.d.comb += [
+                lemma(~mine | ((beat.entry == order[0]) & (open_tiles != 0))),
+                lemma(~begun[c] | (place == last_tile)),
+                lemma(~of_step | Mux(engine.fresh, ~begun[c], begun[c])),
+                lemma(~(of_step & ~engine.fresh) | (signal("midend.entry") == last_tile)),
+                lemma(~(of_step & engine.fresh) | (tile_room & (signal("midend.entry") == entry))),
+                lemma(level + incoming[c] <= engine.config.dma_queue_depth),
+                lemma(~(engine.read & (engine.channel == c) & ~begun[c]) | (level != 0)),
+                lemma(~(engine.step & engine.fresh & (engine.channel == c)) | (level != 0)),
+                lemma(~engine.null | engine.fresh),
+                lemma(~signal(f"frontend.movable_{c}") | (level != 0)),
+                lemma(~signal("midend.wants_null")[c] | ((level != 0) & ~begun[c])),
+                lemma(signal(f"frontend.filled_{c}") == (level != 0)),
+            ]
+            before = ends
+            for (j, number), is_last in zip(enumerate(ledger.lists.queues[c]), listed, strict=True):
+                at = Signal(3, name=f"tile_of_{c}_{j}")
+                m.d.comb += [
+                    at.eq(before),
+                    lemma(~(j < ledger.lists.counts[c]) | (table[number].entry == order[at[:2]])),
+                    lemma(~(j < ledger.lists.counts[c]) | (at < open_tiles)),
+                ]
+                before = before + is_last
+        for i in range(block.tiles):
+            m.d.comb += lemma(used[i] == tiles.holds(i))
+        m.d.comb += [
+            lemma(~tile_room | ~tiles.holds(entry)),
+            lemma(~tile_room | (entry < block.tiles)),
+            lemma(Value.cast(signal("backend.expired")) == 0),
+            lemma(~local("expiring") & ~local("looked_up")),
+            lemma(local("quarter", "Watchdog") == 0),
+            lemma(~local("tick", "Watchdog")),
+            lemma(~signal("settings.good") & ~signal("settings.arrived")),
+            lemma(signal("settings.commits") == 0),
+            lemma(local("has_dead") == 0),
+            lemma(signal("midend.turning") == 0),
+            lemma((signal("midend.more") == 0) & ~signal("midend.has_more")),
+            lemma(~signal("midend.turn") & (signal("midend.chosen_turn") == 0)),
+            lemma(worked <= Mux(engine.step, 1, 2)),
+            lemma(~engine.read | (worked == 0)),
+            lemma(~engine.choosing | (worked <= 2)),
+        ]
+        for c in channels:
+            for setting in (engine.shadow[c], engine.active[c]):
+                m.d.comb += [
+                    lemma(setting.traffic == c),
+                    lemma(setting.enable & ~setting.rows),
+                    lemma(setting.credits == engine.bursts),
+                ]
         return m

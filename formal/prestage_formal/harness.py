@@ -1,5 +1,7 @@
 """What the harnesses share: free inputs, and sight of a block's inner signals and memories."""
 
+import sys
+
 from amaranth import Const, Signal
 from amaranth.asserts import AnySeq
 from amaranth.hdl import Assert, Fragment, MemoryInstance
@@ -65,7 +67,54 @@ class Inside:
     """
 
     def __init__(self, block):
-        self.fragment = Fragment.get(block, None)
+        self._block = block
+        self._locals = []
+
+        def watch(frame, event, argument):
+            if event == "return" and frame.f_code.co_name == "elaborate":
+                values = dict(frame.f_locals)
+                for name, value in values.items():
+                    if isinstance(value, Signal) and value.name.startswith("$"):
+                        value.name = name
+                self._locals.append((values.get("self"), values))
+
+        before = sys.getprofile()
+        sys.setprofile(watch)
+        try:
+            self.fragment = Fragment.get(block, None)
+        finally:
+            sys.setprofile(before)
+
+    def local(self, name, *, part=None):
+        """What a variable of a component's ``elaborate`` stands for, such as ``"reads"``.
+
+        Finds signals that :meth:`signal` does not: those that were made in one line with others
+        have no name of their own.
+
+        Parameters
+        ----------
+        name : :class:`str`
+            The variable.
+        part : :class:`str`
+            Class of the component; the block itself if it is left out.
+
+        Raises
+        ------
+        ValueError
+            If there is no such variable, or more than one such component.
+        """
+        found = [
+            values
+            for owner, values in self._locals
+            if (owner is self._block if part is None else type(owner).__name__ == part)
+        ]
+        if len(found) != 1:
+            raise ValueError(
+                f"Component {part or 'itself'} must be there once, not {len(found)} times"
+            )
+        if name not in found[0]:
+            raise ValueError(f"Variable must be one of {', '.join(sorted(found[0]))}, not {name!r}")
+        return found[0][name]
 
     def _find(self, path):
         fragment = self.fragment

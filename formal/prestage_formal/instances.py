@@ -2,7 +2,7 @@
 
 from prestage_hw.contract import DeviceConfig, ModelConfig
 
-__all__ = ["buffer_device", "dma_device", "scheduler_device"]
+__all__ = ["buffer_device", "dma_device", "queue_device", "scheduler_device", "writer_device"]
 
 
 def dma_device(**changes):
@@ -23,6 +23,12 @@ def dma_device(**changes):
         "dma_queue_depth": 2,
     }
     return DeviceConfig(**(values | changes))
+
+
+def writer_device(**changes):
+    """Two channels, tiles of two bursts of sixteen beats that go to a memory for the slots."""
+    values = {"slot_store": "axi", "data_bytes": 16, "burst_beats": 16}
+    return dma_device(**(values | changes))
 
 
 def buffer_device(*, layers=2, experts=4, **changes):
@@ -58,3 +64,14 @@ def scheduler_device(**changes):
         "dma_channels": 2,
     }
     return DeviceConfig(**(values | changes))
+
+
+class _SmallQueue(DeviceConfig):
+    """A device whose queue of candidates is smaller than any device's may be."""
+
+    candidate_depth = 4
+
+
+def queue_device(**changes):
+    """Two contexts with two places each in the queue of candidates."""
+    return _SmallQueue(**vars(scheduler_device(**changes)))

@@ -60,6 +60,10 @@ BUFFER_INSTANCE = "4 slots, 2 contexts, 2 layers of 4 experts, 1 chosen a token,
 
 INFLIGHT_INSTANCE = "4 entries, 2 of them for prefetches, 2 contexts, 2 tiles an expert"
 
+WRITER_INSTANCE = "2 channels, tiles of 32 beats of 16 bytes, bursts of up to 16 beats"
+
+QUEUE_INSTANCE = "2 contexts with 2 places each"
+
 PROOFS = (
     Proof(
         name="two-beats",
@@ -88,6 +92,22 @@ PROOFS = (
             module="prestage_hw.dma.order",
             old="with m.If(pushed & (~self.filled[i] | (popped & ends))):",
             new="with m.If(pushed & ~self.filled[i]):",
+        ),
+        twin_depth=8,
+    ),
+    Proof(
+        name="dma-requests",
+        statement="The DMA engine's queues hand on each request once, in order and as it was, and"
+        " tell whether it is refused, empty or aborted.",
+        instance=DMA_INSTANCE,
+        harness="frontend:RequestQueues",
+        depth=2,
+        cover_depth=8,
+        twin=Mutation(
+            name="a queue that is nearly full has room for two",
+            module="prestage_hw.dma.frontend",
+            old="(levels[c] != depth) & ~((levels[c] == depth - 1) & incoming_to[c])",
+            new="levels[c] != depth",
         ),
         twin_depth=8,
     ),
@@ -170,6 +190,38 @@ PROOFS = (
         twin_depth=20,
     ),
     Proof(
+        name="dma-read-beats",
+        statement="AXI4 reads: a beat that is taken counts once, in order, and a burst takes as"
+        " many as were asked for; RREADY is low only while a beat can't go on.",
+        instance=DMA_INSTANCE,
+        harness="dma:ReadBeats",
+        depth=2,
+        cover_depth=18,
+        twin=Mutation(
+            name="a burst ends a beat early",
+            module="prestage_hw.dma.backend",
+            old="ending[i].eq(left == 1)",
+            new="ending[i].eq(left == 2)",
+        ),
+        twin_depth=16,
+    ),
+    Proof(
+        name="dma-goes-on",
+        statement="A step of the DMA engine ends in bounded time, and no request or tile waits"
+        " while nothing is in flight.",
+        instance=DMA_INSTANCE + "; settings as after reset, watchdog off",
+        harness="dma:Goes",
+        depth=5,
+        cover_depth=22,
+        twin=Mutation(
+            name="a step of a burst never ends",
+            module="prestage_hw.dma.midend",
+            old="done.eq(step & ~self.hold & (~turn | prepared))",
+            new="done.eq(step & ~self.hold & turn & prepared)",
+        ),
+        twin_depth=12,
+    ),
+    Proof(
         name="dma-lower-credits",
         statement="A burst of a class below demand leaves only while fewer of those classes that"
         " somebody waits for are outstanding than lower_credits.",
@@ -236,6 +288,22 @@ PROOFS = (
         twin_parameters={"slots": 2, "contexts": 1, "layers": 1},
     ),
     Proof(
+        name="buffer-walk",
+        statement="With the policy LRU the buffer answers every request in the cycles that it"
+        " promises: the list is the order of the touches, and the walk along it ends.",
+        instance=BUFFER_INSTANCE + "; policy LRU",
+        harness="recency:Walk",
+        depth=2,
+        cover_depth=45,
+        twin=Mutation(
+            name="the slot that was touched is the most recent a cycle late",
+            module="prestage_hw.buffer.recency",
+            old="self.newest.eq(self.slot),",
+            new="self.newest.eq(self.newest),",
+        ),
+        twin_depth=40,
+    ),
+    Proof(
         name="inflight-demand-first",
         statement="A prefetch's tile is offered only if no demand has tiles left, and at most"
         " prefetch_tiles are on their way; each tile is offered once, in order, and stays.",
@@ -266,5 +334,100 @@ PROOFS = (
             new="older[i].eq(older[i])",
         ),
         twin_depth=12,
+    ),
+    Proof(
+        name="throttle-takes",
+        statement="The throttle takes what it is told in bounded time.",
+        instance=INFLIGHT_INSTANCE,
+        harness="scheduler:ThrottleTakes",
+        depth=2,
+        cover_depth=20,
+        twin=Mutation(
+            name="the kinds are counted for ever",
+            module="prestage_hw.scheduler.throttle",
+            old="with m.If(steps[-1]):",
+            new="with m.If(0):",
+        ),
+        twin_depth=26,
+    ),
+    Proof(
+        name="scheduler-serves",
+        statement="The scheduler's machine comes back to what waits in bounded time; a command is"
+        " served, or what it waits for is in flight; only commands demand, lock or release.",
+        instance=INFLIGHT_INSTANCE,
+        harness="scheduler:Machine",
+        depth=4,
+        cover_depth=30,
+        twin=Mutation(
+            name="a candidate goes before commands",
+            module="prestage_hw.scheduler.scheduler",
+            old="with m.Elif(queue.valid & may_prefetch & ~self.hold):",
+            new="with m.If(queue.valid & may_prefetch & ~self.hold):",
+        ),
+        twin_depth=12,
+    ),
+    Proof(
+        name="queue-candidates",
+        statement="No candidate is lost, doubled or changed in the queue in silence; what is shown"
+        " is there and its deadline has not come.",
+        instance=QUEUE_INSTANCE,
+        harness="queue:Candidates",
+        depth=2,
+        cover_depth=34,
+        twin=Mutation(
+            name="a newcomer is written to its context's first place",
+            module="prestage_hw.scheduler.queue",
+            old="write_index = Mux(insert, here[:index_bits], writes[:index_bits])",
+            new="write_index = Mux(insert, 0, writes[:index_bits])",
+        ),
+        twin_depth=20,
+    ),
+    Proof(
+        name="queue-settles",
+        statement="A newcomer is taken within longest_wait cycles, and when nothing comes, leaves"
+        " or is routed, the queue shows a candidate or is empty in bounded time.",
+        instance=QUEUE_INSTANCE,
+        harness="queue:Settles",
+        depth=2,
+        cover_depth=60,
+        twin=Mutation(
+            name="a newcomer is weighed for ever",
+            module="prestage_hw.scheduler.queue",
+            old="here.eq(Array(counts)[insert_ctx]),\n                    state.eq(_State.COMPARE)",
+            new="here.eq(Array(counts)[insert_ctx]),\n                    state.eq(_State.WEIGH)",
+        ),
+        twin_depth=14,
+    ),
+    Proof(
+        name="writer-channels",
+        statement="AXI4 writes: AWVALID, WVALID and what they offer stay until they are taken; no"
+        " burst crosses 4 KiB or is longer than 16; as many beats as announced, the last marked.",
+        instance=WRITER_INSTANCE,
+        harness="writer:WriteChannels",
+        depth=2,
+        cover_depth=24,
+        twin=Mutation(
+            name="the beat before the last is marked",
+            module="prestage_hw.dma.writer",
+            old="last.eq(row == now.length)",
+            new="last.eq(row + 1 >= now.length)",
+        ),
+        twin_depth=20,
+    ),
+    Proof(
+        name="mover-tiles",
+        statement="Whatever the host says, and however often it starts anew, a tile comes back"
+        " once, and only if it was asked for.",
+        instance=INFLIGHT_INSTANCE + "; mover host",
+        harness="mover:HostTiles",
+        depth=2,
+        cover_depth=22,
+        twin=Mutation(
+            name="the host may report a tile that it was not asked for",
+            module="prestage_hw.link.mover",
+            old="with m.If(fits & same & was_asked):",
+            new="with m.If(fits & same):",
+        ),
+        twin_depth=18,
     ),
 )

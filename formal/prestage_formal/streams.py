@@ -38,8 +38,7 @@ class TwoBeatsOrder(Elaboratable):
         with m.Elif(followed & went):
             m.d.sync += [ahead.eq(ahead - 1), followed.eq(ahead != 0)]
 
-        # Amaranth finds no name for the first of two signals that are made in one line.
-        spare, spare_valid = inside.signal("$like"), inside.signal("spare_valid")
+        spare, spare_valid = inside.local("spare"), inside.local("spare_valid")
         held = Held(m, outgoing.valid, outgoing.ready, outgoing.payload, name="outgoing")
         m.d.comb += [
             Assert(held.kept),

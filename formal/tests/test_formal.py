@@ -135,6 +135,21 @@ def test_a_module_is_not_broken_once_it_is_imported():
     assert "two_beats was imported before it was broken" in done.stderr
 
 
+def test_variables_of_a_block():
+    from prestage_formal.harness import Inside
+    from prestage_hw.predictor.two_beats import TwoBeats
+
+    inside = Inside(TwoBeats(4))
+    # Amaranth finds no name for the first of two signals that are made in one line.
+    assert inside.local("spare") is inside.signal("spare")
+    assert inside.local("spare", part="TwoBeats") is inside.local("spare")
+    message = "^Variable must be one of .*spare_valid.*, not 'worn'$"
+    with pytest.raises(ValueError, match=message):
+        inside.local("worn")
+    with pytest.raises(ValueError, match="^Component Wheel must be there once, not 0 times$"):
+        inside.local("spare", part="Wheel")
+
+
 def test_the_page_names_every_proof():
     page = (ROOT / "docs" / "formal.md").read_text()
     for proof in PROOFS:
