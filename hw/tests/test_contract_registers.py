@@ -87,7 +87,10 @@ def test_shape_registers():
     # Exactly the read-only registers whose reset value depends on the configuration, and two fixed.
     assert {*values} - {"device_id", "version"} == {
         r.name for r in REGISTERS if r.access == "ro" and r.reset is None
-    } - {"table_words", "cycles_low", "cycles_high", "throttle_state"}
+    } - {
+        *("table_words", "cycles_low", "cycles_high", "throttle_state"),
+        *("layer_time", "tile_time"),
+    }
 
 
 def test_refusals_begin_with_those_of_channel_settings():
