@@ -476,8 +476,8 @@ async def profiles_drained(dut, policy):
     for _ in range(4):
         # Which burst fails hangs on how long they are.
         layer, expert = rng.randrange(model.layers), rng.randrange(model.experts)
-        # In the last tile: good ones behind a tile that fails count for their channel in the RTL, but
-        # are never read in the model.
+        # In the last tile: good ones behind a tile that fails count for their channel in the RTL,
+        # but are never read in the model.
         address = config.expert_address(layer, expert) + rng.randrange(
             config.expert_bytes - config.tile_bytes, config.expert_bytes, config.data_bytes
         )
