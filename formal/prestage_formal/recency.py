@@ -137,8 +137,8 @@ class Walk(Elaboratable):
             Assert(clearing | ~order.settled | (recency.newest == order.slots[-1])),
             # A slot is checked once all that are less recent were.
             Assert(~at("CHECK") | (waited == lookup - 2 + step * place)),
-            Cover(new & allocated & (skipped == 1)),
-            Cover(new & none & is_prefetch),
+            Cover(new & allocated & (skipped == 2)),
+            Cover(new & none & (waited == most - 1)),
         ]
 
         # --- lemmas ---
