@@ -211,6 +211,8 @@ class ErrorCode(IntEnum):
     OVERRUN = 18
     BAD_COPIES = 19
     NOT_HELD = 20
+    TIMEOUT = 21
+    ABORTED = 22
 
 
 #: One sentence for each error code, for messages and documents.
@@ -236,6 +238,8 @@ ERROR_TEXT = {
     ErrorCode.OVERRUN: "More messages wait than the device has room for; this one was dropped.",
     ErrorCode.BAD_COPIES: "The number of copies is 0 or more than the device has banks.",
     ErrorCode.NOT_HELD: "The copy was not made, because the expert itself is not held.",
+    ErrorCode.TIMEOUT: "The memory did not answer a read in time.",
+    ErrorCode.ABORTED: "The host aborted the transfer.",
 }
 
 
