@@ -264,6 +264,21 @@ class ChecksumError(_ExpertError):
         return f"{super()._about()}, address {self.address:#x}"
 
 
+class BadCopiesError(_ExpertError):
+    """The number of copies is 0 or more than the device has banks."""
+
+    code = ErrorCode.BAD_COPIES
+
+    def _about(self) -> str:
+        return f"{super()._about()}, copies {self.address}"
+
+
+class NotHeldError(_ExpertError):
+    """A copy was not made, because the expert itself is not held."""
+
+    code = ErrorCode.NOT_HELD
+
+
 class MemoryTimeoutError(_ExpertError):
     """The memory did not answer a read in time; ``address`` is that of the tile or burst."""
 
@@ -280,21 +295,6 @@ class AbortedError(_ExpertError):
 
     def _about(self) -> str:
         return f"{super()._about()}, address {self.address:#x}"
-
-
-class BadCopiesError(_ExpertError):
-    """The number of copies is 0 or more than the device has banks."""
-
-    code = ErrorCode.BAD_COPIES
-
-    def _about(self) -> str:
-        return f"{super()._about()}, copies {self.address}"
-
-
-class NotHeldError(_ExpertError):
-    """A copy was not made, because the expert itself is not held."""
-
-    code = ErrorCode.NOT_HELD
 
 
 #: The exception of each error code.
@@ -319,10 +319,10 @@ DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
         ChecksumError,
         BadFetchedError,
         OverrunError,
-        MemoryTimeoutError,
-        AbortedError,
         BadCopiesError,
         NotHeldError,
+        MemoryTimeoutError,
+        AbortedError,
     )
 }
 
