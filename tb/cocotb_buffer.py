@@ -346,7 +346,10 @@ class TB:
         if clear:
             await self.until_idle()
         self.window.clear()
-        key = BufferOp(op).name, answer.code.name
+        name = BufferOp(op).name
+        if op == COPY and fields["value"]:
+            name = "FURTHER COPY"
+        key = name, answer.code.name
         self.seen[key] = self.seen.get(key, 0) + 1
         return answer
 
@@ -585,21 +588,24 @@ class Scheduler:
             self.locked.add((layer, expert))
 
     async def _copy(self, layer):
-        """Hold or give back a copy, of a few experts more often."""
+        """Hold or give back copies, mostly of experts that are there or held already."""
         tb, model = self.tb, self.tb.config.model
-        experts = 3 if self.random.random() < 0.8 else model.experts
-        for number in range(tb.config.replicas) if self.random.random() < 0.5 else ():
-            # All in order, as the scheduler asks for them: the expert itself first.
-            expert = layer % model.experts
-            answer = await tb.operate(COPY, layer=layer, expert=expert, value=number, last=True)
-            self._allocated(answer, layer)
-        expert = self.random.randrange(min(experts, model.experts))
-        number = self.random.randrange(tb.config.replicas)
+        slots = [slot for slot in tb.golden.directory.slots if slot.owner >= 0 and not slot.copy]
+        held = [slot for slot in slots if slot.held]
+        expert = self.random.randrange(model.experts)
+        if slots and self.random.random() < 0.9:
+            owner = self.random.choice(held if held and self.random.random() < 0.7 else slots).owner
+            layer, expert = divmod(owner, model.experts)
         keep = self.random.random() < 0.6
-        answer = await tb.operate(COPY, layer=layer, expert=expert, value=number, last=keep)
-        self._allocated(answer, layer)
-        if answer.code == RESIDENT and not keep and number:
-            assert not self.holders.get(answer.slot), "a pinned slot was dropped"
+        numbers = [self.random.randrange(tb.config.replicas)]
+        if self.random.random() < 0.5:
+            # All in order, as the scheduler asks for them.
+            numbers = list(range(tb.config.replicas))[:: 1 if keep else -1]
+        for number in numbers:
+            answer = await tb.operate(COPY, layer=layer, expert=expert, value=number, last=keep)
+            self._allocated(answer, layer)
+            if answer.code == RESIDENT and not keep and number:
+                assert not self.holders.get(answer.slot), "a pinned slot was dropped"
 
     async def _out_of_range(self):
         """Use a number that is too great, if the fields can hold one."""
@@ -721,7 +727,7 @@ async def lasts(dut):
         expected |= {("LOCK", "ALLOCATED"), ("UNLOCK", "RESIDENT")}
     if tb.config.replicas > 1:
         codes = (RESIDENT, FILLING, ALLOCATED, NO_SLOT, REFUSED)
-        expected |= {("COPY", code.name) for code in codes}
+        expected |= {(name, code.name) for name in ("COPY", "FURTHER COPY") for code in codes}
     assert tb.seen.keys() >= expected, expected - tb.seen.keys()
 
 
