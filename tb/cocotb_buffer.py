@@ -596,7 +596,9 @@ class Scheduler:
         if slots and self.random.random() < 0.9:
             owner = self.random.choice(held if held and self.random.random() < 0.7 else slots).owner
             layer, expert = divmod(owner, model.experts)
-        keep = self.random.random() < 0.6
+        # Room for further copies comes and goes.
+        full = tb.golden.locked > tb.config.lockable - 2
+        keep = self.random.random() < (0.2 if full else 0.8)
         numbers = [self.random.randrange(tb.config.replicas)]
         if self.random.random() < 0.5:
             # All in order, as the scheduler asks for them.
@@ -926,3 +928,38 @@ async def reads_all_banks_in_the_same_cycle(dut):
     await tb.finish()
     tb.golden.check_invariants()
     assert buffer.read_latency == 6
+
+
+@cocotb.test()
+async def copies_come_and_go(dut):
+    """Most slots may be taken, so that the bank and the policy choose among many."""
+    tb = TB(dut)
+    await tb.start()
+    config, rng = tb.config, tb.random
+    if config.replicas == 1:
+        return
+    chosen = set()
+    for step in range(parameters()["steps"] // 2):
+        if step % 8 == 0:
+            tb.set_policy(rng.choice([LRU, LFU, NEXT_USE]))
+        layer = rng.randrange(2)
+        if rng.random() < 0.4:
+            expert = rng.randrange(config.model.experts)
+            answer = await tb.operate(DEMAND, ctx=0, layer=layer, expert=expert, index=0)
+        else:
+            number = rng.randrange(config.replicas)
+            keep = rng.random() < 0.6
+            expert = rng.randrange(3)
+            answer = await tb.operate(COPY, layer=layer, expert=expert, value=number, last=keep)
+            if number and answer.code == ALLOCATED:
+                chosen.add((tb.golden.policy, answer.slot))
+        if answer.code == ALLOCATED and rng.random() < 0.1:
+            await tb.operate(FILL, slot=answer.slot, tile=0, last=1, failed=1)
+        elif answer.code == ALLOCATED:
+            await tb.fetch(answer.slot, beats=1)
+        await tb.operate(RELEASE, ctx=0, layer=layer)
+        tb.golden.check_invariants()
+    # Every policy has chosen, and not always the same slots.
+    assert {policy for policy, _ in chosen} == set(Policy)
+    assert len({slot for _, slot in chosen}) > 2, chosen
+    await tb.finish()
