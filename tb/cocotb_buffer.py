@@ -346,7 +346,10 @@ class TB:
         if clear:
             await self.until_idle()
         self.window.clear()
-        key = BufferOp(op).name, answer.code.name
+        name = BufferOp(op).name
+        if op == COPY and fields["value"]:
+            name = "FURTHER COPY"
+        key = name, answer.code.name
         self.seen[key] = self.seen.get(key, 0) + 1
         return answer
 
@@ -585,21 +588,26 @@ class Scheduler:
             self.locked.add((layer, expert))
 
     async def _copy(self, layer):
-        """Hold or give back a copy, of a few experts more often."""
+        """Hold or give back copies, mostly of experts that are there or held already."""
         tb, model = self.tb, self.tb.config.model
-        experts = 3 if self.random.random() < 0.8 else model.experts
-        for number in range(tb.config.replicas) if self.random.random() < 0.5 else ():
-            # All in order, as the scheduler asks for them: the expert itself first.
-            expert = layer % model.experts
-            answer = await tb.operate(COPY, layer=layer, expert=expert, value=number, last=True)
+        slots = [slot for slot in tb.golden.directory.slots if slot.owner >= 0 and not slot.copy]
+        held = [slot for slot in slots if slot.held]
+        expert = self.random.randrange(model.experts)
+        if slots and self.random.random() < 0.9:
+            owner = self.random.choice(held if held and self.random.random() < 0.7 else slots).owner
+            layer, expert = divmod(owner, model.experts)
+        # Room for further copies comes and goes.
+        full = tb.golden.locked > tb.config.lockable - 2
+        keep = self.random.random() < (0.2 if full else 0.8)
+        numbers = [self.random.randrange(tb.config.replicas)]
+        if self.random.random() < 0.5:
+            # All in order, as the scheduler asks for them.
+            numbers = list(range(tb.config.replicas))[:: 1 if keep else -1]
+        for number in numbers:
+            answer = await tb.operate(COPY, layer=layer, expert=expert, value=number, last=keep)
             self._allocated(answer, layer)
-        expert = self.random.randrange(min(experts, model.experts))
-        number = self.random.randrange(tb.config.replicas)
-        keep = self.random.random() < 0.6
-        answer = await tb.operate(COPY, layer=layer, expert=expert, value=number, last=keep)
-        self._allocated(answer, layer)
-        if answer.code == RESIDENT and not keep and number:
-            assert not self.holders.get(answer.slot), "a pinned slot was dropped"
+            if answer.code == RESIDENT and not keep and number:
+                assert not self.holders.get(answer.slot), "a pinned slot was dropped"
 
     async def _out_of_range(self):
         """Use a number that is too great, if the fields can hold one."""
@@ -721,7 +729,7 @@ async def lasts(dut):
         expected |= {("LOCK", "ALLOCATED"), ("UNLOCK", "RESIDENT")}
     if tb.config.replicas > 1:
         codes = (RESIDENT, FILLING, ALLOCATED, NO_SLOT, REFUSED)
-        expected |= {("COPY", code.name) for code in codes}
+        expected |= {(name, code.name) for name in ("COPY", "FURTHER COPY") for code in codes}
     assert tb.seen.keys() >= expected, expected - tb.seen.keys()
 
 
@@ -920,3 +928,38 @@ async def reads_all_banks_in_the_same_cycle(dut):
     await tb.finish()
     tb.golden.check_invariants()
     assert buffer.read_latency == 6
+
+
+@cocotb.test()
+async def copies_come_and_go(dut):
+    """Most slots may be taken, so that the bank and the policy choose among many."""
+    tb = TB(dut)
+    await tb.start()
+    config, rng = tb.config, tb.random
+    if config.replicas == 1:
+        return
+    chosen = set()
+    for step in range(parameters()["steps"] // 2):
+        if step % 8 == 0:
+            tb.set_policy(rng.choice([LRU, LFU, NEXT_USE]))
+        layer = rng.randrange(2)
+        if rng.random() < 0.4:
+            expert = rng.randrange(config.model.experts)
+            answer = await tb.operate(DEMAND, ctx=0, layer=layer, expert=expert, index=0)
+        else:
+            number = rng.randrange(config.replicas)
+            keep = rng.random() < 0.6
+            expert = rng.randrange(3)
+            answer = await tb.operate(COPY, layer=layer, expert=expert, value=number, last=keep)
+            if number and answer.code == ALLOCATED:
+                chosen.add((tb.golden.policy, answer.slot))
+        if answer.code == ALLOCATED and rng.random() < 0.1:
+            await tb.operate(FILL, slot=answer.slot, tile=0, last=1, failed=1)
+        elif answer.code == ALLOCATED:
+            await tb.fetch(answer.slot, beats=1)
+        await tb.operate(RELEASE, ctx=0, layer=layer)
+        tb.golden.check_invariants()
+    # Every policy has chosen, and not always the same slots.
+    assert {policy for policy, _ in chosen} == set(Policy)
+    assert len({slot for _, slot in chosen}) > 2, chosen
+    await tb.finish()

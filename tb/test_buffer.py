@@ -43,7 +43,7 @@ CONFIGS = {
         expert_bytes=512,
         data_bytes=64,
     ),
-    "two-banks": TINY_DEVICE.replace(replicas=2, slots=10),
+    "two-banks": TINY_DEVICE.replace(replicas=2, slots=16),
     "four-banks": DeviceConfig(
         model=ModelConfig(name="banks", layers=3, experts=12, top_k=1),
         slots=12,
