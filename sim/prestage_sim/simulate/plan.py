@@ -115,6 +115,8 @@ class Plan:
         Whether a demand goes before prefetches at a tile's edge; else at an expert's end.
     prefetch_inflight : :class:`int`
         Prefetches that may be on their way at a time.
+    prefetch_tiles : :class:`int`
+        Tiles of prefetches that may be on their way at a time; 0 for any number.
     """
 
     evict: Evict = Evict.LRU
@@ -134,6 +136,7 @@ class Plan:
     cancel: bool = True
     preempt: bool = True
     prefetch_inflight: int = 2
+    prefetch_tiles: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
