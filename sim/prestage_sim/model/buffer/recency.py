@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..._jit import compiled
+from ..._jit import kernel
 from .state import (
     BANKS,
     FILLS,
@@ -23,7 +23,7 @@ from .state import (
 __all__ = ["Recency", "least_recent", "retire", "touch"]
 
 
-@compiled
+@kernel
 def _unlink(state: Any, slot: Any) -> None:
     """Take a slot out of the order."""
     slots, registers = state.slots, state.registers
@@ -38,7 +38,7 @@ def _unlink(state: Any, slot: Any) -> None:
         registers[NEWEST] = older
 
 
-@compiled
+@kernel
 def touch(state: Any, slot: Any) -> None:
     """Make a slot the most recent."""
     slots, registers = state.slots, state.registers
@@ -52,7 +52,7 @@ def touch(state: Any, slot: Any) -> None:
     registers[NEWEST] = slot
 
 
-@compiled
+@kernel
 def retire(state: Any, slot: Any) -> None:
     """Make a slot the least recent, as if the route had not touched it."""
     slots, registers = state.slots, state.registers
@@ -66,7 +66,7 @@ def retire(state: Any, slot: Any) -> None:
     registers[OLDEST] = slot
 
 
-@compiled
+@kernel
 def least_recent(state: Any, untouched: Any, bank: Any = -1) -> Any:
     """Least recent slot that may be taken, of those that the route has not touched if wanted so,
     and of one bank if that isn't -1; -1 for none.
