@@ -103,6 +103,12 @@ class RecencyList(wiring.Component):
             newer_read.addr.eq(self.read_slot),
             newer_read.en.eq(1),
             self.newer.eq(newer),
+            # The first cycle of a touch or retirement, which come late in it: where to write, and
+            # what, does not hang on them.
+            older_write.addr.eq(newer),
+            older_write.data.eq(older),
+            newer_write.addr.eq(older),
+            newer_write.data.eq(newer),
         ]
 
         with m.If(self.clear):
@@ -150,11 +156,7 @@ class RecencyList(wiring.Component):
                 m.d.sync += [self.mark.eq(self.slot), self.marked.eq(1)]
         with m.Elif(self.retire):
             m.d.comb += [
-                older_write.addr.eq(newer),
-                older_write.data.eq(older),
                 older_write.en.eq(~is_oldest & ~is_newest),
-                newer_write.addr.eq(older),
-                newer_write.data.eq(newer),
                 newer_write.en.eq(~is_oldest),
             ]
             m.d.sync += relink_last.eq(~is_oldest)
@@ -168,11 +170,7 @@ class RecencyList(wiring.Component):
                 m.d.sync += self.mark.eq(older)
         with m.Elif(self.touch):
             m.d.comb += [
-                older_write.addr.eq(newer),
-                older_write.data.eq(older),
                 older_write.en.eq(~is_newest),
-                newer_write.addr.eq(older),
-                newer_write.data.eq(newer),
                 newer_write.en.eq(~is_newest & ~is_oldest),
             ]
             m.d.sync += relink.eq(~is_newest)
