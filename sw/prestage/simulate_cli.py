@@ -61,9 +61,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be numbers such as 0.5,1,4, not {text!r}"
-        ) from None
+        raise argparse.ArgumentTypeError(f"must be numbers such as 0.5,1,4, not {text!r}") from None
 
 
 def _residencies(text: str) -> list[float]:
@@ -208,7 +206,7 @@ def add_simulate(
         "  prestage simulate trace.npz --machine unit --policy lru prestage --report page.html\n"
         "  prestage simulate trace.npz --policy prestage --residency 0.25 --chrome trace.json",
     )
-    parser.add_argument("traces", metavar="TRACE", nargs=1, help="routing trace: .npz, .jsonl, .csv")
+    parser.add_argument("traces", metavar="TRACE", nargs=1, help="routing trace")
     _add_options(parser, positive)
     _add_output(parser)
     parser.add_argument(
@@ -595,32 +593,51 @@ def _print_outcomes(outcomes: Sequence[Outcome]) -> None:
         console.print(
             f"[bold]{escape(Path(trace).name)}[/bold] on {escape(machine)}, rho {rho:.3g}"
         )
-        table = Table(box=SIMPLE, collapse_padding=True, pad_edge=False)
-        table.add_column("policy", overflow="fold")
-        for name in ("resident", "time", "hits", "bytes"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for name in ("recall", "precision", "over-fetch", "late", "useless", "polluting"):
-            table.add_column(name, justify="right", no_wrap=True)
-        if any(o.result.joules_per_token is not None for o in group):
-            table.add_column("J/token", justify="right", no_wrap=True)
         by_residency = sorted(group, key=lambda o: o.result.residency)
-        for outcome in by_residency:
-            r = outcome.result
-            row = [
-                r.policy,
-                _percent(r.residency),
-                f"{r.tpot:.3f}",
-                _percent(r.hit_rate),
-                f"{r.bytes_per_token:.3f}",
-                _percent(r.recall),
-                _percent(r.precision),
-                "–" if r.overfetch is None else f"{r.overfetch:.2f}",
-                *(_percent(v) for v in (r.late, r.useless, r.polluting)),
-            ]
-            if len(table.columns) > len(row):
-                row.append(_joules(r.joules_per_token))
-            table.add_row(*row)
-        console.print(table)
+        # Where the terminal is narrow the columns come as two tables.
+        tables = [(*_TIME, *_QUALITY)] if console.width >= _BOTH_FIT else [_TIME, _QUALITY]
+        for columns in tables:
+            console.print(_table(columns, by_residency))
     console.print(
         "Shares in %; time relative to everything resident; bytes in units of k x L experts."
     )
+
+
+#: Columns of the tables: head and text of a cell.
+_TIME: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("resident", lambda r: _percent(r.residency)),
+    ("time", lambda r: f"{r.tpot:.3f}"),
+    ("hits", lambda r: _percent(r.hit_rate)),
+    ("bytes", lambda r: f"{r.bytes_per_token:.3f}"),
+    ("J/token", lambda r: _joules(r.joules_per_token)),
+)
+_QUALITY: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("recall", lambda r: _percent(r.recall)),
+    ("precision", lambda r: _percent(r.precision)),
+    ("over-fetch", lambda r: "–" if r.overfetch is None else f"{r.overfetch:.2f}"),
+    ("late", lambda r: _percent(r.late)),
+    ("useless", lambda r: _percent(r.useless)),
+    ("polluting", lambda r: _percent(r.polluting)),
+)
+
+#: Width at which all columns fit into one table.
+_BOTH_FIT = 120
+
+
+def _table(
+    columns: Sequence[tuple[str, Callable[[Any], str]]], outcomes: Sequence[Outcome]
+) -> Table:
+    if columns is _QUALITY:
+        columns = (_TIME[0], *columns)
+    table = Table(box=SIMPLE, collapse_padding=True, pad_edge=False)
+    table.add_column("policy", no_wrap=True)
+    for head, _ in columns:
+        table.add_column(head, justify="right", no_wrap=True)
+    last = None
+    for outcome in outcomes:
+        result = outcome.result
+        if last is not None and result.residency != last:
+            table.add_section()
+        last = result.residency
+        table.add_row(result.policy, *(text(result) for _, text in columns))
+    return table

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import prestage_hw.contract
 from prestage_sim.traces import Trace
@@ -38,8 +39,16 @@ def code_digest() -> str:
 def trace_digest(trace: Trace) -> str:
     """Digest of all that a trace holds, whatever the format of its file."""
     digest = hashlib.sha256()
-    arrays = [trace.experts, trace.request_id, trace.is_decode, trace.token, trace.layer_ids]
-    for array in arrays if trace.scores is None else [*arrays, trace.scores]:
+    arrays: list[NDArray[Any]] = [
+        trace.experts,
+        trace.request_id,
+        trace.is_decode,
+        trace.token,
+        trace.layer_ids,
+    ]
+    if trace.scores is not None:
+        arrays.append(trace.scores)
+    for array in arrays:
         digest.update(f"{array.dtype} {array.shape}\0".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     digest.update(str(trace.experts_per_layer).encode())
@@ -171,7 +180,12 @@ class _Keep:
 
 
 def run_cell(
-    cell: Cell, trace: Trace, warm: Sequence[Trace] = (), *, recorder: Recorder | None = None
+    cell: Cell,
+    trace: Trace,
+    warm: Sequence[Trace] = (),
+    *,
+    recorder: Recorder | None = None,
+    folder: Path | None = None,
 ) -> Outcome:
     """Simulate a cell.
 
@@ -183,6 +197,8 @@ def run_cell(
         The traces that its digests stand for.
     recorder : :class:`Recorder` or None
         Collects events.
+    folder : path or None
+        Where predictions are kept on disk, for all cells of the same trace.
     """
     keep = _Keep(cell.machine)
     result = simulate(
@@ -195,6 +211,7 @@ def run_cell(
         seed=cell.seed,
         name=cell.name,
         recorder=recorder,
+        folder=folder,
     )
     joules = None if cell.machine.joules is None else result.joules_per_token
     return Outcome(

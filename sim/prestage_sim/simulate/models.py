@@ -163,7 +163,7 @@ def model_card(
                 card,
                 expert_bytes=recorded,
                 weight_bits=card.weight_bits * share,
-                attention_bytes=None if card.attention_bytes is None else card.attention_bytes * share,
+                attention_bytes=(card.attention_bytes or 0.0) * share,
                 shared_bytes=card.shared_bytes * share,
             )
     else:

@@ -164,9 +164,7 @@ def _times(cells: _Cells, rho: float, kinds: Mapping[str, str]) -> _Figure:
     else:
         plot.y_ticks(ticks(1.0, top))
     for policy in shown:
-        points = [
-            (100 * r, at(t)) for r in cells.residencies if (t := cells.time(policy, rho, r))
-        ]
+        points = [(100 * r, at(t)) for r in cells.residencies if (t := cells.time(policy, rho, r))]
         plot.line([x for x, _ in points], [y for _, y in points], kinds[policy])
         for x, y in points:
             time = 10**y if logarithmic else y
@@ -520,13 +518,17 @@ def choose_timelines(outcomes: Sequence[Outcome]) -> list[Outcome]:
         All that were simulated.
     """
     first = outcomes[0].result
-    group = [o for o in outcomes if (o.result.trace, o.result.machine) == (first.trace, first.machine)]
-    cells = _Cells(group)
+    cells = _Cells(
+        [
+            outcome
+            for outcome in outcomes
+            if outcome.result.trace == first.trace and outcome.result.machine == first.machine
+        ]
+    )
     rho = min(cells.rhos, key=lambda r: abs(math.log(r / 4)))
     policies = [p for p in cells.policies if p not in ("resident", "bound")] or cells.policies
-    chosen = [p for p in ("lru", "prestage") if p in policies]
-    chosen += [p for p in policies if p not in chosen]
-    found = [cells.get(p, rho, cells.middle()) for p in chosen[:2]]
+    policies.sort(key=lambda policy: policy not in ("lru", "prestage"))
+    found = [cells.get(p, rho, cells.middle()) for p in policies[:2]]
     return [outcome for outcome in found if outcome is not None]
 
 
@@ -565,7 +567,8 @@ def render(
         title="What prefetching buys on "
         + ", ".join(dict.fromkeys(PurePath(trace).name for trace, _ in groups)),
         subtitle="Time of a token, relative to one with all experts resident, by how many experts"
-        " fit in the slots. rho is the time to load all k experts of a layer over the layer's time.",
+        " fit in the slots. rho is the time to load all k experts of a layer over that of the"
+        " layer.",
         notes=list(notes),
         sections=[
             _section(f"{PurePath(trace).name or trace} on {machine}", group)

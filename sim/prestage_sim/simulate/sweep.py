@@ -63,6 +63,11 @@ class Store:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
+    @property
+    def predictions(self) -> Path | None:
+        """Where what predictors say of a trace is kept, for all its cells."""
+        return None if self.folder is None else self.folder / "predictions"
+
     def _path(self, cell: Cell) -> Path | None:
         if self.folder is None:
             return None
@@ -102,36 +107,53 @@ class Store:
             ) from error
 
 
-#: Traces by digest, in a worker process.
-_TRACES: dict[str, Trace] = {}
+class _Bench:
+    """Runs cells whose traces it has.
+
+    Parameters
+    ----------
+    traces : mapping
+        Traces by their digest.
+    folder : path or None
+        Where predictions are kept.
+    """
+
+    def __init__(self, traces: Mapping[str, Trace], folder: Path | None) -> None:
+        self.traces, self.folder = dict(traces), folder
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        warm = [self.traces[digest] for digest in cell.warm]
+        outcome = run_cell(cell, self.traces[cell.trace], warm, folder=self.folder)
+        return outcome.as_stored()
 
 
-def _prepare(traces: Mapping[str, Trace]) -> None:
+#: The bench of a worker process.
+_benches: list[_Bench] = []
+
+
+def _prepare(bench: _Bench) -> None:
     # Ctrl-C goes to all processes of a terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _TRACES.update(traces)
+    _benches.append(bench)
 
 
 def _run(cell: Cell) -> dict[str, Any]:
-    return run_cell(cell, _TRACES[cell.trace], [_TRACES[w] for w in cell.warm]).as_stored()
+    return _benches[-1].run(cell)
 
 
-def _in_process(
-    cells: Sequence[Cell], traces: Mapping[str, Trace]
-) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def _in_process(cells: Sequence[Cell], bench: _Bench) -> Iterator[tuple[Cell, dict[str, Any]]]:
     for cell in cells:
-        outcome = run_cell(cell, traces[cell.trace], [traces[w] for w in cell.warm])
-        yield cell, outcome.as_stored()
+        yield cell, bench.run(cell)
 
 
 def _on_cores(
-    cells: Sequence[Cell], traces: Mapping[str, Trace], jobs: int
+    cells: Sequence[Cell], bench: _Bench, jobs: int
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     # Spawned, since forking a process that draws a progress bar in a thread may hang.
     context = multiprocessing.get_context("spawn")
     before = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_prepare, initargs=(dict(traces),)
+        jobs, mp_context=context, initializer=_prepare, initargs=(bench,)
     )
     finished = False
     try:
@@ -167,12 +189,14 @@ def _on_cluster(
     cells: Sequence[Cell], traces: Mapping[str, Trace], scheduler: str
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     try:
-        import distributed
+        import distributed as dask
     except ImportError:
         raise SweepError(
             "--scheduler needs Dask, which isn't installed: pip install 'prestage[dask]'"
         ) from None
     try:
+        # Dask's own annotations are patchy.
+        distributed: Any = dask
         client = distributed.Client(scheduler, timeout=_PATIENCE, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         raise SweepError(
@@ -199,7 +223,9 @@ def _on_cluster(
             arguments = (cell, held[cell.trace], warm, code_digest())
             future = client.submit(_on_worker, *arguments, pure=False, retries=_RETRIES)
             futures[future.key] = (future, cell)
-        done = distributed.as_completed([future for future, _ in futures.values()])
+        done = distributed.as_completed(
+            [future for future, _ in futures.values()], loop=client.loop
+        )
         for future in done:
             try:
                 stored = future.result()
@@ -253,13 +279,14 @@ def sweep(
         progress(found, found)
     used = {digest for cell in missing for digest in (cell.trace, *cell.warm)}
     needed = {digest: traces[digest] for digest in used}
+    bench = _Bench(needed, store.predictions)
     jobs = min(jobs or os.cpu_count() or 1, len(missing))
     if scheduler is not None and missing:
         running = _on_cluster(missing, needed, scheduler)
     elif jobs > 1:
-        running = _on_cores(missing, needed, jobs)
+        running = _on_cores(missing, bench, jobs)
     else:
-        running = _in_process(missing, needed)
+        running = _in_process(missing, bench)
     with contextlib.closing(running):  # type: ignore[type-var]
         try:
             for cell, stored in running:

@@ -175,7 +175,8 @@ class MachineFile:
             return experts + half, experts + half
         # Attention's weights have 16 bits in all cards, so that a byte is one operation.
         attention = max(card.attention_bytes / before, card.attention_bytes / flops)
-        shared = max(card.shared_bytes / before, 2 * card.shared_bytes * 8 / card.weight_bits / flops)
+        weights = card.shared_bytes * 8 / card.weight_bits
+        shared = max(card.shared_bytes / before, 2 * weights / flops)
         return attention + half, experts + shared + half
 
     def for_model(self, card: ModelCard) -> Machine:
@@ -317,7 +318,7 @@ def _parse(text: bytes, *, name: str, path: str) -> MachineFile:
         several = table in ("links", "tiers")
         rows = data[table] if several else [data[table]]
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            kind = "tables: write [[" + table + "]]" if several else "a table: write [" + table + "]"
+            kind = f"tables: write [[{table}]]" if several else f"a table: write [{table}]"
             raise MachineError(f"Machine file {path}: {table} must be {kind}")
         for number, row in enumerate(rows):
             at = f"{table}[{number}]" if several else table
@@ -364,7 +365,8 @@ def _add(figures: dict[str, _Figure], given: Any, *, key: str, zero: bool, path:
         values = [given[part] for part in parts]
     numbers = values if isinstance(values, list) else [values]
     for value in numbers:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
             raise MachineError(f"Machine file {path}: {key} must be a number, not {value!r}")
         if value < 0 or (value == 0 and not zero):
             rule = "at least 0" if zero else "above 0"
