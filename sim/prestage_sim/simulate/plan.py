@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,8 +90,18 @@ class Plan:
         ``"lite"``.
     slots : :class:`int` or None
         Slots in place of those that the residency gives.
-    keep : :class:`bool`
-        False empties every slot once its layer is done.
+    preload : :class:`bool`
+        Whether experts lie in all slots from the start.
+    proposes : :class:`bool`
+        Whether the predictor's candidates are prefetched; else it only says what is worth keeping.
+    threshold, far_threshold, ahead : :class:`int` or None
+        Registers of the predictor in place of their values after reset: least confidence of a
+        candidate for the next layer, for others, and layers proposed when a token starts.
+    foresees : :class:`bool`
+        Prefetch what is missing and used next, as long as what has to go is used later; knows the
+        whole trace.
+    samples : :class:`int` or None
+        Slots that a search for a victim looks at in place of the hardware's 32.
     throttle : :class:`bool`
         Whether the golden throttle drops kinds of prefetches that cost more than they save.
     cancel : :class:`bool`
@@ -105,7 +116,13 @@ class Plan:
     candidates: Candidates | None = None
     predictor: str | None = None
     slots: int | None = None
-    keep: bool = True
+    preload: bool = False
+    proposes: bool = True
+    threshold: int | None = None
+    far_threshold: int | None = None
+    ahead: int | None = None
+    foresees: bool = False
+    samples: int | None = None
     throttle: bool = False
     cancel: bool = True
     preempt: bool = True
@@ -129,6 +146,8 @@ class Workload:
         Slots that the residency gives.
     seed : :class:`int`
         For whatever is drawn at random.
+    folder : path or None
+        Where what hangs on the trace alone may be kept on disk.
     """
 
     trace: Trace
@@ -136,6 +155,7 @@ class Workload:
     machine: Machine
     slots: int
     seed: int
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ __all__ = ["FIELDS", "Counts", "Result"]
 class Counts:
     """What was counted over the scored tokens.
 
-    Traffic counts tiles: ``demand + useful + useless`` is all that the links moved.
+    Tiles count when they move, but what a prefetch brought counts as useful or useless once that is
+    known: their sum is that of all tiles but for prefetches that were open at either end.
 
     Parameters
     ----------
@@ -27,8 +28,11 @@ class Counts:
     issued, useful, useless, polluting, cancelled : :class:`int`
         Prefetches that were given a slot; that a demand came for; that were evicted without; demand
         misses on what a prefetch had evicted; prefetches given up on their way.
-    demand_tiles, useful_tiles, useless_tiles : :class:`int`
-        Tiles moved for demands, and for prefetches that a demand came for or did not come for.
+    throttled, outbid : :class:`int`
+        Candidates that the throttle dropped, and those that no slot was given to.
+    tiles_moved, demand_tiles, useful_tiles, useless_tiles : :class:`int`
+        Tiles moved in all, for demands, and for prefetches that a demand came for or did not come
+        for.
     candidates, right : :class:`int`
         Experts that were proposed for a layer before it was routed, and those of them that it then
         chose; an expert counts once a layer and token.
@@ -50,6 +54,9 @@ class Counts:
     useless: int = 0
     polluting: int = 0
     cancelled: int = 0
+    throttled: int = 0
+    outbid: int = 0
+    tiles_moved: int = 0
     demand_tiles: int = 0
     useful_tiles: int = 0
     useless_tiles: int = 0

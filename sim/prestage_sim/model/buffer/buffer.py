@@ -12,7 +12,7 @@ from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import BufferCode, BufferOp, Policy, ValueKind
 
-from ..._jit import compiled
+from ..._jit import kernel
 from .directory import Directory
 from .recency import Recency, least_recent, retire, touch
 from .state import (
@@ -48,6 +48,7 @@ __all__ = [
     "demand",
     "fill",
     "find_demand_victim",
+    "find_prefetch_victim",
     "lock",
     "prefetch",
     "release",
@@ -67,7 +68,7 @@ _ALLOCATED, _NO_SLOT = int(BufferCode.ALLOCATED), int(BufferCode.NO_SLOT)
 _OUTBID, _REFUSED = int(BufferCode.OUTBID), int(BufferCode.REFUSED)
 
 
-@compiled
+@kernel
 def _result(code: Any, slot: Any, prefetched: Any, evicted: Any, unused: Any, polluted: Any) -> Any:
     """Fields of :class:`BufferResult`, all of one type."""
     return (
@@ -80,7 +81,7 @@ def _result(code: Any, slot: Any, prefetched: Any, evicted: Any, unused: Any, po
     )
 
 
-@compiled
+@kernel
 def _take(state: Any, slot: Any, key: Any, by_prefetch: Any) -> Any:
     """Give a slot to an expert; whether it held another, and whether nobody had used that."""
     held = state.slots[slot]
@@ -98,7 +99,7 @@ def _take(state: Any, slot: Any, key: Any, by_prefetch: Any) -> Any:
     return evicted, evicted and unused != 0
 
 
-@compiled
+@kernel
 def _drop(state: Any, slot: Any) -> None:
     """Empty a slot; it keeps its pins."""
     held = state.slots[slot]
@@ -111,7 +112,7 @@ def _drop(state: Any, slot: Any) -> None:
         retire(state, slot)
 
 
-@compiled
+@kernel
 def find_demand_victim(state: Any) -> Any:
     """Slot for a demand, by the policy; -1 for none."""
     policy = state.registers[POLICY]
@@ -120,7 +121,7 @@ def find_demand_victim(state: Any) -> Any:
     return find_victim(state, policy, 0, 0, 0)[0]
 
 
-@compiled
+@kernel
 def begin_demand(state: Any, ctx: Any, layer: Any, expert: Any, index: Any) -> Any:
     """Count a demand and hold its slot; ALLOCATED and slot -1 if a slot is still to be found."""
     if index == 0:
@@ -140,7 +141,7 @@ def begin_demand(state: Any, ctx: Any, layer: Any, expert: Any, index: Any) -> A
     return _result(code, slot, prefetched, 0, 0, 0)
 
 
-@compiled
+@kernel
 def take_for_demand(state: Any, ctx: Any, layer: Any, expert: Any, index: Any, slot: Any) -> Any:
     """Give a slot to an expert that is demanded and missing."""
     key = layer * state.shape[EXPERTS] + expert
@@ -151,7 +152,7 @@ def take_for_demand(state: Any, ctx: Any, layer: Any, expert: Any, index: Any, s
     return _result(_ALLOCATED, slot, 0, evicted, unused, polluted)
 
 
-@compiled
+@kernel
 def demand(state: Any, ctx: Any, layer: Any, expert: Any, index: Any) -> Any:
     """Do a DEMAND: the fields of its :class:`BufferResult`."""
     result = begin_demand(state, ctx, layer, expert, index)
@@ -163,7 +164,7 @@ def demand(state: Any, ctx: Any, layer: Any, expert: Any, index: Any) -> Any:
     return take_for_demand(state, ctx, layer, expert, index, slot)
 
 
-@compiled
+@kernel
 def take_for_prefetch(state: Any, layer: Any, expert: Any, value: Any, slot: Any) -> Any:
     """Give a slot to an expert that nobody demanded."""
     evicted, unused = _take(state, slot, layer * state.shape[EXPERTS] + expert, True)
@@ -174,26 +175,31 @@ def take_for_prefetch(state: Any, layer: Any, expert: Any, value: Any, slot: Any
     return _result(_ALLOCATED, slot, 0, evicted, unused, 0)
 
 
-@compiled
+@kernel
+def find_prefetch_victim(state: Any, layer: Any, expert: Any, value: Any) -> Any:
+    """Slot for a prefetch, by the policy, -1 for none; and whether it is outbid."""
+    policy = state.registers[POLICY]
+    if policy == _LRU:
+        return least_recent(state, True), False
+    return find_victim(state, policy, layer, expert, value)
+
+
+@kernel
 def prefetch(state: Any, layer: Any, expert: Any, value: Any) -> Any:
     """Do a PREFETCH: the fields of its :class:`BufferResult`."""
     key = layer * state.shape[EXPERTS] + expert
     if state.experts[key, STATE] != EMPTY:
         code = _RESIDENT if state.experts[key, STATE] == READY else _IN_FLIGHT
         return _result(code, state.experts[key, SLOT], 0, 0, 0, 0)
-    policy = state.registers[POLICY]
-    if policy == _LRU:
-        slot = least_recent(state, True)
-    else:
-        slot, outbid = find_victim(state, policy, layer, expert, value)
-        if outbid:
-            return _result(_OUTBID, 0, 0, 0, 0, 0)
+    slot, outbid = find_prefetch_victim(state, layer, expert, value)
+    if outbid:
+        return _result(_OUTBID, 0, 0, 0, 0, 0)
     if slot < 0:
         return _result(_NO_SLOT, 0, 0, 0, 0, 0)
     return take_for_prefetch(state, layer, expert, value, slot)
 
 
-@compiled
+@kernel
 def lock(state: Any, layer: Any, expert: Any) -> Any:
     """Do a LOCK: the fields of its :class:`BufferResult`."""
     key = layer * state.shape[EXPERTS] + expert
@@ -222,7 +228,7 @@ def lock(state: Any, layer: Any, expert: Any) -> Any:
     return _result(_ALLOCATED, slot, 0, evicted, unused, 0)
 
 
-@compiled
+@kernel
 def unlock(state: Any, layer: Any, expert: Any) -> Any:
     """Do an UNLOCK: the fields of its :class:`BufferResult`."""
     key = layer * state.shape[EXPERTS] + expert
@@ -238,7 +244,7 @@ def unlock(state: Any, layer: Any, expert: Any) -> Any:
     return _result(code, slot, 0, 0, 0, 0)
 
 
-@compiled
+@kernel
 def fill(state: Any, slot: Any, last: Any, failed: Any) -> Any:
     """Do a FILL, but for the tile-valid bits; whether the slot was dropped."""
     held = state.slots[slot]
@@ -252,7 +258,7 @@ def fill(state: Any, slot: Any, last: Any, failed: Any) -> Any:
     return False
 
 
-@compiled
+@kernel
 def cancel(state: Any, slot: Any) -> Any:
     """Do a CANCEL; whether there was a prefetch to be cancelled."""
     held = state.slots[slot]
@@ -262,7 +268,7 @@ def cancel(state: Any, slot: Any) -> Any:
     return True
 
 
-@compiled
+@kernel
 def release(state: Any, ctx: Any, layer: Any) -> Any:
     """Do a RELEASE; whether anything was held."""
     pins = state.pins[ctx, layer]

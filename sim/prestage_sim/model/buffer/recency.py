@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..._jit import compiled
+from ..._jit import kernel
 from .state import (
     FILLS,
     LOCKED,
@@ -22,7 +22,7 @@ from .state import (
 __all__ = ["Recency", "least_recent", "retire", "touch"]
 
 
-@compiled
+@kernel
 def _unlink(state: Any, slot: Any) -> None:
     """Take a slot out of the order."""
     slots, registers = state.slots, state.registers
@@ -37,7 +37,7 @@ def _unlink(state: Any, slot: Any) -> None:
         registers[NEWEST] = older
 
 
-@compiled
+@kernel
 def touch(state: Any, slot: Any) -> None:
     """Make a slot the most recent."""
     slots, registers = state.slots, state.registers
@@ -51,7 +51,7 @@ def touch(state: Any, slot: Any) -> None:
     registers[NEWEST] = slot
 
 
-@compiled
+@kernel
 def retire(state: Any, slot: Any) -> None:
     """Make a slot the least recent, as if the route had not touched it."""
     slots, registers = state.slots, state.registers
@@ -65,7 +65,7 @@ def retire(state: Any, slot: Any) -> None:
     registers[OLDEST] = slot
 
 
-@compiled
+@kernel
 def least_recent(state: Any, untouched: Any) -> Any:
     """Least recent slot that may be taken, of those that the route has not touched if wanted so;
     -1 for none.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..._jit import compiled
+from ..._jit import kernel
 
 __all__ = ["DECAYS", "discounts", "keep_value", "rate_after_use", "use_rate"]
 
@@ -20,20 +20,20 @@ def discounts(layers: int) -> tuple[int, ...]:
     return tuple(min(255, round(256 * (63 / 64) ** ahead)) for ahead in range(layers + 1))
 
 
-@compiled
+@kernel
 def use_rate(rate: Any, age: Any, decays: Any) -> Any:
     """Use rate of an expert, in 1/256, ``age`` visits of its layer after it was ``rate``."""
     return (rate * decays[age]) >> 8 if age < 64 else rate - rate
 
 
-@compiled
+@kernel
 def rate_after_use(rate: Any, age: Any, decays: Any) -> Any:
     """Use rate after another use, where the one before was ``age`` visits ago and left ``rate``."""
     now = use_rate(rate, age, decays)
     return now + ((271 - now) >> 4)
 
 
-@compiled
+@kernel
 def keep_value(
     chance: Any, reuse: Any, rate: Any, visited: Any, distance: Any, discount: Any
 ) -> Any:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.records import Policy, ValueKind
 
-from ..._jit import compiled
+from ..._jit import kernel
 from .directory import SlotState
 from .state import (
     EXPERTS,
@@ -54,7 +54,7 @@ _MARKS = 16
 _LFU = int(Policy.LFU)
 
 
-@compiled
+@kernel
 def count_demand(state: Any, ctx: Any, layer: Any, expert: Any, first: Any) -> None:
     """Count a demand; the first one of a decision counts a visit of its layer."""
     visits = state.visits
@@ -68,13 +68,13 @@ def count_demand(state: Any, ctx: Any, layer: Any, expert: Any, first: Any) -> N
     state.experts[key, STAMP] = visits[layer]
 
 
-@compiled
+@kernel
 def layer_mark(state: Any, layer: Any) -> Any:
     """What a prefetch for that layer remembers of its visits."""
     return state.visits[layer] % _MARKS
 
 
-@compiled
+@kernel
 def expert_keep(state: Any, policy: Any, layer: Any, expert: Any, probation: Any) -> Any:
     """Worth of an expert.
 
@@ -119,7 +119,7 @@ def expert_keep(state: Any, policy: Any, layer: Any, expert: Any, probation: Any
     return best
 
 
-@compiled
+@kernel
 def slot_worth(state: Any, policy: Any, slot: Any) -> Any:
     """Worth of what a slot holds; -1 for a free slot."""
     held = state.slots[slot]
@@ -132,7 +132,7 @@ def slot_worth(state: Any, policy: Any, slot: Any) -> Any:
     return expert_keep(state, policy, layer, expert, probation)
 
 
-@compiled
+@kernel
 def find_victim(state: Any, policy: Any, layer: Any, expert: Any, value: Any) -> Any:
     """Find the slot of least worth: -1 for none, and whether it is worth more than the candidate.
 

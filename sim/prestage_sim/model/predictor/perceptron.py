@@ -64,6 +64,33 @@ def _run_head(head: Any, routed: Any, memos: Any, values: Any, out: Any) -> None
 
 
 @compiled
+def _run_reuse(head: Any, routed: Any, memos: Any, old: Any, known: Any, out: Any) -> None:
+    """Reuse values after each routing of a layer, in 1/256; ``old`` are those of the visit before.
+
+    ``routed`` holds two tokens more than ``memos``: those before the first.
+    """
+    tokens, layers = memos.shape[0], memos.shape[2]
+    experts = old.shape[1]
+    new = np.zeros(experts, np.int64)
+    targets = np.zeros(experts, np.int64)
+    used = np.zeros(experts, np.bool_)
+    for t in range(tokens):
+        this, prev, before = routed[t + 2], routed[t + 1], routed[t]
+        for m in range(layers):
+            head_predict(head, 0, m, NOW, this, prev, before, memos[t], new)
+            used[:] = False
+            for e in this[m]:
+                used[e] = True
+            if known[m]:
+                reuse_targets(new, used, targets)
+                head_learn(head, 0, m, this, prev, before, memos[t], old[m], targets, used)
+            known[m] = True
+            old[m] = new
+            for e in range(experts):
+                out[t, m, e] = new[e] >> 2
+
+
+@compiled
 def _run_tokens(
     tables: Any, tokens: Any, routed: Any, previous: Any, memo: Any, memos: Any
 ) -> None:
@@ -403,7 +430,7 @@ class PerceptronPredictor(Settings):
 
 
 class TraceRunner:
-    """The P heads over a whole trace, one context: what ``prestage evaluate`` needs.
+    """The heads over a whole trace, one context: what evaluation and simulation need.
 
     Parameters
     ----------
@@ -416,16 +443,20 @@ class TraceRunner:
         perceptron = config.perceptron
         assert perceptron is not None
         self._config = config
-        self._heads = {
-            head.horizon: create_head(config, head, number=number)
+        heads = [
+            (head, create_head(config, head, number=number))
             for number, head in enumerate(perceptron.heads)
-            if not head.is_reuse
-        }
+        ]
+        self._heads = {shape.horizon: head for shape, head in heads if not shape.is_reuse}
+        self._reuse = next((head for shape, head in heads if shape.is_reuse), None)
         self._tables = create_tokens(config)
-        choice = (config.model.layers, config.model.top_k)
+        model = config.model
+        choice = (model.layers, model.top_k)
         self._tail = np.full((2, *choice), -1, np.int16)
         self._memo = np.full((6, *choice), -1, np.int16)
         self._previous = np.full(2, NO_TOKEN, np.int64)
+        self._old = np.zeros((model.layers, model.experts), np.int64)
+        self._known = np.zeros(model.layers, np.bool_)
 
     @property
     def horizons(self) -> tuple[int, ...]:
@@ -448,6 +479,30 @@ class TraceRunner:
             For each horizon of :attr:`horizons`: confidences in 1/256, shape ``[tokens, layers,
             experts]``. Layers below the horizon are those of the head of token start.
         """
+        return self._chances(*self._begin(experts, tokens))
+
+    def run_all(
+        self, experts: ArrayLike, tokens: ArrayLike
+    ) -> tuple[dict[int, NDArray[np.int16]], NDArray[np.int16]]:
+        """Predict and learn the next tokens with the reuse head too.
+
+        Returns
+        -------
+        dict, array
+            What :meth:`run` returns, and the reuse values after each routing, in 1/256, shape
+            ``[tokens, layers, experts]``; 0 without a reuse head.
+        """
+        routed, memos = self._begin(experts, tokens)
+        model = self._config.model
+        reuse = np.zeros((len(memos), model.layers, model.experts), np.int16)
+        if self._reuse is not None:
+            _run_reuse(self._reuse, routed, memos, self._old, self._known, reuse)
+        return self._chances(routed, memos), reuse
+
+    def _begin(
+        self, experts: ArrayLike, tokens: ArrayLike
+    ) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+        """The choices behind the two tokens before them, and the sets of the token tables."""
         chosen = np.asarray(experts, np.int16)
         ids = np.asarray(tokens, np.int64)
         ids = np.where(ids < 0, NO_TOKEN, ids)
@@ -455,6 +510,12 @@ class TraceRunner:
         memos = np.empty((len(chosen), *self._memo.shape), np.int16)
         _run_tokens(self._tables, ids, routed, self._previous, self._memo, memos)
         self._tail = routed[-2:].copy()
+        return routed, memos
+
+    def _chances(
+        self, routed: NDArray[np.int16], memos: NDArray[np.int16]
+    ) -> dict[int, NDArray[np.int16]]:
+        """What the P heads say."""
         model = self._config.model
         values = np.zeros(model.experts, np.int64)
         out: dict[int, NDArray[np.int16]] = {}
@@ -462,7 +523,7 @@ class TraceRunner:
             result = (
                 out[0].copy()
                 if horizon
-                else np.zeros((len(chosen), model.layers, model.experts), np.int16)
+                else np.zeros((len(memos), model.layers, model.experts), np.int16)
             )
             _run_head(head, routed, memos, values, result)
             out[horizon] = result

@@ -13,7 +13,7 @@ from prestage_hw.contract.benefit import CONFIDENCE_STEPS
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import Source
 
-from ..._jit import compiled
+from ..._jit import kernel
 
 __all__ = [
     "CandidateQueue",
@@ -78,7 +78,7 @@ def enters(source: int, layer: int, *, enable: bool, cutoff_layer: int) -> bool:
     return (enable or source != Source.PREDICTOR) and layer < cutoff_layer
 
 
-@compiled
+@kernel
 def is_stale(deadline: Any, routes: Any) -> Any:
     """Whether the decision with that stamp has come: :func:`stale`."""
     return (routes - deadline) % 256 < 128
@@ -89,13 +89,13 @@ def stale(deadline: int, *, routes: int) -> bool:
     return bool(is_stale(deadline, routes))
 
 
-@compiled
+@kernel
 def _left(state: Any, ctx: Any, score: Any, deadline: Any) -> Any:
     """Steps that a fresh candidate has left: the fewer, the more it is worth."""
     return (deadline - state.routes[ctx]) % 256 + state.steps[score]
 
 
-@compiled
+@kernel
 def _remove(state: Any, ctx: Any, place: Any) -> None:
     """Close the gap that a candidate leaves."""
     waiting = state.waiting[ctx]
@@ -105,7 +105,7 @@ def _remove(state: Any, ctx: Any, place: Any) -> None:
             waiting[n, column] = waiting[n + 1, column]
 
 
-@compiled
+@kernel
 def _purge(state: Any, ctx: Any) -> None:
     """Drop a context's stale candidates."""
     waiting = state.waiting[ctx]
@@ -121,7 +121,7 @@ def _purge(state: Any, ctx: Any) -> None:
     state.counts[ctx] = kept
 
 
-@compiled
+@kernel
 def queue_push(
     state: Any, ctx: Any, layer: Any, expert: Any, score: Any, source: Any, deadline: Any
 ) -> None:
@@ -150,7 +150,7 @@ def queue_push(
     state.counts[ctx] += 1
 
 
-@compiled
+@kernel
 def queue_best(state: Any) -> Any:
     """Context and place of the candidate that goes next, -1 for none."""
     contexts = state.counts.shape[0]
@@ -170,7 +170,7 @@ def queue_best(state: Any) -> Any:
     return np.int64(-1), np.int64(-1)
 
 
-@compiled
+@kernel
 def queue_take(state: Any) -> Any:
     """Remove that candidate: context (-1 for none), layer, expert, score, source, deadline."""
     ctx, place = queue_best(state)

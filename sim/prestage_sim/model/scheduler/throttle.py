@@ -12,7 +12,7 @@ from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import PrefetchKind, Source
 from prestage_hw.contract.registers import THROTTLE_FIELDS, register_by_name
 
-from ..._jit import compiled
+from ..._jit import kernel
 
 __all__ = [
     "Throttle",
@@ -115,7 +115,7 @@ def set_weights(state: ThrottleState, value: int) -> None:
     registers[LONGEST] = max(_SHORTEST, weights["probe"])
 
 
-@compiled
+@kernel
 def prefetch_kind(source: Any, deadline: Any, routes: Any) -> Any:
     """Number of the kind of a candidate: :func:`kind_of`."""
     if source == _SOURCE_HINT:
@@ -128,7 +128,7 @@ def kind_of(source: int, deadline: int, *, routes: int) -> PrefetchKind:
     return PrefetchKind(prefetch_kind(int(source), deadline, routes))
 
 
-@compiled
+@kernel
 def _pay(state: Any, kind: Any, amount: Any) -> None:
     kinds = state.kinds
     credit = max(_LEAST, min(_MOST, kinds[CREDIT, kind] + amount))
@@ -139,7 +139,7 @@ def _pay(state: Any, kind: Any, amount: Any) -> None:
         kinds[ON, kind] = 1
 
 
-@compiled
+@kernel
 def _note(state: Any, slot: Any, expert: Any, kind: Any, evicted: Any, unused: Any) -> None:
     """Note who has the slot now, and what became of the one before."""
     registers, owner = state.registers, state.owners[slot]
@@ -151,7 +151,7 @@ def _note(state: Any, slot: Any, expert: Any, kind: Any, evicted: Any, unused: A
     owner[0], owner[1] = expert, kind
 
 
-@compiled
+@kernel
 def throttle_admits(state: Any, kind: Any) -> Any:
     """Whether a candidate of that kind may be prefetched now."""
     kinds = state.kinds
@@ -159,7 +159,7 @@ def throttle_admits(state: Any, kind: Any) -> Any:
     return not state.registers[ENABLE] or kinds[ON, kind] != 0 or due
 
 
-@compiled
+@kernel
 def count_miss(state: Any, slot: Any, expert: Any, evicted: Any, unused: Any, busy: Any) -> None:
     """Count a demand that was given a slot; ``busy`` is the kind of a tile before it, or -1."""
     kinds, registers = state.kinds, state.registers
@@ -173,7 +173,7 @@ def count_miss(state: Any, slot: Any, expert: Any, evicted: Any, unused: Any, bu
     _note(state, slot, expert, -1, evicted, unused)
 
 
-@compiled
+@kernel
 def count_prefetch(
     state: Any, slot: Any, expert: Any, kind: Any, evicted: Any, unused: Any
 ) -> None:
@@ -187,7 +187,7 @@ def count_prefetch(
     kinds[OPEN, kind] += 1
 
 
-@compiled
+@kernel
 def count_use(state: Any, slot: Any, tiles: Any) -> None:
     """Count a demand for a prefetch of which so many tiles had come."""
     kinds, registers = state.kinds, state.registers
@@ -198,7 +198,7 @@ def count_use(state: Any, slot: Any, tiles: Any) -> None:
     _pay(state, kind, (registers[USEFUL] * eighths >> 3) + registers[PRICE])
 
 
-@compiled
+@kernel
 def count_drop(state: Any, slot: Any) -> None:
     """Count a prefetch that was cancelled, or failed, before a demand came."""
     state.kinds[OPEN, state.owners[slot, 1]] -= 1

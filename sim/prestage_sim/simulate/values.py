@@ -1,0 +1,254 @@
+"""What the golden predictors say in the course of a trace, once for all cells that replay it.
+
+Predictions do not hang on what a buffer holds, so that one pass serves all residencies, links and
+policies. It is kept in memory for the traces used last, and on disk where a folder is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import OrderedDict
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prestage_hw.contract import DeviceConfig
+from prestage_hw.contract.perceptron import perceptron_form
+from prestage_hw.contract.records import Source
+from prestage_hw.contract.registers import register_by_name
+from prestage_sim.traces import Trace, model_config
+
+from .._jit import compiled, sources_digest
+from ..model.predictor.linear import head_learn
+from ..model.predictor.perceptron import TraceRunner
+from ..model.predictor.ranking import rank
+from .plan import Candidates
+
+__all__ = ["Values", "perceptron_candidates", "perceptron_values", "trace_digest"]
+
+#: Tokens that are predicted at a time.
+_CHUNK = 1024
+
+#: Passes that are kept in memory.
+_KEPT = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Values:
+    """What a predictor says of every expert in the course of a trace.
+
+    Parameters
+    ----------
+    horizons : array of ``int64``, ``[H]``
+        Layers ahead of each row of ``chances``; the first is 0, token start. Empty: nothing is
+        said, and the buffer knows of use rates alone.
+    chances : array of ``uint8``, ``[H, T, L, E]``
+        V: chance in 1/256 that the expert is chosen.
+    reuse : array of ``uint8``, ``[T, L, E]``
+        R: reuse value in 1/256 after the layer was routed.
+    """
+
+    horizons: NDArray[np.int64]
+    chances: NDArray[np.uint8]
+    reuse: NDArray[np.uint8]
+
+    @classmethod
+    def none(cls) -> Values:
+        """No values at all, as of a predictor that gives none."""
+        return cls(
+            horizons=np.zeros(0, np.int64),
+            chances=np.zeros((0, 0, 0, 0), np.uint8),
+            reuse=np.zeros((0, 0, 0), np.uint8),
+        )
+
+
+def trace_digest(trace: Trace) -> str:
+    """Digest of what a predictor sees of a trace."""
+    digest = hashlib.sha256(str((trace.experts.shape, trace.experts_per_layer)).encode())
+    digest.update(np.ascontiguousarray(trace.experts).tobytes())
+    digest.update(np.ascontiguousarray(trace.token).tobytes())
+    return digest.hexdigest()
+
+
+_memory: OrderedDict[str, Values] = OrderedDict()
+
+
+def perceptron_values(trace: Trace, form: str, *, folder: Path | None = None) -> Values:
+    """What a form of the golden perceptron says, that learns online from the trace.
+
+    Parameters
+    ----------
+    trace : :class:`Trace`
+        What it sees, from the first token on, its tables empty.
+    form : :class:`str`
+        ``"full"``, ``"lite"`` or ``"compressed"``.
+    folder : path or None
+        Where it is kept on disk, so that processes share one copy; None keeps it in memory alone.
+    """
+    key = hashlib.sha256(
+        f"{trace_digest(trace)} {perceptron_form(form)!r} {sources_digest(head_learn)}".encode()
+    ).hexdigest()[:32]
+    if key in _memory:
+        _memory.move_to_end(key)
+        return _memory[key]
+    values = None if folder is None else _load(folder, key)
+    if values is None:
+        values = _predict(trace, form)
+        if folder is not None:
+            _save(folder, key, values)
+            values = _load(folder, key) or values
+    _memory[key] = values
+    while len(_memory) > _KEPT:
+        _memory.popitem(last=False)
+    return values
+
+
+def _predict(trace: Trace, form: str) -> Values:
+    model = model_config(trace)
+    perceptron = perceptron_form(form)
+    # Models with few layers have no room for the farther heads.
+    perceptron = perceptron.replace(
+        heads=tuple(head for head in perceptron.heads if head.horizon < model.layers)
+    )
+    runner = TraceRunner(
+        DeviceConfig(
+            model=model,
+            slots=model.top_k,
+            expert_bytes=512,
+            predictor="perceptron",
+            perceptron=perceptron,
+        )
+    )
+    horizons = sorted(runner.horizons)
+    shape = (trace.tokens, model.layers, model.experts)
+    chances = np.empty((len(horizons), *shape), np.uint8)
+    reuse = np.empty(shape, np.uint8)
+    for at in range(0, trace.tokens, _CHUNK):
+        part = slice(at, at + _CHUNK)
+        found, worth = runner.run_all(trace.experts[part], trace.token[part])
+        for number, horizon in enumerate(horizons):
+            chances[number, part] = found[horizon]
+        reuse[part] = worth
+    return Values(horizons=np.array(horizons, np.int64), chances=chances, reuse=reuse)
+
+
+def _load(folder: Path, key: str) -> Values | None:
+    try:
+        parts: dict[str, Any] = {
+            field.name: np.load(folder / f"{key}.{field.name}.npy", mmap_mode="r")
+            for field in fields(Values)
+        }
+    except (OSError, ValueError):
+        return None
+    # A plain array over the mapped file: compiled functions know no other kind.
+    return Values(**{name: part.view(np.ndarray) for name, part in parts.items()})
+
+
+def _save(folder: Path, key: str, values: Values) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for field in fields(Values):
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
+            np.save(file, getattr(values, field.name))
+        os.replace(file.name, folder / f"{key}.{field.name}.npy")
+
+
+@compiled
+def _candidates(
+    horizons: Any,
+    chances: Any,
+    near: Any,
+    far: Any,
+    near_most: Any,
+    far_most: Any,
+    start: Any,
+    offset: Any,
+    ahead: Any,
+    expert: Any,
+    score: Any,
+) -> Any:
+    """Candidates of all steps; only counts them where there is no room."""
+    tokens, layers, experts = chances.shape[1:]
+    best = np.zeros(max(near_most, far_most), np.int64)
+    count = 0
+    step = 0
+    for t in range(tokens):
+        for layer in range(-1, layers):
+            offset[step] = count
+            step += 1
+            for h in range(layers if layer < 0 else horizons.shape[0]):
+                if layer < 0:
+                    if h >= start:
+                        break
+                    number, distance = 0, h + 1
+                else:
+                    number, distance = h, horizons[h]
+                    if distance == 0:
+                        continue
+                target = layer + distance
+                if target >= layers:
+                    continue
+                values = chances[number, t, target]
+                least = near if distance == 1 else far
+                most = near_most if distance == 1 else far_most
+                found = rank(values, least, most, best)
+                for n in range(found):
+                    if count < ahead.shape[0]:
+                        ahead[count], expert[count] = distance, best[n]
+                        score[count] = values[best[n]]
+                    count += 1
+    offset[step] = count
+    return count
+
+
+def perceptron_candidates(
+    values: Values,
+    *,
+    top_k: int,
+    threshold: int | None = None,
+    far_threshold: int | None = None,
+    ahead: int | None = None,
+) -> Candidates:
+    """What the golden perceptron proposes, by its registers.
+
+    Parameters
+    ----------
+    values : :class:`Values`
+        What it says.
+    top_k : :class:`int`
+        Experts that a layer chooses.
+    threshold, far_threshold, ahead : :class:`int` or None
+        The registers ``predict_threshold``, ``predict_far_threshold`` and ``predict_ahead``; None
+        stands for their values after reset.
+    """
+    tokens, layers, experts = values.chances.shape[1:]
+
+    def setting(value: int | None, name: str) -> int:
+        return (register_by_name(name).reset or 0) if value is None else value
+
+    offset = np.zeros(tokens * (layers + 1) + 1, np.int64)
+    rules = (
+        values.horizons,
+        values.chances,
+        setting(threshold, "predict_threshold"),
+        setting(far_threshold, "predict_far_threshold"),
+        min(2 * top_k, experts),
+        min(top_k, experts),
+        setting(ahead, "predict_ahead"),
+        offset,
+    )
+    count = 0
+    for _ in range(2):
+        ahead_of, expert, score = (np.zeros(count, np.int16) for _ in range(3))
+        count = int(_candidates(*rules, ahead_of, expert, score))
+    return Candidates(
+        offset=offset,
+        ahead=ahead_of,
+        expert=expert,
+        score=score,
+        hint=np.full(count, int(Source.PREDICTOR), np.bool_),
+    )
