@@ -1,6 +1,5 @@
 """Sweeps: kept by content, resumed after Ctrl-C, on processes and on a real Dask cluster."""
 
-import json
 import os
 import re
 import signal
@@ -183,34 +182,6 @@ def test_outcome_has_energy_of_a_token():
 
 def environment():
     return {**os.environ, "PYTHONUNBUFFERED": "1"}
-
-
-def test_ctrl_c_ends_processes_and_the_same_command_goes_on(tmp_path):
-    """The command itself, on two processes, ended in the middle as a terminal would."""
-    from prestage_sim.traces import save_trace
-
-    save_trace(tmp_path / "one.npz", make(1, tokens=2500))
-    command = [sys.executable, "-m", "prestage", "sweep", "one.npz", "--machine", "unit"]
-    command += ["--policy", "lru", "--residency", "0.25,0.5", "--cache", "kept", "--jobs", "2"]
-    command += ["--rho", ",".join(str(n) for n in range(1, 31)), "--quiet", "--json", "cells.json"]
-    running = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 60
-    while len(list((tmp_path / "kept").glob("??/*.json"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(running.pid, signal.SIGINT)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 130, said
-    assert re.search(r"interrupted after \d+ of 60 cells; the same command goes on", said)
-    assert not (tmp_path / "cells.json").exists()
-    kept = len(list((tmp_path / "kept").glob("??/*.json")))
-    assert 3 <= kept < 60
-    subprocess.run([*command, "--jobs", "1"], cwd=tmp_path, check=True, timeout=60)
-    rows = json.loads((tmp_path / "cells.json").read_text())
-    fresh = [*command[:-1], "fresh.json", "--no-cache", "--jobs", "1"]
-    subprocess.run(fresh, cwd=tmp_path, check=True, timeout=60)
-    assert rows == json.loads((tmp_path / "fresh.json").read_text())
 
 
 class Cluster:

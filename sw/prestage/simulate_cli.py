@@ -549,15 +549,21 @@ def _record(args: argparse.Namespace, job: _Job, outcomes: Sequence[Outcome]) ->
         cell = outcome.cell
         trace = job.traces[cell.trace]
         first = args.timeline if args.timeline is not None else trace.tokens * 3 // 4
+        before = sum(job.traces[digest].tokens for digest in cell.warm)
         if not 0 <= first < trace.tokens:
             raise ArgumentError(
                 f"--timeline must be a token of the trace, 0 to {trace.tokens - 1}, not {first}"
             )
-        recorder = Recorder(first=first, tokens=2)
+        # The recorder counts the tokens that are replayed before.
+        recorder = Recorder(first=before + first, tokens=2)
         run_cell(cell, trace, [job.traces[w] for w in cell.warm], recorder=recorder)
         timelines.append(
             Timeline(
-                outcome=outcome, token=first, layers=trace.layers, events=list(recorder.events)
+                outcome=outcome,
+                token=first,
+                replayed=before,
+                layers=trace.layers,
+                events=list(recorder.events),
             )
         )
     return timelines

@@ -46,7 +46,7 @@ def chrome_trace(timeline: Timeline) -> str:
         ),
     ]
     for event in timeline.events:
-        about = {"token": event.token, "layer": event.layer}
+        about = {"token": event.token - timeline.replayed, "layer": event.layer}
         text = _NAMES[EventKind(event.kind)]
         if event.expert >= 0:
             about["expert"] = event.expert

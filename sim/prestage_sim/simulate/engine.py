@@ -98,6 +98,7 @@ COUNTED = (
     "useless_tiles",
     "candidates",
     "right",
+    "late_tiles",
 )
 (
     _DEMANDS,
@@ -117,6 +118,7 @@ COUNTED = (
     _USELESS_TILES,
     _CANDIDATES,
     _RIGHT,
+    _LATE_TILES,
 ) = range(len(COUNTED))
 
 _NEVER = np.int64(1) << 60
@@ -588,6 +590,7 @@ def _route(engine: Any, layer: Any, wanted: Any, waiting: Any) -> Any:
             row = engine.fetches[fetch]
             if not row[DEMANDED]:
                 counts[_LATE] += 1
+                counts[_LATE_TILES] += engine.spent[slot]
                 row[DEMANDED], row[GIVEN_UP] = 1, 0
                 engine.registers[UNDER_WAY] -= 1
                 if row[TO_START]:

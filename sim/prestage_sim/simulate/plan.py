@@ -110,6 +110,8 @@ class Plan:
         Whether a demand goes before prefetches at a tile's edge; else at an expert's end.
     prefetch_inflight : :class:`int`
         Prefetches that may be on their way at a time.
+    executes : array of int16, ``[T, L, k]``, or None
+        What layers run in place of what the router chose: outputs change.
     """
 
     evict: Evict = Evict.LRU
@@ -127,6 +129,7 @@ class Plan:
     cancel: bool = True
     preempt: bool = True
     prefetch_inflight: int = 2
+    executes: NDArray[np.int16] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,9 @@ class Timeline:
     outcome : :class:`Outcome`
         The cell that was recorded.
     token : :class:`int`
-        First token recorded; its layers are drawn.
+        First token recorded, of the trace; its layers are drawn.
+    replayed : :class:`int`
+        Tokens replayed before the trace, which events count too.
     layers : :class:`int`
         Layers of the model.
     events : list of :class:`Event`
@@ -58,6 +60,7 @@ class Timeline:
 
     outcome: Outcome
     token: int
+    replayed: int
     layers: int
     events: list[Event]
 
@@ -252,8 +255,8 @@ def _traffic(cells: _Cells, rho: float, residency: float) -> _Figure | None:
             continue
         c = outcome.counts
         unit = c.demands * c.tiles  # tiles of all that was demanded: k x L experts a token
-        late = min(c.late * c.tiles, c.useful_tiles)
-        sizes = (c.demand_tiles, c.useful_tiles - late, late, c.useless_tiles)
+        in_time = c.useful_tiles - c.late_tiles
+        sizes = (c.demand_tiles, in_time, c.late_tiles, c.useless_tiles)
         parts = [
             (kind, size / unit, f"{policy}, {text}: {size / unit:.3f}")
             for (kind, text), size in zip(_TRAFFIC, sizes, strict=True)
@@ -313,6 +316,8 @@ def _summary(cells: _Cells) -> _Table | None:
         return None
     rows = []
     for policy in cells.policies:
+        if policy == "resident":
+            continue
         ratios, gaps, bytes_ratios = [], [], []
         for rho, residency in cells.places():
             outcome, lru = cells.get(policy, rho, residency), cells.get("lru", rho, residency)
@@ -427,13 +432,22 @@ _LANES = (
 )
 
 
-def _timeline(timeline: Timeline) -> _Figure | None:
-    """A row for each layer: what computes above, what the links bring for it below."""
-    mine = [e for e in timeline.events if e.token == timeline.token and e.link < 0]
+def _extent(timeline: Timeline) -> tuple[float, float]:
+    """When the first layer of the token begins, and its last one ends."""
+    token = timeline.replayed + timeline.token
+    mine = [e for e in timeline.events if e.token == token and e.link < 0]
     bars = [e for e in mine if e.kind in (EventKind.ATTENTION, EventKind.COMPUTE, EventKind.STALL)]
     if not bars:
+        return 0.0, 0.0
+    return min(e.start for e in bars), max(e.end for e in bars)
+
+
+def _timeline(timeline: Timeline, length: float) -> _Figure | None:
+    """A row for each layer: what computes above, what the links bring for it below."""
+    begin, last = _extent(timeline)
+    if last <= begin:
         return None
-    begin, end = min(e.start for e in bars), max(e.end for e in bars)
+    end, token = begin + length, timeline.replayed + timeline.token
     scale, unit = next(
         ((s, u) for u, s in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if end - begin >= s),
         (1e-9, "ns"),
@@ -463,14 +477,14 @@ def _timeline(timeline: Timeline) -> _Figure | None:
     stalls_first = sorted(_joined(timeline.events), key=lambda e: e.kind != EventKind.STALL)
     for event in stalls_first:
         kind = kinds.get(EventKind(event.kind))
-        start, stop = max(event.start, begin), min(event.end, end)
-        if kind is None or stop <= start or (event.link < 0 and event.token != timeline.token):
+        start, stop = max(event.start, begin), min(event.end, last)
+        if kind is None or stop <= start or (event.link < 0 and event.token != token):
             continue
         lane = (0.08, 0.48) if event.link < 0 else (0.52, 0.92)
         what = dict(_LANES)[kind]
         about = f" {event.expert}" if event.expert >= 0 else ""
         tip = (
-            f"layer {event.layer}, {what}{about}, token {event.token}:"
+            f"layer {event.layer}, {what}{about}, token {event.token - timeline.replayed}:"
             f" {(start - begin) / scale:.4g} to {(stop - begin) / scale:.4g} {unit}"
         )
         plot.bar(
@@ -559,6 +573,8 @@ def render(
     for outcome in outcomes:
         groups.setdefault((outcome.result.trace, outcome.result.machine), []).append(outcome)
     policies = list(dict.fromkeys(o.result.policy for o in outcomes))
+    # All timelines have the same scale.
+    length = max([end - begin for begin, end in map(_extent, timelines)], default=0.0)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -574,7 +590,7 @@ def render(
             _section(f"{PurePath(trace).name or trace} on {machine}", group)
             for (trace, machine), group in groups.items()
         ],
-        timelines=[f for t in timelines if (f := _timeline(t)) is not None],
+        timelines=[f for t in timelines if (f := _timeline(t, length)) is not None],
         cards=[(name, POLICIES[name].card) for name in policies if name in POLICIES],
         machines=[(machine.title, machine.name, machine.sources()) for machine in machines],
         colours=_COLOURS,

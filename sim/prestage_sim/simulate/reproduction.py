@@ -296,9 +296,9 @@ def _verdict(rows: Sequence[Row], own: dict[str, float]) -> list[str]:
             else "passed"
         )
         lines.append(
-            f"- **{speed} x against `{baseline}`**: {verdict}: {_range(at_own)} at the machine's own"
-            f" rho, {_range(found)} over all. Energy-delay product {product} x: {_range(products)}"
-            " over all."
+            f"- **{speed} x against `{baseline}`**: {verdict}: {_range(at_own)} at the machine's"
+            f" own rho, {_range(found)} over all. Energy-delay product {product} x:"
+            f" {_range(products)} over all."
         )
     energies = [e for row in paper if (e := row.energy("on-demand")) is not None]
     lines.append(
@@ -324,9 +324,9 @@ def find_traces(folder: Path) -> tuple[list[Path], str]:
     beside += sorted((folder.parent / "shared" / "traces").glob("qwen3-*.npz"))
     if beside:
         return beside, (
-            "Traces: gpt-oss-20b and Qwen3-30B-A3B as recorded by others, which are not part of the"
-            " project; without them the command takes the shipped traces of tinymoe, and the numbers"
-            " are others. The second half of each counts."
+            "Traces: gpt-oss-20b and Qwen3-30B-A3B as recorded by others, which are not part of"
+            " the project; without them the command takes the shipped traces of tinymoe, and the"
+            " numbers are others. The second half of each counts."
         )
     shipped = sorted((folder / "models" / "tinymoe" / "traces").glob("*.npz"))
     return (

@@ -33,7 +33,7 @@ def expected_activation(trace: Trace) -> NDArray[np.float32]:
     for start, end in zip(edges, edges[1:], strict=False):
         so_far = np.zeros((layers, experts), np.float32)
         kept = np.stack(past) if past else np.zeros((0, layers, experts), np.float32)
-        flat = kept.reshape(len(kept), -1)
+        flat = kept.reshape(len(kept), layers * experts)
         lengths = np.sqrt((flat**2).sum(axis=1))
         for t in range(start, end):
             total = so_far
