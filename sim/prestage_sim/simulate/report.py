@@ -524,7 +524,9 @@ def _joined(events: Iterable[Event]) -> list[Event]:
 
 
 def choose_timelines(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The two cells whose timelines tell most: LRU and prestage if they are there, at one place.
+    """The two cells whose timelines tell most: without prefetching, and with it, at one place.
+
+    LRU and prestage if they are there; else what is best.
 
     Parameters
     ----------
@@ -540,10 +542,15 @@ def choose_timelines(outcomes: Sequence[Outcome]) -> list[Outcome]:
         ]
     )
     rho = min(cells.rhos, key=lambda r: abs(math.log(r / 4)))
-    policies = [p for p in cells.policies if p not in ("resident", "bound")] or cells.policies
-    policies.sort(key=lambda policy: policy not in ("lru", "prestage"))
-    found = [cells.get(p, rho, cells.middle()) for p in policies[:2]]
-    return [outcome for outcome in found if outcome is not None]
+    at_place = [cells.get(policy, rho, cells.middle()) for policy in cells.policies]
+    found = [o for o in at_place if o is not None and o.result.policy not in ("resident", "bound")]
+    plain = [o for o in found if not o.counts.issued]
+    prefetching = [o for o in found if o.counts.issued]
+    chosen = []
+    for group, best in ((plain, "lru"), (prefetching, "prestage")):
+        group.sort(key=lambda o: (o.result.policy != best, o.result.tpot))
+        chosen += group[:1]
+    return chosen or [o for o in at_place if o is not None][:1]
 
 
 def render(
