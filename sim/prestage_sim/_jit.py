@@ -54,8 +54,10 @@ def _compile(function: _Function, options: dict[str, Any]) -> _Function:
 
 def sources_digest(function: Callable[..., Any]) -> str:
     """Digest of the files that hold a compiled function and those that it may call."""
+    function = getattr(function, "py_func", function)
     files = {function.__code__.co_filename}
-    found, todo = set(), [function.__globals__]
+    found: set[int] = set()
+    todo = [function.__globals__]
     while todo:
         names = todo.pop()
         if id(names) in found:

@@ -238,8 +238,8 @@ def test_energy_by_hand():
     )
     assert model(counts) == 13 + 9 * 17
     assert model.split(counts).total.low == 4 + 9 * 16
-    # Where nobody counted, all came from the last tier.
-    assert model(Counts(tokens=1, demand_tiles=1)) == 2 + 10 * 3.2
+    # Where nobody counted, all came from the first tier.
+    assert model(Counts(tokens=1, demand_tiles=1)) == 2 + 10 * 1.2
 
 
 def test_energy_of_a_file(tmp_path):

@@ -414,6 +414,11 @@ def _grid(
             f"Residency {least:g} is less than the k = {k} experts of a layer in {path}: {k} slots"
             " are taken"
         )
+    if len(machine_of_model.tiers) > 1:
+        notes.append(
+            f"{machine_of_model.tiers[0].name} of {machine.name} doesn't hold all experts of"
+            f" {card.name}: they're taken to come at its speed all the same"
+        )
     if machine.needs_model and card.attention_bytes is None:
         notes.append(
             f"Attention of {card.name} isn't known: it's taken to last as long as the k experts"

@@ -102,7 +102,7 @@ class EnergyModel:
             return _NOTHING
         tiles = counts.tier_tiles[: len(self.tiers)]
         if not sum(tiles):
-            return self.tiers[-1]
+            return self.tiers[0]
         mean = _NOTHING
         for count, joules in zip(tiles, self.tiers, strict=False):
             mean = mean.plus(joules.times(count / sum(tiles)))
