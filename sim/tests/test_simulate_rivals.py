@@ -205,6 +205,20 @@ def test_recall_must_be_a_probability(recall):
         hinted(TRACE, recall=recall, seed=(1,))
 
 
+def test_hints_are_remembered_by_all_that_they_hang_on():
+    one = hints(TRACE, {1: 0.9}, seed=1)
+    assert hints(make(), {1: 0.9}, seed=1) is one
+    others = [
+        hints(TRACE, {1: 0.8}, seed=1),
+        hints(TRACE, {1: 0.9}, seed=2),
+        hints(TRACE, {1: 0.9}, seed=1, at_start=1),
+        hints(TRACE, {1: 0.9}, seed=1, only=np.zeros(TRACE.tokens, bool)),
+        hints(make(seed=9), {1: 0.9}, seed=1),
+    ]
+    assert all(other is not one for other in others)
+    assert len(others[3].expert) == 0
+
+
 def test_nothing_to_collect():
     candidates = collect(TRACE, [])
     assert len(candidates.expert) == 0
