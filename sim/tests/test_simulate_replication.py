@@ -34,6 +34,18 @@ def test_hot_expert_is_replicated_where_there_is_least_work():
     assert (place(np.full(4, 5.0), HOME, 2) == HOME).all()
 
 
+@pytest.mark.parametrize("spare", [0, 1, 2])
+def test_units_have_no_more_slots_than_they_have(spare):
+    rng = np.random.default_rng(spare)
+    home = np.zeros((16, 4), bool)
+    home[np.arange(16), np.arange(16) % 4] = True
+    # Hot experts are at home on three units, so that all replicas would go to the fourth.
+    predicted = rng.random(16) * np.where(np.arange(16) % 4 == 3, 0.1, 9.0)
+    held = place(predicted, home, spare).sum(axis=0)
+    assert (held <= 4 + spare).all()
+    assert held.max() == 4 + spare
+
+
 def test_tokens_go_to_the_least_loaded_replica():
     holds = HOME.copy()
     holds[0] = True
