@@ -11,6 +11,7 @@ from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract import PRESETS, DeviceConfig
 from prestage_hw.layouts import RecordLayout
+from prestage_tb import bench
 from prestage_tb.bench import (
     Stall,
     StreamSink,
@@ -184,6 +185,26 @@ def test_configuration_passes_through():
         parameters={"config": config},
         testcase="gets_a_configuration",
     )
+
+
+def test_seeds_outlive_new_fields(monkeypatch):
+    """A field of the configuration that has its default does not count."""
+    drawn = []
+    for replaced in ("_to_verilog", "_build"):
+        monkeypatch.setattr(bench, replaced, lambda *_, **__: None)
+    monkeypatch.setattr(bench, "_run", lambda *_, seed, **__: drawn.append(seed))
+    monkeypatch.delenv("COCOTB_RANDOM_SEED", raising=False)
+    config = DeviceConfig(model=PRESETS["tiny"], slots=8)
+
+    def run(**parameters):
+        run_bench(Queue(), module=__file__, name="queue", parameters=parameters)
+
+    run(config=config)
+    *older, _ = DeviceConfig.__dataclass_fields__.items()
+    monkeypatch.setattr(DeviceConfig, "__dataclass_fields__", dict(older))
+    run(config=config)
+    run(config=config.replace(slots=9))
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_unknown_simulator():

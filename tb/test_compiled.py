@@ -295,7 +295,9 @@ def test_engines_agree_in_every_cycle():
     verilator = _traffic("verilator")
     cxxrtl = _traffic("cxxrtl")
     assert sum(map(len, verilator[0])) > 300
-    assert len(verilator[1]) > 50
+    # The first token alone finds nothing in the buffer.
+    wanted = CONFIG.model.layers * CONFIG.model.top_k
+    assert len(verilator[1]) >= wanted * CONFIG.expert_beats // CONFIG.longest_burst
     assert verilator == cxxrtl
 
 

@@ -44,6 +44,7 @@ from prestage_hw.stats import Accuracy, Counters, Profiles, RegisterBank
 from prestage_hw.stats.profiles import ActiveProfileLayout
 from prestage_sim.model.dma import Settings as GoldenSettings
 from prestage_sim.model.link.dispatcher import Dispatcher as GoldenDispatcher
+from prestage_sim.model.stats.counters import ChannelCounters as GoldenChannelCounters
 from prestage_sim.model.stats.counters import Counters as GoldenCounters
 from prestage_sim.model.stats.registers import RegisterBank as GoldenRegisterBank
 from prestage_tb.bench import (
@@ -245,7 +246,11 @@ class _Golden:
         self.counters = GoldenCounters()
         self.recorder = _Recorder(config)
         self.registers = GoldenRegisterBank(
-            config, self.counters, self.recorder, self.recorder.throttle
+            config,
+            self.counters,
+            self.recorder,
+            self.recorder.throttle,
+            GoldenChannelCounters(config),
         )
         self.dispatcher = GoldenDispatcher(
             config,

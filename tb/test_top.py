@@ -36,6 +36,7 @@ from prestage_hw.contract.records import (
     TrafficClass,
 )
 from prestage_hw.contract.registers import (
+    CHANNEL_COUNTERS,
     COUNTERS,
     SHAPE_FIELDS,
     THROTTLE_FIELDS,
@@ -61,6 +62,9 @@ from prestage_tb.host import LinkHost
 
 _ROOT = Path(__file__).resolve().parents[1]
 _ACKNOWLEDGE_EVERY = 8
+
+#: Registers that count cycles.
+_TIMES = ("channel_busy", "channel_stall")
 
 
 class _Host(LinkHost):
@@ -197,9 +201,15 @@ class _Bench:
     async def compare_registers(self, golden):
         """All counters and all writable registers equal the golden model's."""
         for register in REGISTERS:
-            if register.name.startswith("cycles") or register.name == "table_data":
-                continue
-            await self.drained(golden, "REGISTER_READ", register.address)
+            if register.name not in ("cycles_low", "cycles_high", "table_data", *_TIMES):
+                await self.drained(golden, "REGISTER_READ", register.address)
+        selected = register_by_name("dma_channel").address
+        for channel in range(self.config.dma_channels):
+            await self.drained(golden, "REGISTER_WRITE", selected, channel)
+            for name in (f"channel_{counter}" for counter in CHANNEL_COUNTERS):
+                if name not in _TIMES:
+                    address = register_by_name(name).address
+                    await self.drained(golden, "REGISTER_READ", address)
 
     async def compare_tables(self, golden):
         """All words of all tables equal the golden model's."""
@@ -336,6 +346,67 @@ async def hints_and_errors(dut):
             await bench.drained(golden, "RELEASE", *held.pop())
     await bench.compare_registers(golden)
     assert codes[ErrorCode.BUS] and codes[ErrorCode.NO_SLOT], codes
+
+
+@cocotb.test()
+@cocotb.parametrize(how=["timeout", "abort"])
+async def memory_falls_silent(dut, how):
+    """Every demand ends in an error that names its address, and can be repeated."""
+    bench = _Bench(dut, stall=0.1)
+    config, host, k = bench.config, bench.host, bench.config.model.top_k
+    await bench.reset()
+
+    def write(name, value):
+        host.post("REGISTER_WRITE", register_by_name(name).address, value)
+
+    async def read(name):
+        host.post("REGISTER_READ", register_by_name(name).address)
+        (*_, (_, body)) = await host.wait(dut, until=MESSAGES["REGISTER_VALUE"].code)
+        return RECORDS["RegisterValue"].unpack(config, body)["value"]
+
+    async def answers(name):
+        found = []
+        while len(found) < k:
+            codes = await host.wait(dut, until=MESSAGES[name].code)
+            assert {code for code, _ in codes} == {MESSAGES[name].code}, codes
+            found += [RECORDS[MESSAGES[name].record.name].unpack(config, body) for _, body in codes]
+        return found
+
+    write("control", 0)
+    write("dma_timeout", 2)
+    assert await read("dma_timeout") == 4
+    write("dma_timeout", 300 if how == "timeout" else 0)
+    layer, experts = 1, bench.random.sample(range(config.model.experts), k)
+    bench.memory.silent.append((0, 1 << config.address_bits))
+    host.post("BEGIN_TOKEN", 0, Phase.DECODE, 5)
+    host.post("ROUTE", 0, layer, experts)
+    if how == "abort":
+        await cycles(dut, 3000)
+        host.poll()
+        assert not bench.readies(host.answers), "the memory is silent"
+        write("dma_abort", 1)
+        await cycles(dut, 500)
+        bench.memory.silent.clear()  # What is on the bus has to come before tiles can end.
+    events = await answers("EVENT")
+    code = ErrorCode.TIMEOUT if how == "timeout" else ErrorCode.ABORTED
+    assert {event["code"] for event in events} == {code}
+    assert sorted(event["expert"] for event in events) == sorted(experts)
+    for event in events:
+        spans = config.expert_spans(layer, event["expert"])
+        assert any(start <= event["address"] < start + size for start, size in spans), event
+    assert await read("fill_errors") == k
+    # Of an expert no tile is asked for after one has failed.
+    name = "channel_errors" if how == "timeout" else "channel_aborted"
+    assert k <= await read(name) <= k * config.tiles
+
+    bench.memory.silent.clear()
+    host.post("RELEASE", 0, layer)
+    host.post("ROUTE", 0, layer, experts)
+    readies = await answers("READY")
+    await bench.check_bytes(readies)
+    assert await read("channel_tiles") >= k * config.tiles
+    assert await read("channel_busy") > 300
+    hit("dma.host_timeout" if how == "timeout" else "dma.host_abort")
 
 
 def _profile_writes(bench, phase):

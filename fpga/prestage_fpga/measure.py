@@ -42,7 +42,7 @@ from prestage_hw.link.dispatcher import Dispatcher
 from prestage_hw.link.link import Link
 from prestage_hw.predictor import create_predictor
 from prestage_hw.scheduler import ChunkUnion, Scheduler
-from prestage_hw.stats import Accuracy, Counters, RegisterBank
+from prestage_hw.stats import Accuracy, ChannelCounters, Counters, RegisterBank
 from prestage_hw.top import Top
 from prestage_hw.verilog import without_zero_memories
 
@@ -75,6 +75,7 @@ BLOCKS = {
     "buffer": lambda config: ExpertBuffer(config=config),
     "engine": lambda config: Engine(config=config),
     "arbiter": lambda config: ReadArbiter(config=config),
+    "channels": lambda config: ChannelCounters(config=config),
     "counters": lambda config: Counters(config=config),
     "accuracy": lambda config: Accuracy(config=config),
     "registers": lambda config: RegisterBank(config=config),

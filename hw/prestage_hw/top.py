@@ -30,7 +30,7 @@ from prestage_hw.link.link import Link
 from prestage_hw.link.mover import HostMover
 from prestage_hw.predictor import create_predictor
 from prestage_hw.scheduler import ChunkUnion, Scheduler
-from prestage_hw.stats import Accuracy, Counters, RegisterBank
+from prestage_hw.stats import Accuracy, ChannelCounters, Counters, RegisterBank
 
 __all__ = ["Top"]
 
@@ -194,6 +194,15 @@ class Top(wiring.Component):
             m.d.comb += [
                 dma.commit.eq(registers.commit),
                 dma.lower_credits.eq(profile.dma_lower_credits),
+                dma.timeout.eq(registers.control.dma_timeout),
+                dma.abort_all.eq(registers.abort),
+            ]
+            m.submodules.channels = channels = ChannelCounters(config=config)
+            m.d.comb += [
+                channels.strobes.eq(dma.strobes),
+                channels.clear.eq(registers.clear.counters),
+                channels.address.eq(registers.channel_counter),
+                registers.channel_value.eq(channels.value),
             ]
 
         # 5 buffer

@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0x4cd14eb3u
+#define PRESTAGE_REGISTER_HASH 0xcd2cc5c0u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -88,6 +88,8 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_CHECKSUM = 16, /* The expert's bytes do not have the checksum that was loaded for it. */
     PRESTAGE_ERROR_CODE_BAD_FETCHED = 17, /* The host reported a tile that it was not asked for, or twice. */
     PRESTAGE_ERROR_CODE_OVERRUN = 18, /* More messages wait than the device has room for; this one was dropped. */
+    PRESTAGE_ERROR_CODE_TIMEOUT = 21, /* The memory did not answer a read in time. */
+    PRESTAGE_ERROR_CODE_ABORTED = 22, /* The host aborted the transfer. */
 };
 
 enum prestage_traffic_class {
@@ -148,11 +150,13 @@ enum prestage_register {
     PRESTAGE_REG_PROFILE_SELECT = 0x26, /* rw: Profile that these registers belong to: control (bits 0 and 1), prefetch_tiles, predict_threshold, predict_far_threshold, predict_ahead, cutoff_layer, dma_lower_credits, dma_shape, dma_row_bytes, dma_row_stride. Writes for the active one hold at once, but for those of the DMA. */
     PRESTAGE_REG_CUTOFF_LAYER = 0x27, /* rw: Candidates for this layer and those above are dropped (bits 7..0); 255: none are. */
     PRESTAGE_REG_DMA_LOWER_CREDITS = 0x28, /* rw: Most bursts outstanding in the classes below demand; 0: as many as hold a tile. */
-    PRESTAGE_REG_DMA_CHANNEL = 0x29, /* rw: DMA channel that the next three registers belong to. */
+    PRESTAGE_REG_DMA_CHANNEL = 0x29, /* rw: DMA channel of dma_shape, dma_row_bytes, dma_row_stride and the channel_ counters. */
     PRESTAGE_REG_DMA_SHAPE = 0x2a, /* rw: Bit 0: the channel is enabled. Bits 5..4: traffic class; 11..8: weight; 16..12: credits; 28..20: longest burst, in beats. */
     PRESTAGE_REG_DMA_ROW_BYTES = 0x2b, /* rw: Bytes of a row if tiles are gathered from rows, else 0. */
     PRESTAGE_REG_DMA_ROW_STRIDE = 0x2c, /* rw: Bytes from the start of a row to the start of the next, below 16,777,216. */
     PRESTAGE_REG_REFUSAL = 0x2d, /* rw: What was wrong with the first write that was refused, which has changed nothing. Bit 31: a write was refused. Bits 23..8: address of its register. Bits 7..0: a Refusal. Any write clears it. */
+    PRESTAGE_REG_DMA_TIMEOUT = 0x2e, /* rw: Cycles that a DMA channel waits for the memory before its tiles fail, 4 or more (bits 23..0); 0: for ever. */
+    PRESTAGE_REG_DMA_ABORT = 0x2f, /* wo: A write aborts all tiles that the DMA engine was asked for: their experts' fetches fail. */
     PRESTAGE_REG_PART1_BASE_LOW = 0x30, /* rw: Address of part 1 of expert 0 of layer 0, bits 31..0. After reset the parts' arrays follow each other from address 0 on; 0 where experts have no such part. */
     PRESTAGE_REG_PART1_BASE_HIGH = 0x31, /* rw: Address of part 1 of expert 0 of layer 0, bits 63..32. */
     PRESTAGE_REG_PART2_BASE_LOW = 0x32, /* rw: Address of part 2 of expert 0 of layer 0, bits 31..0. After reset the parts' arrays follow each other from address 0 on; 0 where experts have no such part. */
@@ -204,6 +208,12 @@ enum prestage_register {
     PRESTAGE_REG_LINK_ERRORS = 0x63, /* ro: Damaged frames received. Stage 1. */
     PRESTAGE_REG_LINK_REPLAYS = 0x64, /* ro: Times the link went back to resend. Stage 1. */
     PRESTAGE_REG_CHECKSUM_ERRORS = 0x65, /* ro: Experts that arrived whole but not with the checksum loaded for them. Stage 4. */
+    PRESTAGE_REG_CHANNEL_TILES = 0xa0, /* ro: Tiles that came whole. Of the channel that dma_channel names. Stage 4. */
+    PRESTAGE_REG_CHANNEL_ERRORS = 0xa1, /* ro: Tiles that ended in an error, but for those aborted. Of the channel that dma_channel names. Stage 4. */
+    PRESTAGE_REG_CHANNEL_ABORTED = 0xa2, /* ro: Tiles that were aborted. Of the channel that dma_channel names. Stage 4. */
+    PRESTAGE_REG_CHANNEL_BEATS = 0xa3, /* ro: Beats that went to the buffer. Of the channel that dma_channel names. Stage 4. */
+    PRESTAGE_REG_CHANNEL_BUSY = 0xa4, /* ro: Cycles in which tiles waited or were under way. Of the channel that dma_channel names. Stage 4. */
+    PRESTAGE_REG_CHANNEL_STALL = 0xa5, /* ro: Cycles in which a burst wanted to leave and could not. Of the channel that dma_channel names. Stage 4. */
 };
 
 /* Bodies of the messages. */

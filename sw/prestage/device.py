@@ -33,6 +33,7 @@ from prestage_hw.contract.records import (
     TrafficClass,
 )
 from prestage_hw.contract.registers import (
+    CHANNEL_COUNTERS,
     COUNTERS,
     REFUSAL_FIELDS,
     REGISTERS,
@@ -41,6 +42,7 @@ from prestage_hw.contract.registers import (
     SHAPE_FIELDS,
     SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
+    TIMEOUT_BITS,
     shape_registers,
 )
 
@@ -102,7 +104,14 @@ _REFUSED_ROUTE = frozenset(
 
 #: Events about one demand of a routing decision.
 _FAILED_DEMAND = frozenset(
-    {ErrorCode.BUS, ErrorCode.NO_SLOT, ErrorCode.SLOT_MEMORY, ErrorCode.CHECKSUM}
+    {
+        ErrorCode.BUS,
+        ErrorCode.NO_SLOT,
+        ErrorCode.SLOT_MEMORY,
+        ErrorCode.CHECKSUM,
+        ErrorCode.TIMEOUT,
+        ErrorCode.ABORTED,
+    }
 )
 
 
@@ -832,6 +841,7 @@ class Device:
         part_bases: Mapping[int, int] | None = None,
         token_base: int | None = None,
         slot_base: int | None = None,
+        timeout: int | None = None,
         prefetch_tiles: int | None = None,
         policy: Policy | None = None,
         settle: bool | None = None,
@@ -873,6 +883,10 @@ class Device:
         slot_base : :class:`int` or None
             Address of slot 0 where slots are in a memory of their own (``slot_store`` "axi"), in
             bytes: a multiple of 4,096. Nothing may be in flight.
+        timeout : :class:`int` or None
+            Clock cycles that a channel of the DMA engine waits for the memory before its tiles
+            fail, 4 to 16,777,215; 0 (after reset) for ever. Choose a time longer than the memory
+            takes for all that may be outstanding.
         prefetch_tiles : :class:`int` or None
             Prefetch tiles that may be under way at once, 1 to 4. A demand waits behind at most so
             many.
@@ -959,6 +973,13 @@ class Device:
                 )
             writes.append(("slot_base_low", slot_base & 0xFFFFFFFF))
             writes.append(("slot_base_high", slot_base >> 32))
+        if timeout is not None:
+            most = (1 << TIMEOUT_BITS) - 1
+            if timeout != 0 and not 4 <= operator.index(timeout) <= most:
+                raise ArgumentError(
+                    f"Time-out must be 0 or between 4 and {most} cycles, not {timeout}"
+                )
+            writes.append(("dma_timeout", timeout))
         if isinstance(throttle, Mapping):
             writes.append(("throttle", self._throttle(throttle)))
         if policy is not None:
@@ -1234,6 +1255,29 @@ class Device:
                 low, high = values[f"{counter.name}_low"], values[f"{counter.name}_high"]
                 stats[counter.name] = high << 32 | low
         return stats
+
+    def channel_counters(self) -> list[dict[str, int]]:
+        """Counters of each channel of the DMA engine, by the names of
+        :data:`prestage_hw.contract.registers.CHANNEL_COUNTERS`.
+
+        They wrap at 2^32, and start anew with ``clear_counters``. Without a clock (``model://``)
+        those of cycles stay 0. All are 0 where the host copies.
+        """
+        found = []
+        for channel in range(self.config.dma_channels):
+            self._write([("dma_channel", channel)])
+            values = self._read_registers([f"channel_{name}" for name in CHANNEL_COUNTERS])
+            found.append(dict(zip(CHANNEL_COUNTERS, values, strict=True)))
+        return found
+
+    def abort(self) -> None:
+        """Abort all tiles that the DMA engine was asked for.
+
+        Prefetches in flight are dropped; demands end in an :class:`~prestage.errors.AbortedError`
+        where they are waited for. What has come already stays. Without effect where the host
+        copies.
+        """
+        self._write([("dma_abort", 1)])
 
     def counters(self, *names: str) -> tuple[int, ...]:
         """Some 32-bit counters, cheaper than :meth:`stats`."""

@@ -6,6 +6,7 @@ from prestage_hw.contract.records import ERROR_TEXT, ErrorCode
 
 __all__ = [
     "DEVICE_ERRORS",
+    "AbortedError",
     "ArgumentError",
     "BadContextError",
     "BadFetchedError",
@@ -24,6 +25,7 @@ __all__ = [
     "DuplicateExpertError",
     "HintPassedError",
     "LinkError",
+    "MemoryTimeoutError",
     "MismatchError",
     "MissingExtraError",
     "NoSlotError",
@@ -262,6 +264,24 @@ class ChecksumError(_ExpertError):
         return f"{super()._about()}, address {self.address:#x}"
 
 
+class MemoryTimeoutError(_ExpertError):
+    """The memory did not answer a read in time; ``address`` is that of the tile or burst."""
+
+    code = ErrorCode.TIMEOUT
+
+    def _about(self) -> str:
+        return f"{super()._about()}, address {self.address:#x}"
+
+
+class AbortedError(_ExpertError):
+    """The host aborted the transfer."""
+
+    code = ErrorCode.ABORTED
+
+    def _about(self) -> str:
+        return f"{super()._about()}, address {self.address:#x}"
+
+
 #: The exception of each error code.
 DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
     kind.code: kind
@@ -284,6 +304,8 @@ DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
         ChecksumError,
         BadFetchedError,
         OverrunError,
+        MemoryTimeoutError,
+        AbortedError,
     )
 }
 

@@ -422,6 +422,40 @@ def test_slots_in_a_memory_of_their_own(device):
         prestage.open("sim://", config=config)
 
 
+def test_timeout_and_abort():
+    config = DeviceConfig(model=preset("tiny"), slots=8, expert_bytes=1024)
+    with prestage.open("model://", config=config) as device:
+        for cycles in (0, 4, 0xFFFFFF):
+            device.configure(timeout=cycles)
+            assert device.read_register("dma_timeout") == cycles
+        for cycles in (-1, 3, 1 << 24):
+            message = f"Time-out must be 0 or between 4 and 16777215 cycles, not {cycles}"
+            with pytest.raises(ArgumentError, match=message):
+                device.configure(timeout=cycles)
+        device.abort()
+        device.route(0, 0, [1, 2])
+        assert len(list(device.wait_ready(0, 0))) == 2
+
+
+def test_channel_counters():
+    config = DeviceConfig(model=preset("tiny"), slots=8, expert_bytes=1024, predictor="none")
+    nothing = dict.fromkeys(("tiles", "errors", "aborted", "beats", "busy", "stall"), 0)
+    with prestage.open("model://", config=config) as device:
+        device.configure(hints=True)
+        device.begin_token(0)
+        device.hint(0, 1, 3, 255)
+        device.route(0, 0, [1, 2])
+        list(device.wait_ready(0, 0))
+        device.release(0, 0)
+        device.drain()
+        # Two experts are demanded and one is prefetched, of two tiles of 32 beats each.
+        first = {**nothing, "tiles": 4, "beats": 128}
+        second = {**nothing, "tiles": 2, "beats": 64}
+        assert device.channel_counters() == [first, second, nothing, nothing]
+        device.configure(clear_counters=True)
+        assert device.channel_counters() == [nothing] * 4
+
+
 def test_checksums():
     config = CONFIG.replace(checksums=True)
     memory = expert_memory(config)

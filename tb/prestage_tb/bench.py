@@ -123,7 +123,8 @@ def run_bench(
         Verilator.
     seed : :class:`int` or None
         Random seed of the run; None takes the environment variable ``COCOTB_RANDOM_SEED``, else a
-        number derived from ``name`` and ``parameters``, so that a run can be repeated.
+        number derived from ``name`` and ``parameters``, so that a run can be repeated; fields of a
+        configuration that have their defaults do not count.
     testcase : :class:`str`, list of :class:`str` or None
         Names of the tests to run; None runs all.
     public : :class:`bool`
@@ -149,7 +150,8 @@ def run_bench(
         component = component()
     text = json.dumps(dict(parameters or {}), default=_encode, sort_keys=True)
     if seed is None:
-        seed = int(os.environ.get("COCOTB_RANDOM_SEED") or zlib.crc32(f"{name} {text}".encode()))
+        drawn = json.dumps(dict(parameters or {}), default=_encode_chosen, sort_keys=True)
+        seed = int(os.environ.get("COCOTB_RANDOM_SEED") or zlib.crc32(f"{name} {drawn}".encode()))
 
     source = _to_verilog(component, name=name, sim=sim, ports=ports)
     build = _build(source, name=name, sim=sim, public=public)
@@ -165,6 +167,17 @@ def _encode(value: object) -> object:
     if isinstance(value, DeviceConfig):
         return {_CONFIG_KEY: dataclasses.asdict(value)}
     raise TypeError(f"Bench parameter must fit into JSON or be a DeviceConfig, not {value!r}")
+
+
+def _encode_chosen(value: object) -> object:
+    """As :func:`_encode`, without fields that have their defaults.
+
+    A seed that is derived from this stays what it is when the configuration gets another field.
+    """
+    encoded = _encode(value)
+    defaults = {field.name: field.default for field in dataclasses.fields(DeviceConfig)}
+    chosen = encoded[_CONFIG_KEY]
+    return {name: chosen[name] for name in chosen if getattr(value, name) != defaults[name]}
 
 
 def _decode(value: dict[str, object]) -> object:

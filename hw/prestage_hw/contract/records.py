@@ -206,6 +206,8 @@ class ErrorCode(IntEnum):
     CHECKSUM = 16
     BAD_FETCHED = 17
     OVERRUN = 18
+    TIMEOUT = 21
+    ABORTED = 22
 
 
 #: One sentence for each error code, for messages and documents.
@@ -229,6 +231,8 @@ ERROR_TEXT = {
     ErrorCode.CHECKSUM: "The expert's bytes do not have the checksum that was loaded for it.",
     ErrorCode.BAD_FETCHED: "The host reported a tile that it was not asked for, or twice.",
     ErrorCode.OVERRUN: "More messages wait than the device has room for; this one was dropped.",
+    ErrorCode.TIMEOUT: "The memory did not answer a read in time.",
+    ErrorCode.ABORTED: "The host aborted the transfer.",
 }
 
 

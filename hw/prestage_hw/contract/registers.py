@@ -9,6 +9,8 @@ from .params import MOST_PARTS, DeviceConfig
 from .records import Phase, Policy
 
 __all__ = [
+    "CHANNEL_COUNTERS",
+    "CHANNEL_COUNTERS_ADDRESS",
     "COUNTERS",
     "DEVICE_ID",
     "PROFILE_REGISTERS",
@@ -19,6 +21,7 @@ __all__ = [
     "SHAPE_FIELDS",
     "SLOT_BASE_BYTES",
     "THROTTLE_FIELDS",
+    "TIMEOUT_BITS",
     "VERSION",
     "Counter",
     "Register",
@@ -137,6 +140,23 @@ COUNTERS: tuple[Counter, ...] = (
     ),
 )
 
+
+#: What is counted of each DMA channel: name and description. Their registers are called
+#: ``channel_`` and the name, and show the channel that ``dma_channel`` names.
+CHANNEL_COUNTERS = {
+    "tiles": "Tiles that came whole.",
+    "errors": "Tiles that ended in an error, but for those aborted.",
+    "aborted": "Tiles that were aborted.",
+    "beats": "Beats that went to the buffer.",
+    "busy": "Cycles in which tiles waited or were under way.",
+    "stall": "Cycles in which a burst wanted to leave and could not.",
+}
+
+#: Address of the first of their registers, a multiple of 8.
+CHANNEL_COUNTERS_ADDRESS = 0xA0
+
+#: Width of the register ``dma_timeout``.
+TIMEOUT_BITS = 24
 
 #: Fields of the register ``throttle``: lowest bit and width of each.
 THROTTLE_FIELDS = {
@@ -381,7 +401,13 @@ def _layout() -> tuple[Register, ...]:
         0,
         "Most bursts outstanding in the classes below demand; 0: as many as hold a tile.",
     )
-    add(0x29, "dma_channel", "rw", 0, "DMA channel that the next three registers belong to.")
+    add(
+        0x29,
+        "dma_channel",
+        "rw",
+        0,
+        "DMA channel of dma_shape, dma_row_bytes, dma_row_stride and the channel_ counters.",
+    )
     add(
         0x2A,
         "dma_shape",
@@ -406,6 +432,21 @@ def _layout() -> tuple[Register, ...]:
         "What was wrong with the first write that was refused, which has changed nothing. Bit 31: a"
         " write was refused. Bits 23..8: address of its register. Bits 7..0: a Refusal. Any write"
         " clears it.",
+    )
+    add(
+        0x2E,
+        "dma_timeout",
+        "rw",
+        0,
+        "Cycles that a DMA channel waits for the memory before its tiles fail, 4 or more (bits"
+        f" {TIMEOUT_BITS - 1}..0); 0: for ever.",
+    )
+    add(
+        0x2F,
+        "dma_abort",
+        "wo",
+        0,
+        "A write aborts all tiles that the DMA engine was asked for: their experts' fetches fail.",
     )
     for part in range(1, MOST_PARTS):
         text = f"Address of part {part} of expert 0 of layer 0"
@@ -453,6 +494,9 @@ def _layout() -> tuple[Register, ...]:
             add(at, f"{counter.name}_low", "ro", 0, f"{text} Bits 31..0; latches the rest.")
             add(at + 1, f"{counter.name}_high", "ro", 0, f"{text} Bits 63..32, as latched.")
             at += 2
+    for number, (name, text) in enumerate(CHANNEL_COUNTERS.items()):
+        text = f"{text} Of the channel that dma_channel names. Stage 4."
+        add(CHANNEL_COUNTERS_ADDRESS + number, f"channel_{name}", "ro", 0, text)
     return tuple(registers)
 
 

@@ -1,11 +1,12 @@
 """DMA engine: requests for tiles in, beats for the buffer and completions out."""
 
-from amaranth import Cat, Module, Signal, unsigned
+from amaranth import Cat, Module, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import FetchReason
+from prestage_hw.contract.registers import CHANNEL_COUNTERS
 from prestage_hw.layouts import RecordLayout
 
 from .axi import AXI4ReadSignature
@@ -21,19 +22,10 @@ __all__ = ["DMA", "ChannelStrobes"]
 
 
 class ChannelStrobes(data.StructLayout):
-    """What a channel's counters count."""
+    """What a channel's counters count: :data:`prestage_hw.contract.registers.CHANNEL_COUNTERS`."""
 
     def __init__(self):
-        super().__init__(
-            {
-                "tiles": unsigned(1),  # Completed without an error.
-                "errors": unsigned(1),  # Completed with one, but for aborted ones.
-                "aborted": unsigned(1),  # Completed as aborted.
-                "beats": unsigned(1),  # A beat went to the buffer.
-                "busy": unsigned(1),  # Requests wait or are open.
-                "stall": unsigned(1),  # A burst could not leave.
-            }
-        )
+        super().__init__(dict.fromkeys(CHANNEL_COUNTERS, 1))
 
 
 class DMA(wiring.Component):

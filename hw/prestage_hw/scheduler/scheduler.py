@@ -692,6 +692,9 @@ class Scheduler(wiring.Component):
     def _error(self, reason):
         """Code of the event for a fetch that failed."""
         code = Const(ErrorCode.BUS, self.events.payload.code.shape())
+        if self.config.mover == "dma":
+            code = Mux(reason == FetchReason.TIMEOUT, ErrorCode.TIMEOUT, code)
+            code = Mux(reason == FetchReason.ABORTED, ErrorCode.ABORTED, code)
         if self.config.slot_store == "axi":
             code = Mux(reason == FetchReason.WRITE, ErrorCode.SLOT_MEMORY, code)
         if self.config.checksums:

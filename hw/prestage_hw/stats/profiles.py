@@ -122,6 +122,7 @@ class Profiles(wiring.Component):
                 "selected": Out(2, init=Phase.DECODE),
                 "active_phase": Out(2, init=Phase.DECODE),
                 "refusal": Out(32),
+                "channel": Out(range(config.dma_channels)),
             }
         )
 
@@ -184,7 +185,7 @@ class Profiles(wiring.Component):
         read = rows.read_port()
         write = rows.write_port()
 
-        channel_number = Signal(range(channels))
+        channel_number = self.channel
         access = Signal(RegisterRequestLayout())
         refused = Signal(Refusal)
         reason = self._reason(m, access, channel_number)

@@ -7,9 +7,11 @@ from amaranth.lib.wiring import In, Out
 from prestage_hw.contract import REGISTERS
 from prestage_hw.contract.params import MOST_PARTS, require_config
 from prestage_hw.contract.registers import (
+    CHANNEL_COUNTERS,
     COUNTERS,
     SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
+    TIMEOUT_BITS,
     register_by_name,
     shape_registers,
 )
@@ -17,6 +19,7 @@ from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import RegisterRequestLayout, RegisterResponseLayout
 from prestage_hw.scheduler import ThrottleStateLayout, WeightsLayout
 
+from .channels import CounterAddressLayout
 from .profiles import ACCESSED, ActiveProfileLayout, Profiles
 
 __all__ = ["RegisterBank"]
@@ -33,7 +36,8 @@ class RegisterBank(wiring.Component):
     """Registers of the contract.
 
     A response comes 2 cycles after its request was taken, for ``table_data`` when the predictor
-    answers and for ``clear`` when the engine is idle again. For registers in
+    answers, for ``clear`` when the engine is idle again, and for counters of channels after 3. For
+    registers in
     :data:`prestage_hw.stats.profiles.ACCESSED` it comes 3 cycles later than :class:`Profiles`
     states.
 
@@ -56,6 +60,8 @@ class RegisterBank(wiring.Component):
         The selected table and its size, in words.
     counters : ``In(StructLayout)``
         Values of the counters.
+    channel_counter, channel_value : ``Out(CounterAddressLayout(config=config))``, ``In(32)``
+        Counter of a channel, and its value a cycle later.
     throttle_state : ``In(ThrottleStateLayout())``
         The register of that name.
     engine_idle : ``In(1)``
@@ -63,7 +69,10 @@ class RegisterBank(wiring.Component):
     control : ``Out(StructLayout)``
         Fields ``settle``, ``throttle_enable``, ``cancel_enable``, ``throttle``, ``policy``,
         ``hint_threshold``, ``expert_base``, ``part_bases`` (of the parts after the first),
-        ``token_base``, ``slot_base``, and ``profile``, an :class:`ActiveProfileLayout`.
+        ``token_base``, ``slot_base``, ``dma_timeout``, and ``profile``, an
+        :class:`ActiveProfileLayout`.
+    abort : ``Out(1)``
+        Strobe: abort all tiles.
     phases : ``In(stream.Signature(8))``
         Phase of a token that starts, not while an access is under way: a layer boundary.
     boundary : ``In(1)``
@@ -92,6 +101,9 @@ class RegisterBank(wiring.Component):
                 "counters": In(data.StructLayout({c.name: c.bits for c in COUNTERS})),
                 "engine_idle": In(1),
                 "throttle_state": In(ThrottleStateLayout()),
+                "channel_counter": Out(CounterAddressLayout(config=config)),
+                "channel_value": In(32),
+                "abort": Out(1),
                 "control": Out(
                     data.StructLayout(
                         {
@@ -107,6 +119,7 @@ class RegisterBank(wiring.Component):
                             ),
                             "token_base": config.address_bits,
                             "slot_base": config.address_bits,
+                            "dma_timeout": TIMEOUT_BITS,
                             "profile": ActiveProfileLayout(),
                         }
                     )
@@ -136,6 +149,7 @@ class RegisterBank(wiring.Component):
         base_high = Signal(32)
         token_low, token_high = Signal(32), Signal(32)
         slot_low, slot_high = Signal(32), Signal(32)
+        timeout = Signal(TIMEOUT_BITS)
         part_bases = [
             (
                 Signal(32, name=f"part_low_{part}", init=base & 0xFFFFFFFF),
@@ -162,6 +176,7 @@ class RegisterBank(wiring.Component):
             self.control.expert_base.eq(Cat(base_low, base_high)),
             self.control.token_base.eq(Cat(token_low, token_high)),
             self.control.slot_base.eq(Cat(slot_low, slot_high)),
+            self.control.dma_timeout.eq(timeout),
             *(
                 self.control.part_bases[at].eq(Cat(low, high))
                 for at, (low, high) in enumerate(part_bases)
@@ -187,6 +202,7 @@ class RegisterBank(wiring.Component):
             "token_base_high": token_high,
             "slot_base_low": slot_low,
             "slot_base_high": slot_high,
+            "dma_timeout": timeout,
             "profile_active": profiles.active_phase,
             "table_address": table_address,
             "table_words": self.table_words,
@@ -223,7 +239,11 @@ class RegisterBank(wiring.Component):
         profile_value = profiles.values.payload | Mux(of_control, control << first, 0)
         wait = Signal(range(_CLEAR_CYCLES + 1))
 
-        m.d.sync += self.clear.eq(0)
+        m.d.comb += [
+            self.channel_counter.channel.eq(profiles.channel),
+            self.channel_counter.counter.eq(access.register),
+        ]
+        m.d.sync += [self.clear.eq(0), self.abort.eq(0)]
         with m.If(self.values.valid & self.values.ready):
             m.d.sync += self.values.valid.eq(0)
         with m.If(self.table_requests.valid & self.table_requests.ready):
@@ -274,6 +294,16 @@ class RegisterBank(wiring.Component):
                         with m.Case(register_by_name("slot_base_low").address):
                             m.d.sync += slot_low.eq(access.value & -SLOT_BASE_BYTES)
                             respond(1)
+                        with m.Case(register_by_name("dma_timeout").address):
+                            # The watchdog counts quarters of it.
+                            small = (access.value[:TIMEOUT_BITS] != 0) & (
+                                access.value[2:TIMEOUT_BITS] == 0
+                            )
+                            m.d.sync += timeout.eq(Mux(small, 4, access.value))
+                            respond(1)
+                        with m.Case(register_by_name("dma_abort").address):
+                            m.d.sync += self.abort.eq(1)
+                            respond(1)
                         with m.Case(register_by_name("clear").address):
                             m.d.sync += self.clear.eq(access.value)
                             m.next = "CLEAR"
@@ -289,12 +319,22 @@ class RegisterBank(wiring.Component):
                                     if register.name in latches:
                                         m.d.sync += high.eq(latches[register.name])
                                     respond(1, readable[register.name])
-                        with m.Case(register_by_name("clear").address):
+                        with m.Case(
+                            register_by_name("clear").address,
+                            register_by_name("dma_abort").address,
+                        ):
                             respond(1)
+                        with m.Case(
+                            *(register_by_name(f"channel_{c}").address for c in CHANNEL_COUNTERS)
+                        ):
+                            m.next = "CHANNEL"
                         with m.Case(register_by_name("table_data").address):
                             m.next = "TABLE"
                         with m.Default():
                             respond(0)
+
+            with m.State("CHANNEL"):
+                respond(1, self.channel_value)
 
             with m.State("PROFILE"):
                 m.d.comb += profiles.requests.valid.eq(1)

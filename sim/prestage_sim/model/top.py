@@ -85,7 +85,13 @@ class Top:
             config, buffer=self.buffer, memory=self.memory, counters=self.counters
         )
         tables = Tables(self.predictor, self.scheduler.checksums)
-        self.registers = RegisterBank(config, self.counters, tables, self.scheduler.throttle)
+        self.registers = RegisterBank(
+            config,
+            self.counters,
+            tables,
+            self.scheduler.throttle,
+            self.scheduler.channel_counters,
+        )
         self._dispatcher = Dispatcher(
             config,
             counters=self.counters,

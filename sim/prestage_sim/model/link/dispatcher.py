@@ -351,6 +351,7 @@ class Dispatcher:
             self._current = [-1] * self._config.contexts
         if "counters" in cleared:
             self._counters.clear()
+            self._registers.channels.clear()
         if "checksums" in cleared:
             self._scheduler.checksums.clear()
         return []

@@ -14,6 +14,7 @@ from ..dma.checksum import Checksums
 from ..dma.dma import DMA
 from ..dma.settings import Channel, Settings
 from ..link.mover import Copies
+from ..stats.counters import ChannelCounters
 from .inflight import Entry
 from .queue import CandidateQueue, enters
 from .throttle import Throttle, kind_of
@@ -164,6 +165,7 @@ class Scheduler:
         self.channels = Settings(config).active
         self.throttle = Throttle(config)
         self._dma = DMA(config)
+        self.channel_counters = ChannelCounters(config)
         self._routes = [0] * config.contexts
         self._queue = CandidateQueue(config, routes=self._routes)
         # Looked up once: a fill is the hottest path of a replay.
@@ -346,12 +348,10 @@ class Scheduler:
         for tile in range(last):
             request(_FILL, slot=slot, tile=tile)
         if not self.checksums.good(entry.layer, entry.expert, data):
-            self.counters["demand_bytes" if entry.demand else "prefetch_bytes"] += (
-                size - self.config.tile_bytes
-            )
+            self._moved(entry, size - self.config.tile_bytes)
             return self._mismatch(entry, spans)
         request(_FILL, slot=slot, tile=last, last=True)
-        self.counters["demand_bytes" if entry.demand else "prefetch_bytes"] += size
+        self._moved(entry, size)
         self.counters["fills"] += 1
         return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
 
@@ -384,9 +384,19 @@ class Scheduler:
             Event(ErrorCode.BUS, ctx, entry.layer, entry.expert, address) for ctx in entry.waiters
         ]
 
+    def _moved(self, entry: Entry, size: int) -> None:
+        """Bytes of whole tiles came."""
+        self.counters["demand_bytes" if entry.demand else "prefetch_bytes"] += size
+        tiles = size // self.config.tile_bytes
+        self.channel_counters.moved(self._channel_number(entry), tiles=tiles)
+
+    def _channel_number(self, entry: Entry) -> int:
+        """The channel that fetches an expert."""
+        return 0 if entry.demand else min(1, self.config.dma_channels - 1)
+
     def _channel(self, entry: Entry) -> Channel:
-        """Settings of the channel that fetches an expert."""
-        return self.channels[0 if entry.demand else min(1, self.config.dma_channels - 1)]
+        """Its settings."""
+        return self.channels[self._channel_number(entry)]
 
     def _fill_tiles(self, entry: Entry, spans: Sequence[tuple[int, int]]) -> list[Ready | Event]:
         """Fetch tile by tile up to the first that fails; ``spans`` are the expert's parts.
@@ -411,9 +421,10 @@ class Scheduler:
             last = failed or tile == config.tiles - 1
             self.buffer.request(_FILL, slot=slot, tile=tile, last=last, failed=failed)
             if failed:
+                channel = self._channel_number(entry)
+                self.channel_counters.failed(channel, reason=completion.reason)
                 break
-            name = "demand_bytes" if entry.demand else "prefetch_bytes"
-            self.counters[name] += config.tile_bytes
+            self._moved(entry, config.tile_bytes)
         if not failed:
             # Only the address wrapped around, or tiles are gathered from rows.
             self.counters["fills"] += 1
@@ -425,6 +436,7 @@ class Scheduler:
         last = self._last_tile
         self.buffer.request(_FILL, slot=entry.slot, tile=last, last=True, failed=True)
         self.counters["checksum_errors"] += 1
+        self.channel_counters.moved(self._channel_number(entry), tiles=1)
         address = spans[0][0] % (1 << self.config.address_bits)
         return self._failed(entry, ErrorCode.CHECKSUM, address)
 

@@ -71,8 +71,8 @@ class Profiles:
         What holds beside the settings of DMA channels.
     dma : :class:`Settings`
         Settings of DMA channels; the active ones hold.
-    refusal : :class:`int`
-        The register of that name.
+    channel, refusal : :class:`int`
+        The registers ``dma_channel`` and ``refusal``.
     """
 
     def __init__(self, config: DeviceConfig) -> None:
@@ -82,7 +82,7 @@ class Profiles:
         self.active = dict(self.profiles[self.phase].own)
         self.dma = Settings(config)
         self.refusal = 0
-        self._channel = 0
+        self.channel = 0
 
     def begin(self, phase: int, *, follow: bool) -> None:
         """A token starts; its phase asks for its profile if ``follow``."""
@@ -110,7 +110,7 @@ class Profiles:
     def read(self, name: str) -> int:
         """Value of a register; of ``control``, bits 0 and 1."""
         profile = self.profiles[self.selected]
-        channel = profile.channels[self._channel]
+        channel = profile.channels[self.channel]
         if name in profile.own:
             return profile.own[name]
         if name == "dma_shape":
@@ -120,7 +120,7 @@ class Profiles:
         return {
             "dma_row_bytes": channel.row_bytes,
             "dma_row_stride": channel.row_stride,
-            "dma_channel": self._channel,
+            "dma_channel": self.channel,
             "profile": int(self.phase),
             "profile_select": int(self.selected),
             "refusal": self.refusal,
@@ -140,9 +140,9 @@ class Profiles:
             if self.selected is self.phase:
                 self.active[name] = profile.own[name]
         elif name in PROFILE_REGISTERS:
-            profile.channels[self._channel] = self._changed(name, value)
+            profile.channels[self.channel] = self._changed(name, value)
         elif name == "dma_channel":
-            self._channel = value
+            self.channel = value
         elif name == "profile_select":
             self.selected = Phase(value)
         elif name == "profile":
@@ -160,7 +160,7 @@ class Profiles:
         return {name.removeprefix("dma_"): value}
 
     def _changed(self, name: str, value: int) -> Channel:
-        old = self.profiles[self.selected].channels[self._channel]
+        old = self.profiles[self.selected].channels[self.channel]
         return replace(old, **self._fields(name, value))  # type: ignore[arg-type]
 
     def _reason(self, name: str, value: int) -> Refusal:
@@ -174,10 +174,10 @@ class Profiles:
             fields = self._fields(name, value)
             if fields.get("row_stride", 0) >= 1 << ROW_STRIDE_BITS:
                 return Refusal.ROWS
-            old = vars(self.profiles[self.selected].channels[self._channel])
-            reason = self.dma.refusal({**old, "channel": self._channel, **fields})
+            old = vars(self.profiles[self.selected].channels[self.channel])
+            reason = self.dma.refusal({**old, "channel": self.channel, **fields})
             if reason:
                 return Refusal(reason)
-            if self._channel < SCHEDULED_CHANNELS and not fields.get("enable", 1):
+            if self.channel < SCHEDULED_CHANNELS and not fields.get("enable", 1):
                 return Refusal.ENABLE
         return Refusal.NONE

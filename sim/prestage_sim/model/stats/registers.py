@@ -6,15 +6,17 @@ from typing import Protocol
 
 from prestage_hw.contract.params import MOST_PARTS, DeviceConfig
 from prestage_hw.contract.registers import (
+    CHANNEL_COUNTERS,
     COUNTERS,
     PROFILE_REGISTERS,
     REGISTERS,
     SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
+    TIMEOUT_BITS,
     shape_registers,
 )
 
-from .counters import Counters
+from .counters import ChannelCounters, Counters
 from .profiles import Profiles
 
 __all__ = ["RegisterBank", "Tables"]
@@ -63,21 +65,31 @@ class RegisterBank:
         Predictor whose tables ``table_data`` reaches.
     throttle : :class:`State`
         Throttle that ``throttle_state`` shows.
+    channels : :class:`ChannelCounters`
+        Counters of DMA channels.
 
     Attributes
     ----------
+    channels : :class:`ChannelCounters`
+        As the parameter.
     profiles : :class:`Profiles`
         Settings of each phase; those of the active one are the registers' own only while it is
         selected.
     """
 
     def __init__(
-        self, config: DeviceConfig, counters: Counters, tables: Tables, throttle: State
+        self,
+        config: DeviceConfig,
+        counters: Counters,
+        tables: Tables,
+        throttle: State,
+        channels: ChannelCounters,
     ) -> None:
         self._config = config
         self._counters = counters
         self._tables = tables
         self._throttle = throttle
+        self.channels = channels
         self._by_address = {register.address: register for register in REGISTERS}
         self._high = 0
         self._wide = {counter.name for counter in COUNTERS if counter.bits == 64}
@@ -138,8 +150,10 @@ class RegisterBank:
             return int(self.profiles.phase)
         if name in self._values:
             return self._values[name]
-        if name == "clear":
+        if register.access == "wo":
             return 0
+        if (counter := name.removeprefix("channel_")) in CHANNEL_COUNTERS:
+            return self.channels.register(self.profiles.channel, counter)
         if name == "throttle_state":
             return self._throttle.state
         if name == "cycles_low":
@@ -188,6 +202,9 @@ class RegisterBank:
             return value & 3
         if name == "throttle":
             return value & sum((1 << bits) - 1 << low for low, bits in THROTTLE_FIELDS.values())
+        if name == "dma_timeout":
+            value %= 1 << TIMEOUT_BITS
+            return max(4, value) if value else 0
         if name == "hint_threshold":
             return value & 0xFF
         if name.startswith("part") and int(name[4]) >= self._parts:
