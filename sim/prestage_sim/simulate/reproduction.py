@@ -37,7 +37,10 @@ _RHOS = (0.5, 1.0, 2.0, 4.0)
 
 #: Sizes of the buffer: in multiples of k slots, and as shares of all experts.
 _STAGING = (2, 4)
-_SHARES = (0.10, 0.25)
+_SHARES = (0.25,)
+
+#: Traces beside the project that are run where they are there.
+_BESIDE = ("gpt-oss-20b__cs", "gpt-oss-20b__general", "qwen3-30b-a3b__techqa")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,9 +323,8 @@ def _verdict(rows: Sequence[Row], own: dict[str, float]) -> list[str]:
 
 def find_traces(folder: Path) -> tuple[list[Path], str]:
     """Traces to run, and a sentence about them: those beside the project, or those it ships."""
-    beside = sorted((folder.parent / "shared" / "traces").glob("gpt-oss-20b__*.npz"))
-    beside += sorted((folder.parent / "shared" / "traces").glob("qwen3-*.npz"))
-    if beside:
+    beside = [folder.parent / "shared" / "traces" / f"{name}.npz" for name in _BESIDE]
+    if all(path.exists() for path in beside):
         return beside, (
             "Traces: gpt-oss-20b and Qwen3-30B-A3B as recorded by others, which are not part of"
             " the project; without them the command takes the shipped traces of tinymoe, and the"
