@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prestage_hw.contract.records import BufferCode
+from prestage_hw.contract.records import Source
 
 from .._jit import kernel
 from ..model.buffer.buffer import (
@@ -40,6 +40,7 @@ from ..model.buffer.state import (
     BufferState,
 )
 from ..model.scheduler.queue import QueueState, is_stale, queue_push, queue_take
+from ..model.scheduler.rescan import rescan
 from ..model.scheduler.throttle import (
     ThrottleState,
     count_drop,
@@ -58,7 +59,7 @@ __all__ = ["COUNTED", "RECORDED", "Engine", "run"]
 RECORDED = 7
 
 _LAYER_LRU, _BELADY = int(Evict.LAYER_LRU), int(Evict.BELADY)
-_ALLOCATED = int(BufferCode.ALLOCATED)
+_PREDICTOR = int(Source.PREDICTOR)
 _ATTENTION, _COMPUTE, _DEMAND_TILE, _PREFETCH_TILE, _STALL, _EVICT, _CANCEL = map(int, EventKind)
 
 #: Columns of :attr:`Engine.fetches`.
@@ -68,7 +69,18 @@ KEY, AT, DEMANDED, DEADLINE, KIND, TO_START, GIVEN_UP = range(7)
 DEMANDS, PREFETCHES, ARRIVING, FREE = range(4)
 
 #: Places of :attr:`Engine.settings`.
-EVICTION, TILES, PREFETCH_LIMIT, CANCELS, PREEMPTS, FORESEES, RECORD_FIRST, RECORD_LAST = range(8)
+(
+    EVICTION,
+    TILES,
+    PREFETCH_LIMIT,
+    CANCELS,
+    PREEMPTS,
+    FORESEES,
+    RECORD_FIRST,
+    RECORD_LAST,
+    RESCANS,
+    RESCAN_LEAST,
+) = range(10)
 
 #: Columns of :attr:`Engine.links`.
 FREE_AT, TILE, LATENCY = range(3)
@@ -268,7 +280,8 @@ def _least_recent_of_a_layer(engine: Any) -> Any:
             if slots[slot, OWNER] < 0:
                 return slot
             held = engine.held[slots[slot, OWNER] // experts]
-            if held > most:
+            # What the decision wants itself stays.
+            if held > most and _next_use(engine, slots[slot, OWNER]) > engine.registers[VISIT]:
                 best, most = slot, held
         slot = slots[slot, NEWER]
     return best
@@ -395,9 +408,9 @@ def _prefetch_queued(engine: Any) -> Any:
             engine.counts[_THROTTLED] += 1
             continue
         key = layer * engine.buffer.shape[EXPERTS] + expert
-        if engine.buffer.experts[key, STATE] == EMPTY and _prefetch(
-            engine, key, score, deadline, kind
-        ):
+        if engine.buffer.experts[key, STATE] != EMPTY:
+            continue
+        if _prefetch(engine, key, score, deadline, kind):
             return True
 
 
@@ -419,11 +432,26 @@ def _prefetch_foreseen(engine: Any, wanted_first: Any, wanted: Any) -> Any:
             owner = buffer.slots[slot, OWNER]
             if owner >= 0 and _next_use(engine, owner) <= visit:
                 return False
-            _prefetch(engine, key, 0, 0, 0)
+            _prefetch(engine, key, np.int64(0), np.int64(0), np.int64(0))
             return True
         visit += 1
     registers[LOOK] = visit
     return False
+
+
+@kernel
+def _prefetch_rescanned(engine: Any) -> Any:
+    """Begin to prefetch the best of what is missing by the latest values; False if none is."""
+    settings, routes = engine.settings, engine.queue.routes
+    key, score, ahead = rescan(engine.buffer, 0, settings[RESCANS], settings[RESCAN_LEAST])
+    if key < 0:
+        return False
+    deadline = (routes[0] + ahead) % 256
+    kind = prefetch_kind(_PREDICTOR, deadline, routes[0])
+    if not throttle_admits(engine.throttle, kind):
+        engine.counts[_THROTTLED] += 1
+        return False
+    return _prefetch(engine, key, score, deadline, kind)
 
 
 @kernel
@@ -451,6 +479,9 @@ def _next_fetch(engine: Any, link: Any, wanted_first: Any, wanted: Any) -> Any:
     while engine.registers[UNDER_WAY] < engine.settings[PREFETCH_LIMIT]:
         if engine.settings[FORESEES]:
             if not _prefetch_foreseen(engine, wanted_first, wanted):
+                break
+        elif engine.settings[RESCANS]:
+            if not _prefetch_rescanned(engine):
                 break
         elif not _prefetch_queued(engine):
             break
@@ -548,17 +579,12 @@ def _route(engine: Any, layer: Any, wanted: Any, waiting: Any) -> Any:
     buffer, counts, clock = engine.buffer, engine.counts, engine.clock
     experts = buffer.shape[EXPERTS]
     engine.queue.routes[0] = (engine.queue.routes[0] + 1) % 256
-    visit = engine.registers[VISIT]
     busy = np.int64(-1)
     for link in range(engine.links.shape[0]):
         if engine.links[link, FREE_AT] > clock[NOW] and engine.carried[link] >= 0:
             row = engine.fetches[engine.carried[link]]
             if not row[DEMANDED]:
                 busy = row[KIND]
-    for expert in wanted:
-        key = layer * experts + expert
-        while _next_use(engine, key) <= visit:
-            engine.use_next[key] += 1
     count = 0
     for index in range(wanted.shape[0]):
         expert = np.int64(wanted[index])
@@ -598,6 +624,10 @@ def _route(engine: Any, layer: Any, wanted: Any, waiting: Any) -> Any:
                     _append(engine, DEMANDS, fetch)
         waiting[count] = slot
         count += 1
+    for expert in wanted:
+        key = layer * experts + expert
+        while _next_use(engine, key) <= engine.registers[VISIT]:
+            engine.use_next[key] += 1
     if engine.settings[CANCELS]:
         for n in range(engine.lengths[PREFETCHES]):
             row = engine.fetches[engine.lists[PREFETCHES, n]]
@@ -618,7 +648,8 @@ def _offer(
         target = (layer + ahead[n]) % layers
         deadline = (engine.queue.routes[0] + ahead[n]) % 256
         engine.proposed[target, expert[n]] = True
-        queue_push(engine.queue, 0, target, expert[n], score[n], hint[n], deadline)
+        if not engine.settings[RESCANS]:
+            queue_push(engine.queue, 0, target, expert[n], score[n], hint[n], deadline)
 
 
 @kernel

@@ -102,6 +102,11 @@ class Plan:
         whole trace.
     samples : :class:`int` or None
         Slots that a search for a victim looks at in place of the hardware's 32.
+    rescan : :class:`int`
+        Layers ahead in which candidates are looked for among the buffer's latest values, in place
+        of the predictor's own; 0 for none. The RTL does not have that rule yet.
+    rescan_least : :class:`int`
+        Least confidence of those, in 1/256.
     throttle : :class:`bool`
         Whether the golden throttle drops kinds of prefetches that cost more than they save.
     cancel : :class:`bool`
@@ -125,6 +130,8 @@ class Plan:
     ahead: int | None = None
     foresees: bool = False
     samples: int | None = None
+    rescan: int = 0
+    rescan_least: int = 32
     throttle: bool = False
     cancel: bool = True
     preempt: bool = True

@@ -85,7 +85,7 @@ def _engine(plan: Plan, machine: Machine, model: ModelConfig, slots: int) -> Eng
     set_weights(throttle, register_by_name("throttle").reset or 0)
     throttle.registers[ENABLE] = plan.throttle
     fetches = min(slots, 2 * model.top_k + plan.prefetch_inflight) + 1
-    settings = np.zeros(8, np.int64)
+    settings = np.zeros(10, np.int64)
     settings[:6] = (
         int(plan.evict),
         machine.tiles,
@@ -95,6 +95,7 @@ def _engine(plan: Plan, machine: Machine, model: ModelConfig, slots: int) -> Eng
         plan.preempt,
         plan.foresees,
     )
+    settings[8:] = min(plan.rescan, model.layers - 1), plan.rescan_least
     lists = np.zeros((4, fetches), np.int64)
     lists[3] = np.arange(fetches)
     return Engine(
@@ -337,7 +338,7 @@ def simulate(
     first = whole.tokens - trace.tokens
     if score == "second-half":
         first += trace.tokens // 2
-    slots = max(trace.top_k, int(residency * trace.layers * trace.experts_per_layer))
+    slots = max(trace.top_k, round(residency * trace.layers * trace.experts_per_layer))
     plan = chosen.plan(
         Workload(trace=whole, first=first, machine=machine, slots=slots, seed=seed, folder=folder)
     )

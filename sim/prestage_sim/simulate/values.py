@@ -27,9 +27,17 @@ from .._jit import compiled, sources_digest
 from ..model.predictor.linear import head_learn
 from ..model.predictor.perceptron import TraceRunner
 from ..model.predictor.ranking import rank
+from ..model.predictor.st_moe import create_tables, st_moe_decide
 from .plan import Candidates
 
-__all__ = ["Values", "perceptron_candidates", "perceptron_values", "trace_digest"]
+__all__ = [
+    "Values",
+    "foreseen_candidates",
+    "perceptron_candidates",
+    "perceptron_values",
+    "st_moe_candidates",
+    "trace_digest",
+]
 
 #: Tokens that are predicted at a time.
 _CHUNK = 1024
@@ -251,4 +259,65 @@ def perceptron_candidates(
         expert=expert,
         score=score,
         hint=np.full(count, int(Source.PREDICTOR), np.bool_),
+    )
+
+
+@compiled
+def _run_st_moe(tables: Any, chosen: Any, offset: Any, expert: Any, score: Any) -> Any:
+    """Candidates of all steps; only counts them where there is no room."""
+    tokens, layers = chosen.shape[:2]
+    count = step = 0
+    for t in range(tokens):
+        tables.previous[0] = -1
+        offset[step] = count
+        step += 1
+        for layer in range(layers):
+            offset[step] = count
+            step += 1
+            found = st_moe_decide(tables, 0, layer, chosen[t, layer])
+            for n in range(found):
+                if count < expert.shape[0]:
+                    expert[count] = tables.ranked[n]
+                    score[count] = tables.scores[tables.ranked[n]]
+                count += 1
+    offset[step] = count
+    return count
+
+
+def st_moe_candidates(trace: Trace) -> Candidates:
+    """What the golden ``st_moe`` proposes, that learns online from the trace."""
+    model = model_config(trace)
+    config = DeviceConfig(model=model, slots=model.top_k, expert_bytes=512)
+    offset = np.zeros(trace.tokens * (trace.layers + 1) + 1, np.int64)
+    count = 0
+    for _ in range(2):
+        expert, score = np.zeros(count, np.int16), np.zeros(count, np.int16)
+        tables = create_tables(config)
+        count = int(_run_st_moe(tables, trace.experts.astype(np.int64), offset, expert, score))
+    return Candidates(
+        offset=offset,
+        ahead=np.ones(count, np.int16),
+        expert=expert,
+        score=score,
+        hint=np.full(count, int(Source.PREDICTOR), np.bool_),
+    )
+
+
+def foreseen_candidates(trace: Trace, ahead: int) -> Candidates:
+    """What the router will choose, proposed that many layers before and with certainty."""
+    tokens, layers, k = trace.experts.shape
+    visits = tokens * layers
+    # At the very start the first layers are proposed, and after each visit one more.
+    counts = np.zeros((tokens, layers + 1), np.int64)
+    counts[:, 1:] = k
+    counts[0, 0] = min(ahead, visits) * k
+    proposed = counts.reshape(-1)
+    proposed[1:] *= np.cumsum(proposed[1:] > 0) <= max(0, visits - ahead)
+    distance = np.full(visits * k, ahead, np.int16)
+    distance[: counts[0, 0]] = np.repeat(np.arange(1, min(ahead, visits) + 1), k)
+    return Candidates(
+        offset=np.concatenate([[0], np.cumsum(proposed)]),
+        ahead=distance,
+        expert=np.ascontiguousarray(trace.experts.reshape(-1)),
+        score=np.full(visits * k, 255, np.int16),
     )

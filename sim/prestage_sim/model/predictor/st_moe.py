@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import Source
 
+from ..._jit import kernel
 from .base import Candidate, Settings, ValueBeat
 
-__all__ = ["StMoePredictor"]
+__all__ = ["StMoePredictor", "StMoeTables", "create_tables", "st_moe_decide"]
 
 _CONFIDENCE_SHIFT = 16
 _VALID_SHIFT = 18
@@ -30,11 +35,142 @@ def _index_bits(count: int) -> int:
     return (count - 1).bit_length()
 
 
+class StMoeTables(NamedTuple):
+    """All that the predictor knows.
+
+    Parameters
+    ----------
+    experts, confidences : array of ``int64``, shape ``[L - 1, E, K]``
+        Entries of each row of the correlation table; expert -1 is an invalid one.
+    history : array of ``int64``, shape ``[C, L, k]``
+        Latest choice of each context.
+    valid : array of :class:`bool`, shape ``[C, L]``
+        Whether there is one.
+    previous : array of ``int64``, shape ``[C]``
+        Layer that was routed last in this token, -1 for none.
+    scores, ranked : array of ``int64``, shape ``[E]``
+        Room to work in, and the latest candidates, best first.
+    """
+
+    experts: NDArray[np.int64]
+    confidences: NDArray[np.int64]
+    history: NDArray[np.int64]
+    valid: NDArray[np.bool_]
+    previous: NDArray[np.int64]
+    scores: NDArray[np.int64]
+    ranked: NDArray[np.int64]
+
+
+def create_tables(config: DeviceConfig) -> StMoeTables:
+    """Cleared tables."""
+    model = config.model
+    rows = (model.layers - 1, model.experts, config.successors)
+    return StMoeTables(
+        experts=np.full(rows, -1, np.int64),
+        confidences=np.zeros(rows, np.int64),
+        history=np.zeros((config.contexts, model.layers, model.top_k), np.int64),
+        valid=np.zeros((config.contexts, model.layers), np.bool_),
+        previous=np.full(config.contexts, -1, np.int64),
+        scores=np.zeros(model.experts, np.int64),
+        ranked=np.zeros(model.experts, np.int64),
+    )
+
+
+@kernel
+def _add(tables: Any, expert: Any, worth: Any, count: Any) -> Any:
+    """Add to an expert's score, and to the list of those that have one, in order of first touch."""
+    scores = tables.scores
+    found = scores[expert] >= 0
+    if not found:
+        scores[expert] = 0
+        tables.ranked[count] = expert
+        count += 1
+    scores[expert] += worth
+    return count
+
+
+@kernel
+def _predict(tables: Any, ctx: Any, layer: Any, chosen: Any) -> Any:
+    """Rank the experts of the next layer, and return how many are candidates."""
+    scores, ranked = tables.scores, tables.ranked
+    scores[:] = -1
+    count = 0
+    for source in chosen:
+        for n in range(tables.experts.shape[2]):
+            expert = tables.experts[layer, source, n]
+            if expert >= 0:
+                count = _add(tables, expert, tables.confidences[layer, source, n], count)
+    if tables.valid[ctx, layer + 1]:
+        for n in range(tables.history.shape[2]):
+            count = _add(tables, tables.history[ctx, layer + 1, n], _HISTORY_WORTH, count)
+    # Rows that never hold an expert twice cannot exceed this; a row written from outside might.
+    most = _MOST_CONFIDENCE * chosen.shape[0] + _HISTORY_WORTH
+    kept = 0
+    for n in range(count):
+        expert = ranked[n]
+        # Saturate before ranking: equal scores rank by first touch.
+        scores[expert] = min(scores[expert], most)
+        if scores[expert] < _THRESHOLD:
+            continue
+        at = kept
+        while at > 0 and scores[ranked[at - 1]] < scores[expert]:
+            ranked[at] = ranked[at - 1]
+            at -= 1
+        ranked[at] = expert
+        kept += 1
+    return kept
+
+
+@kernel
+def _learn(tables: Any, layer: Any, source: Any, chosen: Any) -> None:
+    """Learn what followed a source expert."""
+    experts, confidences = tables.experts[layer, source], tables.confidences[layer, source]
+    # Chosen experts that no entry holds take those entries, in order, that have no confidence left.
+    taken = 0
+    for position in range(experts.shape[0]):
+        expert = experts[position]
+        used = False
+        for other in chosen:
+            used = used or other == expert
+        if used:
+            if confidences[position] < _MOST_CONFIDENCE:
+                confidences[position] += 1
+            continue
+        if expert >= 0 and confidences[position] > 0:
+            confidences[position] -= 1
+            continue
+        while taken < chosen.shape[0]:
+            held = False
+            for n in range(experts.shape[0]):
+                held = held or experts[n] == chosen[taken]
+            if not held:
+                break
+            taken += 1
+        if taken < chosen.shape[0]:
+            experts[position], confidences[position] = chosen[taken], _NEW_CONFIDENCE
+            taken += 1
+
+
+@kernel
+def st_moe_decide(tables: Any, ctx: Any, layer: Any, chosen: Any) -> Any:
+    """Take the router's choice for a layer: how many experts of the next one are candidates.
+
+    They are in ``tables.ranked``, best first, with ``tables.scores``.
+    """
+    layers = tables.valid.shape[1]
+    count = _predict(tables, ctx, layer, chosen) if layer < layers - 1 else 0
+    if layer > 0 and tables.previous[ctx] == layer - 1 and tables.valid[ctx, layer - 1]:
+        for n in range(tables.history.shape[2]):
+            _learn(tables, layer - 1, tables.history[ctx, layer - 1, n], chosen)
+    for n in range(chosen.shape[0]):
+        tables.history[ctx, layer, n] = chosen[n]
+    tables.valid[ctx, layer] = True
+    tables.previous[ctx] = layer
+    return count
+
+
 class StMoePredictor(Settings):
     """Predict from the experts that followed in the past and from the previous token's choice.
-
-    An entry of a row is a pair of parallel lists: ``experts`` (-1 where invalid) and
-    ``confidences``.
 
     Parameters
     ----------
@@ -55,86 +191,36 @@ class StMoePredictor(Settings):
         self._experts = model.experts
         self._top_k = model.top_k
         self._successors = config.successors
-        # Rows that never hold an expert twice cannot exceed this; a row written from outside might.
-        self._most_score = _MOST_CONFIDENCE * model.top_k + _HISTORY_WORTH
         self._successor_bits = _index_bits(config.successors)
         self._expert_bits = _index_bits(model.experts)
         self._index_bits = _index_bits(model.top_k)
         self._layer_bits = _index_bits(model.layers)
-        self.clear()
+        self.tables = create_tables(config)
 
     def clear(self) -> None:
         """Clear all tables and forget every context's previous layer."""
-        rows = range(self._experts)
-        pairs = range(self._layers - 1)
-        contexts = range(self.config.contexts)
-        self._row_experts = [[[-1] * self._successors for _ in rows] for _ in pairs]
-        self._row_confidences = [[[0] * self._successors for _ in rows] for _ in pairs]
-        self._history = [[(0,) * self._top_k for _ in range(self._layers)] for _ in contexts]
-        self._history_valid = [[False] * self._layers for _ in contexts]
-        self._previous = [-1 for _ in contexts]
+        tables = self.tables
+        tables.experts[:] = -1
+        tables.confidences[:] = 0
+        tables.history[:] = 0
+        tables.valid[:] = False
+        tables.previous[:] = -1
 
     def begin(self, ctx: int, token: int, phase: int) -> list[Candidate]:
         """Start a token: the context's previous layer becomes "none"; there are no candidates."""
-        self._previous[ctx] = -1
+        self.tables.previous[ctx] = -1
         return []
 
     def decide(self, ctx: int, layer: int, experts: Sequence[int], stamp: int) -> list[Candidate]:
         """Predict layer + 1, learn from the pair layer - 1 and layer, remember the choice."""
-        chosen = tuple(experts)
-        candidates = self._predict(ctx, layer, chosen, stamp) if layer < self._layers - 1 else []
-        if layer > 0 and self._previous[ctx] == layer - 1 and self._history_valid[ctx][layer - 1]:
-            for source in self._history[ctx][layer - 1]:
-                self._learn(layer - 1, source, chosen)
-        self._history[ctx][layer] = chosen
-        self._history_valid[ctx][layer] = True
-        self._previous[ctx] = layer
-        return candidates
-
-    def _predict(
-        self, ctx: int, layer: int, chosen: tuple[int, ...], stamp: int
-    ) -> list[Candidate]:
-        # A dict keeps the order of first insertion, which is the order of first touch.
-        scores: dict[int, int] = {}
-        layer_experts = self._row_experts[layer]
-        layer_confidences = self._row_confidences[layer]
-        for source in chosen:
-            for expert, confidence in zip(
-                layer_experts[source], layer_confidences[source], strict=True
-            ):
-                if expert >= 0:
-                    scores[expert] = scores.get(expert, 0) + confidence
-        target = layer + 1
-        if self._history_valid[ctx][target]:
-            for expert in self._history[ctx][target]:
-                scores[expert] = scores.get(expert, 0) + _HISTORY_WORTH
+        tables = self.tables
+        count = st_moe_decide(tables, ctx, layer, np.asarray(experts, np.int64))
         deadline = (stamp + 1) & 0xFF
-        most = self._most_score
-        # Saturate before ranking: equal scores rank by first touch.
-        ranked = [
-            (min(score, most), expert) for expert, score in scores.items() if score >= _THRESHOLD
+        source = int(Source.PREDICTOR)
+        return [
+            (ctx, layer + 1, expert, int(tables.scores[expert]), source, deadline)
+            for expert in tables.ranked[:count].tolist()
         ]
-        ranked.sort(key=lambda pair: -pair[0])
-        return [(ctx, target, expert, score, 0, deadline) for score, expert in ranked]
-
-    def _learn(self, layer: int, source: int, chosen: tuple[int, ...]) -> None:
-        row_experts = self._row_experts[layer][source]
-        row_confidences = self._row_confidences[layer][source]
-        unused = list(chosen)
-        open_entries = []
-        for position, expert in enumerate(row_experts):
-            if expert in chosen:
-                if row_confidences[position] < _MOST_CONFIDENCE:
-                    row_confidences[position] += 1
-                if expert in unused:
-                    unused.remove(expert)
-            elif expert >= 0 and row_confidences[position] > 0:
-                row_confidences[position] -= 1
-            else:
-                open_entries.append(position)
-        for position, expert in zip(open_entries, unused, strict=False):
-            row_experts[position] = expert
-            row_confidences[position] = _NEW_CONFIDENCE
 
     def hint(self, ctx: int, layer: int, expert: int, score: int, deadline: int) -> list[Candidate]:
         """Pass a hint on as it is."""
@@ -172,15 +258,15 @@ class StMoePredictor(Settings):
         """Word of a table; 0 in padding, beyond the end and in a table that does not exist."""
         if table == 0 and (place := self._correlation_place(word)):
             layer, source, position = place
-            expert = self._row_experts[layer][source][position]
+            expert = int(self.tables.experts[layer, source, position])
             if expert < 0:
                 return 0
-            confidence = self._row_confidences[layer][source][position]
+            confidence = int(self.tables.confidences[layer, source, position])
             return expert | confidence << _CONFIDENCE_SHIFT | 1 << _VALID_SHIFT
         if table == 1 and (place := self._history_place(word)):
             ctx, layer, index = place
-            valid = self._history_valid[ctx][layer]
-            return self._history[ctx][layer][index] | valid << _VALID_SHIFT
+            valid = bool(self.tables.valid[ctx, layer])
+            return int(self.tables.history[ctx, layer, index]) | valid << _VALID_SHIFT
         return 0
 
     def write_table(self, table: int, word: int, value: int) -> None:
@@ -196,14 +282,12 @@ class StMoePredictor(Settings):
             layer, source, position = place
             kept = valid and exists
             confidence = value >> _CONFIDENCE_SHIFT & _MOST_CONFIDENCE
-            self._row_experts[layer][source][position] = expert if kept else -1
-            self._row_confidences[layer][source][position] = confidence if kept else 0
+            self.tables.experts[layer, source, position] = expert if kept else -1
+            self.tables.confidences[layer, source, position] = confidence if kept else 0
         elif table == 1 and (place := self._history_place(word)):
             ctx, layer, index = place
-            row = list(self._history[ctx][layer])
-            row[index] = expert if exists else 0
-            self._history[ctx][layer] = tuple(row)
+            self.tables.history[ctx, layer, index] = expert if exists else 0
             if not exists:
-                self._history_valid[ctx][layer] = False
+                self.tables.valid[ctx, layer] = False
             elif index == 0:
-                self._history_valid[ctx][layer] = valid
+                self.tables.valid[ctx, layer] = valid

@@ -16,13 +16,15 @@ from .lfu import LFU
 from .lru import LRU
 from .moe_infinity import MOE_INFINITY
 from .on_demand import ON_DEMAND
+from .oracles import ORACLE_H1, ORACLE_H3
 from .pre_gated import PRE_GATED
-from .prestage import PRESTAGE
+from .prestage import PRESTAGE, PRESTAGE_RTL
 from .promoe import PROMOE
 from .replication import REPLICATION
 from .resident import RESIDENT
 from .sp_moe import SP_MOE
 from .speculating import SPECULATING_EXPERTS, SPECULATING_EXPERTS_EXECUTED
+from .st_moe import ST_MOE
 
 __all__ = ["POLICIES", "policy_by_name"]
 
@@ -43,7 +45,21 @@ _RIVALS = (
 #: All policies by name, in the order of tables.
 POLICIES: dict[str, Policy] = {
     policy.name: policy
-    for policy in (RESIDENT, ON_DEMAND, LRU, LAYER_LRU, LFU, *_RIVALS, PRESTAGE, BELADY, BOUND)
+    for policy in (
+        RESIDENT,
+        ON_DEMAND,
+        LRU,
+        LAYER_LRU,
+        LFU,
+        ST_MOE,
+        *_RIVALS,
+        PRESTAGE_RTL,
+        PRESTAGE,
+        ORACLE_H1,
+        ORACLE_H3,
+        BELADY,
+        BOUND,
+    )
 }
 
 

@@ -16,7 +16,7 @@ LAYER_LRU = Policy(
     card=Card(
         source="LRU with an equal share of the slots for each layer",
         predicts_from="nothing is prefetched",
-        simplified="shares are not fixed: the layer that holds most gives up its least recent expert",
+        simplified="the layer that holds most gives up its least recent expert",
     ),
     plan=_plan,
 )

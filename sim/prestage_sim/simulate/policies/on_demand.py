@@ -16,7 +16,7 @@ ON_DEMAND = Policy(
     card=Card(
         source="no policy: what is fetched when it is wanted and kept no longer than its layer",
         predicts_from="nothing is prefetched",
-        simplified="slots for one layer, whatever the residency: what it holds is gone a layer later",
+        simplified="slots for one layer, whatever the residency",
     ),
     plan=_plan,
 )

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 from ..plan import Card, Evict, Plan, Policy, Workload
 
-__all__ = ["PRESTAGE"]
+__all__ = ["PRESTAGE", "PRESTAGE_RTL"]
 
 
 def _plan(workload: Workload) -> Plan:
-    return Plan(evict=Evict.NEXT_USE, predictor="full")
+    return Plan(
+        evict=Evict.NEXT_USE, predictor="full", rescan=23, rescan_least=20, prefetch_inflight=1
+    )
 
 
 PRESTAGE = Policy(
     name="prestage",
     card=Card(
-        source="this project's engine: predictor perceptron, form full; eviction by predicted next use",
+        source="this project's engine: predictor perceptron, eviction by predicted next use,"
+        " candidates out of the buffer's latest values",
         predicts_from="routing of this token and the two before it, ids of tokens; learns online",
-        simplified="the predictor takes no time",
+        simplified="the predictor takes no time; the RTL does not look through the values yet",
     ),
     plan=_plan,
+)
+
+
+def _plan_rtl(workload: Workload) -> Plan:
+    return Plan(evict=Evict.NEXT_USE, predictor="full")
+
+
+PRESTAGE_RTL = Policy(
+    name="prestage-rtl",
+    card=Card(
+        source="this project's engine as the RTL has it, registers after reset, throttle off",
+        predicts_from="the same; the predictor's candidates wait in a queue",
+        simplified="the predictor takes no time",
+    ),
+    plan=_plan_rtl,
 )
