@@ -41,6 +41,35 @@ __all__ = ["add_simulate", "add_sweep"]
 
 _INTERRUPTED = 130
 
+# Names that the help lists: importing what has them would slow down all other commands. A test
+# compares them.
+_MACHINES = ("unit", "paper", "rtx-4090-pcie4", "h100-pcie5", "laptop-nvme", "ecpix5")
+_POLICIES = (
+    "resident",
+    "on-demand",
+    "lru",
+    "lru-layer",
+    "lfu",
+    "st-moe",
+    "pre-gated",
+    "adap-gating",
+    "speculating-experts",
+    "speculating-experts-executed",
+    "duoserve",
+    "sp-moe",
+    "eps-moe",
+    "replication",
+    "moe-infinity",
+    "promoe",
+    "prestage-rtl",
+    "prestage",
+    "oracle-h1",
+    "oracle-h3",
+    "belady",
+    "bound",
+)
+_SCORES = ("second-half", "all")
+
 #: What is simulated where no policy is asked for, as far as it is there.
 _DEFAULT_POLICIES = ("on-demand", "lru", "lfu", "st-moe", "prestage", "belady", "bound")
 
@@ -84,10 +113,6 @@ def _positives(text: str) -> list[float]:
 
 
 def _add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    from prestage_sim.simulate.machines import MACHINES
-    from prestage_sim.simulate.policies import POLICIES
-    from prestage_sim.simulate.run import SCORES
-
     parser.add_argument(
         "--machine",
         type=_names,
@@ -95,7 +120,7 @@ def _add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]
         action="extend",
         default=[],
         metavar="M",
-        help=f"machines: {', '.join(MACHINES)}, or a .toml file of your own (default: unit)",
+        help=f"machines: {', '.join(_MACHINES)}, or a .toml file of your own (default: unit)",
     )
     parser.add_argument(
         "--policy",
@@ -104,7 +129,7 @@ def _add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]
         action="extend",
         default=[],
         metavar="P",
-        help=f"policies: {', '.join(POLICIES)}; or all (default: the most telling ones)",
+        help=f"policies: {', '.join(_POLICIES)}; or all (default: the most telling ones)",
     )
     parser.add_argument(
         "--residency",
@@ -136,8 +161,8 @@ def _add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]
     )
     parser.add_argument(
         "--score",
-        choices=SCORES,
-        default=SCORES[0],
+        choices=_SCORES,
+        default=_SCORES[0],
         help="which tokens of the trace count (default: %(default)s)",
     )
     parser.add_argument(

@@ -12,8 +12,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from prestage import simulate_cli
 from prestage.cli import main
-from prestage_sim.simulate import FIELDS, POLICIES
+from prestage_sim.simulate import FIELDS, POLICIES, SCORES
+from prestage_sim.simulate.machines import MACHINES
 from prestage_sim.traces import Trace, save_trace
 
 
@@ -37,6 +39,13 @@ def folder(tmp_path, monkeypatch):
     make("one.npz")
     make("two.npz", seed=2, expert_bytes=36864)
     return tmp_path
+
+
+def test_help_lists_what_there_is():
+    assert simulate_cli._MACHINES == MACHINES
+    assert simulate_cli._POLICIES == tuple(POLICIES)
+    assert simulate_cli._SCORES == SCORES
+    assert set(simulate_cli._DEFAULT_POLICIES) <= set(POLICIES)
 
 
 def refused(capsys, *arguments):
