@@ -22,14 +22,11 @@ from numpy.typing import NDArray
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.perceptron import FORMS, perceptron_form
-from prestage_hw.contract.records import NO_TOKEN
 from prestage_sim.traces import Trace, load_trace, model_config
 
 from .._jit import compiled
 from ..model.buffer.values import DECAYS, discounts, keep_value, rate_after_use, use_rate
-from ..model.predictor.linear import NOW, create_head, head_learn, head_predict
-from ..model.predictor.perceptron import TraceRunner, reuse_targets
-from ..model.predictor.tokens import create_tokens, token_fetch, token_store
+from ..model.predictor.perceptron import TraceRunner
 
 __all__ = ["RESIDENCIES", "SEARCHES", "Row", "Search", "Values", "evaluate", "main", "render"]
 
@@ -76,36 +73,6 @@ SEARCHES = (
 CHOSEN = Search(name="32 by pointer, 1 remembered", samples=32, remembered=1)
 
 
-@compiled
-def _run_reuse(
-    head: Any, tables: Any, tokens: Any, routed: Any, out: Any, layers: int, choices: int
-) -> None:
-    """Reuse values after each routing of a layer; ``routed`` holds two unknown tokens more."""
-    experts = out.shape[2]
-    memo = np.full((6, layers, choices), -1, np.int16)
-    new = np.zeros(experts, np.int64)
-    old = np.zeros((layers, experts), np.int64)
-    targets = np.zeros(experts, np.int64)
-    used = np.zeros(experts, np.bool_)
-    before = previous = np.int64(NO_TOKEN)
-    for t in range(out.shape[0]):
-        if t > 0:
-            token_store(tables, previous, before, routed[t + 1])
-        token_fetch(tables, tokens[t], previous, memo)
-        before, previous = previous, tokens[t]
-        this, prev, last = routed[t + 2], routed[t + 1], routed[t]
-        for m in range(layers):
-            head_predict(head, 0, m, NOW, this, prev, last, memo, new)
-            used[:] = False
-            for chosen in this[m]:
-                used[chosen] = True
-            if t > 0:
-                reuse_targets(new, used, targets)
-                head_learn(head, 0, m, this, prev, last, memo, old[m], targets, used)
-            old[m] = new
-            out[t, m] = new >> 2
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Values:
     """What a predictor says of every expert in the course of a trace.
@@ -148,22 +115,8 @@ class Values:
             perceptron=perceptron_form(form),
         )
         assert config.perceptron is not None
-        found = TraceRunner(config).run(trace.experts, trace.token)
+        found, reuse = TraceRunner(config).run_all(trace.experts, trace.token)
         horizons = sorted(found)
-        reuse = np.zeros((trace.tokens, model.layers, model.experts), np.int16)
-        for number, head in enumerate(config.perceptron.heads):
-            if head.is_reuse:
-                tokens = trace.token.astype(np.int64)
-                nothing = np.full((2, *trace.experts.shape[1:]), -1, np.int16)
-                _run_reuse(
-                    create_head(config, head, number=number),
-                    create_tokens(config),
-                    np.where(tokens < 0, NO_TOKEN, tokens),
-                    np.concatenate([nothing, trace.experts.astype(np.int16)]),
-                    reuse,
-                    model.layers,
-                    model.top_k,
-                )
         return cls(
             horizons=np.array(horizons, np.int64),
             chances=np.stack([found[horizon] for horizon in horizons]),

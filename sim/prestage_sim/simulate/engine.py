@@ -80,7 +80,9 @@ DEMANDS, PREFETCHES, ARRIVING, FREE = range(4)
     RECORD_LAST,
     RESCANS,
     RESCAN_LEAST,
-) = range(10)
+    READY_FIRST,
+    PREFETCH_TILES,
+) = range(12)
 
 #: Columns of :attr:`Engine.links`.
 FREE_AT, TILE, LATENCY = range(3)
@@ -89,7 +91,7 @@ FREE_AT, TILE, LATENCY = range(3)
 STEP, VISIT, LOOK, EVENTS, UNDER_WAY = range(5)
 
 #: Places of :attr:`Engine.clock`.
-NOW, BUSY = range(2)
+NOW, BUSY, DELAY = range(3)
 
 #: What :attr:`Engine.counts` counts, in its order.
 COUNTED = (
@@ -146,7 +148,7 @@ class Engine(NamedTuple):
     settings, registers : array of ``int64``
         What stays, and what changes; the names of their places are in this module.
     clock : array of ``float64``
-        Now, and the time that links were busy.
+        Now, the time that links were busy, and the predictor's.
     counts : array of ``int64``
         :data:`COUNTED`.
     links : array of ``float64``, shape ``[links, 3]``
@@ -464,6 +466,16 @@ def _sweep(engine: Any) -> None:
 
 
 @kernel
+def _tiles_come(engine: Any, fetch: Any) -> Any:
+    """Tiles of a fetch that are in its slot."""
+    taken = engine.settings[TILES] - engine.fetches[fetch, TO_START]
+    left = engine.ends[fetch] - engine.clock[NOW]
+    if left > 0:
+        taken -= min(taken, np.int64(np.ceil(left / engine.links[0, TILE])))
+    return taken
+
+
+@kernel
 def _next_fetch(engine: Any, link: Any, wanted_first: Any, wanted: Any) -> Any:
     """Fetch that a link takes a tile of next; -1 for none."""
     _sweep(engine)
@@ -485,6 +497,16 @@ def _next_fetch(engine: Any, link: Any, wanted_first: Any, wanted: Any) -> Any:
                 break
         elif not _prefetch_queued(engine):
             break
+    if engine.settings[PREFETCH_TILES]:
+        coming = np.int64(0)
+        for which in (PREFETCHES, ARRIVING):
+            for n in range(engine.lengths[which]):
+                fetch = engine.lists[which, n]
+                if not engine.fetches[fetch, DEMANDED]:
+                    taken = engine.settings[TILES] - engine.fetches[fetch, TO_START]
+                    coming += taken - _tiles_come(engine, fetch)
+        if coming >= engine.settings[PREFETCH_TILES]:
+            return np.int64(-1)
     for n in range(engine.lengths[PREFETCHES]):
         fetch = engine.lists[PREFETCHES, n]
         if not engine.fetches[fetch, GIVEN_UP]:
@@ -561,16 +583,6 @@ def _advance(
         links[link, FREE_AT] = later
     clock[NOW] = until
     return True
-
-
-@kernel
-def _tiles_come(engine: Any, fetch: Any) -> Any:
-    """Tiles of a fetch that are in its slot."""
-    taken = engine.settings[TILES] - engine.fetches[fetch, TO_START]
-    left = engine.ends[fetch] - engine.clock[NOW]
-    if left > 0:
-        taken -= min(taken, np.int64(np.ceil(left / engine.links[0, TILE])))
-    return taken
 
 
 @kernel
@@ -734,8 +746,11 @@ def run(
                     if layer + horizons[h] < layers:
                         target = layer + horizons[h]
                         _tell(buffer, target, chances[h, step, target], False)
+            if clock[DELAY] > 0:
+                _advance(engine, now + clock[DELAY], nobody, 0, wanted_first, wanted)
             _offer(engine, step, layer, offset, ahead, proposed, score, hint)
-            for index in range(these.shape[0]):
+            ready_first = engine.settings[READY_FIRST] != 0
+            for index in range(these.shape[0] if ready_first else 0):
                 slot = buffer.pins[0, layer, index]
                 if engine.fetch_of[slot] < 0:
                     expert_time = compute[weights[index]]
@@ -760,11 +775,17 @@ def run(
                 if engine.arrived[slot] > now:
                     _record(engine, _STALL, now, engine.arrived[slot], layer, expert, -1)
                     now = engine.arrived[slot]
+                if not ready_first:
+                    continue
                 index = 0
                 while these[index] != expert:
                     index += 1
                 expert_time = compute[weights[index]]
                 _record(engine, _COMPUTE, now, now + expert_time, layer, expert, -1)
+                now += expert_time
+            for index in range(0 if ready_first else these.shape[0]):
+                expert_time = compute[weights[index]]
+                _record(engine, _COMPUTE, now, now + expert_time, layer, these[index], -1)
                 now += expert_time
             _advance(engine, max(now, clock[NOW]), nobody, 0, wanted_first, wanted)
             release(buffer, 0, layer)

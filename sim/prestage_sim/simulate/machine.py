@@ -106,6 +106,10 @@ class Machine:
     tiers : tuple of :class:`Tier`
         Where experts lie beyond the slots, nearest first; none stands for one that holds all and is
         as fast as the links.
+    ready_first : :class:`bool`
+        Whether each expert is computed as soon as it has come; else all once the last has.
+    predict_seconds : :class:`float`
+        Time from a layer's routing to the candidates that the predictor makes of it.
     joules : callable or None
         Energy of all scored tokens in joules, from their :class:`Counts`.
 
@@ -122,6 +126,8 @@ class Machine:
     tiles: int = 8
     links: tuple[Link, ...] = (Link(bandwidth=1.0),)
     tiers: tuple[Tier, ...] = ()
+    ready_first: bool = True
+    predict_seconds: float = 0.0
     joules: Callable[[Counts], float] | None = None
 
     def __post_init__(self) -> None:
@@ -129,6 +135,7 @@ class Machine:
         _require("Alpha", self.alpha, low=0, high=1)
         _require("Expert size in bytes", self.expert_bytes, low=1)
         _require("Tile count", self.tiles, low=1)
+        _require("Time of the predictor", self.predict_seconds, low=0)
         if not self.links:
             raise ValueError("Machine must have at least one link, but has none")
         if self.tiers and self.tiers[-1].experts is not None:

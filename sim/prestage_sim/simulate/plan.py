@@ -115,6 +115,8 @@ class Plan:
         Whether a demand goes before prefetches at a tile's edge; else at an expert's end.
     prefetch_inflight : :class:`int`
         Prefetches that may be on their way at a time.
+    prefetch_tiles : :class:`int`
+        Tiles of prefetches that may be on their way at a time; 0 for any number.
     executes : array of int16, ``[T, L, k]``, or None
         What layers run in place of what the router chose: outputs change.
     """
@@ -136,6 +138,7 @@ class Plan:
     cancel: bool = True
     preempt: bool = True
     prefetch_inflight: int = 2
+    prefetch_tiles: int = 0
     executes: NDArray[np.int16] | None = None
 
 

@@ -85,7 +85,7 @@ def _engine(plan: Plan, machine: Machine, model: ModelConfig, slots: int) -> Eng
     set_weights(throttle, register_by_name("throttle").reset or 0)
     throttle.registers[ENABLE] = plan.throttle
     fetches = min(slots, 2 * model.top_k + plan.prefetch_inflight) + 1
-    settings = np.zeros(10, np.int64)
+    settings = np.zeros(12, np.int64)
     settings[:6] = (
         int(plan.evict),
         machine.tiles,
@@ -95,7 +95,12 @@ def _engine(plan: Plan, machine: Machine, model: ModelConfig, slots: int) -> Eng
         plan.preempt,
         plan.foresees,
     )
-    settings[8:] = min(plan.rescan, model.layers - 1), plan.rescan_least
+    settings[8:] = (
+        min(plan.rescan, model.layers - 1),
+        plan.rescan_least,
+        machine.ready_first,
+        plan.prefetch_tiles,
+    )
     lists = np.zeros((4, fetches), np.int64)
     lists[3] = np.arange(fetches)
     return Engine(
@@ -104,7 +109,7 @@ def _engine(plan: Plan, machine: Machine, model: ModelConfig, slots: int) -> Eng
         throttle=throttle,
         settings=settings,
         registers=np.zeros(5, np.int64),
-        clock=np.zeros(2),
+        clock=np.array([0.0, 0.0, machine.predict_seconds]),
         counts=np.zeros(len(COUNTED), np.int64),
         links=np.array(
             [

@@ -32,6 +32,7 @@ from .plan import Candidates
 
 __all__ = [
     "Values",
+    "forget",
     "foreseen_candidates",
     "perceptron_candidates",
     "perceptron_values",
@@ -84,6 +85,11 @@ def trace_digest(trace: Trace) -> str:
 
 
 _memory: OrderedDict[str, Values] = OrderedDict()
+
+
+def forget() -> None:
+    """Drop what is kept in memory."""
+    _memory.clear()
 
 
 def perceptron_values(trace: Trace, form: str, *, folder: Path | None = None) -> Values:

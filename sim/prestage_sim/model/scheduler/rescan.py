@@ -46,6 +46,8 @@ def rescan(state: Any, ctx: Any, ahead: Any, least: Any) -> Any:
     best, score, distance = np.int64(-1), np.int64(0), np.int64(0)
     least_left = np.int64(1) << 32
     for d in range(1, ahead + 1):
+        if d >= least_left:
+            break  # not even certainty would do
         layer = (state.current[ctx] + d) % layers
         for expert in range(experts):
             if state.visited[ctx, layer, expert // state.shape[LANES]]:

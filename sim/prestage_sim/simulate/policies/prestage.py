@@ -9,7 +9,7 @@ __all__ = ["PRESTAGE", "PRESTAGE_RTL"]
 
 def _plan(workload: Workload) -> Plan:
     return Plan(
-        evict=Evict.NEXT_USE, predictor="full", rescan=23, rescan_least=20, prefetch_inflight=1
+        evict=Evict.NEXT_USE, predictor="full", rescan=12, rescan_least=24, prefetch_inflight=1
     )
 
 
