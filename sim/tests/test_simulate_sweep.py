@@ -202,7 +202,8 @@ class Cluster:
         log.close()
 
     def _said(self, number, pattern):
-        deadline = time.monotonic() + 30
+        # A busy machine takes its time to start a Python that imports Dask.
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             found = re.search(pattern, (self.folder / f"{number}.log").read_text())
             if found:
@@ -230,7 +231,8 @@ def cluster(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:::distributed")
-def test_dask_cluster_that_loses_a_worker(cluster, tmp_path):
+def test_dask_cluster_that_loses_a_worker(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_module, "_PATIENCE", 120)
     wanted = [*grid(ONE, rhos=range(1, 16)), *grid(TWO, warm=(ONE,), rhos=range(1, 16))]
     whole = table(sweep(wanted, TRACES, jobs=1))
     first, _second = cluster.add_worker(), cluster.add_worker()
@@ -252,7 +254,8 @@ def test_dask_cluster_that_loses_a_worker(cluster, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:::distributed")
 def test_dask_cluster_without_workers(cluster, monkeypatch):
-    monkeypatch.setattr(sweep_module, "_PATIENCE", 1)
+    # Long enough to find the scheduler even on a busy machine.
+    monkeypatch.setattr(sweep_module, "_PATIENCE", 4)
     with pytest.raises(SweepError, match=r"scheduler at tcp://.* has no workers: start some with"):
         sweep(grid(ONE), TRACES, scheduler=cluster.address)
 
@@ -264,7 +267,7 @@ def test_scheduler_that_is_not_there(monkeypatch):
     began = time.monotonic()
     with pytest.raises(SweepError, match=r"There is no Dask scheduler at tcp://127.0.0.1:9"):
         sweep(grid(ONE), TRACES, scheduler="tcp://127.0.0.1:9")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 def test_dask_that_is_not_installed(monkeypatch):

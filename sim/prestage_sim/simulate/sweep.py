@@ -21,7 +21,7 @@ from .cells import Cell, Outcome, code_digest, run_cell
 __all__ = ["Store", "SweepError", "SweepInterrupted", "default_folder", "sweep"]
 
 #: Seconds after which a Dask scheduler that doesn't answer counts as not there.
-_PATIENCE = 5
+_PATIENCE = 10
 
 #: Deaths of workers that a cell survives before it is taken for their cause.
 _RETRIES = 5
