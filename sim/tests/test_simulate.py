@@ -305,3 +305,24 @@ def test_bad_machine(change, message):
 def test_bad_slots():
     with pytest.raises(ValueError, match="Slots must be from the 2 .* to all 32 experts, not 33"):
         _run(Plan(slots=33), _trace(3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ahead": 0}, "Layers ahead of a candidate must be between 1 and 127, not from 0 to 0"),
+        ({"expert": 4}, "Expert of a candidate must be between 0 and 3, not from 4 to 4"),
+        ({"score": 256}, "Confidence of a candidate must be between 0 and 255, not from 256 to"),
+        ({"offset": 3}, "Candidates must have 5 ascending offsets for 2 tokens of 1 layers, not"),
+    ],
+)
+def test_bad_candidates(change, message):
+    trace = Trace(
+        experts=np.array([[[0, 1]], [[0, 2]]]), experts_per_layer=4, meta={"model": "test-moe"}
+    )
+    fields = {"ahead": 1, "expert": 2, "score": 200, "offset": 5, **change}
+    offset = np.ones(fields.pop("offset"), np.int64)
+    offset[0] = 0
+    arrays = {name: np.full(1, value, np.int16) for name, value in fields.items()}
+    with pytest.raises(ValueError, match=message):
+        _run(Plan(candidates=Candidates(offset=offset, **arrays)), trace, slots=4)

@@ -74,6 +74,36 @@ class Candidates:
     score: NDArray[np.int16]
     hint: NDArray[np.bool_] | None = None
 
+    def check(self, trace: Trace) -> None:
+        """Refuse what does not fit a trace: compiled functions would go beyond their arrays.
+
+        Raises
+        ------
+        ValueError
+            If there are more or fewer steps, or a number is out of its range.
+        """
+        steps = trace.tokens * (trace.layers + 1)
+        if self.offset.shape != (steps + 1,) or np.any(np.diff(self.offset) < 0):
+            raise ValueError(
+                f"Candidates must have {steps + 1} ascending offsets for {trace.tokens} tokens of"
+                f" {trace.layers} layers, not shape {list(self.offset.shape)}"
+            )
+        count = int(self.offset[-1])
+        for name, values, low, high in (
+            ("Layers ahead", self.ahead, 1, 127),
+            ("Expert", self.expert, 0, trace.experts_per_layer - 1),
+            ("Confidence", self.score, 0, 255),
+        ):
+            if len(values) < count:
+                raise ValueError(f"{name} of {count} candidates must be given, not {len(values)}")
+            if count and not low <= int(values.min()) <= int(values.max()) <= high:
+                raise ValueError(
+                    f"{name} of a candidate must be between {low} and {high}, not from"
+                    f" {values.min()} to {values.max()}"
+                )
+        if self.hint is not None and len(self.hint) < count:
+            raise ValueError(f"Source of {count} candidates must be given, not {len(self.hint)}")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:

@@ -221,6 +221,7 @@ def run_plan(
             )
     if candidates is None:
         candidates = _no_candidates(trace.tokens, layers)
+    candidates.check(trace)
     hint = candidates.hint
     if hint is None:
         hint = np.ones(len(candidates.expert), np.bool_)

@@ -185,7 +185,7 @@ def _candidates(
     expert: Any,
     score: Any,
 ) -> Any:
-    """Candidates of all steps; only counts them where there is no room."""
+    """Candidates of all steps; how many there are."""
     tokens, layers, experts = chances.shape[1:]
     best = np.zeros(max(near_most, far_most), np.int64)
     count = 0
@@ -211,9 +211,8 @@ def _candidates(
                 most = near_most if distance == 1 else far_most
                 found = rank(values, least, most, best)
                 for n in range(found):
-                    if count < ahead.shape[0]:
-                        ahead[count], expert[count] = distance, best[n]
-                        score[count] = values[best[n]]
+                    ahead[count], expert[count] = distance, best[n]
+                    score[count] = values[best[n]]
                     count += 1
     offset[step] = count
     return count
@@ -244,21 +243,27 @@ def perceptron_candidates(
     def setting(value: int | None, name: str) -> int:
         return (register_by_name(name).reset or 0) if value is None else value
 
+    near, far = min(2 * top_k, experts), min(top_k, experts)
+    start = min(setting(ahead, "predict_ahead"), layers)
+    most = near + start * far + layers * (near + len(values.horizons) * far)
     offset = np.zeros(tokens * (layers + 1) + 1, np.int64)
-    rules = (
-        values.horizons,
-        values.chances,
-        setting(threshold, "predict_threshold"),
-        setting(far_threshold, "predict_far_threshold"),
-        min(2 * top_k, experts),
-        min(top_k, experts),
-        setting(ahead, "predict_ahead"),
-        offset,
+    ahead_of, expert, score = (np.empty(tokens * most, np.int16) for _ in range(3))
+    count = int(
+        _candidates(
+            values.horizons,
+            values.chances,
+            setting(threshold, "predict_threshold"),
+            setting(far_threshold, "predict_far_threshold"),
+            near,
+            far,
+            start,
+            offset,
+            ahead_of,
+            expert,
+            score,
+        )
     )
-    count = 0
-    for _ in range(2):
-        ahead_of, expert, score = (np.zeros(count, np.int16) for _ in range(3))
-        count = int(_candidates(*rules, ahead_of, expert, score))
+    ahead_of, expert, score = (part[:count].copy() for part in (ahead_of, expert, score))
     return Candidates(
         offset=offset,
         ahead=ahead_of,

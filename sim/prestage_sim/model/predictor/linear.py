@@ -362,29 +362,33 @@ def head_learn(
             state = lfsr_next(state)
             stage: Any = min(np.int64(head.maturity[word]), 2)
             shift = 3 - stage + boost
-            for j in range(lanes):
-                u = ((np.int64(state) + 97 * j) & 255) << (bits - 8)
+            low = np.int64(state) & 255
+            if entries == 0:
+                # Apart from lists and without a branch: most of the time goes into this loop.
+                first = beat * lanes
+                row = head.weights[word]
+                for j in range(min(lanes, experts - first)):
+                    u = ((low + 97 * j) & 255) << (bits - 8)
+                    weight = row[j] + (((errors[first + j] << shift) + u) >> bits)
+                    row[j] = min(max(weight, -most), most)
+            for j in range(lanes if entries else 0):
+                u = ((low + 97 * j) & 255) << (bits - 8)
                 weight = np.int64(head.weights[word, j])
-                if entries:
-                    at = head.places[word, j]
-                    if abs(weight) < 4:
-                        target = -1
-                        for i in range((experts + entries - 1) // entries):
-                            e = i * entries + beat * lanes + j
-                            if e < experts and used[e] and not (i == at and weight != 0):
-                                target = i
-                                break
-                        if target >= 0:
-                            head.places[word, j] = target
-                            head.weights[word, j] = 8 >> stage
-                            continue
-                    e = at * entries + beat * lanes + j
-                    if weight == 0 or e >= experts:
+                at = head.places[word, j]
+                if abs(weight) < 4:
+                    target = -1
+                    for i in range((experts + entries - 1) // entries):
+                        e = i * entries + beat * lanes + j
+                        if e < experts and used[e] and not (i == at and weight != 0):
+                            target = i
+                            break
+                    if target >= 0:
+                        head.places[word, j] = target
+                        head.weights[word, j] = 8 >> stage
                         continue
-                else:
-                    e = beat * lanes + j
-                    if e >= experts:
-                        break
+                e = at * entries + beat * lanes + j
+                if weight == 0 or e >= experts:
+                    continue
                 weight += ((errors[e] << shift) + u) >> bits
                 head.weights[word, j] = min(max(weight, -most), most)
             draw = np.int64(state) >> 24

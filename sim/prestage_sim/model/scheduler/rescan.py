@@ -49,16 +49,19 @@ def rescan(state: Any, ctx: Any, ahead: Any, least: Any) -> Any:
         if d >= least_left:
             break  # not even certainty would do
         layer = (state.current[ctx] + d) % layers
-        for expert in range(experts):
-            if state.visited[ctx, layer, expert // state.shape[LANES]]:
-                value = state.reuse[ctx, layer, expert] >> 1
-            else:
-                value = state.chances[ctx, layer, expert]
-            # Directory last: few are likely enough.
-            if value < least or d + _STEPS[value] >= least_left:
-                continue
-            key = layer * experts + expert
-            if state.experts[key, STATE] == EMPTY:
-                best, score, distance = key, value, np.int64(d)
-                least_left = d + _STEPS[value]
+        for beat in range(state.visited.shape[2]):
+            visited = state.visited[ctx, layer, beat]
+            first = beat * state.shape[LANES]
+            for expert in range(first, min(first + state.shape[LANES], experts)):
+                if visited:
+                    value = state.reuse[ctx, layer, expert] >> 1
+                else:
+                    value = state.chances[ctx, layer, expert]
+                # Directory last: few are likely enough.
+                if value < least or d + _STEPS[value] >= least_left:
+                    continue
+                key = layer * experts + expert
+                if state.experts[key, STATE] == EMPTY:
+                    best, score, distance = key, value, np.int64(d)
+                    least_left = d + _STEPS[value]
     return best, score, distance
