@@ -52,6 +52,7 @@ from .replay import (
     replay,
     run_object,
 )
+from .simulate_cli import add_simulate, add_sweep
 from .snapshot import Snapshot, read_snapshot
 from .tables_cli import add_tables
 
@@ -141,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         "  prestage replay trace.npz\n"
         "  prestage replay trace.npz --device sim:// --report report.html\n"
         "  prestage evaluate trace.npz --predictor st_moe --report quality.html\n"
+        "  prestage simulate trace.npz --machine unit --rho 4 --report time.html\n"
         "  prestage trace info trace.npz\n"
         "  prestage info",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -154,6 +156,13 @@ def _parser() -> argparse.ArgumentParser:
         positive=_positive,
         load=_load,
     )
+    for add_command in (add_simulate, add_sweep):
+        add_command(
+            add=functools.partial(_command, commands),
+            add_reading=_add_reading,
+            positive=_positive,
+            load=_load,
+        )
     add_tables(commands, add=_command, positive=_positive)
     _add_trace(commands)
     _command(

@@ -12,7 +12,7 @@ from prestage_sim.runs import METRICS
 from prestage_sim.traces import Trace, save_trace
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = ["driver.md", "traces.md", "evaluate.md"]
+PAGES = ["driver.md", "traces.md", "evaluate.md", "simulate.md"]
 
 
 def blocks(page, language):

@@ -112,6 +112,7 @@ COUNTED = (
     "useless_tiles",
     "candidates",
     "right",
+    "late_tiles",
 )
 (
     _DEMANDS,
@@ -131,6 +132,7 @@ COUNTED = (
     _USELESS_TILES,
     _CANDIDATES,
     _RIGHT,
+    _LATE_TILES,
 ) = range(len(COUNTED))
 
 _NEVER = np.int64(1) << 60
@@ -626,6 +628,7 @@ def _route(engine: Any, layer: Any, wanted: Any, waiting: Any) -> Any:
             row = engine.fetches[fetch]
             if not row[DEMANDED]:
                 counts[_LATE] += 1
+                counts[_LATE_TILES] += engine.spent[slot]
                 row[DEMANDED], row[GIVEN_UP] = 1, 0
                 engine.registers[UNDER_WAY] -= 1
                 if row[TO_START]:

@@ -147,6 +147,8 @@ class Plan:
         Prefetches that may be on their way at a time.
     prefetch_tiles : :class:`int`
         Tiles of prefetches that may be on their way at a time; 0 for any number.
+    executes : array of int16, ``[T, L, k]``, or None
+        What layers run in place of what the router chose: outputs change.
     """
 
     evict: Evict = Evict.LRU
@@ -167,6 +169,7 @@ class Plan:
     preempt: bool = True
     prefetch_inflight: int = 2
     prefetch_tiles: int = 0
+    executes: NDArray[np.int16] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

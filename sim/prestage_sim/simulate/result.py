@@ -33,6 +33,8 @@ class Counts:
     tiles_moved, demand_tiles, useful_tiles, useless_tiles : :class:`int`
         Tiles moved in all, for demands, and for prefetches that a demand came for or did not come
         for.
+    late_tiles : :class:`int`
+        Those of the useful ones whose prefetch was still on its way when the demand came.
     candidates, right : :class:`int`
         Experts that were proposed for a layer before it was routed, and those of them that it then
         chose; an expert counts once a layer and token.
@@ -60,6 +62,7 @@ class Counts:
     demand_tiles: int = 0
     useful_tiles: int = 0
     useless_tiles: int = 0
+    late_tiles: int = 0
     candidates: int = 0
     right: int = 0
     tier_tiles: tuple[int, ...] = ()

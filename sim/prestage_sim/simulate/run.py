@@ -89,7 +89,8 @@ def _engine(plan: Plan, machine: Machine, model: ModelConfig, slots: int) -> Eng
     settings[:6] = (
         int(plan.evict),
         machine.tiles,
-        plan.prefetch_inflight,
+        # Those on their way always leave slots for a layer's demands.
+        min(plan.prefetch_inflight, slots - model.top_k),
         plan.cancel,
         plan.preempt,
         plan.foresees,
@@ -197,7 +198,8 @@ def run_plan(
         )
     model = ModelConfig(name="trace", layers=layers, experts=experts, top_k=k)
     engine = _engine(plan, machine, model, slots)
-    wanted = np.ascontiguousarray(trace.experts.reshape(-1))
+    executed = trace.experts if plan.executes is None else plan.executes
+    wanted = np.ascontiguousarray(executed.reshape(-1))
     wanted_first = np.arange(0, len(wanted) + 1, k, dtype=np.int64)
     uses = _uses(wanted_first, wanted, layers, experts)
     engine = engine._replace(use_first=uses[0], use_at=uses[1], use_next=uses[0][:-1].copy())
@@ -378,6 +380,11 @@ def _shape(trace: Trace) -> tuple[int, int, int]:
     return trace.layers, trace.experts_per_layer, trace.top_k
 
 
+def _starts(trace: Trace) -> NDArray[np.int32]:
+    """1 for the first token of each request, else 0."""
+    return np.diff(trace.request_id, prepend=trace.request_id[0] - 1).astype(bool).astype(np.int32)
+
+
 def _joined(traces: Sequence[Trace]) -> Trace:
     """Traces one after another, as one."""
     if len(traces) == 1:
@@ -388,6 +395,7 @@ def _joined(traces: Sequence[Trace]) -> Trace:
         experts_per_layer=last.experts_per_layer,
         token=np.concatenate([trace.token for trace in traces]),
         is_decode=np.concatenate([trace.is_decode for trace in traces]),
+        request_id=np.cumsum(np.concatenate([_starts(trace) for trace in traces])),
         layer_ids=last.layer_ids,
         meta={"model": last.model},
     )
