@@ -675,7 +675,7 @@ class TB:
                 self._start(layer, expert, slot, demand=False, ctx=ctx)
                 self.inflight[slot].deadline = candidate["deadline"]
                 self.inflight[slot].kind = kind
-                streaming = self.dut.streaming.value.to_unsigned() >> ctx & 1
+                streaming = int(self.dut.streaming.value) >> ctx & 1
                 self.inflight[slot].stream = bool(streaming) and kind == PrefetchKind.NEAR
             elif code == BufferCode.NO_SLOT:
                 expected["prefetch_no_slot"] += 1

@@ -516,6 +516,7 @@ class Scheduler(wiring.Component):
                             value.eq(copy.copy),
                             keep.eq(copy.keep),
                             kind.eq(len(PrefetchKind)),  # No throttle hears of it.
+                            streams.eq(0),
                             state.eq(_State.LOOKUP),
                         ]
                 with m.Elif(queue.valid & may_prefetch & ~self.hold):
