@@ -60,9 +60,13 @@ VALUELESS = ("one-slot",)
 HOST_WRITES = ("tiny", "odd", "two-banks")
 
 
+#: Larger shapes of what the others show.
+_SOAK = ("four-banks", "gpt-oss-20b")
+
+
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.soak if n == "four-banks" else ()) for n in CONFIGS],
+    [pytest.param(n, marks=pytest.mark.soak if n in _SOAK else ()) for n in CONFIGS],
 )
 def test_buffer(name):
     config = CONFIGS[name]

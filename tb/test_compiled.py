@@ -292,6 +292,7 @@ def _traffic(engine):
         return seen, pipe.transfers().tolist(), pipe.cycles
 
 
+@pytest.mark.soak
 def test_engines_agree_in_every_cycle():
     verilator = _traffic("verilator")
     cxxrtl = _traffic("cxxrtl")

@@ -90,7 +90,10 @@ _SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", _SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(s, marks=pytest.mark.soak if s == "everything" else ()) for s in _SHAPES],
+)
 def test_shape(shape):
     """Random routing, table traffic, faults."""
     config = _SHAPES[shape]

@@ -54,7 +54,7 @@ _SHAPES = {
         "lite, three contexts",
         "compressed",
         pytest.param("full", marks=pytest.mark.soak),
-        "full, banked",
+        pytest.param("full, banked", marks=pytest.mark.soak),
         "slow start",
     ],
 )

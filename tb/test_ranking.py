@@ -43,7 +43,14 @@ _SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", _SHAPES)
+#: Shapes whose builds take long; the others show the same.
+_SOAK = ("wide", "large")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(s, marks=pytest.mark.soak if s in _SOAK else ()) for s in _SHAPES],
+)
 def test_ranking(shape):
     config, layers = _SHAPES[shape]
     run_bench(

@@ -62,9 +62,13 @@ def run_scheduler(name, *, testcase=None):
     )
 
 
+#: What a shorter run, or another shape, shows too.
+_SOAK = ("sizes", "one-tile")
+
+
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.soak if name == "sizes" else ()) for name in CONFIGS],
+    [pytest.param(name, marks=pytest.mark.soak if name in _SOAK else ()) for name in CONFIGS],
 )
 def test_scheduler(name):
     run_scheduler(name)
