@@ -233,8 +233,10 @@ class Throttle(wiring.Component):
         late = now.returned != config.tiles
         if config.layer_bytes:
             late = now.returned <= now.last_tile
-        # A copy is a prefetch of nobody.
-        counts = ~(is_prefetch & (now.kind == _KINDS)) if config.replicas > 1 else 1
+        counts = 1
+        if config.replicas > 1:
+            # A copy is a prefetch of nobody, also when its fetch fails.
+            counts = Mux(is_prefetch, now.kind, before.kind) != _KINDS
         with m.If(self.marks.ready):
             m.d.sync += self.marks.valid.eq(0)
 
