@@ -228,7 +228,7 @@ def test_phases_switch_profiles():
     assert counters["prefetch_issued"] > 20 and counters["rejected"] == 0
 
 
-@pytest.mark.parametrize("form", ["full", "compressed"])
+@pytest.mark.parametrize("form", [pytest.param("full", marks=pytest.mark.soak), "compressed"])
 def test_token_tables_behind_the_memory_port(form):
     """Rows of the token tables come and go over AXI4; counters are those of the golden model."""
     trace = walk(60, seed=5)
