@@ -51,7 +51,7 @@ class MarksLayout(data.StructLayout):
 class PrefetchStatistics(wiring.Component):
     """Count what became of prefetches, in a block RAM with a word for each layer, kind and outcome.
 
-    A counter stays at its greatest value. Marks are counted one after the other, each in three
+    A counter stays at its greatest value. Marks are counted one after the other, each in four
     cycles, so that ``marks`` waits for ``latency`` cycles after each transfer.
 
     Parameters
@@ -83,7 +83,7 @@ class PrefetchStatistics(wiring.Component):
     """
 
     #: Cycles from marks being taken until the next may be.
-    latency = 7
+    latency = 9
 
     def __init__(self, *, config, count_bits=COUNT_BITS):
         require_config(config)
@@ -110,6 +110,7 @@ class PrefetchStatistics(wiring.Component):
         read, write = counts.read_port(), counts.write_port()
         # Block RAM is slow out of the clock edge. No reset, so that the register may be its own.
         raw = Signal(self.count_bits, reset_less=True)
+        total = Signal(self.count_bits, reset_less=True)  # with what is counted
         sweep = Signal(range(words))
         now = Signal(MarksLayout(config=self.config))
         word = Signal(range(words))
@@ -127,9 +128,9 @@ class PrefetchStatistics(wiring.Component):
             read.addr.eq(Mux(takes, request.word, word)),
             read.en.eq(1),
             write.addr.eq(word),
-            write.data.eq(raw + ~raw.all()),
+            write.data.eq(total),
         ]
-        m.d.sync += [raw.eq(read.data), steps.eq(steps << 1)]
+        m.d.sync += [raw.eq(read.data), total.eq(raw + ~raw.all()), steps.eq(steps << 1)]
         with m.If(self.values.ready):
             m.d.sync += self.values.valid.eq(0)
         with m.If(steps[1]):
@@ -161,6 +162,8 @@ class PrefetchStatistics(wiring.Component):
             with m.State("Read"):
                 m.next = "Keep"
             with m.State("Keep"):
+                m.next = "Add"
+            with m.State("Add"):
                 m.next = "Write"
             with m.State("Write"):
                 m.d.comb += write.en.eq(shown.valid)
