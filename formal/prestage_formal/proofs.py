@@ -264,8 +264,8 @@ PROOFS = (
         twin=Mutation(
             name="a slot that is filling may be taken",
             module="prestage_hw.buffer.buffer",
-            old="may_take.eq((state.pins == 0) & ~state.filling & ~state.locked)",
-            new="may_take.eq((state.pins == 0) & ~state.locked)",
+            old="free = (state.pins == 0) & ~state.filling & ~state.locked",
+            new="free = (state.pins == 0) & ~state.locked",
         ),
         twin_depth=34,
         twin_parameters={"lru": True, "slots": 2, "contexts": 1, "layers": 1},

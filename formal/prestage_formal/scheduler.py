@@ -156,6 +156,10 @@ class Machine(Elaboratable):
             Assume(~(result.valid & looks_up & (code == BufferCode.ALLOCATED)) | ~Cat(fills).any()),
             Assume(~completion.valid | is_away),
             Assume(untaken <= most),
+            # As after reset: no candidate is weighed.
+            Assume(block.budget == 0),
+            lemma(~local("budgeted")),
+            lemma(~local("weighs")),
         ]
 
         # --- claims ---
