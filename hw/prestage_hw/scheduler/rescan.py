@@ -24,7 +24,8 @@ class Rescans(wiring.Component):
     """Ask the buffer what is worth a prefetch, in turn for each context that is awake.
 
     A context is awake from values of it that come, or a slot that may be taken again, until nothing
-    is found, or what is found is given no slot. What was found is dropped, and asked for anew, if
+    is found, or what is found is given no slot; all sleep once a prefetch has failed, which would
+    be found again at once. What was found is dropped, and asked for anew, if
     anything comes that may change it.
 
     Parameters
@@ -58,6 +59,8 @@ class Rescans(wiring.Component):
         Strobe while ``found``: it is looked up.
     failed : ``In(1)``
         Strobe: what was taken last is given no slot.
+    broken : ``In(1)``
+        Strobe: a prefetch has failed.
     clear : ``In(1)``
         All contexts sleep.
     idle : ``Out(1)``
@@ -85,6 +88,7 @@ class Rescans(wiring.Component):
                 "result": Out(RecordLayout("RescanResult", config=config)),
                 "take": In(1),
                 "failed": In(1),
+                "broken": In(1),
                 "clear": In(1),
                 "idle": Out(1),
             }
@@ -161,7 +165,7 @@ class Rescans(wiring.Component):
                 m.d.sync += awake[c].eq(0)
             with m.If(self.valued[c] | self.freed):
                 m.d.sync += awake[c].eq(1)
-        with m.If(~self.on | self.clear):
+        with m.If(~self.on | self.clear | self.broken):
             m.d.sync += awake.eq(0)
         with m.If(self.clear):
             m.d.sync += turn.eq(0)

@@ -500,7 +500,8 @@ class Scheduler(wiring.Component):
                 rescan.valued.eq(self.valued),
                 rescan.clear.eq(self.clear),
                 rescan.may_ask.eq(
-                    may_prefetch
+                    (state == _State.DISPATCH)
+                    & may_prefetch
                     & ~self.hold
                     & queue.empty
                     & (commands.level == 0)
@@ -917,7 +918,10 @@ class Scheduler(wiring.Component):
                 m.d.comb += table.free.eq(1)
                 m.d.sync += state.eq(_State.DISPATCH)
                 if self._valued:
-                    m.d.comb += rescan.freed.eq(table.row_cancelled)
+                    m.d.comb += [
+                        rescan.freed.eq(table.row_cancelled),
+                        rescan.broken.eq(table.row_failed & ~table.row_demand),
+                    ]
                 if may_copy:
                     m.d.sync += copy_waits.eq(0)
 

@@ -2,7 +2,7 @@
 
 A context is *awake* while its values may hold an expert that is worth a prefetch: from values that
 come, or a slot that may be taken again, until a rescan finds nothing, or what it finds is given no
-slot. ``docs/scheduler.md`` is the specification of both this and the RTL.
+slot; all rest once a prefetch has failed. ``docs/scheduler.md`` is the specification of both this and the RTL.
 """
 
 from __future__ import annotations
@@ -67,5 +67,8 @@ def rescanned(state: Any, ctx: Any, found: Any) -> None:
 
 @kernel
 def rest(state: Any, ctx: Any) -> None:
-    """What was found in a context's values is given no slot now."""
-    state.awake[ctx] = False
+    """What was found in a context's values is given no slot now; for -1, a prefetch has failed."""
+    if ctx >= 0:
+        state.awake[ctx] = False
+    else:
+        state.awake[:] = False

@@ -425,6 +425,7 @@ class Scheduler:
         """A prefetch failed."""
         self.throttle.dropped(slot)
         self.statistics.dropped(slot)
+        rest(self._rescans, -1)
 
     def _count_eviction(self, result: _Result) -> None:
         if result.evicted:
