@@ -18,6 +18,7 @@ from .._jit import compiled
 from ..model.buffer.recency import touch
 from ..model.buffer.state import OWNER, POLICY, READY, SLOT, STATE, create_state
 from ..model.scheduler.queue import create_queue
+from ..model.scheduler.rescan import create_rescans
 from ..model.scheduler.throttle import ENABLE, create_throttle, set_weights
 from .engine import COUNTED, RECORDED, Engine, run
 from .events import Event, EventKind, Recorder
@@ -107,6 +108,7 @@ def _engine(plan: Plan, machine: Machine, model: ModelConfig, slots: int) -> Eng
         buffer=buffer,
         queue=create_queue(config),
         throttle=throttle,
+        rescans=create_rescans(1),
         settings=settings,
         registers=np.zeros(5, np.int64),
         clock=np.array([0.0, 0.0, machine.predict_seconds]),
