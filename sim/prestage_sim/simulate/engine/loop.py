@@ -39,7 +39,6 @@ from .state import (
     RESCANS,
     STEP,
     TILES,
-    TO_START,
     UNDER_WAY,
     VISIT,
 )
@@ -97,7 +96,7 @@ def _route(engine: Any, layer: Any, wanted: Any, waiting: Any) -> Any:
                 counts[N_LATE_TILES] += engine.spent[slot]
                 row[DEMANDED], row[GIVEN_UP] = 1, 0
                 engine.registers[UNDER_WAY] -= 1
-                if row[TO_START]:
+                if engine.left[fetch, 0]:
                     remove(engine, PREFETCHES, fetch)
                     append(engine, DEMANDS, fetch)
         waiting[count] = slot
