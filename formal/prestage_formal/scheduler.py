@@ -1,5 +1,4 @@
 # amaranth: UnusedElaboratable=no
-
 """The scheduler's state machine: it comes back for demands, and candidates start no demand."""
 
 import contextlib
