@@ -76,10 +76,9 @@ def next_fetch(engine: Any, link: Any, wanted_first: Any, wanted: Any) -> Any:
         if engine.settings[FORESEES]:
             if not prefetch_foreseen(engine, wanted_first, wanted):
                 break
-        elif engine.settings[RESCANS]:
-            if not prefetch_rescanned(engine):
-                break
-        elif not prefetch_queued(engine):
+        elif not prefetch_queued(engine) and not (
+            engine.settings[RESCANS] and prefetch_rescanned(engine)
+        ):
             break
     if engine.settings[PREFETCH_TILES]:
         coming = np.int64(0)
