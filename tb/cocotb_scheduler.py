@@ -3,7 +3,7 @@
 ::
 
     commands ───▶ Scheduler ◀──▶ golden buffer (answers lookups after random delays)
-    candidates ─▶    │   │   ◀──▶ golden rescans (answers after random delays, or that they were disturbed)
+    candidates ─▶    │   │ └──▶ its rescans (answered after random delays)
     ready, events ◀──┘   └─────▶ fetches ─▶ memory of random latency ─▶ completions
 """
 

@@ -50,9 +50,7 @@ def fill(buffer, slot):
 
 def look(buffer, *, near=True, ahead=2, least=1, cutoff_layer=255):
     """What a rescan finds: layer, expert, confidence, distance."""
-    code, *found = buffer.rescan(
-        0, near=near, ahead=ahead, least=least, cutoff_layer=cutoff_layer
-    )
+    code, *found = buffer.rescan(0, near=near, ahead=ahead, least=least, cutoff_layer=cutoff_layer)
     return tuple(found) if code == RescanCode.FOUND else None
 
 

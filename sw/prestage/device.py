@@ -1159,7 +1159,9 @@ class Device:
             most = self.config.most_ahead
             if not 0 <= operator.index(rescan) <= most:
                 why = "" if most else ", as the predictor gives no values"
-                raise ArgumentError(f"Rescan must be between 0 and {most} layers, not {rescan}{why}")
+                raise ArgumentError(
+                    f"Rescan must be between 0 and {most} layers, not {rescan}{why}"
+                )
             writes.append(("rescan_ahead", rescan))
         if rescan_least is not None:
             if not 0 < operator.index(rescan_least) < 256:

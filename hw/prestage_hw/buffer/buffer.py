@@ -53,8 +53,8 @@ class ExpertBuffer(wiring.Component):
     Unless ``config.stores_slots`` the bytes of slots are elsewhere, in a memory of their own or at
     the host: the block keeps who has which slot, and has no ports for data.
 
-    Where values are taken, a walk through them looks for an expert worth a prefetch, beside all else:
-    see :class:`Rescan`. A request is taken in a cycle without an operation; its result goes by what
+    Where values are taken, a walk through them looks for an expert worth a prefetch, beside all
+    else: see :class:`Rescan`. A request is taken in a cycle without an operation; its result goes by what
     was taken before it. Values, and operations other than RELEASE, UNLOCK and FILLs that do not
     fail, disturb it.
 

@@ -122,7 +122,9 @@ class Rescan(wiring.Component):
         following = Signal(config.bits("layer"))
         last_layer = config.model.layers - 1
         m.d.comb += following.eq(Mux(self.layer == last_layer, 0, self.layer + 1))
-        following_of = [Signal(config.bits("layer"), name=f"next_{c}") for c in range(config.contexts)]
+        following_of = [
+            Signal(config.bits("layer"), name=f"next_{c}") for c in range(config.contexts)
+        ]
         for c, each in enumerate(following_of):
             with m.If(self.decided & (self.ctx == c)):
                 m.d.sync += each.eq(following)
@@ -215,13 +217,9 @@ class Rescan(wiring.Component):
         after = Mux(layer == last_layer, 0, layer + 1)
         m.d.comb += [
             advance.eq(~missing.any()),
-            value_read.addr.eq(
-                Cat(beat[: self._beat_bits], layer, request.ctx[: self._ctx_bits])
-            ),
+            value_read.addr.eq(Cat(beat[: self._beat_bits], layer, request.ctx[: self._ctx_bits])),
             value_read.en.eq(advance),
-            there_read.addr.eq(
-                Mux(noting, change_row, Cat(beat[: self._beat_bits], layer))
-            ),
+            there_read.addr.eq(Mux(noting, change_row, Cat(beat[: self._beat_bits], layer))),
             there_read.en.eq(noting | advance),
         ]
         for n in range(lanes):

@@ -828,7 +828,7 @@ RECORDS: dict[str, Record] = {
         ),
         Record(
             name="RescanResult",
-            description="The answer to a RescanRequest. All but the code is 0 unless one was found.",
+            description="The answer to a RescanRequest. All but the code is 0 unless FOUND.",
             fields=(
                 Field(name="code", kind=2, wire_bits=8, description="A RescanCode."),
                 _LAYER,

@@ -2,8 +2,8 @@
 
 ``scheduler`` decides, ``inflight`` holds what is being fetched and offers its tiles, ``queue``
 keeps candidates until there is time for them, ``chunks`` gathers those of a chunk of tokens,
-``rescan`` asks the buffer for more of them, ``throttle`` says whose candidates pay, ``budget`` which would come late, and ``statistics`` counts
-what became of them.
+``rescan`` asks the buffer for others, ``throttle`` says whose candidates pay, ``budget`` which
+would come late, and ``statistics`` counts what became of them.
 """
 
 from .budget import Budget

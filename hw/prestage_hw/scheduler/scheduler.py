@@ -490,7 +490,8 @@ class Scheduler(wiring.Component):
                 scanned_deadline.eq(Array(routes)[rescan.ctx] + rescan.result.ahead),
             ]
             near, far = (
-                throttle.admits.bit_select(kind, 1) for kind in (PrefetchKind.NEAR, PrefetchKind.FAR)
+                throttle.admits.bit_select(kind, 1)
+                for kind in (PrefetchKind.NEAR, PrefetchKind.FAR)
             )
             m.d.comb += [
                 rescan.near.eq(near),

@@ -2,7 +2,8 @@
 
 A context is *awake* while its values may hold an expert that is worth a prefetch: from values that
 come, or a slot that may be taken again, until a rescan finds nothing, or what it finds is given no
-slot; all rest once a prefetch has failed. ``docs/scheduler.md`` is the specification of both this and the RTL.
+slot; all rest once a prefetch has failed. ``docs/scheduler.md`` is the specification of both this
+and the RTL.
 """
 
 from __future__ import annotations

@@ -97,9 +97,7 @@ class Buffer(Protocol):
     ) -> _Result:
         """Do one operation."""
 
-    def rescan(
-        self, ctx: int, *, near: bool, ahead: int, least: int, cutoff_layer: int
-    ) -> _Found:
+    def rescan(self, ctx: int, *, near: bool, ahead: int, least: int, cutoff_layer: int) -> _Found:
         """Look for the missing expert that is worth a prefetch most."""
 
     def write_expert(self, slot: int, data: bytes) -> None:
