@@ -54,9 +54,9 @@ class ExpertBuffer(wiring.Component):
     the host: the block keeps who has which slot, and has no ports for data.
 
     Where values are taken, a walk through them looks for an expert worth a prefetch, beside all
-    else: see :class:`Rescan`. A request is taken in a cycle without an operation; its result goes by what
-    was taken before it. Values, and operations other than RELEASE, UNLOCK and FILLs that do not
-    fail, disturb it.
+    else: see :class:`Rescan`. A request is taken in a cycle without an operation; its result goes
+    by what was taken before it. Values, and operations other than RELEASE, UNLOCK and FILLs that do
+    not fail, disturb it.
 
     Every tile of an expert is to be written before the FILL that reports it. Fills are to name a
     slot that is filling (others change nothing), demands an entry of the pin list that is free. No
