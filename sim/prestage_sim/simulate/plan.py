@@ -42,7 +42,7 @@ class Evict(IntEnum):
     LRU = 0
     LFU = 1
     NEXT_USE = 2
-    LAYER_LRU = 3  # each layer has an equal share of the slots, least recently used first
+    LAYER_LRU = 3  # the least recently used of the same layer
     BELADY = 4  # whose next use is farthest; knows the whole trace
 
 
@@ -149,6 +149,9 @@ class Plan:
         Tiles of prefetches that may be on their way at a time; 0 for any number.
     executes : array of int16, ``[T, L, k]``, or None
         What layers run in place of what the router chose: outputs change.
+    analytic : :class:`bool`
+        The time is the longer of everything resident and of the links' work for what was moved, in
+        place of the one that was simulated.
     """
 
     evict: Evict = Evict.LRU
@@ -170,6 +173,7 @@ class Plan:
     prefetch_inflight: int = 2
     prefetch_tiles: int = 0
     executes: NDArray[np.int16] | None = None
+    analytic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -264,10 +264,14 @@ def run_plan(
             key=lambda event: (event.start, event.end),
         )
     tokens = trace.tokens - first
+    resident = tokens * layers * machine.layer_seconds
     counted = dict(zip(COUNTED, (engine.counts - before).tolist(), strict=True))
+    if plan.analytic:
+        loads = counted["tiles_moved"] / machine.tiles / k
+        seconds = max(resident, loads * machine.rho(k) * machine.layer_seconds)
     return Run(
         seconds=seconds,
-        resident=tokens * layers * machine.layer_seconds,
+        resident=resident,
         counts=Counts(
             tokens=tokens,
             layers=layers,

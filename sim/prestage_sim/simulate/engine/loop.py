@@ -71,7 +71,7 @@ def _route(engine: Any, layer: Any, wanted: Any, waiting: Any) -> Any:
         result = begin_demand(buffer, 0, layer, expert, index)
         slot = result[1]
         if slot < 0:
-            slot = demand_victim(engine)
+            slot = demand_victim(engine, layer)
             if slot < 0:
                 return -1
             counts[N_MISSES] += 1

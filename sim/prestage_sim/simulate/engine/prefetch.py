@@ -33,7 +33,7 @@ def prefetch(engine: Any, key: Any, score: Any, deadline: Any, kind: Any) -> Any
     if engine.settings[EVICTION] == _BELADY:
         slot = farthest(engine)
     elif engine.settings[EVICTION] == _LAYER_LRU:
-        slot = least_recent_of_a_layer(engine)
+        slot = least_recent_of_a_layer(engine, layer)
     else:
         slot, outbid = find_prefetch_victim(engine.buffer, layer, expert, score)
     if slot < 0 or outbid:
