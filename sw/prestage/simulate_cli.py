@@ -33,7 +33,15 @@ _INTERRUPTED = 130
 
 # Names that the help lists: importing what has them would slow down all other commands. A test
 # compares them.
-_MACHINES = ("unit", "paper", "rtx-4090-pcie4", "h100-pcie5", "laptop-nvme", "ecpix5")
+_MACHINES = (
+    "unit",
+    "paper",
+    "rtx-4090-pcie4",
+    "h100-pcie5",
+    "laptop-nvme",
+    "laptop-gpu-nvme",
+    "ecpix5",
+)
 _POLICIES = (
     "resident",
     "on-demand",
@@ -431,8 +439,9 @@ def _grid(
         )
     if len(machine_of_model.tiers) > 1:
         notes.append(
-            f"{machine_of_model.tiers[0].name} of {machine.name} doesn't hold all experts of"
-            f" {card.name}: they're taken to come at its speed all the same"
+            f"{machine_of_model.tiers[0].name} of {machine.name} holds"
+            f" {machine_of_model.tiers[0].experts:,} of the {total:,} experts of {card.name}: the"
+            f" others come from {machine_of_model.tiers[1].name} through it"
         )
     if machine.needs_model and card.attention_bytes is None:
         notes.append(

@@ -147,6 +147,9 @@ class Plan:
         Prefetches that may be on their way at a time.
     prefetch_tiles : :class:`int`
         Tiles of prefetches that may be on their way at a time; 0 for any number.
+    eager : :class:`bool`
+        Whether candidates are given slots as soon as there is room, as the RTL does, though demands
+        are still to be fetched; else once a link has nothing better to do.
     executes : array of int16, ``[T, L, k]``, or None
         What layers run in place of what the router chose: outputs change.
     analytic : :class:`bool`
@@ -172,6 +175,7 @@ class Plan:
     preempt: bool = True
     prefetch_inflight: int = 2
     prefetch_tiles: int = 0
+    eager: bool = False
     executes: NDArray[np.int16] | None = None
     analytic: bool = False
 

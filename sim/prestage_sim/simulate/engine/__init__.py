@@ -7,7 +7,8 @@ on one :class:`Engine`.
 
 from __future__ import annotations
 
+from .create import create_engine
 from .loop import run
 from .state import COUNTED, RECORDED, Engine
 
-__all__ = ["COUNTED", "RECORDED", "Engine", "run"]
+__all__ = ["COUNTED", "RECORDED", "Engine", "create_engine", "run"]

@@ -34,18 +34,20 @@ from .state import (
     PREFETCHES,
     RECORD_FIRST,
     RECORD_LAST,
+    SOURCE,
     STEP,
     TILE,
     TILES,
-    TO_START,
     UNDER_WAY,
 )
+from .tiers import find_source, forget
 from .victims import next_use
 
 __all__ = [
     "append",
     "arrive",
     "finish",
+    "is_moving",
     "leave",
     "record",
     "record_key",
@@ -123,8 +125,10 @@ def start(engine: Any, key: Any, slot: Any, demanded: Any, deadline: Any, kind: 
     fetch = engine.lists[FREE, engine.lengths[FREE]]
     row = engine.fetches[fetch]
     row[KEY], row[AT], row[DEMANDED], row[DEADLINE] = key, slot, demanded, deadline
-    row[KIND], row[TO_START], row[GIVEN_UP] = kind, engine.settings[TILES], 0
-    engine.ends[fetch] = 0.0
+    row[KIND], row[GIVEN_UP], row[SOURCE] = kind, 0, find_source(engine, key)
+    for tier in range(engine.left.shape[1]):
+        engine.left[fetch, tier] = engine.settings[TILES] if tier <= row[SOURCE] else 0
+        engine.ends[fetch, tier] = 0.0
     engine.fetch_of[slot] = fetch
     engine.held[key // engine.buffer.shape[EXPERTS]] += 1
     engine.spent[slot] = 0
@@ -152,6 +156,9 @@ def _give_up(engine: Any, fetch: Any) -> None:
     cancel(engine.buffer, row[AT])
     count_drop(engine.throttle, row[AT])
     engine.held[row[KEY] // engine.buffer.shape[EXPERTS]] -= 1
+    for tier in range(row[SOURCE]):
+        if engine.left[fetch, tier + 1]:
+            forget(engine, tier, row[KEY])
     engine.counts[N_CANCELLED] += 1
     engine.counts[N_USELESS_TILES] += engine.spent[row[AT]]
     if engine.settings[FORESEES]:
@@ -167,13 +174,13 @@ def arrive(engine: Any, until: Any) -> None:
     kept = 0
     for n in range(engine.lengths[ARRIVING]):
         fetch = arriving[n]
-        if engine.ends[fetch] <= until:
+        if engine.ends[fetch, 0] <= until:
             slot = engine.fetches[fetch, AT]
             fill(engine.buffer, slot, True, False)
             if engine.settings[EVICTION] == _LAYER_LRU:
                 # What has come is newer than what the same layer found there.
                 touch(engine.buffer, slot)
-            engine.arrived[slot] = engine.ends[fetch]
+            engine.arrived[slot] = engine.ends[fetch, 0]
             finish(engine, fetch)
         else:
             arriving[kept] = fetch
@@ -182,19 +189,28 @@ def arrive(engine: Any, until: Any) -> None:
 
 
 @inner
+def is_moving(engine: Any, fetch: Any) -> Any:
+    """Whether a tile of a fetch is on its way."""
+    for tier in range(engine.fetches[fetch, SOURCE] + 1):
+        if engine.ends[fetch, tier] > engine.clock[NOW]:
+            return True
+    return False
+
+
+@inner
 def sweep(engine: Any) -> None:
     """End the prefetches that are given up and of which no tile is on its way."""
     for n in range(engine.lengths[PREFETCHES] - 1, -1, -1):
         fetch = engine.lists[PREFETCHES, n]
-        if engine.fetches[fetch, GIVEN_UP] and engine.ends[fetch] <= engine.clock[NOW]:
+        if engine.fetches[fetch, GIVEN_UP] and not is_moving(engine, fetch):
             _give_up(engine, fetch)
 
 
 @inner
 def tiles_come(engine: Any, fetch: Any) -> Any:
     """Tiles of a fetch that are in its slot."""
-    taken = engine.settings[TILES] - engine.fetches[fetch, TO_START]
-    left = engine.ends[fetch] - engine.clock[NOW]
+    taken = engine.settings[TILES] - engine.left[fetch, 0]
+    left = engine.ends[fetch, 0] - engine.clock[NOW]
     if left > 0:
         taken -= min(taken, np.int64(np.ceil(left / engine.links[0, TILE])))
     return taken

@@ -28,14 +28,29 @@ from .state import (
     PREEMPTS,
     PREFETCH_TILES,
     PREFETCHES,
+    SOURCE,
     TILE,
     TILES,
-    TO_START,
 )
 
 __all__ = ["advance", "next_fetch"]
 
 _DEMAND_TILE, _PREFETCH_TILE = int(EventKind.DEMAND_TILE), int(EventKind.PREFETCH_TILE)
+
+
+@kernel
+def _tile_comes(engine: Any, link: Any, fetch: Any) -> Any:
+    """When the next tile of a fetch that a link may take is there; infinity for none."""
+    tier = engine.stages[link]
+    left = engine.left[fetch, tier]
+    if left == 0:
+        return np.inf
+    if engine.fetches[fetch, SOURCE] == tier:
+        return 0.0
+    tile = engine.settings[TILES] - left
+    if engine.left[fetch, tier + 1] >= left:
+        return np.inf
+    return engine.come[fetch, tier + 1, tile]
 
 
 @inner
@@ -45,14 +60,17 @@ def next_fetch(engine: Any, link: Any, wanted_first: Any, wanted: Any) -> Any:
     before = engine.carried[link]
     if not engine.settings[PREEMPTS] and before >= 0:
         row = engine.fetches[before]
-        if not row[DEMANDED] and not row[GIVEN_UP] and row[TO_START] > 0:
+        come = _tile_comes(engine, link, before) <= engine.clock[NOW]
+        if not row[DEMANDED] and not row[GIVEN_UP] and come:
             for n in range(engine.lengths[PREFETCHES]):
                 if engine.lists[PREFETCHES, n] == before:
                     return before
     if engine.settings[EAGER]:
         take_candidates(engine, wanted_first, wanted)
-    if engine.lengths[DEMANDS]:
-        return engine.lists[DEMANDS, 0]
+    for n in range(engine.lengths[DEMANDS]):
+        fetch = engine.lists[DEMANDS, n]
+        if _tile_comes(engine, link, fetch) <= engine.clock[NOW]:
+            return fetch
     take_candidates(engine, wanted_first, wanted)
     if engine.settings[PREFETCH_TILES]:
         coming = np.int64(0)
@@ -60,13 +78,14 @@ def next_fetch(engine: Any, link: Any, wanted_first: Any, wanted: Any) -> Any:
             for n in range(engine.lengths[which]):
                 fetch = engine.lists[which, n]
                 if not engine.fetches[fetch, DEMANDED]:
-                    taken = engine.settings[TILES] - engine.fetches[fetch, TO_START]
+                    taken = engine.settings[TILES] - engine.left[fetch, 0]
                     coming += taken - tiles_come(engine, fetch)
         if coming >= engine.settings[PREFETCH_TILES]:
             return np.int64(-1)
     for n in range(engine.lengths[PREFETCHES]):
         fetch = engine.lists[PREFETCHES, n]
-        if not engine.fetches[fetch, GIVEN_UP]:
+        come = _tile_comes(engine, link, fetch) <= engine.clock[NOW]
+        if not engine.fetches[fetch, GIVEN_UP] and come:
             return fetch
     return np.int64(-1)
 
@@ -75,22 +94,52 @@ def next_fetch(engine: Any, link: Any, wanted_first: Any, wanted: Any) -> Any:
 def _take_tile(engine: Any, link: Any, fetch: Any) -> None:
     """Let a link take a tile of a fetch."""
     row, begin = engine.fetches[fetch], engine.links[link, FREE_AT]
-    tile = engine.links[link, TILE]
-    engine.links[link, FREE_AT] = begin + tile
-    engine.clock[BUSY] += tile
+    tier, end = engine.stages[link], begin + engine.links[link, TILE]
+    come = end + engine.links[link, LATENCY]
+    engine.links[link, FREE_AT] = end
     engine.carried[link] = fetch
-    engine.ends[fetch] = max(engine.ends[fetch], begin + tile + engine.links[link, LATENCY])
-    row[TO_START] -= 1
+    engine.ends[fetch, tier] = max(engine.ends[fetch, tier], come)
+    engine.left[fetch, tier] -= 1
+    engine.tier_tiles[tier] += 1
+    kind = _DEMAND_TILE if row[DEMANDED] else _PREFETCH_TILE
+    record_key(engine, kind, begin, end, row[KEY], link)
+    if tier:
+        engine.come[fetch, tier, engine.settings[TILES] - engine.left[fetch, tier] - 1] = come
+        return
+    engine.clock[BUSY] += engine.links[link, TILE]
     engine.counts[N_TILES] += 1
     if row[DEMANDED]:
         engine.counts[N_DEMAND_TILES] += 1
     else:
         engine.spent[row[AT]] += 1
-    kind = _DEMAND_TILE if row[DEMANDED] else _PREFETCH_TILE
-    record_key(engine, kind, begin, begin + tile, row[KEY], link)
-    if row[TO_START] == 0:
+    if engine.left[fetch, 0] == 0:
         remove(engine, DEMANDS if row[DEMANDED] else PREFETCHES, fetch)
         append(engine, ARRIVING, fetch)
+
+
+@kernel
+def _wake(engine: Any, link: Any) -> Any:
+    """When a link that finds nothing to take may find something, if nothing arrives before.
+
+    Infinity stands for the end of the next tile that any other link takes.
+    """
+    begin = engine.links[link, FREE_AT]
+    later = np.inf
+    for n in range(engine.lengths[PREFETCHES]):
+        fetch = engine.lists[PREFETCHES, n]
+        for tier in range(engine.fetches[fetch, SOURCE] + 1):
+            if engine.ends[fetch, tier] > begin:
+                later = min(later, engine.ends[fetch, tier])
+    for other in range(engine.links.shape[0]):
+        if engine.links[other, FREE_AT] > begin:
+            later = min(later, engine.links[other, FREE_AT])
+    if engine.stamps.shape[0]:
+        for which in (DEMANDS, PREFETCHES):
+            for n in range(engine.lengths[which]):
+                come = _tile_comes(engine, link, engine.lists[which, n])
+                if come > begin:
+                    later = min(later, come)
+    return later
 
 
 @inner
@@ -107,12 +156,17 @@ def advance(
     while True:
         link = 0
         for other in range(1, links.shape[0]):
-            if links[other, FREE_AT] < links[link, FREE_AT]:
+            # Of those that are free at the same time the one that the others wait for.
+            earlier = links[other, FREE_AT] < links[link, FREE_AT]
+            same = links[other, FREE_AT] == links[link, FREE_AT]
+            if earlier or (same and engine.stages[other] > engine.stages[link]):
                 link = other
         begin = links[link, FREE_AT]
         arrival = np.inf
         for n in range(engine.lengths[ARRIVING]):
-            arrival = min(arrival, engine.ends[engine.lists[ARRIVING, n]])
+            arrival = min(arrival, engine.ends[engine.lists[ARRIVING, n], 0])
+        if arrival == begin == np.inf:
+            return False
         if arrival <= begin and arrival <= until:
             clock[NOW] = max(clock[NOW], arrival)
             arrive(engine, arrival)
@@ -126,17 +180,11 @@ def advance(
         fetch = next_fetch(engine, link, wanted_first, wanted)
         if fetch >= 0:
             _take_tile(engine, link, fetch)
+            for other in range(links.shape[0]):
+                if links[other, FREE_AT] == np.inf:
+                    links[other, FREE_AT] = links[link, FREE_AT]
             continue
-        later = min(arrival, until)
-        for n in range(engine.lengths[PREFETCHES]):
-            fetch = engine.lists[PREFETCHES, n]
-            if engine.ends[fetch] > begin:
-                later = min(later, engine.ends[fetch])
-        for other in range(links.shape[0]):
-            if links[other, FREE_AT] > begin:
-                later = min(later, links[other, FREE_AT])
-        if later == np.inf:
-            return False
+        later = min(arrival, until, _wake(engine, link))
         links[link, FREE_AT] = later
     clock[NOW] = until
     return True

@@ -14,12 +14,14 @@ from ...model.scheduler.throttle import count_miss, count_use
 from ..events import EventKind
 from .fetches import append, leave, record, remove, start, sweep, tiles_come
 from .links import advance
+from .prefetch import take_candidates
 from .state import (
     CANCELS,
     DEADLINE,
     DELAY,
     DEMANDED,
     DEMANDS,
+    EAGER,
     FREE_AT,
     GIVEN_UP,
     KIND,
@@ -39,7 +41,6 @@ from .state import (
     RESCANS,
     STEP,
     TILES,
-    TO_START,
     UNDER_WAY,
     VISIT,
 )
@@ -97,7 +98,7 @@ def _route(engine: Any, layer: Any, wanted: Any, waiting: Any) -> Any:
                 counts[N_LATE_TILES] += engine.spent[slot]
                 row[DEMANDED], row[GIVEN_UP] = 1, 0
                 engine.registers[UNDER_WAY] -= 1
-                if row[TO_START]:
+                if engine.left[fetch, 0]:
                     remove(engine, PREFETCHES, fetch)
                     append(engine, DEMANDS, fetch)
         waiting[count] = slot
@@ -215,6 +216,8 @@ def run(
             if clock[DELAY] > 0:
                 advance(engine, now + clock[DELAY], nobody, 0, wanted_first, wanted)
             _offer(engine, step, layer, offset, ahead, proposed, score, hint)
+            if engine.settings[EAGER]:
+                take_candidates(engine, wanted_first, wanted)
             ready_first = engine.settings[READY_FIRST] != 0
             for index in range(these.shape[0] if ready_first else 0):
                 slot = buffer.pins[0, layer, index]

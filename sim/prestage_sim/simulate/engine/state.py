@@ -21,6 +21,7 @@ __all__ = [
     "DELAY",
     "DEMANDED",
     "DEMANDS",
+    "EAGER",
     "EVENTS",
     "EVICTION",
     "Engine",
@@ -61,10 +62,11 @@ __all__ = [
     "RECORD_LAST",
     "RESCANS",
     "RESCAN_LEAST",
+    "SOURCE",
     "STEP",
     "TILE",
     "TILES",
-    "TO_START",
+    "TOUCHES",
     "UNDER_WAY",
     "VISIT",
 ]
@@ -73,7 +75,7 @@ __all__ = [
 RECORDED = 7
 
 #: Columns of :attr:`Engine.fetches`.
-KEY, AT, DEMANDED, DEADLINE, KIND, TO_START, GIVEN_UP = range(7)
+KEY, AT, DEMANDED, DEADLINE, KIND, GIVEN_UP, SOURCE = range(7)
 
 #: Rows of :attr:`Engine.lists`, and places of :attr:`Engine.lengths`.
 DEMANDS, PREFETCHES, ARRIVING, FREE = range(4)
@@ -92,13 +94,14 @@ DEMANDS, PREFETCHES, ARRIVING, FREE = range(4)
     RESCAN_LEAST,
     READY_FIRST,
     PREFETCH_TILES,
-) = range(12)
+    EAGER,
+) = range(13)
 
 #: Columns of :attr:`Engine.links`.
 FREE_AT, TILE, LATENCY = range(3)
 
 #: Places of :attr:`Engine.registers`.
-STEP, VISIT, LOOK, EVENTS, UNDER_WAY = range(5)
+STEP, VISIT, LOOK, EVENTS, UNDER_WAY, TOUCHES = range(6)
 
 #: Places of :attr:`Engine.clock`.
 NOW, BUSY, DELAY = range(3)
@@ -161,13 +164,19 @@ class Engine(NamedTuple):
         :data:`COUNTED`.
     links : array of ``float64``, shape ``[links, 3]``
         When each link is free, its time for a tile, and its latency.
+    stages : array of ``int64``, shape ``[links]``
+        Tier that each link takes tiles from: 0 brings them into slots, 1 into tier 0, and so on.
     carried : array of ``int64``, shape ``[links]``
         Fetch whose tile each link took last, -1 before the first.
     fetches : array of ``int64``, shape ``[F, 7]``
-        Of each fetch: key of the expert, slot, whether a layer waits for it, deadline, kind, tiles
-        that no link has taken yet, whether it is given up.
-    ends : array of ``float64``, shape ``[F]``
-        When the last tile of a fetch arrives of those that a link has taken.
+        Of each fetch: key of the expert, slot, whether a layer waits for it, deadline, kind,
+        whether it is given up, tier that it comes from.
+    left : array of ``int64``, shape ``[F, tiers]``
+        Tiles of a fetch that no link of that tier has taken yet.
+    ends : array of ``float64``, shape ``[F, tiers]``
+        When the last tile of a fetch arrives of those that a link of that tier has taken.
+    come : array of ``float64``, shape ``[F, tiers, tiles]``
+        When each tile arrives that a link of that tier has taken, but for tier 0.
     lists : array of ``int64``, shape ``[4, F]``
         Fetches that wait as demands, those that wait as prefetches, those whose last tile is on its
         way, and places that are free.
@@ -179,6 +188,12 @@ class Engine(NamedTuple):
         Fetch into the slot, -1 for none.
     arrived : array of ``float64``, shape ``[S]``
         When the expert in the slot had arrived.
+    rooms, filled : array of ``int64``, shape ``[tiers - 1]``
+        How many experts each tier but the last holds at most, and now.
+    stamps : array of ``int64``, shape ``[tiers - 1, L * E]``
+        When an expert was fetched from that tier or put there, -1 where it is not there.
+    tier_tiles : array of ``int64``, shape ``[tiers]``
+        Tiles that links have taken from each tier.
     proposed : array of :class:`bool`, shape ``[L, E]``
         Whether an expert was proposed for the layer's next visit.
     use_first, use_at, use_next : array of ``int64``
@@ -197,14 +212,21 @@ class Engine(NamedTuple):
     clock: NDArray[np.float64]
     counts: NDArray[np.int64]
     links: NDArray[np.float64]
+    stages: NDArray[np.int64]
     carried: NDArray[np.int64]
     fetches: NDArray[np.int64]
+    left: NDArray[np.int64]
     ends: NDArray[np.float64]
+    come: NDArray[np.float64]
     lists: NDArray[np.int64]
     lengths: NDArray[np.int64]
     spent: NDArray[np.int64]
     fetch_of: NDArray[np.int64]
     arrived: NDArray[np.float64]
+    rooms: NDArray[np.int64]
+    filled: NDArray[np.int64]
+    stamps: NDArray[np.int64]
+    tier_tiles: NDArray[np.int64]
     proposed: NDArray[np.bool_]
     use_first: NDArray[np.int64]
     use_at: NDArray[np.int64]
