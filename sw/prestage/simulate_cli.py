@@ -65,11 +65,21 @@ _POLICIES = (
     "oracle-h3",
     "belady",
     "bound",
+    "bound-analytic",
 )
 _SCORES = ("second-half", "all")
 
 #: What is simulated where no policy is asked for, as far as it is there.
-_DEFAULT_POLICIES = ("on-demand", "lru", "lfu", "st-moe", "prestage", "belady", "bound")
+_DEFAULT_POLICIES = (
+    "on-demand",
+    "lru",
+    "lfu",
+    "st-moe",
+    "prestage",
+    "belady",
+    "bound",
+    "bound-analytic",
+)
 
 _DEFAULT_RESIDENCIES = (0.10, 0.25, 0.40, 0.60)
 

@@ -16,6 +16,7 @@ from prestage_sim._svg import Plot, legend, ticks
 
 from .cells import Outcome
 from .events import Event, EventKind
+from .gap import LEAST_GAP
 from .machines import MachineFile
 from .policies import POLICIES
 
@@ -33,8 +34,8 @@ _LINK_BOUND, _WARM = 1.05, 1.01
 #: Plots are logarithmic from such a time on.
 _LOG_FROM = 3.0
 
-#: Gaps between LRU and bound that are too small to be a share of.
-_LEAST_GAP = 0.02
+#: What no device can do: not worth a timeline.
+_NO_POLICIES = ("resident", "bound", "bound-analytic")
 
 #: Rows of numbers from which on they are folded.
 _MANY = 30
@@ -121,7 +122,7 @@ class _Cells:
 
 def _kinds(policies: Sequence[str]) -> dict[str, str]:
     """CSS class of each policy."""
-    kinds = {"bound": "bound", "resident": "ideal"}
+    kinds = {"bound": "bound", "bound-analytic": "analytic", "resident": "ideal"}
     others = [policy for policy in policies if policy not in kinds]
     for at, policy in enumerate(others):
         kinds[policy] = f"s{at % _COLOURS}" + (" dashed" if at >= _COLOURS else "")
@@ -327,7 +328,7 @@ def _summary(cells: _Cells) -> _Table | None:
             if lru.result.bytes_per_token:
                 bytes_ratios.append(outcome.result.bytes_per_token / lru.result.bytes_per_token)
             bound = cells.time("bound", rho, residency)
-            if bound is not None and lru.result.tpot - bound > _LEAST_GAP:
+            if bound is not None and lru.result.tpot - bound > LEAST_GAP:
                 gap = (lru.result.tpot - outcome.result.tpot) / (lru.result.tpot - bound)
                 gaps.append(gap)
         if not ratios:
@@ -543,7 +544,7 @@ def choose_timelines(outcomes: Sequence[Outcome]) -> list[Outcome]:
     )
     rho = min(cells.rhos, key=lambda r: abs(math.log(r / 4)))
     at_place = [cells.get(policy, rho, cells.middle()) for policy in cells.policies]
-    found = [o for o in at_place if o is not None and o.result.policy not in ("resident", "bound")]
+    found = [o for o in at_place if o is not None and o.result.policy not in _NO_POLICIES]
     plain = [o for o in found if not o.counts.issued]
     prefetching = [o for o in found if o.counts.issued]
     chosen = []

@@ -29,7 +29,7 @@ def _plan_analytic(workload: Workload) -> Plan:
 BOUND_ANALYTIC = Policy(
     name="bound-analytic",
     card=Card(
-        source="the longer of compute with everything resident and the links' time for Belady's bytes",
+        source="the longer of compute, all resident, and of the links' time for Belady's bytes",
         predicts_from="the whole trace",
         simplified="nothing is scheduled: no policy passes it, and none need reach it",
     ),

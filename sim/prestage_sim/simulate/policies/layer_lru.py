@@ -16,8 +16,8 @@ LAYER_LRU = Policy(
     card=Card(
         source="LRU where a layer's expert takes the place of one of the same layer",
         predicts_from="nothing is prefetched",
-        simplified="how many slots a layer has is settled while they fill; where all of its own are in"
-        " use, the layer that holds most gives way",
+        simplified="how many slots a layer has is settled while they fill; where all of its own"
+        " are in use, the layer that holds most gives way",
     ),
     plan=_plan,
 )
