@@ -80,7 +80,7 @@ def create_engine(
         queue=create_queue(config),
         throttle=throttle,
         settings=settings,
-        registers=np.zeros(6, np.int64),
+        registers=np.zeros(7, np.int64),
         clock=np.array([0.0, 0.0, machine.predict_seconds]),
         counts=np.zeros(len(COUNTED), np.int64),
         links=np.array([(0.0, tile / way.bandwidth, way.latency) for _, way in ways]),

@@ -16,7 +16,18 @@ from ...model.scheduler.rescan import rescan
 from ...model.scheduler.throttle import count_prefetch, prefetch_kind, throttle_admits
 from ..plan import Evict
 from .fetches import leave, start
-from .state import EVICTION, LOOK, N_ISSUED, N_OUTBID, N_THROTTLED, RESCAN_LEAST, RESCANS, VISIT
+from .state import (
+    CUTOFF,
+    EVICTION,
+    LOOK,
+    N_ISSUED,
+    N_OUTBID,
+    N_THROTTLED,
+    RESCAN_LEAST,
+    RESCANS,
+    STEP,
+    VISIT,
+)
 from .victims import farthest, least_recent_of_a_layer, next_use
 
 __all__ = ["prefetch", "prefetch_foreseen", "prefetch_queued", "prefetch_rescanned"]
@@ -94,7 +105,9 @@ def prefetch_foreseen(engine: Any, wanted_first: Any, wanted: Any) -> Any:
 def prefetch_rescanned(engine: Any) -> Any:
     """Begin to prefetch the best of what is missing by the latest values; False if none is."""
     settings, routes = engine.settings, engine.queue.routes
-    key, score, ahead = rescan(engine.buffer, 0, settings[RESCANS], settings[RESCAN_LEAST])
+    layer = engine.registers[VISIT] - engine.registers[STEP] * engine.held.shape[0]
+    reach = min(engine.registers[CUTOFF] - 1 - layer, settings[RESCANS])
+    key, score, ahead = rescan(engine.buffer, 0, reach, settings[RESCAN_LEAST])
     if key < 0:
         return False
     deadline = (routes[0] + ahead) % 256
