@@ -32,8 +32,8 @@ class Phases:
     Parameters
     ----------
     batch : :class:`int`
-        Contexts that decode in lock-step. Each takes the trace's next request when its own ends;
-        a trace of fewer requests is cut into as many segments of equal length.
+        Contexts that decode in lock-step: the trace is cut into as many segments of equal length,
+        and each context goes through the requests of one.
     prefill_chunk : :class:`int`
         Tokens of a prompt that go through a layer together; 0 takes them one by one, as in decode.
     prompt : :class:`int`
@@ -204,21 +204,19 @@ class _Steps:
         self.drafted.append(drafted)
 
 
-def _requests(trace: Trace, phases: Phases, begin: int) -> list[_Request]:
-    """Requests of a trace, or segments where they are too few for the batch."""
-    edges = np.flatnonzero(np.diff(trace.request_id)) + 1
-    if phases.batch > 1 and len(edges) + 1 < phases.batch:
-        edges = np.arange(1, phases.batch) * trace.tokens // phases.batch
-    bounds = [0, *edges.tolist(), trace.tokens]
-    found = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        prompt = start
+def _requests(trace: Trace, phases: Phases, start: int, end: int) -> deque[_Request]:
+    """Requests of a segment of a trace, in order."""
+    edges = np.flatnonzero(np.diff(trace.request_id[start:end])) + 1 + start
+    bounds = [start, *edges.tolist(), end]
+    found: deque[_Request] = deque()
+    for begin, after in zip(bounds[:-1], bounds[1:], strict=True):
+        prompt = begin
         if phases.prefill_chunk and phases.prompt:
-            prompt = min(start + phases.prompt, end - 1)
+            prompt = min(begin + phases.prompt, after - 1)
         elif phases.prefill_chunk:
-            decode = np.flatnonzero(trace.is_decode[start:end])
-            prompt = start + (int(decode[0]) if len(decode) else end - start)
-        found.append(_Request(at=begin + start, prompt=begin + prompt, end=begin + end))
+            decode = np.flatnonzero(trace.is_decode[begin:after])
+            prompt = begin + int(decode[0]) if len(decode) else after
+        found.append(_Request(at=begin, prompt=prompt, end=after))
     return found
 
 
@@ -259,17 +257,19 @@ def arrange(traces: Sequence[Trace], phases: Phases, *, seed: int) -> tuple[Sche
     for trace in traces:
         _check(trace, phases)
         before = len(steps.progress)
-        waiting = deque(_requests(trace, phases, begin))
-        running: list[_Request | None] = [None] * phases.batch
-        while waiting or any(running):
+        borders = [n * trace.tokens // phases.batch for n in range(phases.batch + 1)]
+        waiting = [
+            _requests(trace, phases, start, end)
+            for start, end in zip(borders[:-1], borders[1:], strict=True)
+        ]
+        while any(waiting):
             progress = drafted = 0
-            for context in range(phases.batch):
-                request = running[context] or (waiting.popleft() if waiting else None)
-                if request is None:
-                    continue
-                more, drafts = _take(steps, request, context, phases, total, rng)
-                progress, drafted = progress + more, max(drafted, drafts)
-                running[context] = request if request.at < request.end else None
+            for context, requests in enumerate(waiting):
+                if requests:
+                    more, drafts = _take(steps, requests[0], context, begin, phases, total, rng)
+                    progress, drafted = progress + more, max(drafted, drafts)
+                    if requests[0].at == requests[0].end:
+                        requests.popleft()
             steps.end(progress, drafted)
         counts.append(len(steps.progress) - before)
         begin += trace.tokens
@@ -304,18 +304,22 @@ def _take(
     steps: _Steps,
     request: _Request,
     context: int,
+    before: int,
     phases: Phases,
     total: int,
     rng: np.random.Generator,
 ) -> tuple[int, int]:
-    """Let a request take part in a step: how far it comes, and how many drafts were made."""
+    """Let a request take part in a step: how far it comes, and how many drafts were made.
+
+    ``before`` tokens are those of earlier traces.
+    """
     begin = request.at
     if begin < request.prompt:
         request.at = min(begin + phases.prefill_chunk, request.prompt)
-        steps.add(np.arange(begin, request.at), context, chunk=True, drafts=0)
+        steps.add(np.arange(begin, request.at) + before, context, chunk=True, drafts=0)
         return request.at - begin, 0
     drafts = min(phases.draft, request.end - begin - 1)
-    members = np.arange(begin, begin + drafts + 1)
+    members = np.arange(begin, begin + drafts + 1) + before
     right = drafts
     if drafts:
         wrong = np.flatnonzero(rng.random(drafts) >= phases.accept)
