@@ -90,6 +90,16 @@ class Phases:
         """Whether each step is one token."""
         return self.batch == 1 and not self.prefill_chunk and not self.draft
 
+    def __str__(self) -> str:
+        parts = []
+        if self.batch > 1:
+            parts.append(f"batch {self.batch}")
+        if self.prefill_chunk:
+            parts.append(f"prompts in chunks of {self.prefill_chunk}")
+        if self.draft:
+            parts.append(f"drafts of {self.draft}, {100 * self.accept:g} % right")
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Schedule:
@@ -227,8 +237,8 @@ def _check(trace: Trace, phases: Phases) -> None:
         )
     if phases.prefill_chunk and not phases.prompt and trace.is_decode.all():
         raise ValueError(
-            "Trace has no tokens of a prompt to be taken in chunks: say how many of the first"
-            " tokens of each request stand for its prompt"
+            "Trace has no tokens of prompts to take in chunks: --prompt N takes the first N of each"
+            " request for its prompt"
         )
 
 

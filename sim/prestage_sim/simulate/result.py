@@ -112,6 +112,8 @@ class Result:
     batch, prefill_chunk, draft : :class:`int`
         Contexts that decode in lock-step, tokens of a prompt that go together (0: one by one), and
         drafts of a step.
+    accept : :class:`float` or None
+        Probability that a draft is right; None without drafts.
     tokens_per_step : :class:`float`
         Tokens that a step with decode brings forward: one a context, and drafts that were right.
     token_seconds : :class:`float`
@@ -143,6 +145,7 @@ class Result:
     batch: int = 1
     prefill_chunk: int = 0
     draft: int = 0
+    accept: float | None = None
     tokens_per_step: float = 1.0
     token_seconds: float = 0.0
     prefill: float | None = None

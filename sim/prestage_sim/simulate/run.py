@@ -21,7 +21,7 @@ from .policies import policy_by_name
 from .result import Counts, Result
 from .values import Values, perceptron_candidates, perceptron_values
 
-__all__ = ["SCORES", "Run", "run_plan", "simulate", "simulate_counted"]
+__all__ = ["SCORES", "Run", "run_plan", "scored_steps", "simulate", "simulate_counted"]
 
 #: Which tokens count.
 SCORES = ("second-half", "all")
@@ -282,6 +282,32 @@ def run_plan(
     )
 
 
+def scored_steps(
+    traces: Sequence[Trace], phases: Phases, *, score: str, seed: int
+) -> tuple[Schedule, int]:
+    """Steps of traces, of which the last one counts, and the first step that does.
+
+    Parameters
+    ----------
+    traces, phases, seed
+        As for :func:`arrange`.
+    score : :class:`str`
+        ``"second-half"`` or ``"all"``.
+
+    Raises
+    ------
+    ValueError
+        As :func:`arrange`; and if no step that counts decodes.
+    """
+    schedule, steps = arrange(traces, phases, seed=seed)
+    first = schedule.steps - steps[-1]
+    if score == "second-half":
+        first += steps[-1] // 2
+    if schedule.prefill[first:].all():
+        raise ValueError("Steps that count must decode, but all of them are chunks of prompts")
+    return schedule, first
+
+
 def simulate(
     trace: Trace,
     *,
@@ -380,10 +406,7 @@ def simulate_counted(
             )
     phases = phases or Phases()
     whole = _joined([*warm, trace])
-    schedule, steps = arrange([*warm, trace], phases, seed=seed)
-    first = sum(steps[:-1])
-    if score == "second-half":
-        first += steps[-1] // 2
+    schedule, first = scored_steps([*warm, trace], phases, score=score, seed=seed)
     members = schedule.trace(whole)
     visits = unions(members.experts, schedule, trace.experts_per_layer)
     slots = max(visits.width, round(residency * trace.layers * trace.experts_per_layer))
@@ -428,8 +451,6 @@ def _result(
 ) -> Result:
     """What a run comes to, per token."""
     counts = done.counts
-    if counts.prefill_tokens == counts.tokens:
-        raise ValueError("No token that counts is decoded: all are of prompts")
     joules = tier_joules = None
     if machine.joules is not None:
         joules = machine.joules(counts) / counts.tokens
@@ -459,6 +480,7 @@ def _result(
         batch=phases.batch,
         prefill_chunk=phases.prefill_chunk,
         draft=phases.draft,
+        accept=phases.accept if phases.draft else None,
         tokens_per_step=decoded / (counts.steps - counts.prefill_steps),
         token_seconds=seconds / decoded,
         prefill=prefill,
