@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
@@ -428,15 +429,29 @@ def _phases(args: argparse.Namespace) -> list[Phases]:
 
 def _check_phases(
     args: argparse.Namespace, phases: Sequence[Phases], traces: Sequence[Trace], path: str
-) -> None:
-    """Refuse phases that a trace, the last one, does not have."""
+) -> list[str]:
+    """Refuse phases that a trace, the last one, does not have; notes about the others."""
+    from prestage_sim.simulate.phases import unions
     from prestage_sim.simulate.run import scored_steps
 
+    notes = []
     for one in phases:
         try:
-            scored_steps(traces, one, score=args.score, seed=args.seed)
+            schedule, _ = scored_steps(traces, one, score=args.score, seed=args.seed)
         except ValueError as error:
             raise ArgumentError(f"{path}: {error}") from None
+        if one.plain:
+            continue
+        experts = traces[-1].experts_per_layer
+        chosen = np.concatenate([trace.experts for trace in traces])[schedule.members]
+        width, total = unions(chosen, schedule, experts).width, traces[-1].layers * experts
+        least = min(args.residency or _DEFAULT_RESIDENCIES)
+        if least * total < width:
+            notes.append(
+                f"Residency {least:g} is less than the {width} experts that a layer of {path} wants"
+                f" with {one}: {width} slots are taken"
+            )
+    return notes
 
 
 def _job(args: argparse.Namespace, load: _Load) -> _Job:
@@ -464,7 +479,7 @@ def _job(args: argparse.Namespace, load: _Load) -> _Job:
                 raise TraceError(f"{other}: {error} as in {path}") from error
         if path in args.warm:
             notes.append(f"{path} is replayed before it counts: it says nothing about new text")
-        _check_phases(args, phases, [loaded[other] for other in [*warm, path]], path)
+        notes += _check_phases(args, phases, [loaded[other] for other in [*warm, path]], path)
         for machine in machines:
             card = _card(args, machine, loaded[path], path)
             found, more = _grid(args, machine, card, policies, path)
