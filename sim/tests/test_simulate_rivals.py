@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from prestage_sim.simulate import POLICIES, UNIT, Plan, Workload, simulate
-from prestage_sim.simulate.phases import Phases, arrange
+from prestage_sim.simulate.phases import Phases, arrange, unions
 from prestage_sim.simulate.policies.hints import collect, hinted, hints
 from prestage_sim.simulate.policies.moe_infinity import expected_activation
 from prestage_sim.simulate.policies.sp_moe import cutoff_layer
@@ -41,7 +41,17 @@ TRACE = make()
 
 
 def plan(name, trace=TRACE, slots=24, machine=UNIT, seed=1):
-    workload = Workload(trace=trace, first=0, machine=machine, slots=slots, seed=seed)
+    schedule, _ = arrange([trace], Phases(), seed=seed)
+    workload = Workload(
+        trace=trace,
+        schedule=schedule,
+        phases=Phases(),
+        visits=unions(trace.experts, schedule, trace.experts_per_layer),
+        request=trace.request_id,
+        machine=machine,
+        slots=slots,
+        seed=seed,
+    )
     return POLICIES[name].plan(workload)
 
 
