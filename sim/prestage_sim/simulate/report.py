@@ -453,9 +453,10 @@ def _timeline(timeline: Timeline, length: float) -> _Figure | None:
         (1e-9, "ns"),
     )
     result = timeline.outcome.result
+    step_name = "token" if timeline.outcome.cell.phases.plain else "step"
     layers = timeline.layers
     plot = Plot(
-        title=f"Timeline of token {timeline.token}, {result.policy}",
+        title=f"Timeline of {step_name} {timeline.token}, {result.policy}",
         width=_WIDE,
         height=60 + 15 * layers,
         x=(0, (end - begin) / scale),
@@ -484,7 +485,7 @@ def _timeline(timeline: Timeline, length: float) -> _Figure | None:
         what = dict(_LANES)[kind]
         about = f" {event.expert}" if event.expert >= 0 else ""
         tip = (
-            f"layer {event.layer}, {what}{about}, token {event.token - timeline.replayed}:"
+            f"layer {event.layer}, {what}{about}, {step_name} {event.token - timeline.replayed}:"
             f" {(start - begin) / scale:.4g} to {(stop - begin) / scale:.4g} {unit}"
         )
         plot.bar(
@@ -494,10 +495,10 @@ def _timeline(timeline: Timeline, length: float) -> _Figure | None:
             tip=tip,
         )
     return _figure(
-        f"Timeline of token {timeline.token:,} under {result.policy}",
+        f"Timeline of {step_name} {timeline.token:,} under {result.policy}",
         f"rho {result.rho:.3g}, {100 * result.residency:g} % resident. Upper half of a row: the"
         " layer computes or waits. Lower half: what the links bring for it, also for the next"
-        " token.",
+        f" {step_name}.",
         plot,
         _LANES,
         wide=True,
