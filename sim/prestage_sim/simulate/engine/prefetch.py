@@ -17,6 +17,7 @@ from ...model.scheduler.throttle import count_prefetch, prefetch_kind, throttle_
 from ..plan import Evict
 from .fetches import leave, start
 from .state import (
+    CUTOFF,
     EVICTION,
     FORESEES,
     LOOK,
@@ -26,6 +27,7 @@ from .state import (
     PREFETCH_LIMIT,
     RESCAN_LEAST,
     RESCANS,
+    STEP,
     UNDER_WAY,
     VISIT,
 )
@@ -106,7 +108,9 @@ def _prefetch_foreseen(engine: Any, wanted_first: Any, wanted: Any) -> Any:
 def _prefetch_rescanned(engine: Any) -> Any:
     """Begin to prefetch the best of what is missing by the latest values; False if none is."""
     settings, routes = engine.settings, engine.queue.routes
-    key, score, ahead = rescan(engine.buffer, 0, settings[RESCANS], settings[RESCAN_LEAST])
+    layer = engine.registers[VISIT] - engine.registers[STEP] * engine.held.shape[0]
+    reach = min(engine.registers[CUTOFF] - 1 - layer, settings[RESCANS])
+    key, score, ahead = rescan(engine.buffer, 0, reach, settings[RESCAN_LEAST])
     if key < 0:
         return False
     deadline = (routes[0] + ahead) % 256

@@ -17,6 +17,7 @@ __all__ = [
     "BUSY",
     "CANCELS",
     "COUNTED",
+    "CUTOFF",
     "DEADLINE",
     "DELAY",
     "DEMANDED",
@@ -101,7 +102,7 @@ DEMANDS, PREFETCHES, ARRIVING, FREE = range(4)
 FREE_AT, TILE, LATENCY = range(3)
 
 #: Places of :attr:`Engine.registers`.
-STEP, VISIT, LOOK, EVENTS, UNDER_WAY, TOUCHES = range(6)
+STEP, VISIT, LOOK, EVENTS, UNDER_WAY, TOUCHES, CUTOFF = range(7)
 
 #: Places of :attr:`Engine.clock`.
 NOW, BUSY, DELAY = range(3)
