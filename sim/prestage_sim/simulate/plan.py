@@ -168,7 +168,7 @@ class Plan:
         What layers run in place of what the router chose: outputs change.
     analytic : :class:`bool`
         The time is the longer of everything resident and of the links' work for what was moved, in
-        place of the one that was simulated.
+        place of the one that was simulated; chunks have their share of it.
     """
 
     evict: Evict = Evict.LRU

@@ -259,9 +259,11 @@ def run_plan(
     counted = dict(zip(COUNTED, (engine.counts - before).tolist(), strict=True))
     members = int(schedule.first[-1] - schedule.first[first])
     tokens, steps = int(schedule.progress[first:].sum()), schedule.steps - first
+    prefill_seconds = float(np.diff(ends, prepend=0.0)[prefill].sum())
     if plan.analytic:
         loads = counted["tiles_moved"] / machine.tiles / k
         seconds = max(resident(scored), loads * machine.rho(k) * machine.layer_seconds)
+        prefill_seconds = seconds * resident(prefill) / resident(scored)
     return Run(
         seconds=seconds,
         resident=resident(scored),
@@ -277,7 +279,7 @@ def run_plan(
             joined=members - steps,
             shared=members * layers * k - counted["demands"],
             prefill_tokens=int(schedule.progress[prefill].sum()),
-            prefill_seconds=float(np.diff(ends, prepend=0.0)[prefill].sum()),
+            prefill_seconds=prefill_seconds,
             prefill_steps=int(prefill.sum()),
             tier_tiles=tuple((engine.tier_tiles - tiers_before).tolist()),
             **counted,
