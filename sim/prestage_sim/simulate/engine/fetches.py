@@ -8,10 +8,12 @@ import numpy as np
 
 from ..._jit import inner, kernel
 from ...model.buffer.buffer import cancel, fill
+from ...model.buffer.recency import touch
 from ...model.buffer.state import EXPERTS, OWNER, PREFETCHED
 from ...model.scheduler.rescan import wake
 from ...model.scheduler.throttle import count_drop
 from ..events import EventKind
+from ..plan import Evict
 from .state import (
     ARRIVING,
     AT,
@@ -19,6 +21,7 @@ from .state import (
     DEMANDED,
     DEMANDS,
     EVENTS,
+    EVICTION,
     FORESEES,
     FREE,
     GIVEN_UP,
@@ -55,6 +58,7 @@ __all__ = [
     "tiles_come",
 ]
 
+_LAYER_LRU = int(Evict.LAYER_LRU)
 _EVICT, _CANCEL = int(EventKind.EVICT), int(EventKind.CANCEL)
 
 
@@ -175,6 +179,9 @@ def arrive(engine: Any, until: Any) -> None:
         if engine.ends[fetch, 0] <= until:
             slot = engine.fetches[fetch, AT]
             fill(engine.buffer, slot, True, False)
+            if engine.settings[EVICTION] == _LAYER_LRU:
+                # What has come is newer than what the same layer found there.
+                touch(engine.buffer, slot)
             engine.arrived[slot] = engine.ends[fetch, 0]
             finish(engine, fetch)
         else:

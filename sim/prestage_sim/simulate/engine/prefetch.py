@@ -17,10 +17,23 @@ from ...model.scheduler.rescan import next_rescan, rescanned, rest
 from ...model.scheduler.throttle import count_prefetch, prefetch_kind, throttle_admits
 from ..plan import Evict
 from .fetches import leave, start
-from .state import EVICTION, LOOK, N_ISSUED, N_OUTBID, N_THROTTLED, RESCAN_LEAST, RESCANS, VISIT
+from .state import (
+    CUTOFF,
+    EVICTION,
+    FORESEES,
+    LOOK,
+    N_ISSUED,
+    N_OUTBID,
+    N_THROTTLED,
+    PREFETCH_LIMIT,
+    RESCAN_LEAST,
+    RESCANS,
+    UNDER_WAY,
+    VISIT,
+)
 from .victims import farthest, least_recent_of_a_layer, next_use
 
-__all__ = ["prefetch", "prefetch_foreseen", "prefetch_queued", "prefetch_rescanned"]
+__all__ = ["take_candidates"]
 
 _LAYER_LRU, _BELADY = int(Evict.LAYER_LRU), int(Evict.BELADY)
 _PREDICTOR = int(Source.PREDICTOR)
@@ -28,7 +41,7 @@ _NEAR, _FAR = int(PrefetchKind.NEAR), int(PrefetchKind.FAR)
 
 
 @inner
-def prefetch(
+def _prefetch(
     engine: Any, key: Any, score: Any, deadline: Any, kind: Any, strict: Any = False
 ) -> Any:
     """Begin to prefetch an expert, if it is given a slot; a strict one takes none of its worth."""
@@ -37,7 +50,7 @@ def prefetch(
     if engine.settings[EVICTION] == _BELADY:
         slot = farthest(engine)
     elif engine.settings[EVICTION] == _LAYER_LRU:
-        slot = least_recent_of_a_layer(engine)
+        slot = least_recent_of_a_layer(engine, layer)
     else:
         slot, outbid = find_prefetch_victim(engine.buffer, layer, expert, score, strict)
     if slot < 0 or outbid:
@@ -52,7 +65,7 @@ def prefetch(
 
 
 @inner
-def prefetch_queued(engine: Any) -> Any:
+def _prefetch_queued(engine: Any) -> Any:
     """Begin to prefetch the best candidate that is given a slot; False if there is none."""
     while True:
         ctx, layer, expert, score, source, deadline = queue_take(engine.queue)
@@ -65,12 +78,12 @@ def prefetch_queued(engine: Any) -> Any:
         key = layer * engine.buffer.shape[EXPERTS] + expert
         if engine.buffer.experts[key, STATE] != EMPTY:
             continue
-        if prefetch(engine, key, score, deadline, kind):
+        if _prefetch(engine, key, score, deadline, kind):
             return True
 
 
 @inner
-def prefetch_foreseen(engine: Any, wanted_first: Any, wanted: Any) -> Any:
+def _prefetch_foreseen(engine: Any, wanted_first: Any, wanted: Any) -> Any:
     """Begin to prefetch what is missing and used next, before what has to go; False if none is."""
     registers, buffer = engine.registers, engine.buffer
     layers = engine.held.shape[0]
@@ -87,7 +100,7 @@ def prefetch_foreseen(engine: Any, wanted_first: Any, wanted: Any) -> Any:
             owner = buffer.slots[slot, OWNER]
             if owner >= 0 and next_use(engine, owner) <= visit:
                 return False
-            prefetch(engine, key, np.int64(0), np.int64(0), np.int64(0))
+            _prefetch(engine, key, np.int64(0), np.int64(0), np.int64(0))
             return True
         visit += 1
     registers[LOOK] = visit
@@ -95,20 +108,34 @@ def prefetch_foreseen(engine: Any, wanted_first: Any, wanted: Any) -> Any:
 
 
 @inner
-def prefetch_rescanned(engine: Any) -> Any:
+def _prefetch_rescanned(engine: Any) -> Any:
     """Begin to prefetch the best of what is missing by the latest values; False if none is."""
     settings, routes = engine.settings, engine.queue.routes
+    cutoff = engine.registers[CUTOFF]
     if next_rescan(engine.rescans) < 0:
         return False
     near = throttle_admits(engine.throttle, _NEAR)
     most = settings[RESCANS] if throttle_admits(engine.throttle, _FAR) else np.int64(1)
-    key, score, ahead = rescan(engine.buffer, 0, near, most, settings[RESCAN_LEAST], 255)
+    key, score, ahead = rescan(engine.buffer, 0, near, most, settings[RESCAN_LEAST], cutoff)
     rescanned(engine.rescans, 0, key >= 0)
     if key < 0:
         return False
     deadline = (routes[0] + ahead) % 256
     kind = prefetch_kind(_PREDICTOR, deadline, routes[0])
-    if not prefetch(engine, key, score, deadline, kind, True):
+    if not _prefetch(engine, key, score, deadline, kind, True):
         rest(engine.rescans, 0)
         return False
     return True
+
+
+@inner
+def take_candidates(engine: Any, wanted_first: Any, wanted: Any) -> None:
+    """Begin prefetches as long as there is a candidate, and room for one more."""
+    while engine.registers[UNDER_WAY] < engine.settings[PREFETCH_LIMIT]:
+        if engine.settings[FORESEES]:
+            if not _prefetch_foreseen(engine, wanted_first, wanted):
+                break
+        elif not _prefetch_queued(engine) and not (
+            engine.settings[RESCANS] and _prefetch_rescanned(engine)
+        ):
+            break
