@@ -233,6 +233,12 @@ class _Recorder:
         self._command(1, ctx, layer, expert, 0, 0, lock=1)
         return []
 
+    def wake(self, ctx):
+        """Rescans are the scheduler's own."""
+
+    def rescan(self):
+        """See above."""
+
     def offer(self, candidates):
         pass
 
