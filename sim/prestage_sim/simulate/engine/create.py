@@ -53,8 +53,11 @@ def create_engine(
     throttle.registers[ENABLE] = plan.throttle
     bounded = [tier.experts for tier in machine.tiers if tier.experts is not None]
     tiers = len(bounded) + 1
-    # Those on their way always leave slots for a layer's demands.
-    most = min(plan.prefetch_inflight * tiers, slots - width)
+    predicts = plan.predictor is not None and plan.proposes
+    most = 0
+    if predicts or plan.candidates is not None or plan.foresees or plan.rescan:
+        # Those on their way always leave slots for a layer's demands.
+        most = min(plan.prefetch_inflight * tiers, slots - width)
     fetches = min(slots, 2 * width + most) + 1
     settings = np.array(
         [
