@@ -1,5 +1,7 @@
 """The small devices that proofs are made for."""
 
+from dataclasses import fields
+
 from prestage_hw.contract import DeviceConfig, ModelConfig
 
 __all__ = ["buffer_device", "dma_device", "queue_device", "scheduler_device", "writer_device"]
@@ -74,4 +76,5 @@ class _SmallQueue(DeviceConfig):
 
 def queue_device(**changes):
     """Two contexts with two places each in the queue of candidates."""
-    return _SmallQueue(**vars(scheduler_device(**changes)))
+    device = scheduler_device(**changes)
+    return _SmallQueue(**{field.name: getattr(device, field.name) for field in fields(device)})
