@@ -16,8 +16,8 @@ help: ## List the targets.
 setup: ## Install everything for development into .venv.
 	@scripts/setup.sh test,lint,docs,fpga,formal
 
-demo: ## Replay 2048 tokens of the shipped model on the simulated RTL and write build/demo.html.
-	@scripts/setup.sh sim && mkdir -p build && .venv/bin/prestage replay models/tinymoe/traces/tinymoe__code.npz --device sim:// --first 2048 --report build/demo.html
+demo: ## Replay 1024 tokens of the shipped model on the simulated RTL and write build/demo.html.
+	@scripts/setup.sh sim && mkdir -p build && .venv/bin/prestage replay models/tinymoe/traces/tinymoe__code.npz --device sim:// --first 1024 --report build/demo.html
 
 test: ## Run all tests and benches.
 	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2

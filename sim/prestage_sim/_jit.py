@@ -10,9 +10,11 @@ from typing import Any, TypeVar, cast
 
 import numba
 
-__all__ = ["compiled", "kernel", "sources_digest"]
+__all__ = ["compiled", "inner", "kernel", "sources_digest"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_KERNEL: dict[str, Any] = {"_nrt": False, "error_model": "numpy", "no_cfunc_wrapper": True}
 
 
 def compiled(function: _Function) -> _Function:
@@ -32,10 +34,14 @@ def kernel(function: _Function) -> _Function:
     functions of the buffer do. One whose name starts with an underscore can be called by compiled
     functions alone, which saves half of the time to compile it.
     """
-    options: dict[str, Any] = {"_nrt": False, "error_model": "numpy", "no_cfunc_wrapper": True}
     if function.__name__.startswith("_"):
-        options["no_cpython_wrapper"] = True
-    return _compile(function, options)
+        return inner(function)
+    return _compile(function, _KERNEL)
+
+
+def inner(function: _Function) -> _Function:
+    """Compile a :func:`kernel` that compiled functions alone call, from other files too."""
+    return _compile(function, {**_KERNEL, "no_cpython_wrapper": True})
 
 
 def _compile(function: _Function, options: dict[str, Any]) -> _Function:

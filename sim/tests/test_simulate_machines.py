@@ -228,16 +228,18 @@ def test_energy_by_hand():
         demand_tiles=6,
         useful_tiles=2,
         useless_tiles=1,
-        tier_tiles=(6, 2),
+        tier_tiles=(8, 2),
     )
-    # A byte is read for 1 joule in six of eight tiles and for 3 in two: 1.5 on average.
+    # Of eight tiles two come from the farther tier for 3 joules a byte, are written for 1 and read
+    # again as all others for 1: (2 * (3 + 1) + 8) / 8 = 2 on average.
     assert model.split(counts) == Energy(
         compute=Spread(4, 13, 22),
-        useful=Spread(8 * 10 * 1.6, 8 * 10 * 1.7, 8 * 10 * 1.8),
-        wasted=Spread(10 * 1.6, 10 * 1.7, 10 * 1.8),
+        useful=Spread(8 * 10 * 2.1, 8 * 10 * 2.2, 8 * 10 * 2.3),
+        wasted=Spread(10 * 2.1, 10 * 2.2, 10 * 2.3),
     )
-    assert model(counts) == 13 + 9 * 17
-    assert model.split(counts).total.low == 4 + 9 * 16
+    assert model(counts) == 13 + 9 * 22
+    assert model.split(counts).total.low == 4 + 9 * 21
+    assert model.by_tier(counts) == (Spread(100, 100, 100), Spread(60, 60, 60))
     # Where nobody counted, all came from the first tier.
     assert model(Counts(tokens=1, demand_tiles=1)) == 2 + 10 * 1.2
 

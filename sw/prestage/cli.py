@@ -14,14 +14,6 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from prestage_hw.contract import PRESETS, DeviceConfig
@@ -41,7 +33,7 @@ from . import __version__
 from .device import open_device
 from .errors import ArgumentError, PrestageError
 from .evaluate_cli import add_evaluate
-from .output import OutputError, check_writable, write_file
+from .output import Files, OutputError, check_writable, write_file
 from .replay import (
     PACES,
     POLICIES,
@@ -55,6 +47,7 @@ from .replay import (
 from .simulate_cli import add_simulate, add_sweep
 from .snapshot import Snapshot, read_snapshot
 from .tables_cli import add_tables
+from .terminal import progress_bar
 
 __all__ = ["main"]
 
@@ -411,13 +404,12 @@ def _run_replay(args: argparse.Namespace) -> int:
         tables = dict(start.tables)
     elif args.profile:
         tables = profile_tables(config, (load_trace(path) for path in args.profile))
-    errors = Console(stderr=True)
     with open_device(args.device, config=config) as device, Interrupt() as interrupt:
         if start is not None:
             device.load_tables(start)
         elif tables:
             device.configure(tables=tables)
-        with _progress(errors, disable=args.quiet or not errors.is_terminal) as progress:
+        with progress_bar("tokens", quiet=args.quiet) as progress:
             task = progress.add_task("replay", total=trace.tokens)
             run = replay(
                 device,
@@ -456,46 +448,20 @@ def _run_replay(args: argparse.Namespace) -> int:
     return 0
 
 
-def _progress(console: Console, *, disable: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=40),
-        MofNCompleteColumn(),
-        TextColumn("tokens"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=disable,
-    )
-
-
 def _write_results(args: argparse.Namespace, run: Run) -> None:
     """Write all files that were asked for; an error in one doesn't lose the others."""
-    failures = []
+    files = Files()
     if args.json is not None:
         text = json.dumps(run_object(run, trace_path=args.trace), indent=2) + "\n"
-        failures += _try_write(args.json, lambda: text, what="JSON file")
+        files.write(args.json, text, what="JSON file")
     if args.report is not None:
         # Only the page needs the template engine.
         from prestage_sim.report import render
 
-        failures += _try_write(
-            args.report, lambda: render(run, trace_path=args.trace), what="Report"
-        )
-        if not failures and not args.quiet:
+        files.write(args.report, render(run, trace_path=args.trace), what="Report")
+        if files.complete and not args.quiet:
             print(f"Report: {args.report}")
-    if failures:
-        raise failures[0]
-
-
-def _try_write(path: Path, text: Callable[[], str], *, what: str) -> list[OutputError]:
-    try:
-        write_file(path, text().encode(), what=what)
-    except OutputError as error:
-        return [error]
-    return []
+    files.close()
 
 
 def _percent(value: float | int | None) -> str:

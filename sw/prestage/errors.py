@@ -9,6 +9,7 @@ __all__ = [
     "AbortedError",
     "ArgumentError",
     "BadContextError",
+    "BadCopiesError",
     "BadFetchedError",
     "BadExpertError",
     "BadLayerError",
@@ -29,6 +30,8 @@ __all__ = [
     "MismatchError",
     "MissingExtraError",
     "NoSlotError",
+    "NotHeldError",
+    "NotLockedError",
     "OverrunError",
     "PrestageError",
     "SlotMemoryError",
@@ -108,6 +111,8 @@ class DeviceError(PrestageError):
     """
 
     code: ErrorCode
+    #: What the message says of the fields.
+    details = "context {ctx}, layer {layer}"
 
     def __init__(self, *, ctx: int, layer: int, expert: int, address: int) -> None:
         self.ctx = ctx
@@ -115,15 +120,16 @@ class DeviceError(PrestageError):
         self.expert = expert
         self.address = address
         self.others: tuple[DeviceError, ...] = ()
-        super().__init__(f"{ERROR_TEXT[self.code]} ({self._about()})")
-
-    def _about(self) -> str:
-        return f"{self.code.name}: context {self.ctx}, layer {self.layer}"
+        about = self.details.format(ctx=ctx, layer=layer, expert=expert, address=address)
+        super().__init__(f"{ERROR_TEXT[self.code]} ({self.code.name}: {about})")
 
 
 class _ExpertError(DeviceError):
-    def _about(self) -> str:
-        return f"{super()._about()}, expert {self.expert}"
+    details = "context {ctx}, layer {layer}, expert {expert}"
+
+
+class _AddressError(DeviceError):
+    details = "context {ctx}, layer {layer}, expert {expert}, address {address:#x}"
 
 
 class BadContextError(DeviceError):
@@ -168,7 +174,7 @@ class NoSlotError(_ExpertError):
     code = ErrorCode.NO_SLOT
 
 
-class BusError(_ExpertError):
+class BusError(_AddressError):
     """The memory answered a read with an error, or the host's copier failed.
 
     What the copier has raised is the ``__cause__``.
@@ -176,62 +182,47 @@ class BusError(_ExpertError):
 
     code = ErrorCode.BUS
 
-    def _about(self) -> str:
-        return f"{super()._about()}, address {self.address:#x}"
-
 
 class BadMessageError(DeviceError):
     """The device doesn't know a message, or its body has the wrong length."""
 
     code = ErrorCode.BAD_MESSAGE
-
-    def _about(self) -> str:
-        return f"{self.code.name}: type {self.address:#04x}"
+    details = "type {address:#04x}"
 
 
 class BadRegisterError(DeviceError):
     """No register has that address, or it is read-only."""
 
     code = ErrorCode.BAD_REGISTER
-
-    def _about(self) -> str:
-        return f"{self.code.name}: register {self.address:#x}"
+    details = "register {address:#x}"
 
 
 class BadReadError(DeviceError):
     """The slot or the beat of a read is out of range."""
 
     code = ErrorCode.BAD_READ
-
-    def _about(self) -> str:
-        return f"{self.code.name}: slot {self.expert}, beat {self.address}"
+    details = "slot {expert}, beat {address}"
 
 
 class BadFetchedError(DeviceError):
     """The device was told of a tile that it did not ask for."""
 
     code = ErrorCode.BAD_FETCHED
-
-    def _about(self) -> str:
-        return f"{self.code.name}: entry {self.expert}, tile {self.address}"
+    details = "entry {expert}, tile {address}"
 
 
 class OverrunError(DeviceError):
     """The device had no room for a message."""
 
     code = ErrorCode.OVERRUN
-
-    def _about(self) -> str:
-        return f"{self.code.name}: type {self.address:#04x}"
+    details = "type {address:#04x}"
 
 
 class BadTableError(DeviceError):
     """The table or the words of a table access are out of range."""
 
     code = ErrorCode.BAD_TABLE
-
-    def _about(self) -> str:
-        return f"{self.code.name}: table {self.expert}, word {self.address}"
+    details = "table {expert}, word {address}"
 
 
 class HintPassedError(_ExpertError):
@@ -246,31 +237,23 @@ class NotLockedError(_ExpertError):
     code = ErrorCode.NOT_LOCKED
 
 
-class SlotMemoryError(_ExpertError):
+class SlotMemoryError(_AddressError):
     """The slots' memory answered a write with an error; ``address`` is one of that memory."""
 
     code = ErrorCode.SLOT_MEMORY
 
-    def _about(self) -> str:
-        return f"{super()._about()}, address {self.address:#x}"
 
-
-class ChecksumError(_ExpertError):
+class ChecksumError(_AddressError):
     """The expert's bytes do not have the checksum that was loaded for it."""
 
     code = ErrorCode.CHECKSUM
-
-    def _about(self) -> str:
-        return f"{super()._about()}, address {self.address:#x}"
 
 
 class BadCopiesError(_ExpertError):
     """The number of copies is 0 or more than the device has banks."""
 
     code = ErrorCode.BAD_COPIES
-
-    def _about(self) -> str:
-        return f"{super()._about()}, copies {self.address}"
+    details = "context {ctx}, layer {layer}, expert {expert}, copies {address}"
 
 
 class NotHeldError(_ExpertError):
@@ -279,22 +262,16 @@ class NotHeldError(_ExpertError):
     code = ErrorCode.NOT_HELD
 
 
-class MemoryTimeoutError(_ExpertError):
+class MemoryTimeoutError(_AddressError):
     """The memory did not answer a read in time; ``address`` is that of the tile or burst."""
 
     code = ErrorCode.TIMEOUT
 
-    def _about(self) -> str:
-        return f"{super()._about()}, address {self.address:#x}"
 
-
-class AbortedError(_ExpertError):
+class AbortedError(_AddressError):
     """The host aborted the transfer."""
 
     code = ErrorCode.ABORTED
-
-    def _about(self) -> str:
-        return f"{super()._about()}, address {self.address:#x}"
 
 
 #: The exception of each error code.

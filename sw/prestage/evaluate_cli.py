@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from prestage_sim.evaluate.rankers import FARTHEST_HORIZON, RANKERS
 from prestage_sim.traces import Trace, TraceError
 
-from . import __version__
 from .errors import ArgumentError
-from .output import OutputError, check_writable, write_file
+from .output import Files, check_writable
+from .terminal import progress_bar, versions
 
 if TYPE_CHECKING:
     from prestage_sim.evaluate.run import Evaluation
@@ -265,9 +255,8 @@ def _evaluate_all(
 ) -> list[Evaluation]:
     from prestage_sim.evaluate.run import evaluate
 
-    errors = Console(stderr=True)
     results: list[Evaluation] = []
-    with _progress(errors, disable=args.quiet or not errors.is_terminal) as progress:
+    with progress_bar("tokens", quiet=args.quiet) as progress:
         for path in paths:
             trace = traces[path] if args.first is None else traces[path].first(args.first)
             warm = _warm_paths(args, path, paths)
@@ -292,57 +281,30 @@ def _evaluate_all(
     return results
 
 
-def _progress(console: Console, *, disable: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=40),
-        MofNCompleteColumn(),
-        TextColumn("tokens"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=disable,
-    )
-
-
 def _write_results(
     args: argparse.Namespace, results: Sequence[Evaluation], notes: Sequence[str]
 ) -> None:
     """Write all files that were asked for; an error in one doesn't lose the other."""
-    failures: list[OutputError] = []
+    files = Files()
     if args.json is not None:
         text = json.dumps([result.as_object() for result in results], indent=2) + "\n"
-        failures += _try_write(args.json, text, what="JSON file")
+        files.write(args.json, text, what="JSON file")
     if args.report is not None:
         # Only the page needs the template engine.
         from prestage_sim.evaluate.report import render
 
         page = render(results, notes=notes, settings=_settings(args))
-        failures += _try_write(args.report, page, what="Report")
-        if not failures and not args.quiet:
+        files.write(args.report, page, what="Report")
+        if files.complete and not args.quiet:
             print(f"Report: {args.report}")
-    if failures:
-        raise failures[0]
-
-
-def _try_write(path: Path, text: str, *, what: str) -> list[OutputError]:
-    try:
-        write_file(path, text.encode(), what=what)
-    except OutputError as error:
-        return [error]
-    return []
+    files.close()
 
 
 def _settings(args: argparse.Namespace) -> dict[str, str]:
     return {
         "first tokens only": "–" if args.first is None else f"{args.first:,}",
         "residency of the LRU caches": ", ".join(f"{r:g}" for r in args.residency),
-        "version of prestage": __version__,
-        "version of python": platform.python_version(),
-        "version of numpy": metadata.version("numpy"),
-        "version of numba": metadata.version("numba"),
+        **versions("numpy", "numba"),
     }
 
 

@@ -11,7 +11,7 @@ from typing import IO
 
 from .errors import PrestageError
 
-__all__ = ["OutputError", "check_writable", "write_file"]
+__all__ = ["Files", "OutputError", "check_writable", "write_file"]
 
 
 class OutputError(PrestageError):
@@ -85,3 +85,27 @@ def write_file(path: Path, write: bytes | Callable[[IO[bytes]], None], *, what: 
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+class Files:
+    """Several files of which an error in one doesn't lose the others."""
+
+    def __init__(self) -> None:
+        self._failures: list[OutputError] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether all files so far were written."""
+        return not self._failures
+
+    def write(self, path: Path, text: str, *, what: str) -> None:
+        """Write a file of text as :func:`write_file` does; an error waits for :meth:`close`."""
+        try:
+            write_file(path, text.encode(), what=what)
+        except OutputError as error:
+            self._failures.append(error)
+
+    def close(self) -> None:
+        """Raise the first error, if there was one."""
+        if self._failures:
+            raise self._failures[0]

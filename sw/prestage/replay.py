@@ -202,7 +202,8 @@ def replay(
         Cycles from a layer's last ready to the next layer's route, at timed pace. At least 1.
     prefetch_tiles : :class:`int` or None
         Prefetch tiles that may be under way at once, 1 to 4. None stands for 4 at drained pace,
-        where no demand ever waits behind them and only time is saved, and 1 at timed pace.
+        where no demand ever waits behind them and only time is saved, and 1 at timed pace. Bursts
+        outstanding below demand are those of a tile at timed pace, all at drained pace.
     policy : :class:`Policy` or None
         Which expert gives way to another. None stands for the one whose next use is worth least
         where the predictor says what experts are worth, else for the least recently used.
@@ -246,6 +247,10 @@ def replay(
         throttle=throttle,
         budget=budget,
     )
+    # At drained pace no demand waits for what a prefetch has outstanding.
+    lower_credits = device.config.outstanding_bursts if pace == "drained" else 0
+    device.configure_profile(Phase.DECODE, lower_credits=lower_credits)
+    device.switch(Phase.DECODE)
     recorder = _Recorder(trace, clocked=device.clocked)
     model = device.config.model
     interrupt = interrupt or Interrupt()

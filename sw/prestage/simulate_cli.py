@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from prestage_sim.traces import Trace, TraceError
 
-from . import __version__
 from .errors import ArgumentError, PrestageError
-from .output import OutputError, check_writable, write_file
+from .output import Files, check_writable
+from .terminal import progress_bar, versions
 
 if TYPE_CHECKING:
     from prestage_sim.simulate.cells import Cell, Outcome
@@ -43,7 +33,15 @@ _INTERRUPTED = 130
 
 # Names that the help lists: importing what has them would slow down all other commands. A test
 # compares them.
-_MACHINES = ("unit", "paper", "rtx-4090-pcie4", "h100-pcie5", "laptop-nvme", "ecpix5")
+_MACHINES = (
+    "unit",
+    "paper",
+    "rtx-4090-pcie4",
+    "h100-pcie5",
+    "laptop-nvme",
+    "laptop-gpu-nvme",
+    "ecpix5",
+)
 _POLICIES = (
     "resident",
     "on-demand",
@@ -441,8 +439,9 @@ def _grid(
         )
     if len(machine_of_model.tiers) > 1:
         notes.append(
-            f"{machine_of_model.tiers[0].name} of {machine.name} doesn't hold all experts of"
-            f" {card.name}: they're taken to come at its speed all the same"
+            f"{machine_of_model.tiers[0].name} of {machine.name} holds"
+            f" {machine_of_model.tiers[0].experts:,} of the {total:,} experts of {card.name}: the"
+            f" others come from {machine_of_model.tiers[1].name} through it"
         )
     if machine.needs_model and card.attention_bytes is None:
         notes.append(
@@ -487,10 +486,9 @@ def _run(
 
     for note in job.notes:
         print(f"prestage: note: {note}", file=sys.stderr)
-    errors = Console(stderr=True)
     found = 0
     try:
-        with _progress(errors, disable=args.quiet or not errors.is_terminal) as progress:
+        with progress_bar("cells", quiet=args.quiet) as progress:
             task = progress.add_task("simulate", total=len(job.cells))
 
             def show(done: int, kept: int) -> None:
@@ -516,40 +514,18 @@ def _run(
     return 0
 
 
-def _progress(console: Console, *, disable: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=40),
-        MofNCompleteColumn(),
-        TextColumn("cells"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=disable,
-    )
-
-
 def _write(args: argparse.Namespace, job: _Job, outcomes: Sequence[Outcome]) -> None:
     """Write all files that were asked for; an error in one doesn't lose the others."""
-    failures: list[OutputError] = []
-
-    def try_write(path: Path, text: str, *, what: str) -> None:
-        try:
-            write_file(path, text.encode(), what=what)
-        except OutputError as error:
-            failures.append(error)
-
+    files = Files()
     if args.json is not None:
         objects = [outcome.result.as_json() for outcome in outcomes]
-        try_write(args.json, json.dumps(objects, indent=2) + "\n", what="JSON file")
+        files.write(args.json, json.dumps(objects, indent=2) + "\n", what="JSON file")
     chrome = getattr(args, "chrome", None)
     if chrome is not None:
         from prestage_sim.simulate.chrome import chrome_trace
 
         recorded = _record(args, job, [outcomes[-1]])
-        try_write(chrome, chrome_trace(recorded[0]) + "\n", what="Chrome trace")
+        files.write(chrome, chrome_trace(recorded[0]) + "\n", what="Chrome trace")
     if args.report is not None:
         # Only the page needs the template engine.
         from prestage_sim.simulate.report import choose_timelines, render
@@ -561,11 +537,10 @@ def _write(args: argparse.Namespace, job: _Job, outcomes: Sequence[Outcome]) -> 
             notes=job.notes,
             settings=_settings(args),
         )
-        try_write(args.report, page, what="Report")
-        if not failures and not args.quiet:
+        files.write(args.report, page, what="Report")
+        if files.complete and not args.quiet:
             print(f"Report: {args.report}")
-    if failures:
-        raise failures[0]
+    files.close()
 
 
 def _record(args: argparse.Namespace, job: _Job, outcomes: Sequence[Outcome]) -> list[Any]:
@@ -604,10 +579,7 @@ def _settings(args: argparse.Namespace) -> Mapping[str, str]:
         "tokens that count": args.score,
         "first tokens only": "–" if args.first is None else f"{args.first:,}",
         "seed": str(args.seed),
-        "version of prestage": __version__,
-        "version of python": platform.python_version(),
-        "version of numpy": metadata.version("numpy"),
-        "version of numba": metadata.version("numba"),
+        **versions("numpy", "numba"),
     }
 
 

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 import prestage_hw.contract
 from prestage_sim.traces import Trace
 
-from .energy import Energy, EnergyModel
+from .energy import Energy
 from .events import Recorder
-from .machine import Link, Machine
+from .machine import Machine
 from .result import Counts, Result
-from .run import simulate
+from .run import simulate_counted
 
 __all__ = ["Cell", "Outcome", "at_rho", "code_digest", "run_cell", "trace_digest"]
 
@@ -57,22 +57,8 @@ def trace_digest(trace: Trace) -> str:
 
 
 def at_rho(machine: Machine, rho: float, top_k: int) -> Machine:
-    """The machine with links and memory tiers as much faster or slower as makes this its rho.
-
-    Latencies change with the bandwidth, so that they stay the same share of a transfer.
-    """
-    # The links' own validation says what is wrong with a rho.
-    factor = machine.rho(top_k) / rho if rho > 0 else rho
-    return machine.replace(
-        links=tuple(
-            Link(bandwidth=link.bandwidth * factor, latency=link.latency / factor)
-            for link in machine.links
-        ),
-        tiers=tuple(
-            replace(tier, bandwidth=tier.bandwidth * factor, latency=tier.latency / factor)
-            for tier in machine.tiers
-        ),
-    )
+    """The machine at that rho, its latencies the same share of a transfer as before."""
+    return machine.with_rho(rho, top_k, latencies=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +125,7 @@ class Outcome:
     def energy(self) -> Energy | None:
         """Joules of a token, by what they were spent for; None where the machine doesn't say."""
         model = self.cell.machine.joules
-        if not isinstance(model, EnergyModel) or not self.counts.tokens:
+        if model is None or not self.counts.tokens:
             return None
         return Energy(*(part.times(1 / self.counts.tokens) for part in model.split(self.counts)))
 
@@ -160,23 +146,13 @@ class Outcome:
             counts = dict(stored["counts"])
             counts["tier_tiles"] = tuple(counts["tier_tiles"])
             result = {**stored["result"], "trace": cell.name, "rho": cell.rho}
+            for name in ("tier_bytes", "tier_joules"):
+                result[name] = None if result[name] is None else tuple(result[name])
             if set(counts) != {f.name for f in fields(Counts)}:
                 raise ValueError("other counts")
             return cls(cell=cell, result=Result(**result), counts=Counts(**counts))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not an outcome: {error}") from error
-
-
-class _Keep:
-    """Stands where a machine says its joules, and keeps the counts that it is asked with."""
-
-    def __init__(self, machine: Machine) -> None:
-        self._joules = machine.joules
-        self.counts = Counts()
-
-    def __call__(self, counts: Counts) -> float:
-        self.counts = counts
-        return 0.0 if self._joules is None else self._joules(counts)
 
 
 def run_cell(
@@ -200,10 +176,9 @@ def run_cell(
     folder : path or None
         Where predictions are kept on disk, for all cells of the same trace.
     """
-    keep = _Keep(cell.machine)
-    result = simulate(
+    result, counts = simulate_counted(
         trace,
-        machine=cell.machine.replace(joules=keep),
+        machine=cell.machine,
         policy=cell.policy,
         residency=cell.residency,
         warm=warm,
@@ -213,9 +188,4 @@ def run_cell(
         recorder=recorder,
         folder=folder,
     )
-    joules = None if cell.machine.joules is None else result.joules_per_token
-    return Outcome(
-        cell=cell,
-        result=replace(result, rho=cell.rho, joules_per_token=joules),
-        counts=keep.counts,
-    )
+    return Outcome(cell=cell, result=replace(result, rho=cell.rho), counts=counts)

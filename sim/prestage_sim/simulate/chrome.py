@@ -35,8 +35,10 @@ def chrome_trace(timeline: Timeline) -> str:
         Events of some tokens of a cell.
     """
     result = timeline.outcome.result
-    links = sorted({event.link for event in timeline.events if event.link >= 0})
-    rows = {_COMPUTE: "compute", **{_LINKS + n: f"link {n}" for n in links}}
+    machine = timeline.outcome.cell.machine
+    rows = {_COMPUTE: "compute"}
+    for number, (tier, _) in enumerate(machine.ways):
+        rows[_LINKS + number] = f"from {machine.tiers[tier].name}" if tier else f"link {number}"
     name = f"{result.policy} on {result.machine}, {100 * result.residency:g} % resident"
     events: list[dict[str, Any]] = [
         {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": name}},

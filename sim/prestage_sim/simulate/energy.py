@@ -73,7 +73,8 @@ class EnergyModel:
     byte : :class:`Spread`
         Joules of a byte over the link and into fast memory.
     tiers : tuple of :class:`Spread`
-        Joules of reading a byte from each memory tier, on top of that, nearest first.
+        Joules of reading a byte from each memory tier, on top of that, nearest first; and of
+        writing one that comes through it.
     """
 
     token: Spread
@@ -96,14 +97,26 @@ class EnergyModel:
             wasted=tile.times(counts.useless_tiles),
         )
 
+    def by_tier(self, counts: Counts) -> tuple[Spread, ...]:
+        """Joules that each memory tier takes of those of traffic, nearest first."""
+        return tuple(
+            joules.times(self.tile_bytes * tiles)
+            for joules, tiles in zip(self.tiers, _flows(counts), strict=False)
+        )
+
     def _read(self, counts: Counts) -> Spread:
-        """Joules of reading a byte, averaged over the tiers that the tiles came from."""
+        """Joules that tiers take for a byte that comes into a slot."""
         if not self.tiers:
             return _NOTHING
-        tiles = counts.tier_tiles[: len(self.tiers)]
-        if not sum(tiles):
+        if not sum(counts.tier_tiles):
             return self.tiers[0]
         mean = _NOTHING
-        for count, joules in zip(tiles, self.tiers, strict=False):
-            mean = mean.plus(joules.times(count / sum(tiles)))
+        for joules, tiles in zip(self.tiers, _flows(counts), strict=False):
+            mean = mean.plus(joules.times(tiles / max(1, counts.tier_tiles[0])))
         return mean
+
+
+def _flows(counts: Counts) -> list[int]:
+    """Tiles read from or written into each tier: what comes from a farther one is written there."""
+    left = counts.tier_tiles
+    return [out + into for out, into in zip(left, (*left[1:], 0), strict=True)]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .result import Counts
+from .energy import EnergyModel
 
 __all__ = ["UNIT", "Link", "Machine", "Tier"]
 
@@ -60,11 +59,13 @@ class Tier:
     name : :class:`str`
         What it is.
     bandwidth : :class:`float`
-        Bytes a second; the way from it into the slots is no faster than this.
+        Bytes a second: of the nearest tier no link into the slots is faster than this, another one
+        has a link of its own to the tier before it.
     latency : :class:`float`
         Seconds to the first byte, on top of the link's.
     experts : :class:`int` or None
-        How many experts it holds, the most recently used ones; None for all, as the last tier must.
+        How many experts it holds, those that were fetched from it or through it last; None for all,
+        as the last tier must.
 
     Raises
     ------
@@ -105,13 +106,13 @@ class Machine:
         Ways into the slots; a tile goes over the one that is free first.
     tiers : tuple of :class:`Tier`
         Where experts lie beyond the slots, nearest first; none stands for one that holds all and is
-        as fast as the links.
+        as fast as the links. An expert comes through all that are nearer than it.
     ready_first : :class:`bool`
         Whether each expert is computed as soon as it has come; else all once the last has.
     predict_seconds : :class:`float`
         Time from a layer's routing to the candidates that the predictor makes of it.
-    joules : callable or None
-        Energy of all scored tokens in joules, from their :class:`Counts`.
+    joules : :class:`EnergyModel` or None
+        Energy of the scored tokens, from their :class:`Counts`.
 
     Raises
     ------
@@ -128,7 +129,7 @@ class Machine:
     tiers: tuple[Tier, ...] = ()
     ready_first: bool = True
     predict_seconds: float = 0.0
-    joules: Callable[[Counts], float] | None = None
+    joules: EnergyModel | None = None
 
     def __post_init__(self) -> None:
         _require_positive("Time of a layer", self.layer_seconds)
@@ -138,19 +139,53 @@ class Machine:
         _require("Time of the predictor", self.predict_seconds, low=0)
         if not self.links:
             raise ValueError("Machine must have at least one link, but has none")
+        for tier in self.tiers[:-1]:
+            if tier.experts is None:
+                raise ValueError(f"Only the last tier can hold all experts, but {tier.name} does")
         if self.tiers and self.tiers[-1].experts is not None:
             raise ValueError(
                 f"Last tier must hold all experts, but {self.tiers[-1].name} holds"
                 f" {self.tiers[-1].experts}"
             )
 
+    @property
+    def ways(self) -> tuple[tuple[int, Link], ...]:
+        """Links, each with the tier that it takes tiles from; 0 is the nearest one."""
+        nearest = self.tiers[0] if self.tiers else Tier(name="memory")
+        return (
+            *(
+                (
+                    0,
+                    Link(
+                        bandwidth=min(link.bandwidth, nearest.bandwidth),
+                        latency=link.latency + nearest.latency,
+                    ),
+                )
+                for link in self.links
+            ),
+            *(
+                (number, Link(bandwidth=tier.bandwidth, latency=tier.latency))
+                for number, tier in enumerate(self.tiers[1:], 1)
+            ),
+        )
+
     def rho(self, top_k: int) -> float:
-        """Time to load ``top_k`` experts over all links, over the layer's time."""
-        bandwidth = sum(link.bandwidth for link in self.links)
+        """Time to load ``top_k`` experts over all links into the slots, over the layer's time."""
+        bandwidth = sum(way.bandwidth for tier, way in self.ways if tier == 0)
         return top_k * self.expert_bytes / bandwidth / self.layer_seconds
 
-    def with_rho(self, rho: float, top_k: int) -> Machine:
-        """The same machine with links that are as much faster or slower as makes this its rho.
+    def with_rho(self, rho: float, top_k: int, *, latencies: bool = False) -> Machine:
+        """The same machine with links and tiers that are as much faster or slower as makes this
+        its rho.
+
+        Parameters
+        ----------
+        rho : :class:`float`
+            Time to load ``top_k`` experts over the layer's time.
+        top_k : :class:`int`
+            Experts that a token chooses in a layer.
+        latencies : :class:`bool`
+            Whether latencies change alike, so that they stay the same share of a transfer.
 
         Raises
         ------
@@ -159,10 +194,16 @@ class Machine:
         """
         _require_positive("Rho", rho)
         faster = self.rho(top_k) / rho
+        shorter = faster if latencies else 1.0
         return self.replace(
             links=tuple(
-                Link(bandwidth=link.bandwidth * faster, latency=link.latency) for link in self.links
-            )
+                Link(bandwidth=link.bandwidth * faster, latency=link.latency / shorter)
+                for link in self.links
+            ),
+            tiers=tuple(
+                replace(tier, bandwidth=tier.bandwidth * faster, latency=tier.latency / shorter)
+                for tier in self.tiers
+            ),
         )
 
     def replace(self, **changes: Any) -> Machine:

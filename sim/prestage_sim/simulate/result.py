@@ -39,7 +39,8 @@ class Counts:
         Experts that were proposed for a layer before it was routed, and those of them that it then
         chose; an expert counts once a layer and token.
     tier_tiles : tuple of :class:`int`
-        Tiles that came from each memory tier, nearest first.
+        Tiles that left each memory tier, nearest first; what comes from a farther one leaves all
+        that are nearer, too.
     """
 
     tokens: int = 0
@@ -94,6 +95,10 @@ class Result:
         each over all demands; and prefetched bytes that no demand came for, over all bytes moved.
     joules_per_token : :class:`float` or None
         Energy of a token; None where the machine does not say.
+    tier_bytes : tuple of :class:`float`
+        What left each memory tier for a token, nearest first, in units of k·L experts.
+    tier_joules : tuple of :class:`float` or None
+        Energy of a token that each memory tier takes; None where the machine does not say.
     """
 
     trace: str
@@ -111,6 +116,8 @@ class Result:
     useless: float
     polluting: float
     joules_per_token: float | None
+    tier_bytes: tuple[float, ...] = ()
+    tier_joules: tuple[float, ...] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The object of ``--json``."""

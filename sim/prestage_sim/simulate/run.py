@@ -9,25 +9,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prestage_hw.contract import DeviceConfig, ModelConfig
-from prestage_hw.contract.records import Policy as BufferPolicy
-from prestage_hw.contract.registers import register_by_name
 from prestage_sim.traces import Trace
 
 from .._jit import compiled
-from ..model.buffer.recency import touch
-from ..model.buffer.state import OWNER, POLICY, READY, SLOT, STATE, create_state
-from ..model.scheduler.queue import create_queue
-from ..model.scheduler.throttle import ENABLE, create_throttle, set_weights
-from .engine import COUNTED, RECORDED, Engine, run
+from .engine import COUNTED, RECORDED, create_engine, run
 from .events import Event, EventKind, Recorder
 from .machine import Machine
-from .plan import Candidates, Evict, Plan, Workload
+from .plan import Candidates, Plan, Workload
 from .policies import policy_by_name
 from .result import Counts, Result
 from .values import Values, perceptron_candidates, perceptron_values
 
-__all__ = ["SCORES", "Run", "run_plan", "simulate"]
+__all__ = ["SCORES", "Run", "run_plan", "simulate", "simulate_counted"]
 
 #: Which tokens count.
 SCORES = ("second-half", "all")
@@ -68,81 +61,6 @@ def _uses(wanted_first: NDArray[np.int64], wanted: NDArray[np.int16], layers: in
             uses[at[key]] = visit
             at[key] += 1
     return first, uses
-
-
-def _engine(plan: Plan, machine: Machine, model: ModelConfig, slots: int) -> Engine:
-    """An engine at rest; it knows nothing of the trace yet."""
-    config = DeviceConfig(
-        model=model, slots=slots, expert_bytes=512 * machine.tiles, tile_bytes=512
-    )
-    buffer = create_state(config)
-    buffer.registers[POLICY] = (
-        int(plan.evict) if plan.evict <= Evict.NEXT_USE else int(BufferPolicy.LRU)
-    )
-    if plan.samples is not None:
-        buffer.shape[2] = min(slots, plan.samples)
-    throttle = create_throttle(config)
-    set_weights(throttle, register_by_name("throttle").reset or 0)
-    throttle.registers[ENABLE] = plan.throttle
-    fetches = min(slots, 2 * model.top_k + plan.prefetch_inflight) + 1
-    settings = np.zeros(12, np.int64)
-    settings[:6] = (
-        int(plan.evict),
-        machine.tiles,
-        # Those on their way always leave slots for a layer's demands.
-        min(plan.prefetch_inflight, slots - model.top_k),
-        plan.cancel,
-        plan.preempt,
-        plan.foresees,
-    )
-    settings[8:] = (
-        min(plan.rescan, model.layers - 1),
-        plan.rescan_least,
-        machine.ready_first,
-        plan.prefetch_tiles,
-    )
-    lists = np.zeros((4, fetches), np.int64)
-    lists[3] = np.arange(fetches)
-    return Engine(
-        buffer=buffer,
-        queue=create_queue(config),
-        throttle=throttle,
-        settings=settings,
-        registers=np.zeros(5, np.int64),
-        clock=np.array([0.0, 0.0, machine.predict_seconds]),
-        counts=np.zeros(len(COUNTED), np.int64),
-        links=np.array(
-            [
-                (0.0, machine.expert_bytes / machine.tiles / link.bandwidth, link.latency)
-                for link in machine.links
-            ]
-        ),
-        carried=np.full(len(machine.links), -1, np.int64),
-        fetches=np.zeros((fetches, 7), np.int64),
-        ends=np.zeros(fetches),
-        lists=lists,
-        lengths=np.array([0, 0, 0, fetches], np.int64),
-        spent=np.zeros(slots, np.int64),
-        fetch_of=np.full(slots, -1, np.int64),
-        arrived=np.zeros(slots),
-        proposed=np.zeros((model.layers, model.experts), np.bool_),
-        use_first=np.zeros(1, np.int64),
-        use_at=np.zeros(0, np.int64),
-        use_next=np.zeros(0, np.int64),
-        held=np.zeros(model.layers, np.int64),
-        events=np.zeros((0, RECORDED)),
-    )
-
-
-def _preload(engine: Engine) -> None:
-    """Put experts into all slots, as if they had been there for ever."""
-    experts = engine.proposed.shape[1]
-    for slot in range(min(len(engine.buffer.slots), len(engine.buffer.experts))):
-        engine.buffer.slots[slot, OWNER] = slot
-        engine.buffer.experts[slot, STATE] = READY
-        engine.buffer.experts[slot, SLOT] = slot
-        engine.held[slot // experts] += 1
-        touch(engine.buffer, slot)
 
 
 def _no_candidates(steps: int, layers: int) -> Candidates:
@@ -196,8 +114,7 @@ def run_plan(
             f"Slots must be from the {k} that a layer uses to all {layers * experts} experts,"
             f" not {slots}"
         )
-    model = ModelConfig(name="trace", layers=layers, experts=experts, top_k=k)
-    engine = _engine(plan, machine, model, slots)
+    engine = create_engine(plan, machine, layers=layers, experts=experts, width=k, slots=slots)
     executed = trace.experts if plan.executes is None else plan.executes
     wanted = np.ascontiguousarray(executed.reshape(-1))
     wanted_first = np.arange(0, len(wanted) + 1, k, dtype=np.int64)
@@ -206,8 +123,6 @@ def run_plan(
     if recorder is not None:
         engine.settings[6:8] = recorder.first, recorder.first + recorder.tokens
         engine = engine._replace(events=np.zeros((recorder.most, RECORDED)))
-    if plan.preload:
-        _preload(engine)
     values, candidates = Values.none(), plan.candidates
     if plan.predictor is not None:
         values = perceptron_values(trace, plan.predictor, folder=folder)
@@ -228,10 +143,10 @@ def run_plan(
     attention = np.full(trace.tokens, machine.alpha * machine.layer_seconds)
     compute = np.full(2, (1 - machine.alpha) * machine.layer_seconds / k)
     started = busy = 0.0
-    before = engine.counts.copy()
+    before, tiers_before = engine.counts.copy(), engine.tier_tiles.copy()
     for begin, end in ((0, first), (first, trace.tokens)):
         started, busy = float(engine.clock[0]), float(engine.clock[1])
-        before = engine.counts.copy()
+        before, tiers_before = engine.counts.copy(), engine.tier_tiles.copy()
         done = run(
             engine,
             np.zeros(k, np.int64),
@@ -274,6 +189,7 @@ def run_plan(
             tiles=machine.tiles,
             seconds=seconds,
             busy=float(engine.clock[1]) - busy,
+            tier_tiles=tuple((engine.tier_tiles - tiers_before).tolist()),
             **counted,
         ),
     )
@@ -327,6 +243,36 @@ def simulate(
         If the policy or the score is unknown, a number is out of its range, or a trace to warm up
         with is of another shape.
     """
+    return simulate_counted(
+        trace,
+        machine=machine,
+        policy=policy,
+        residency=residency,
+        rho=rho,
+        warm=warm,
+        score=score,
+        seed=seed,
+        name=name,
+        recorder=recorder,
+        folder=folder,
+    )[0]
+
+
+def simulate_counted(
+    trace: Trace,
+    *,
+    machine: Machine,
+    policy: str,
+    residency: float,
+    rho: float | None = None,
+    warm: Sequence[Trace] = (),
+    score: str = "second-half",
+    seed: int = 1,
+    name: str = "trace",
+    recorder: Recorder | None = None,
+    folder: Path | None = None,
+) -> tuple[Result, Counts]:
+    """What :func:`simulate` says, and what was counted; it takes the same."""
     chosen = policy_by_name(policy)
     if score not in SCORES:
         raise ValueError(f"Score must be one of {', '.join(SCORES)}, not {score!r}")
@@ -352,12 +298,13 @@ def simulate(
         plan, whole, machine=machine, slots=slots, first=first, recorder=recorder, folder=folder
     )
     counts = done.counts
-    joules = None
+    joules = tier_joules = None
     if machine.joules is not None:
         joules = machine.joules(counts) / counts.tokens
+        tier_joules = tuple(part.typical / counts.tokens for part in machine.joules.by_tier(counts))
     wanted = counts.tokens * trace.layers * trace.top_k
     moved = counts.tiles_moved
-    return Result(
+    result = Result(
         trace=name,
         machine=machine.name,
         policy=policy,
@@ -373,7 +320,10 @@ def simulate(
         useless=counts.useless_tiles / moved if moved else 0.0,
         polluting=counts.polluting / counts.demands,
         joules_per_token=joules,
+        tier_bytes=tuple(tiles / counts.tiles / wanted for tiles in counts.tier_tiles),
+        tier_joules=tier_joules,
     )
+    return result, counts
 
 
 def _shape(trace: Trace) -> tuple[int, int, int]:

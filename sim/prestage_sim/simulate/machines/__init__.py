@@ -22,7 +22,15 @@ from ..models import ModelCard
 __all__ = ["MACHINES", "MachineError", "MachineFile", "load_machine"]
 
 #: Names of the machines that come with the package.
-MACHINES = ("unit", "paper", "rtx-4090-pcie4", "h100-pcie5", "laptop-nvme", "ecpix5")
+MACHINES = (
+    "unit",
+    "paper",
+    "rtx-4090-pcie4",
+    "h100-pcie5",
+    "laptop-nvme",
+    "laptop-gpu-nvme",
+    "ecpix5",
+)
 
 #: Tables of a machine file and their keys: True where the figure may be 0.
 _KEYS: dict[str, dict[str, bool]] = {

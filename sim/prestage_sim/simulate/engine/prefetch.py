@@ -1,0 +1,105 @@
+"""Which prefetch begins next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from prestage_hw.contract.records import Source
+
+from ..._jit import inner
+from ...model.buffer.buffer import find_prefetch_victim, take_for_prefetch
+from ...model.buffer.state import EMPTY, EXPERTS, OWNER, STATE
+from ...model.scheduler.queue import queue_take
+from ...model.scheduler.rescan import rescan
+from ...model.scheduler.throttle import count_prefetch, prefetch_kind, throttle_admits
+from ..plan import Evict
+from .fetches import leave, start
+from .state import EVICTION, LOOK, N_ISSUED, N_OUTBID, N_THROTTLED, RESCAN_LEAST, RESCANS, VISIT
+from .victims import farthest, least_recent_of_a_layer, next_use
+
+__all__ = ["prefetch", "prefetch_foreseen", "prefetch_queued", "prefetch_rescanned"]
+
+_LAYER_LRU, _BELADY = int(Evict.LAYER_LRU), int(Evict.BELADY)
+_PREDICTOR = int(Source.PREDICTOR)
+
+
+@inner
+def prefetch(engine: Any, key: Any, score: Any, deadline: Any, kind: Any) -> Any:
+    """Begin to prefetch an expert, if it is given a slot."""
+    layer, expert = divmod(key, engine.buffer.shape[EXPERTS])
+    outbid = False
+    if engine.settings[EVICTION] == _BELADY:
+        slot = farthest(engine)
+    elif engine.settings[EVICTION] == _LAYER_LRU:
+        slot = least_recent_of_a_layer(engine)
+    else:
+        slot, outbid = find_prefetch_victim(engine.buffer, layer, expert, score)
+    if slot < 0 or outbid:
+        engine.counts[N_OUTBID] += 1
+        return False
+    leave(engine, slot)
+    result = take_for_prefetch(engine.buffer, layer, expert, score, slot)
+    engine.counts[N_ISSUED] += 1
+    count_prefetch(engine.throttle, slot, key, kind, result[3] != 0, result[4] != 0)
+    start(engine, key, slot, False, deadline, kind)
+    return True
+
+
+@inner
+def prefetch_queued(engine: Any) -> Any:
+    """Begin to prefetch the best candidate that is given a slot; False if there is none."""
+    while True:
+        ctx, layer, expert, score, source, deadline = queue_take(engine.queue)
+        if ctx < 0:
+            return False
+        kind = prefetch_kind(source, deadline, engine.queue.routes[ctx])
+        if not throttle_admits(engine.throttle, kind):
+            engine.counts[N_THROTTLED] += 1
+            continue
+        key = layer * engine.buffer.shape[EXPERTS] + expert
+        if engine.buffer.experts[key, STATE] != EMPTY:
+            continue
+        if prefetch(engine, key, score, deadline, kind):
+            return True
+
+
+@inner
+def prefetch_foreseen(engine: Any, wanted_first: Any, wanted: Any) -> Any:
+    """Begin to prefetch what is missing and used next, before what has to go; False if none is."""
+    registers, buffer = engine.registers, engine.buffer
+    layers = engine.held.shape[0]
+    visit = max(registers[LOOK], registers[VISIT] + 1)
+    while visit < wanted_first.shape[0] - 1:
+        for n in range(wanted_first[visit], wanted_first[visit + 1]):
+            key = visit % layers * buffer.shape[EXPERTS] + wanted[n]
+            if buffer.experts[key, STATE] != EMPTY:
+                continue
+            registers[LOOK] = visit
+            slot = farthest(engine)
+            if slot < 0:
+                return False
+            owner = buffer.slots[slot, OWNER]
+            if owner >= 0 and next_use(engine, owner) <= visit:
+                return False
+            prefetch(engine, key, np.int64(0), np.int64(0), np.int64(0))
+            return True
+        visit += 1
+    registers[LOOK] = visit
+    return False
+
+
+@inner
+def prefetch_rescanned(engine: Any) -> Any:
+    """Begin to prefetch the best of what is missing by the latest values; False if none is."""
+    settings, routes = engine.settings, engine.queue.routes
+    key, score, ahead = rescan(engine.buffer, 0, settings[RESCANS], settings[RESCAN_LEAST])
+    if key < 0:
+        return False
+    deadline = (routes[0] + ahead) % 256
+    kind = prefetch_kind(_PREDICTOR, deadline, routes[0])
+    if not throttle_admits(engine.throttle, kind):
+        engine.counts[N_THROTTLED] += 1
+        return False
+    return prefetch(engine, key, score, deadline, kind)
