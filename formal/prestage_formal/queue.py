@@ -84,7 +84,7 @@ class _Queue:
         for name in (*names, "is_shown", "shown_index", "turn", "full", "here", "newcomer", "at"):
             setattr(self, f"{name}_" if name == "at" else name, local(name))
         index_bits = (share - 1).bit_length()
-        stored = self.inside.rows("rows", written=True)
+        stored = self.inside.rows("rows")
         self.rows = [[stored[(c << index_bits) + j] for j in range(share)] for c in contexts]
         self.row1 = self.newcomer.shape()(self.inside.signal("read__data"))
         self.all_rows = Array(Value.cast(row) for c in contexts for row in self.rows[c])

@@ -60,7 +60,7 @@ class BackEnd(wiring.Component):
 
     Members
     -------
-    open, tile, issue, burst, single, wrap, wrap_entry, answer, answered, busy : ``In``
+    open, tile, issue, burst, wrap, wrap_entry, answer, answered, busy : ``In``
         As of :class:`MidEnd`.
     tile_room, tile_entry, burst_room, answer_room, hold : ``Out``
         As of :class:`MidEnd`.
@@ -108,7 +108,6 @@ class BackEnd(wiring.Component):
                 "tile": In(TileLayout(config=config)),
                 "issue": In(1),
                 "burst": In(BurstLayout(config=config, entry_bits=self.entry_bits)),
-                "single": In(1),
                 "wrap": In(1),
                 "wrap_entry": In(self.entry_bits),
                 "answer": In(1),
@@ -184,7 +183,7 @@ class BackEnd(wiring.Component):
             bursts.push_list.eq(arid),
             bursts.push_entry.eq(place),
             # Whether a burst is a single beat is looked at ahead of time.
-            bursts.push_mark.eq(self.single),
+            bursts.push_mark.eq(self.burst.length == 0),
             bus.arsize.eq(config.data_bytes.bit_length() - 1),
             bus.arburst.eq(BURST_INCR),
         ]

@@ -188,8 +188,7 @@ class DMA(wiring.Component):
         ):
             m.d.comb += getattr(midend, name).eq(getattr(backend, name))
         for name in (
-            *("open", "tile", "issue", "burst", "single", "wrap", "wrap_entry"),
-            *("answer", "answered", "busy"),
+            *("open", "tile", "issue", "burst", "wrap", "wrap_entry", "answer", "answered", "busy"),
         ):
             m.d.comb += getattr(backend, name).eq(getattr(midend, name))
 

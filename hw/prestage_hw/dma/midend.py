@@ -128,8 +128,8 @@ class MidEnd(wiring.Component):
         A step is being done. Steps that ``hold`` holds up stay.
     open, tile : ``Out``
         Strobe and tile: it is opened as ``tile_entry``.
-    issue, burst, single : ``Out``
-        Strobe and burst, and whether that is a single beat: the same as a length of 0, but sooner.
+    issue, burst : ``Out``
+        Strobe and burst.
     wrap, wrap_entry : ``Out``
         Strobe: a row of this open tile would go past the top of the address space.
     answer, answered : ``Out``
@@ -178,7 +178,6 @@ class MidEnd(wiring.Component):
                 "tile": Out(TileLayout(config=config)),
                 "issue": Out(1),
                 "burst": Out(BurstLayout(config=config, entry_bits=self.entry_bits)),
-                "single": Out(1),
                 "wrap": Out(1),
                 "wrap_entry": Out(self.entry_bits),
                 "answer": Out(1),
@@ -375,7 +374,6 @@ class MidEnd(wiring.Component):
             self.issue.eq(done & ~null & ~turn),
             self.burst.address.eq(Cat(Const(0, low), at)),
             self.burst.length.eq(Mux(cut, 0, Mux(ends, left, fits))),
-            self.single.eq(cut | Mux(ends, left == 0, fits == 0)),
             self.burst.last.eq(cut | (ends & ~has_more)),
             self.burst.channel.eq(channel),
             self.burst.entry.eq(entry),

@@ -113,8 +113,7 @@ class CandidateQueue(wiring.Component):
         ctx_shape = unsigned(config.bits("ctx"))
 
         # A context's candidates fill the lowest rows of its own. A row is never read in the cycle
-        # of its write: a pass writes behind what it has read. Writes pass through a register, since
-        # the memory may be far away.
+        # of its write: a pass writes behind what it has read.
         index_bits = len(Signal(place))
         m.submodules.rows = rows = Memory(
             shape=row_layout, depth=contexts << index_bits, init=[], attrs={"no_rw_check": 1}
@@ -212,7 +211,7 @@ class CandidateQueue(wiring.Component):
         insert_ctx = newcomer.candidate.ctx
         write_index = Mux(insert, here[:index_bits], writes[:index_bits])
         write_ctx = Mux(insert, insert_ctx, ctx)
-        m.d.sync += [
+        m.d.comb += [
             write.addr.eq(Cat(write_index, write_ctx) if contexts > 1 else write_index),
             write.data.eq(Mux(insert, newcomer, row3)),
             write.en.eq(insert | keeps),
