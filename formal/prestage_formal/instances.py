@@ -1,7 +1,5 @@
 """The small devices that proofs are made for."""
 
-from dataclasses import fields
-
 from prestage_hw.contract import DeviceConfig, ModelConfig
 
 __all__ = ["buffer_device", "dma_device", "queue_device", "scheduler_device", "writer_device"]
@@ -50,7 +48,7 @@ def buffer_device(*, layers=2, experts=4, **changes):
     return DeviceConfig(**(values | changes))
 
 
-def scheduler_device(**changes):
+def scheduler_device(kind=DeviceConfig, **changes):
     """Four entries of the in-flight table, two of them for prefetches; two contexts and tiles."""
     values = {
         "model": ModelConfig(name="proof", layers=2, experts=4, top_k=1),
@@ -65,7 +63,7 @@ def scheduler_device(**changes):
         "prefetch_inflight": 2,
         "dma_channels": 2,
     }
-    return DeviceConfig(**(values | changes))
+    return kind(**(values | changes))
 
 
 class _SmallQueue(DeviceConfig):
@@ -76,5 +74,4 @@ class _SmallQueue(DeviceConfig):
 
 def queue_device(**changes):
     """Two contexts with two places each in the queue of candidates."""
-    device = scheduler_device(**changes)
-    return _SmallQueue(**{field.name: getattr(device, field.name) for field in fields(device)})
+    return scheduler_device(kind=_SmallQueue, **changes)

@@ -337,7 +337,8 @@ PROOFS = (
     ),
     Proof(
         name="throttle-takes",
-        statement="The throttle takes what it is told in bounded time.",
+        statement="The throttle takes what it is told in bounded time, once the statistics take"
+        " what it says of that.",
         instance=INFLIGHT_INSTANCE,
         harness="scheduler:ThrottleTakes",
         depth=2,

@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """The scheduler's state machine: it comes back for demands, and candidates start no demand."""
 
 import contextlib
@@ -44,7 +45,7 @@ def _anything(module, *names):
 
 
 class ThrottleTakes(Elaboratable):
-    """What the throttle is told is taken in bounded time."""
+    """What the throttle is told is taken in bounded time, once its marks are taken."""
 
     def elaborate(self, platform):
         from prestage_hw.scheduler.throttle import Throttle
@@ -55,9 +56,11 @@ class ThrottleTakes(Elaboratable):
         m.submodules.block = inside.fragment
         drive_freely(m, block)
         at, steps = inside.states("fsm_state"), inside.signal("steps")
-        # Cycles for which it takes nothing; a clear begins them anew.
+        # Cycles for which it takes nothing, but for those in which it waits for its marks to be
+        # taken; a clear begins them anew.
         waited = Signal(8)
-        m.d.sync += waited.eq(Mux(block.outcomes.ready | block.clear, 0, waited + 1))
+        held = at("Settle") & block.marks.valid
+        m.d.sync += waited.eq(Mux(block.outcomes.ready | block.clear, 0, waited + ~held))
         waits = inside.signal("clear_waits")
         most = block.latency - 1
         count = len(steps)

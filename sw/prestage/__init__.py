@@ -17,9 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from prestage_hw.contract import DeviceConfig, ModelConfig, preset
 from prestage_hw.contract.records import ErrorCode, Phase, PrefetchKind, PrefetchOutcome
 
-from .device import Device, Ready, Refused, known_links
-from .device import open_device as open
+from .device import Device, Ready, Refused
 from .errors import DeviceError, PrestageError
+from .opening import known_links
+from .opening import open_device as open
 
 __all__ = [
     "Device",

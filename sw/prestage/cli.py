@@ -30,9 +30,9 @@ from prestage_sim.traces import (
 )
 
 from . import __version__
-from .device import open_device
 from .errors import ArgumentError, PrestageError
 from .evaluate_cli import add_evaluate
+from .opening import known_links, open_device
 from .output import Files, OutputError, check_writable, write_file
 from .replay import (
     PACES,
@@ -633,8 +633,6 @@ def _run_trace_validate(args: argparse.Namespace) -> int:
 
 
 def _run_info(args: argparse.Namespace) -> int:
-    from .device import known_links
-
     table = Table(title="Model presets")
     for name in ("name", "layers", "experts", "k", "expert size", "default slots"):
         table.add_column(name, justify="left" if name == "name" else "right")

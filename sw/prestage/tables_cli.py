@@ -14,8 +14,8 @@ from rich.table import Table
 from prestage_hw.contract import PRESETS, DeviceConfig, ModelConfig, preset
 from prestage_hw.contract.perceptron import FORMS, PerceptronConfig
 
-from .device import open_device
 from .errors import ArgumentError
+from .opening import open_device
 from .output import check_writable
 from .replay import default_slots
 from .snapshot import Snapshot, read_snapshot

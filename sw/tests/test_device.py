@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import prestage
-from prestage import device as device_module
+from prestage import opening
 from prestage.device import Device, Ready
 from prestage.errors import (
     ArgumentError,
@@ -1012,7 +1012,7 @@ def test_mismatch_closes_the_pipe(monkeypatch):
         pipes.append(ModelPipe(config.replace(slots=9), memory=memory))
         return pipes[0]
 
-    monkeypatch.setattr(device_module, "_opener", lambda scheme, url: opener)
+    monkeypatch.setattr(opening, "_opener", lambda scheme, url: opener)
     with pytest.raises(MismatchError, match="Register slots must be 8, but the device has 9"):
         prestage.open("model://", config=CONFIG)
     with pytest.raises(OSError, match="closed"):
@@ -1099,14 +1099,14 @@ def test_link_that_cannot_open(monkeypatch):
     def opener(config, *, memory, options):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(device_module, "_opener", lambda scheme, url: opener)
+    monkeypatch.setattr(opening, "_opener", lambda scheme, url: opener)
     with pytest.raises(LinkError, match="sim:// can't be opened: no compiler"):
         prestage.open("sim://", config=CONFIG)
 
 
 def test_missing_extra(monkeypatch):
     point = EntryPoint("sim", "prestage_no_such_module:open_pipe", "prestage.links")
-    monkeypatch.setattr(device_module, "known_links", lambda: {"sim": point})
+    monkeypatch.setattr(opening, "known_links", lambda: {"sim": point})
     with pytest.raises(MissingExtraError, match=r"sim:// needs the extra prestage\[sim\]: pip"):
         prestage.open("sim://", config=CONFIG)
 
