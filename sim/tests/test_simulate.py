@@ -238,6 +238,19 @@ def test_perfect_prefetch_bounds_all():
         assert times["oracle-h1"] < times["lru"]
 
 
+def test_nothing_passes_the_analytic_bound():
+    """Belady's loads take the link that long, and compute takes 1, whatever the schedule."""
+    trace = _trace(200)
+    for rho in (0.5, 1.0, 4.0, 12.0):
+        cell = {"machine": UNIT, "residency": 0.4, "rho": rho, "score": "all"}
+        analytic = simulate(trace, policy="bound-analytic", **cell)
+        belady = simulate(trace, policy="belady", **cell)
+        assert analytic.tpot == pytest.approx(max(1.0, rho * belady.bytes_per_token))
+        assert analytic.hit_rate == belady.hit_rate
+        assert analytic.tpot <= simulate(trace, policy="bound", **cell).tpot * (1 + 1e-9)
+    assert analytic.tpot > 1
+
+
 def test_what_is_counted_adds_up():
     trace = _trace(100)
     plan = Plan(candidates=_candidates(trace, seed=3), evict=Evict.NEXT_USE)
@@ -268,7 +281,7 @@ def test_events_are_recorded():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"policy": "mru"}, "Policy must be one of resident, .*, bound, not 'mru'"),
+        ({"policy": "mru"}, "Policy must be one of resident, .*, bound-analytic, not 'mru'"),
         ({"score": "half"}, "Score must be one of second-half, all, not 'half'"),
         ({"residency": 0.0}, "Residency must be above 0 and at most 1, not 0.0"),
         ({"residency": 1.5}, "Residency must be above 0 and at most 1, not 1.5"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from prestage_sim.simulate import POLICIES, UNIT, Plan, Workload, simulate
+from prestage_sim.simulate.phases import Phases, arrange, unions
 from prestage_sim.simulate.policies.hints import collect, hinted, hints
 from prestage_sim.simulate.policies.moe_infinity import expected_activation
 from prestage_sim.simulate.policies.sp_moe import cutoff_layer
@@ -40,7 +41,17 @@ TRACE = make()
 
 
 def plan(name, trace=TRACE, slots=24, machine=UNIT, seed=1):
-    workload = Workload(trace=trace, first=0, machine=machine, slots=slots, seed=seed)
+    schedule, _ = arrange([trace], Phases(), seed=seed)
+    workload = Workload(
+        trace=trace,
+        schedule=schedule,
+        phases=Phases(),
+        visits=unions(trace.experts, schedule, trace.experts_per_layer),
+        request=trace.request_id,
+        machine=machine,
+        slots=slots,
+        seed=seed,
+    )
     return POLICIES[name].plan(workload)
 
 
@@ -159,10 +170,11 @@ def test_plan_without_executes_runs_the_router():
 
 
 def test_cutoff_layer():
-    assert cutoff_layer(layers=24, top_k=4, slots=400, rho=1.0) == 24
-    assert cutoff_layer(layers=24, top_k=4, slots=400, rho=4.0) == 6
-    assert cutoff_layer(layers=24, top_k=4, slots=20, rho=1.0) == 4
-    assert cutoff_layer(layers=24, top_k=4, slots=4, rho=100.0) == 1
+    assert cutoff_layer(layers=24, width=4, slots=400, rho=1.0, tokens=1.0) == 24
+    assert cutoff_layer(layers=24, width=4, slots=400, rho=4.0, tokens=1.0) == 6
+    assert cutoff_layer(layers=24, width=4, slots=20, rho=1.0, tokens=1.0) == 4
+    assert cutoff_layer(layers=24, width=4, slots=4, rho=100.0, tokens=1.0) == 1
+    assert cutoff_layer(layers=24, width=4, slots=400, rho=4.0, tokens=0.25) == 2
 
 
 def test_moe_infinity_recalls_a_request_like_this_one():
@@ -174,7 +186,7 @@ def test_moe_infinity_recalls_a_request_like_this_one():
         experts_per_layer=16,
         request_id=np.arange(80) // 10,
     )
-    expected = expected_activation(trace)
+    expected = expected_activation(trace, arrange([trace], Phases(), seed=1)[0], trace.request_id)
     assert expected[0].sum() == 0
     assert np.allclose(expected[1:].sum(axis=-1), 1)
     # The third request is like the first, not like the second, once a token of it was seen.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from prestage_sim.simulate.cells import Cell, Outcome
     from prestage_sim.simulate.machines import MachineFile
     from prestage_sim.simulate.models import ModelCard
+    from prestage_sim.simulate.phases import Phases
     from prestage_sim.simulate.sweep import Store
 
 __all__ = ["add_simulate", "add_sweep"]
@@ -65,11 +67,21 @@ _POLICIES = (
     "oracle-h3",
     "belady",
     "bound",
+    "bound-analytic",
 )
 _SCORES = ("second-half", "all")
 
 #: What is simulated where no policy is asked for, as far as it is there.
-_DEFAULT_POLICIES = ("on-demand", "lru", "lfu", "st-moe", "prestage", "belady", "bound")
+_DEFAULT_POLICIES = (
+    "on-demand",
+    "lru",
+    "lfu",
+    "st-moe",
+    "prestage",
+    "belady",
+    "bound",
+    "bound-analytic",
+)
 
 _DEFAULT_RESIDENCIES = (0.10, 0.25, 0.40, 0.60)
 
@@ -100,6 +112,14 @@ def _residencies(text: str) -> list[float]:
                 f" not {value:g}"
             )
     return values
+
+
+def _counts(text: str) -> list[int]:
+    values = _numbers(text)
+    for value in values:
+        if value < 0 or value != int(value):
+            raise argparse.ArgumentTypeError(f"must be whole numbers from 0 on, not {value:g}")
+    return [int(value) for value in values]
 
 
 def _positives(text: str) -> list[float]:
@@ -181,6 +201,54 @@ def _add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]
     )
 
 
+def _add_phases(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    together = parser.add_argument_group("tokens that go through the layers together")
+    together.add_argument(
+        "--batch",
+        type=_counts,
+        default=[1],
+        metavar="B",
+        help="contexts that decode in lock-step, each a segment of the trace (default: 1)",
+    )
+    together.add_argument(
+        "--prefill-chunk",
+        type=positive,
+        metavar="C",
+        help="tokens of a prompt that go together (default: one by one)",
+    )
+    together.add_argument(
+        "--prompt",
+        type=positive,
+        metavar="N",
+        help="take the first N tokens of each request for its prompt, whatever the trace says",
+    )
+    together.add_argument(
+        "--draft",
+        type=_counts,
+        default=[0],
+        metavar="D",
+        help="tokens that a draft model proposes and the model verifies together (default: none)",
+    )
+    together.add_argument(
+        "--accept",
+        type=float,
+        metavar="P",
+        help="probability that a draft is right if those before it were (default: 0.75)",
+    )
+    together.add_argument(
+        "--draft-time",
+        type=float,
+        metavar="T",
+        help="time of a draft over that of a token with everything resident (default: 0.05)",
+    )
+    together.add_argument(
+        "--cutoff",
+        type=positive,
+        metavar="LAYER",
+        help="with drafts, prefetch nothing from this layer on (default: up to the policy)",
+    )
+
+
 def _add_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write a list of JSON objects")
@@ -227,10 +295,13 @@ def add_simulate(
         " --expert-bytes 13219200\n"
         "  prestage simulate test.npz --warm train.npz --score all --json cells.json\n"
         "  prestage simulate trace.npz --machine unit --policy lru prestage --report page.html\n"
-        "  prestage simulate trace.npz --policy prestage --residency 0.25 --chrome trace.json",
+        "  prestage simulate trace.npz --policy prestage --residency 0.25 --chrome trace.json\n"
+        "  prestage simulate trace.npz --batch 1,8 --prefill-chunk 64 --prompt 128\n"
+        "  prestage simulate trace.npz --policy lru sp-moe --draft 4 --accept 0.8",
     )
     parser.add_argument("traces", metavar="TRACE", nargs=1, help="routing trace")
     _add_options(parser, positive)
+    _add_phases(parser, positive)
     _add_output(parser)
     parser.add_argument(
         "--chrome",
@@ -266,6 +337,7 @@ def add_sweep(
         "traces", metavar="TRACE", nargs="+", help="routing traces: .npz, .jsonl or .csv"
     )
     _add_options(parser, positive)
+    _add_phases(parser, positive)
     parser.add_argument(
         "--warm-others",
         action="store_true",
@@ -339,12 +411,65 @@ def _card(args: argparse.Namespace, machine: MachineFile, trace: Trace, path: st
         raise TraceError(f"{path}: {error}") from None
 
 
+def _phases(args: argparse.Namespace) -> list[Phases]:
+    """Every combination that was asked for."""
+    from prestage_sim.simulate.phases import Phases
+
+    if args.prompt is not None and args.prefill_chunk is None:
+        raise ArgumentError("--prompt needs --prefill-chunk")
+    drafting = {"accept": args.accept, "draft_time": args.draft_time, "cutoff": args.cutoff}
+    drafting = {name: value for name, value in drafting.items() if value is not None}
+    if drafting and not any(args.draft):
+        raise ArgumentError(f"--{next(iter(drafting)).replace('_', '-')} needs --draft")
+    try:
+        return [
+            Phases(
+                batch=batch,
+                prefill_chunk=args.prefill_chunk or 0,
+                prompt=args.prompt or 0,
+                draft=draft,
+                **(drafting if draft else {}),
+            )
+            for batch in dict.fromkeys(args.batch)
+            for draft in dict.fromkeys(args.draft)
+        ]
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+
+
+def _check_phases(
+    args: argparse.Namespace, phases: Sequence[Phases], traces: Sequence[Trace], path: str
+) -> list[str]:
+    """Refuse phases that a trace, the last one, does not have; notes about the others."""
+    from prestage_sim.simulate.phases import unions
+    from prestage_sim.simulate.run import scored_steps
+
+    notes = []
+    for one in phases:
+        try:
+            schedule, _ = scored_steps(traces, one, score=args.score, seed=args.seed)
+        except ValueError as error:
+            raise ArgumentError(f"{path}: {error}") from None
+        if one.plain:
+            continue
+        experts = traces[-1].experts_per_layer
+        chosen = np.concatenate([trace.experts for trace in traces])[schedule.members]
+        width, total = unions(chosen, schedule, experts).width, traces[-1].layers * experts
+        least = min(args.residency or _DEFAULT_RESIDENCIES)
+        if least * total < width:
+            notes.append(
+                f"Residency {least:g} is less than the {width} experts that a layer of {path} wants"
+                f" with {one}: {width} slots are taken"
+            )
+    return notes
+
+
 def _job(args: argparse.Namespace, load: _Load) -> _Job:
     """Read and check everything before anything is simulated."""
     from prestage_sim.evaluate.run import check_warm
     from prestage_sim.simulate.cells import trace_digest
 
-    policies, machines = _policies(args), _machines(args)
+    policies, machines, phases = _policies(args), _machines(args), _phases(args)
     paths = list(dict.fromkeys(args.traces))
     others = getattr(args, "warm_others", False)
     if others and len(paths) < 2:
@@ -364,24 +489,27 @@ def _job(args: argparse.Namespace, load: _Load) -> _Job:
                 raise TraceError(f"{other}: {error} as in {path}") from error
         if path in args.warm:
             notes.append(f"{path} is replayed before it counts: it says nothing about new text")
+        notes += _check_phases(args, phases, [loaded[other] for other in [*warm, path]], path)
         for machine in machines:
             card = _card(args, machine, loaded[path], path)
             found, more = _grid(args, machine, card, policies, path)
             notes += more
-            for resolved, policy, residency, rho in found:
-                cells.append(
-                    _cell(
-                        trace=digests[path],
-                        name=path,
-                        warm=tuple(digests[other] for other in warm),
-                        machine=resolved,
-                        policy=policy,
-                        residency=residency,
-                        rho=rho,
-                        score=args.score,
-                        seed=args.seed,
-                    )
+            cells += [
+                _cell(
+                    trace=digests[path],
+                    name=path,
+                    warm=tuple(digests[other] for other in warm),
+                    machine=resolved,
+                    policy=policy,
+                    residency=residency,
+                    rho=rho,
+                    score=args.score,
+                    seed=args.seed,
+                    phases=one,
                 )
+                for one in phases
+                for resolved, policy, residency, rho in found
+            ]
     return _Job(
         cells=list(dict.fromkeys(cells)),
         traces={digests[path]: trace for path, trace in loaded.items()},
@@ -547,21 +675,25 @@ def _record(args: argparse.Namespace, job: _Job, outcomes: Sequence[Outcome]) ->
     """Simulate cells again, with the events of some tokens."""
     from prestage_sim.simulate.cells import run_cell
     from prestage_sim.simulate.events import Recorder
+    from prestage_sim.simulate.phases import arrange
     from prestage_sim.simulate.report import Timeline
 
     timelines = []
     for outcome in outcomes:
         cell = outcome.cell
         trace = job.traces[cell.trace]
-        first = args.timeline if args.timeline is not None else trace.tokens * 3 // 4
-        before = sum(job.traces[digest].tokens for digest in cell.warm)
-        if not 0 <= first < trace.tokens:
+        warm = [job.traces[digest] for digest in cell.warm]
+        *replayed, steps = arrange([*warm, trace], cell.phases, seed=cell.seed)[1]
+        before = sum(replayed)
+        first = args.timeline if args.timeline is not None else steps * 3 // 4
+        if not 0 <= first < steps:
+            what = "token" if cell.phases.plain else "step"
             raise ArgumentError(
-                f"--timeline must be a token of the trace, 0 to {trace.tokens - 1}, not {first}"
+                f"--timeline must be a {what} of the trace, 0 to {steps - 1}, not {first}"
             )
-        # The recorder counts the tokens that are replayed before.
+        # The recorder counts what is replayed before.
         recorder = Recorder(first=before + first, tokens=2)
-        run_cell(cell, trace, [job.traces[w] for w in cell.warm], recorder=recorder)
+        run_cell(cell, trace, warm, recorder=recorder)
         timelines.append(
             Timeline(
                 outcome=outcome,
@@ -593,17 +725,20 @@ def _joules(value: float | None) -> str:
 
 def _print_outcomes(outcomes: Sequence[Outcome]) -> None:
     console = Console(highlight=False)
-    groups: dict[tuple[str, str, float], list[Outcome]] = {}
+    groups: dict[tuple[str, str, str, float], list[Outcome]] = {}
     for outcome in outcomes:
-        result = outcome.result
-        groups.setdefault((result.trace, result.machine, result.rho), []).append(outcome)
-    for (trace, machine, rho), group in groups.items():
+        result, phases = outcome.result, str(outcome.cell.phases)
+        groups.setdefault((result.trace, result.machine, phases, result.rho), []).append(outcome)
+    for (trace, machine, phases, rho), group in groups.items():
         console.print(
             f"[bold]{escape(Path(trace).name)}[/bold] on {escape(machine)}, rho {rho:.3g}"
+            + (phases and f", {phases}")
         )
         by_residency = sorted(group, key=lambda o: o.result.residency)
         # Where the terminal is narrow the columns come as two tables.
         tables = [(*_TIME, *_QUALITY)] if console.width >= _BOTH_FIT else [_TIME, _QUALITY]
+        if phases:
+            tables.append(_TOGETHER)
         for columns in tables:
             console.print(_table(columns, by_residency))
     console.print(
@@ -628,6 +763,12 @@ _QUALITY: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("polluting", lambda r: _percent(r.polluting)),
 )
 
+_TOGETHER: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("tokens/step", lambda r: f"{r.tokens_per_step:.2f}"),
+    ("s/token", lambda r: f"{r.token_seconds:.3g}"),
+    ("prefill", lambda r: "–" if r.prefill is None else f"{r.prefill:.3f}"),
+)
+
 #: Width at which all columns fit into one table.
 _BOTH_FIT = 120
 
@@ -635,7 +776,7 @@ _BOTH_FIT = 120
 def _table(
     columns: Sequence[tuple[str, Callable[[Any], str]]], outcomes: Sequence[Outcome]
 ) -> Table:
-    if columns is _QUALITY:
+    if columns is _QUALITY or columns is _TOGETHER:
         columns = (_TIME[0], *columns)
     table = Table(box=SIMPLE, collapse_padding=True, pad_edge=False)
     table.add_column("policy", no_wrap=True)

@@ -150,6 +150,18 @@ def test_unknown_expert_size_is_asked_for(folder, capsys):
         (["--report", "."], "Report . can't be written: it is a directory"),
         (["--warm", "none.npz"], "none.npz"),
         (["--timeline", "60", "--report", "r.html"], "token of the trace, 0 to 59, not 60"),
+        (
+            ["--batch", "4", "--timeline", "15", "--chrome", "c.json"],
+            "a step of the trace, 0 to 14",
+        ),
+        (["--batch", "0"], "Batch must be between 1 and 4,096 tokens, not 0"),
+        (["--batch", "61"], "one.npz: Batch must be at most the trace's 60 tokens, not 61"),
+        (["--prefill-chunk", "4"], "one.npz: Trace has no tokens of prompts to take in chunks"),
+        (["--prompt", "4"], "--prompt needs --prefill-chunk"),
+        (["--accept", "0.5"], "--accept needs --draft"),
+        (["--draft-time", "0.5"], "--draft-time needs --draft"),
+        (["--cutoff", "2"], "--cutoff needs --draft"),
+        (["--draft", "2", "--accept", "1.5"], "Acceptance must be between 0 and 1, not 1.5"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -167,6 +179,8 @@ def test_bad_input(folder, capsys, arguments, message):
         (["--rho", "0"], "must be above 0, not 0"),
         (["--rho", "1", "--bandwidth", "2"], "not allowed with argument"),
         (["--score", "some"], "invalid choice: 'some'"),
+        (["--batch", "1.5"], "must be whole numbers from 0 on, not 1.5"),
+        (["--draft", "-1"], "must be whole numbers from 0 on, not -1"),
     ],
     ids=str,
 )
@@ -256,6 +270,47 @@ def test_sweep_keeps_outcomes(folder, capsys):
     assert (folder / "first.json").read_text() == (folder / "third.json").read_text()
     rows = json.loads((folder / "first.json").read_text())
     assert {r["trace"] for r in rows} == {"one.npz", "two.npz"}
+
+
+def test_phases(folder, capsys):
+    command = [
+        "simulate",
+        "one.npz",
+        "--policy",
+        "lru,sp-moe",
+        "--residency",
+        "0.1",
+        "--score",
+        "all",
+    ]
+    phases = ["--batch", "1,3", "--prefill-chunk", "4", "--prompt", "6", "--draft", "0,2"]
+    assert main([*command, *phases, "--json", "cells.json", "--report", "page.html"]) == 0
+    said = capsys.readouterr()
+    assert "batch 3, prompts in chunks of 4, drafts of 2, 75 % right" in " ".join(said.out.split())
+    assert "slots are taken" in said.err and "with batch 3" in said.err
+    rows = json.loads((folder / "cells.json").read_text())
+    assert [(r["batch"], r["draft"], r["policy"]) for r in rows] == [
+        (batch, draft, policy)
+        for batch in (1, 3)
+        for draft in (0, 2)
+        for policy in ("lru", "sp-moe")
+    ]
+    for row in rows:
+        assert row["prefill_chunk"] == 4 and row["prefill"] >= 1
+        assert row["accept"] == (0.75 if row["draft"] else None)
+        assert row["tokens_per_step"] >= row["batch"] - 1
+    page = (folder / "page.html").read_text()
+    assert "one.npz on unit, batch 3, prompts in chunks of 4, drafts of 2" in page
+
+
+def test_a_sweep_keeps_phases_apart(folder, capsys):
+    command = ["sweep", "one.npz", "--policy", "lru", "--residency", "0.5", "--jobs", "1"]
+    assert main([*command, "--batch", "1,2", "--json", "first.json"]) == 0
+    assert main([*command, "--batch", "2,4", "--json", "second.json"]) == 0
+    assert "1 of 2 cells were kept from before" in capsys.readouterr().out
+    first, second = (json.loads((folder / f"{n}.json").read_text()) for n in ("first", "second"))
+    assert [r["batch"] for r in first + second] == [1, 2, 2, 4]
+    assert first[1] == second[0] != second[1]
 
 
 def test_sweep_with_others_before(folder, capsys):

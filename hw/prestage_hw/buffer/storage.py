@@ -154,7 +154,7 @@ class Storage(wiring.Component):
         m.d.sync += [
             write.addr.eq(write_row),
             write.data.eq(arriving.data),
-            write_banks.eq(Mux(arrives, 1 << (write_row >> bank_bits), 0)),
+            write_banks.eq(Mux(arrives, 1 << write_row[bank_bits:], 0)),
             valid_write.addr.eq(self._in_bank(valid_slot)),
             valid_write.data.eq(valid_tiles),
             valid_write.en.eq(validates_mine),

@@ -21,7 +21,7 @@ def crc32_step(crc, byte):
     """CRC-32 register (IEEE 802.3, least significant bit first) after one more byte."""
     crc = crc ^ byte
     for _ in range(8):
-        crc = (crc >> 1) ^ Mux(crc[0], Const(_CRC_POLYNOMIAL, 32), 0)
+        crc = crc[1:] ^ Mux(crc[0], Const(_CRC_POLYNOMIAL, 32), 0)
     return crc[:32]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from .events import Event, EventKind, Recorder
 from .machine import UNIT, Link, Machine, Tier
+from .phases import Phases
 from .plan import Candidates, Card, Evict, Plan, Policy, Workload
 from .policies import POLICIES, policy_by_name
 from .result import FIELDS, Counts, Result
@@ -28,6 +29,7 @@ __all__ = [
     "Evict",
     "Link",
     "Machine",
+    "Phases",
     "Plan",
     "Policy",
     "Recorder",

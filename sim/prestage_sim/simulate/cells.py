@@ -19,10 +19,14 @@ from prestage_sim.traces import Trace
 from .energy import Energy
 from .events import Recorder
 from .machine import Machine
+from .phases import Phases
 from .result import Counts, Result
 from .run import simulate_counted
 
 __all__ = ["Cell", "Outcome", "at_rho", "code_digest", "run_cell", "trace_digest"]
+
+
+_ONE_BY_ONE = Phases()
 
 
 @cache
@@ -85,6 +89,8 @@ class Cell:
         Which tokens count.
     seed : :class:`int`
         For whatever is drawn at random.
+    phases : :class:`Phases`
+        Which tokens go through the layers together.
     """
 
     trace: str
@@ -96,6 +102,7 @@ class Cell:
     rho: float
     score: str
     seed: int
+    phases: Phases = _ONE_BY_ONE
 
     def key(self) -> str:
         """Digest of everything that the outcome hangs on, the code's version among it."""
@@ -186,6 +193,7 @@ def run_cell(
         seed=cell.seed,
         name=cell.name,
         recorder=recorder,
+        phases=cell.phases,
         folder=folder,
     )
     return Outcome(cell=cell, result=replace(result, rho=cell.rho), counts=counts)

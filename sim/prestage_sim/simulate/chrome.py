@@ -23,6 +23,7 @@ _NAMES = {
     EventKind.STALL: "stall",
     EventKind.EVICT: "evict",
     EventKind.CANCEL: "cancel",
+    EventKind.DRAFT: "draft",
 }
 
 

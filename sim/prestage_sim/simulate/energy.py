@@ -65,7 +65,10 @@ class EnergyModel:
     Parameters
     ----------
     token : :class:`Spread`
-        Joules of arithmetic and of reading resident weights, a token.
+        Joules of arithmetic and of reading resident weights, of a token that goes alone.
+    step, expert : :class:`Spread`
+        The part of it that tokens which go through the layers together share: reading what comes
+        before and beside the experts of all layers, and reading an expert.
     idle_watts : :class:`Spread`
         Power that is drawn whatever happens.
     tile_bytes : :class:`float`
@@ -82,6 +85,8 @@ class EnergyModel:
     tile_bytes: float
     byte: Spread
     tiers: tuple[Spread, ...] = ()
+    step: Spread = _NOTHING
+    expert: Spread = _NOTHING
 
     def __call__(self, counts: Counts) -> float:
         """Typical joules of all scored tokens."""
@@ -89,7 +94,10 @@ class EnergyModel:
 
     def split(self, counts: Counts) -> Energy:
         """Joules of all scored tokens, by what they were spent for."""
-        compute = self.token.times(counts.tokens).plus(self.idle_watts.times(counts.seconds))
+        compute = self.token.times(counts.tokens + counts.rejected)
+        compute = compute.plus(self.step.times(-counts.joined))
+        compute = compute.plus(self.expert.times(-counts.shared))
+        compute = compute.plus(self.idle_watts.times(counts.seconds))
         tile = self.byte.plus(self._read(counts)).times(self.tile_bytes)
         return Energy(
             compute=compute,

@@ -18,6 +18,7 @@ class EventKind(IntEnum):
     STALL = 4  # the layer waits for this expert
     EVICT = 5  # an expert leaves its slot; start = end
     CANCEL = 6  # a prefetch on its way is given up; start = end
+    DRAFT = 7  # a draft model works before the first layer; layer and expert are -1
 
 
 class Event(NamedTuple):
@@ -30,7 +31,8 @@ class Event(NamedTuple):
     start, end : :class:`float`
         When, in seconds of simulated time.
     token, layer, expert : :class:`int`
-        Of which token of the trace, and which expert it is about; -1 where there is none.
+        Of which step, a token of the trace where they go one by one, and which expert it is about;
+        -1 where there is none.
     link : :class:`int`
         Which link carries a tile; -1 for others.
     """
@@ -50,7 +52,7 @@ class Recorder:
     Parameters
     ----------
     first, tokens : :class:`int`
-        First token of the trace to record, and how many.
+        First step to record, a token of the trace where they go one by one, and how many.
     most : :class:`int`
         Events after which no more are kept.
 

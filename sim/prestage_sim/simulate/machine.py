@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .energy import EnergyModel
 
-__all__ = ["UNIT", "Link", "Machine", "Tier"]
+__all__ = ["UNIT", "Link", "Machine", "Tier", "Work"]
 
 
 def _require(what: str, value: object, *, low: float, high: float = math.inf) -> None:
@@ -86,6 +89,43 @@ class Tier:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a layer's time is made of: a part takes as long as the longer of reading and arithmetic.
+
+    Parameters
+    ----------
+    attention_read, attention_token : :class:`float`
+        Seconds of reading what comes before the routing, and of a token's arithmetic there.
+    experts_read, experts_token : :class:`float`
+        The same of k experts, each of which one token chose.
+    shared_read, shared_token : :class:`float`
+        The same of shared experts.
+    overhead : :class:`float`
+        Seconds before the routing is known, and as many after it, whatever is computed.
+    """
+
+    attention_read: float
+    attention_token: float
+    experts_read: float
+    experts_token: float
+    shared_read: float = 0.0
+    shared_token: float = 0.0
+    overhead: float = 0.0
+
+    def before(self, tokens: NDArray[np.int64] | int) -> NDArray[np.float64]:
+        """Seconds until the routing of so many tokens is known."""
+        return np.maximum(self.attention_read, self.attention_token * tokens) + self.overhead
+
+    def beside(self, tokens: NDArray[np.int64] | int) -> NDArray[np.float64]:
+        """Seconds after that which no expert of its own takes."""
+        return np.maximum(self.shared_read, self.shared_token * tokens) + self.overhead
+
+    def experts(self, weight: NDArray[np.int64] | int) -> NDArray[np.float64]:
+        """Seconds of k experts, each of which so many tokens chose."""
+        return np.maximum(self.experts_read, self.experts_token * weight)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """A machine as one model sees it.
 
@@ -111,6 +151,9 @@ class Machine:
         Whether each expert is computed as soon as it has come; else all once the last has.
     predict_seconds : :class:`float`
         Time from a layer's routing to the candidates that the predictor makes of it.
+    work : :class:`Work` or None
+        How those times change with the tokens that go through a layer together; None stands for
+        reading alone: each expert takes as long whoever chose it.
     joules : :class:`EnergyModel` or None
         Energy of the scored tokens, from their :class:`Counts`.
 
@@ -129,6 +172,7 @@ class Machine:
     tiers: tuple[Tier, ...] = ()
     ready_first: bool = True
     predict_seconds: float = 0.0
+    work: Work | None = None
     joules: EnergyModel | None = None
 
     def __post_init__(self) -> None:
@@ -147,6 +191,38 @@ class Machine:
                 f"Last tier must hold all experts, but {self.tiers[-1].name} holds"
                 f" {self.tiers[-1].experts}"
             )
+
+    def before_routing(self, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Seconds until a layer's routing is known, by the tokens that go through it."""
+        one = self.alpha * self.layer_seconds
+        if self.work is None:
+            return np.full(len(tokens), one)
+        return one * (self.work.before(tokens) / self.work.before(1))
+
+    def of_experts(
+        self,
+        weight: NDArray[np.int64],
+        *,
+        tokens: NDArray[np.int64],
+        used: NDArray[np.int64],
+        top_k: int,
+    ) -> NDArray[np.float64]:
+        """Seconds of computing experts.
+
+        Parameters
+        ----------
+        weight : array of :class:`int`
+            How many tokens chose each.
+        tokens, used : array of :class:`int`
+            How many go through its layer, and experts that they use there.
+        top_k : :class:`int`
+            Experts that a token chooses.
+        """
+        one = (1 - self.alpha) * self.layer_seconds / top_k
+        if self.work is None:
+            return np.full(len(weight), one)
+        mine = self.work.experts(weight) + self.work.beside(tokens) * (top_k / used)
+        return one * (mine / (self.work.experts(1) + self.work.beside(1)))
 
     @property
     def ways(self) -> tuple[tuple[int, Link], ...]:

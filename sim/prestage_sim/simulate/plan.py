@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from prestage_sim.traces import Trace
 
 from .machine import Machine
+from .phases import Phases, Schedule, Visits
 
 __all__ = ["Candidates", "Card", "Evict", "Plan", "Policy", "Workload"]
 
@@ -42,7 +43,7 @@ class Evict(IntEnum):
     LRU = 0
     LFU = 1
     NEXT_USE = 2
-    LAYER_LRU = 3  # each layer has an equal share of the slots, least recently used first
+    LAYER_LRU = 3  # the least recently used of the same layer
     BELADY = 4  # whose next use is farthest; knows the whole trace
 
 
@@ -50,13 +51,14 @@ class Evict(IntEnum):
 class Candidates:
     """Experts that a policy proposes, in the order in which it does.
 
-    Step ``t * (L + 1)`` is the start of token t, step ``t * (L + 1) + 1 + l`` the moment when its
-    layer l was routed. What belongs to step s are the entries ``offset[s]`` to ``offset[s + 1]``.
+    Moment ``s * (L + 1)`` is the start of step s, ``s * (L + 1) + 1 + l`` that when its layer l was
+    routed; a step is a token, where tokens go one by one. What belongs to moment m are the entries
+    ``offset[m]`` to ``offset[m + 1]``.
 
     Parameters
     ----------
-    offset : array of int64, ``[T * (L + 1) + 1]``
-        First entry of each step.
+    offset : array of int64, ``[S * (L + 1) + 1]``
+        First entry of each moment.
     ahead : array of int16
         How many routing decisions until the entry's layer is routed: 1 is the next one, and more
         than what is left of the token reaches into the next.
@@ -74,24 +76,36 @@ class Candidates:
     score: NDArray[np.int16]
     hint: NDArray[np.bool_] | None = None
 
-    def check(self, trace: Trace) -> None:
-        """Refuse what does not fit a trace: compiled functions would go beyond their arrays.
+    def joined(self, other: Candidates) -> Candidates:
+        """These and others, of each moment these first; both are opinions from outside."""
+        counts = (np.diff(self.offset), np.diff(other.offset))
+        moment = np.concatenate([np.repeat(np.arange(len(n)), n) for n in counts])
+        order = np.argsort(moment, kind="stable")
+        return Candidates(
+            offset=self.offset + other.offset,
+            ahead=np.concatenate([self.ahead, other.ahead])[order],
+            expert=np.concatenate([self.expert, other.expert])[order],
+            score=np.concatenate([self.score, other.score])[order],
+        )
+
+    def check(self, steps: int, *, layers: int, experts: int) -> None:
+        """Refuse what does not fit a workload: compiled functions would go beyond their arrays.
 
         Raises
         ------
         ValueError
             If there are more or fewer steps, or a number is out of its range.
         """
-        steps = trace.tokens * (trace.layers + 1)
-        if self.offset.shape != (steps + 1,) or np.any(np.diff(self.offset) < 0):
+        moments = steps * (layers + 1)
+        if self.offset.shape != (moments + 1,) or np.any(np.diff(self.offset) < 0):
             raise ValueError(
-                f"Candidates must have {steps + 1} ascending offsets for {trace.tokens} tokens of"
-                f" {trace.layers} layers, not shape {list(self.offset.shape)}"
+                f"Candidates must have {moments + 1} ascending offsets for {steps} tokens of"
+                f" {layers} layers, not shape {list(self.offset.shape)}"
             )
         count = int(self.offset[-1])
         for name, values, low, high in (
             ("Layers ahead", self.ahead, 1, 127),
-            ("Expert", self.expert, 0, trace.experts_per_layer - 1),
+            ("Expert", self.expert, 0, experts - 1),
             ("Confidence", self.score, 0, 255),
         ):
             if len(values) < count:
@@ -147,8 +161,14 @@ class Plan:
         Prefetches that may be on their way at a time.
     prefetch_tiles : :class:`int`
         Tiles of prefetches that may be on their way at a time; 0 for any number.
-    executes : array of int16, ``[T, L, k]``, or None
+    eager : :class:`bool`
+        Whether candidates are given slots as soon as there is room, as the RTL does, though demands
+        are still to be fetched; else once a link has nothing better to do.
+    executes : array of int16, ``[M, L, k]``, or None
         What layers run in place of what the router chose: outputs change.
+    analytic : :class:`bool`
+        The time is the longer of everything resident and of the links' work for what was moved, in
+        place of the one that was simulated; chunks have their share of it.
     """
 
     evict: Evict = Evict.LRU
@@ -169,7 +189,9 @@ class Plan:
     preempt: bool = True
     prefetch_inflight: int = 2
     prefetch_tiles: int = 0
+    eager: bool = False
     executes: NDArray[np.int16] | None = None
+    analytic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,10 +201,16 @@ class Workload:
     Parameters
     ----------
     trace : :class:`Trace`
-        What the router chose: the traces to warm up with, then the one that counts. Only oracles
-        look ahead in it.
-    first : :class:`int`
-        First token of the trace that counts.
+        What the router chose: the traces to warm up with, then the one that counts. In order of
+        the steps; only oracles look ahead in it.
+    schedule : :class:`Schedule`
+        Steps, and which tokens of that trace are their members.
+    phases : :class:`Phases`
+        What they come from.
+    visits : :class:`Visits`
+        What each layer of each step wants.
+    request : array of :class:`int`, ``[M]``
+        Request of each token.
     machine : :class:`Machine`
         Where it runs, links already at their rho.
     slots : :class:`int`
@@ -194,11 +222,57 @@ class Workload:
     """
 
     trace: Trace
-    first: int
+    schedule: Schedule
+    phases: Phases
+    visits: Visits
+    request: NDArray[np.int32]
     machine: Machine
     slots: int
     seed: int
     folder: Path | None = None
+
+    @property
+    def double_buffer(self) -> int:
+        """Slots for what two layers want at most, or as many as there are."""
+        return min(self.slots, 2 * self.visits.width)
+
+    def gather(self, candidates: Candidates) -> Candidates:
+        """Candidates of steps from those of their members.
+
+        What several members propose comes once, the most popular first; its confidence is the sum
+        of theirs, as of a chunk in the hardware.
+
+        Parameters
+        ----------
+        candidates : :class:`Candidates`
+            What is proposed at the start and after each layer of every member.
+        """
+        schedule = self.schedule
+        layers, experts = self.trace.layers, self.trace.experts_per_layer
+        if schedule.plain:
+            return candidates
+        count = int(candidates.offset[-1])
+        at = np.repeat(np.arange(len(candidates.offset) - 1), np.diff(candidates.offset))
+        step = schedule.step_of[at // (layers + 1)] * (layers + 1) + at % (layers + 1)
+        ahead, expert = candidates.ahead[:count], candidates.expert[:count]
+        key = (step * 128 + ahead) * experts + expert
+        order = np.argsort(key, kind="stable")
+        starts = np.flatnonzero(np.diff(key[order], prepend=-1))
+        votes = np.diff(starts, append=count)
+        one = order[starts]
+        scores = candidates.score[:count].astype(np.int64)[order]
+        total = np.minimum(np.add.reduceat(scores, starts), 255) if count else scores
+        best = np.lexsort((one, -votes, ahead[one], step[one]))
+        one = one[best]
+        offset = np.searchsorted(step[one], np.arange(schedule.steps * (layers + 1) + 1))
+        return replace(
+            candidates,
+            offset=offset.astype(np.int64),
+            ahead=ahead[one],
+            expert=expert[one],
+            score=total[best].astype(np.int16),
+            hint=None if candidates.hint is None else candidates.hint[:count][one],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

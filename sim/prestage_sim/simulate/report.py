@@ -16,6 +16,7 @@ from prestage_sim._svg import Plot, legend, ticks
 
 from .cells import Outcome
 from .events import Event, EventKind
+from .gap import LEAST_GAP
 from .machines import MachineFile
 from .policies import POLICIES
 
@@ -33,8 +34,8 @@ _LINK_BOUND, _WARM = 1.05, 1.01
 #: Plots are logarithmic from such a time on.
 _LOG_FROM = 3.0
 
-#: Gaps between LRU and bound that are too small to be a share of.
-_LEAST_GAP = 0.02
+#: What no device can do: not worth a timeline.
+_NO_POLICIES = ("resident", "bound", "bound-analytic")
 
 #: Rows of numbers from which on they are folded.
 _MANY = 30
@@ -49,9 +50,9 @@ class Timeline:
     outcome : :class:`Outcome`
         The cell that was recorded.
     token : :class:`int`
-        First token recorded, of the trace; its layers are drawn.
+        First step recorded, of the trace, a token where they go one by one; its layers are drawn.
     replayed : :class:`int`
-        Tokens replayed before the trace, which events count too.
+        Steps replayed before the trace, which events count too.
     layers : :class:`int`
         Layers of the model.
     events : list of :class:`Event`
@@ -121,7 +122,7 @@ class _Cells:
 
 def _kinds(policies: Sequence[str]) -> dict[str, str]:
     """CSS class of each policy."""
-    kinds = {"bound": "bound", "resident": "ideal"}
+    kinds = {"bound": "bound", "bound-analytic": "analytic", "resident": "ideal"}
     others = [policy for policy in policies if policy not in kinds]
     for at, policy in enumerate(others):
         kinds[policy] = f"s{at % _COLOURS}" + (" dashed" if at >= _COLOURS else "")
@@ -327,7 +328,7 @@ def _summary(cells: _Cells) -> _Table | None:
             if lru.result.bytes_per_token:
                 bytes_ratios.append(outcome.result.bytes_per_token / lru.result.bytes_per_token)
             bound = cells.time("bound", rho, residency)
-            if bound is not None and lru.result.tpot - bound > _LEAST_GAP:
+            if bound is not None and lru.result.tpot - bound > LEAST_GAP:
                 gap = (lru.result.tpot - outcome.result.tpot) / (lru.result.tpot - bound)
                 gaps.append(gap)
         if not ratios:
@@ -453,9 +454,10 @@ def _timeline(timeline: Timeline, length: float) -> _Figure | None:
         (1e-9, "ns"),
     )
     result = timeline.outcome.result
+    step_name = "token" if timeline.outcome.cell.phases.plain else "step"
     layers = timeline.layers
     plot = Plot(
-        title=f"Timeline of token {timeline.token}, {result.policy}",
+        title=f"Timeline of {step_name} {timeline.token}, {result.policy}",
         width=_WIDE,
         height=60 + 15 * layers,
         x=(0, (end - begin) / scale),
@@ -484,7 +486,7 @@ def _timeline(timeline: Timeline, length: float) -> _Figure | None:
         what = dict(_LANES)[kind]
         about = f" {event.expert}" if event.expert >= 0 else ""
         tip = (
-            f"layer {event.layer}, {what}{about}, token {event.token - timeline.replayed}:"
+            f"layer {event.layer}, {what}{about}, {step_name} {event.token - timeline.replayed}:"
             f" {(start - begin) / scale:.4g} to {(stop - begin) / scale:.4g} {unit}"
         )
         plot.bar(
@@ -494,10 +496,10 @@ def _timeline(timeline: Timeline, length: float) -> _Figure | None:
             tip=tip,
         )
     return _figure(
-        f"Timeline of token {timeline.token:,} under {result.policy}",
+        f"Timeline of {step_name} {timeline.token:,} under {result.policy}",
         f"rho {result.rho:.3g}, {100 * result.residency:g} % resident. Upper half of a row: the"
         " layer computes or waits. Lower half: what the links bring for it, also for the next"
-        " token.",
+        f" {step_name}.",
         plot,
         _LANES,
         wide=True,
@@ -543,7 +545,7 @@ def choose_timelines(outcomes: Sequence[Outcome]) -> list[Outcome]:
     )
     rho = min(cells.rhos, key=lambda r: abs(math.log(r / 4)))
     at_place = [cells.get(policy, rho, cells.middle()) for policy in cells.policies]
-    found = [o for o in at_place if o is not None and o.result.policy not in ("resident", "bound")]
+    found = [o for o in at_place if o is not None and o.result.policy not in _NO_POLICIES]
     plain = [o for o in found if not o.counts.issued]
     prefetching = [o for o in found if o.counts.issued]
     chosen = []
@@ -576,9 +578,10 @@ def render(
     settings : mapping or None
         Names and values for the foot of the page.
     """
-    groups: dict[tuple[str, str], list[Outcome]] = {}
+    groups: dict[tuple[str, str, str], list[Outcome]] = {}
     for outcome in outcomes:
-        groups.setdefault((outcome.result.trace, outcome.result.machine), []).append(outcome)
+        result, phases = outcome.result, str(outcome.cell.phases)
+        groups.setdefault((result.trace, result.machine, phases), []).append(outcome)
     policies = list(dict.fromkeys(o.result.policy for o in outcomes))
     # All timelines have the same scale.
     length = max([end - begin for begin, end in map(_extent, timelines)], default=0.0)
@@ -588,14 +591,16 @@ def render(
     source = files("prestage_sim.simulate").joinpath("simulate.html.j2")
     return environment.from_string(source.read_text(encoding="utf-8")).render(
         title="What prefetching buys on "
-        + ", ".join(dict.fromkeys(PurePath(trace).name for trace, _ in groups)),
+        + ", ".join(dict.fromkeys(PurePath(trace).name for trace, _, _ in groups)),
         subtitle="Time of a token, relative to one with all experts resident, by how many experts"
         " fit in the slots. rho is the time to load all k experts of a layer over that of the"
         " layer.",
         notes=list(notes),
         sections=[
-            _section(f"{PurePath(trace).name or trace} on {machine}", group)
-            for (trace, machine), group in groups.items()
+            _section(
+                f"{PurePath(trace).name or trace} on {machine}" + (phases and f", {phases}"), group
+            )
+            for (trace, machine, phases), group in groups.items()
         ],
         timelines=[f for t in timelines if (f := _timeline(t, length)) is not None],
         cards=[(name, POLICIES[name].card) for name in policies if name in POLICIES],

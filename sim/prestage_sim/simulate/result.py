@@ -38,6 +38,13 @@ class Counts:
     candidates, right : :class:`int`
         Experts that were proposed for a layer before it was routed, and those of them that it then
         chose; an expert counts once a layer and token.
+    steps : :class:`int`
+        Times that tokens went through the layers, together or alone.
+    rejected, joined, shared : :class:`int`
+        Drafts that went through in vain; tokens that went through together with an earlier one;
+        choices of an expert that an earlier token of the step and layer had made.
+    prefill_steps, prefill_tokens, prefill_seconds : :class:`int` and :class:`float`
+        Of the steps, the tokens and the time, what was of nothing but chunks of prompts.
     tier_tiles : tuple of :class:`int`
         Tiles that left each memory tier, nearest first; what comes from a farther one leaves all
         that are nearer, too.
@@ -66,6 +73,13 @@ class Counts:
     late_tiles: int = 0
     candidates: int = 0
     right: int = 0
+    steps: int = 0
+    rejected: int = 0
+    joined: int = 0
+    shared: int = 0
+    prefill_steps: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
     tier_tiles: tuple[int, ...] = ()
 
 
@@ -82,7 +96,7 @@ class Result:
     rho : :class:`float`
         Time to load all k experts of a layer over the layer's time with everything resident.
     tpot : :class:`float`
-        Time of a token relative to everything resident.
+        Time of a token relative to everything resident; chunks of prompts apart.
     hit_rate : :class:`float`
         Share of the demands that found their expert whole in a slot.
     bytes_per_token : :class:`float`
@@ -95,6 +109,18 @@ class Result:
         each over all demands; and prefetched bytes that no demand came for, over all bytes moved.
     joules_per_token : :class:`float` or None
         Energy of a token; None where the machine does not say.
+    batch, prefill_chunk, draft : :class:`int`
+        Contexts that decode in lock-step, tokens of a prompt that go together (0: one by one), and
+        drafts of a step.
+    accept : :class:`float` or None
+        Probability that a draft is right; None without drafts.
+    tokens_per_step : :class:`float`
+        Tokens that a step with decode brings forward: one a context, and drafts that were right.
+    token_seconds : :class:`float`
+        Time of a token over the steps with decode.
+    prefill : :class:`float` or None
+        Time of the steps with nothing but chunks of prompts, relative to everything resident; None
+        where there are none.
     tier_bytes : tuple of :class:`float`
         What left each memory tier for a token, nearest first, in units of k·L experts.
     tier_joules : tuple of :class:`float` or None
@@ -116,6 +142,13 @@ class Result:
     useless: float
     polluting: float
     joules_per_token: float | None
+    batch: int = 1
+    prefill_chunk: int = 0
+    draft: int = 0
+    accept: float | None = None
+    tokens_per_step: float = 1.0
+    token_seconds: float = 0.0
+    prefill: float | None = None
     tier_bytes: tuple[float, ...] = ()
     tier_joules: tuple[float, ...] | None = None
 

@@ -15,15 +15,19 @@ from .._jit import compiled
 from .engine import COUNTED, RECORDED, create_engine, run
 from .events import Event, EventKind, Recorder
 from .machine import Machine
+from .phases import Phases, Schedule, Visits, arrange, unions
 from .plan import Candidates, Plan, Workload
 from .policies import policy_by_name
 from .result import Counts, Result
 from .values import Values, perceptron_candidates, perceptron_values
 
-__all__ = ["SCORES", "Run", "run_plan", "simulate", "simulate_counted"]
+__all__ = ["SCORES", "Run", "run_plan", "scored_steps", "simulate", "simulate_counted"]
 
 #: Which tokens count.
 SCORES = ("second-half", "all")
+
+#: Beyond all layers.
+_NO_CUTOFF = 1 << 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +37,69 @@ class Run:
     Parameters
     ----------
     seconds, resident : :class:`float`
-        Time of the scored tokens, and that with everything resident.
+        Time of the scored steps, and that with everything resident.
     counts : :class:`Counts`
         What was counted meanwhile.
+    prefill_resident : :class:`float`
+        Of the time with everything resident, that of steps with nothing but chunks of prompts.
     """
 
     seconds: float
     resident: float
     counts: Counts
+    prefill_resident: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Times:
+    """How long what a schedule computes takes.
+
+    Parameters
+    ----------
+    attention, lead : array of :class:`float`, ``[S]``
+        Of each step a layer's time until its routing is known, and what comes before the layers.
+    work : array of :class:`float`
+        Time of each expert of :class:`Visits`.
+    """
+
+    attention: NDArray[np.float64]
+    lead: NDArray[np.float64]
+    work: NDArray[np.float64]
+
+
+def _times(
+    machine: Machine, schedule: Schedule, visits: Visits, *, layers: int, top_k: int, draft: float
+) -> _Times:
+    """Times of a machine; a draft takes so many times of a token with everything resident."""
+    tokens, used = np.diff(schedule.first), np.diff(visits.first)
+    return _Times(
+        attention=machine.before_routing(tokens),
+        lead=schedule.drafted * np.float64(draft * layers * machine.layer_seconds),
+        work=machine.of_experts(
+            visits.weight,
+            tokens=np.repeat(np.repeat(tokens, layers), used),
+            used=np.repeat(used, used),
+            top_k=top_k,
+        ),
+    )
+
+
+def _resident(
+    machine: Machine,
+    schedule: Schedule,
+    visits: Visits,
+    times: _Times,
+    chosen: NDArray[np.bool_],
+    *,
+    top_k: int,
+) -> float:
+    """Time of the chosen steps with everything resident."""
+    used = np.diff(visits.first).reshape(schedule.steps, -1)
+    # A layer of one token takes the machine's time; sums of its parts may round.
+    single = (used == top_k) & (np.diff(schedule.first) == 1)[:, None]
+    experts = np.add.reduceat(times.work, visits.first[:-1]).reshape(used.shape)
+    others = np.where(single, 0.0, experts + times.attention[:, None]).sum(axis=1) + times.lead
+    return int(single[chosen].sum()) * machine.layer_seconds + float(others[chosen].sum())
 
 
 @compiled
@@ -80,6 +139,8 @@ def run_plan(
     machine: Machine,
     slots: int,
     first: int = 0,
+    phases: Phases | None = None,
+    schedule: Schedule | None = None,
     recorder: Recorder | None = None,
     folder: Path | None = None,
 ) -> Run:
@@ -96,7 +157,11 @@ def run_plan(
     slots : :class:`int`
         Slots, unless the plan says otherwise.
     first : :class:`int`
-        First token that counts.
+        First step that counts.
+    phases : :class:`Phases` or None
+        How long a draft takes, and how far it is prefetched for.
+    schedule : :class:`Schedule` or None
+        Steps that the tokens of the trace are members of; None stands for one token a step.
     recorder : :class:`Recorder` or None
         Collects events.
     folder : path or None
@@ -108,24 +173,26 @@ def run_plan(
         If a number is out of its range.
     """
     layers, experts, k = trace.layers, trace.experts_per_layer, trace.top_k
+    phases = phases or Phases()
+    if schedule is None:
+        schedule, _ = arrange([trace], Phases(), seed=0)
+    visits = unions(trace.experts if plan.executes is None else plan.executes, schedule, experts)
+    width = visits.width
     slots = slots if plan.slots is None else plan.slots
-    if not k <= slots <= layers * experts:
+    if not width <= slots <= layers * experts:
         raise ValueError(
-            f"Slots must be from the {k} that a layer uses to all {layers * experts} experts,"
+            f"Slots must be from the {width} that a layer uses to all {layers * experts} experts,"
             f" not {slots}"
         )
-    engine = create_engine(plan, machine, layers=layers, experts=experts, width=k, slots=slots)
-    executed = trace.experts if plan.executes is None else plan.executes
-    wanted = np.ascontiguousarray(executed.reshape(-1))
-    wanted_first = np.arange(0, len(wanted) + 1, k, dtype=np.int64)
-    uses = _uses(wanted_first, wanted, layers, experts)
+    engine = create_engine(plan, machine, layers=layers, experts=experts, width=width, slots=slots)
+    uses = _uses(visits.first, visits.experts, layers, experts)
     engine = engine._replace(use_first=uses[0], use_at=uses[1], use_next=uses[0][:-1].copy())
     if recorder is not None:
         engine.settings[6:8] = recorder.first, recorder.first + recorder.tokens
         engine = engine._replace(events=np.zeros((recorder.most, RECORDED)))
     values, candidates = Values.none(), plan.candidates
     if plan.predictor is not None:
-        values = perceptron_values(trace, plan.predictor, folder=folder)
+        values = perceptron_values(trace, plan.predictor, schedule=schedule, folder=folder)
         if candidates is None and plan.proposes:
             candidates = perceptron_candidates(
                 values,
@@ -135,28 +202,33 @@ def run_plan(
                 ahead=plan.ahead,
             )
     if candidates is None:
-        candidates = _no_candidates(trace.tokens, layers)
-    candidates.check(trace)
+        candidates = _no_candidates(schedule.steps, layers)
+    candidates.check(schedule.steps, layers=layers, experts=experts)
     hint = candidates.hint
     if hint is None:
         hint = np.ones(len(candidates.expert), np.bool_)
-    attention = np.full(trace.tokens, machine.alpha * machine.layer_seconds)
-    compute = np.full(2, (1 - machine.alpha) * machine.layer_seconds / k)
+    times = _times(machine, schedule, visits, layers=layers, top_k=k, draft=phases.draft_time)
+    cutoff = np.full(schedule.steps, _NO_CUTOFF)
+    if phases.cutoff is not None:
+        cutoff[schedule.drafted > 0] = phases.cutoff
+    ends = np.zeros(schedule.steps)
     started = busy = 0.0
     before, tiers_before = engine.counts.copy(), engine.tier_tiles.copy()
-    for begin, end in ((0, first), (first, trace.tokens)):
+    for begin, end in ((0, first), (first, schedule.steps)):
         started, busy = float(engine.clock[0]), float(engine.clock[1])
         before, tiers_before = engine.counts.copy(), engine.tier_tiles.copy()
         done = run(
             engine,
-            np.zeros(k, np.int64),
+            np.zeros(width, np.int64),
             begin,
             end,
-            wanted_first,
-            wanted,
-            np.ones(len(wanted), np.int8),
-            attention,
-            compute,
+            visits.first,
+            visits.experts,
+            times.work,
+            times.attention,
+            times.lead,
+            cutoff,
+            ends,
             values.horizons,
             values.chances,
             values.reuse,
@@ -178,21 +250,67 @@ def run_plan(
             ),
             key=lambda event: (event.start, event.end),
         )
-    tokens = trace.tokens - first
+    scored = np.arange(schedule.steps) >= first
+    prefill = scored & schedule.prefill
+
+    def resident(chosen: NDArray[np.bool_]) -> float:
+        return _resident(machine, schedule, visits, times, chosen, top_k=k)
+
     counted = dict(zip(COUNTED, (engine.counts - before).tolist(), strict=True))
+    members = int(schedule.first[-1] - schedule.first[first])
+    tokens, steps = int(schedule.progress[first:].sum()), schedule.steps - first
+    prefill_seconds = float(np.diff(ends, prepend=0.0)[prefill].sum())
+    if plan.analytic:
+        loads = counted["tiles_moved"] / machine.tiles / k
+        seconds = max(resident(scored), loads * machine.rho(k) * machine.layer_seconds)
+        prefill_seconds = seconds * resident(prefill) / resident(scored)
     return Run(
         seconds=seconds,
-        resident=tokens * layers * machine.layer_seconds,
+        resident=resident(scored),
+        prefill_resident=resident(prefill),
         counts=Counts(
             tokens=tokens,
             layers=layers,
             tiles=machine.tiles,
             seconds=seconds,
             busy=float(engine.clock[1]) - busy,
+            steps=steps,
+            rejected=members - tokens,
+            joined=members - steps,
+            shared=members * layers * k - counted["demands"],
+            prefill_tokens=int(schedule.progress[prefill].sum()),
+            prefill_seconds=prefill_seconds,
+            prefill_steps=int(prefill.sum()),
             tier_tiles=tuple((engine.tier_tiles - tiers_before).tolist()),
             **counted,
         ),
     )
+
+
+def scored_steps(
+    traces: Sequence[Trace], phases: Phases, *, score: str, seed: int
+) -> tuple[Schedule, int]:
+    """Steps of traces, of which the last one counts, and the first step that does.
+
+    Parameters
+    ----------
+    traces, phases, seed
+        As for :func:`arrange`.
+    score : :class:`str`
+        ``"second-half"`` or ``"all"``.
+
+    Raises
+    ------
+    ValueError
+        As :func:`arrange`; and if no step that counts decodes.
+    """
+    schedule, steps = arrange(traces, phases, seed=seed)
+    first = schedule.steps - steps[-1]
+    if score == "second-half":
+        first += steps[-1] // 2
+    if schedule.prefill[first:].all():
+        raise ValueError("Steps that count must decode, but all of them are chunks of prompts")
+    return schedule, first
 
 
 def simulate(
@@ -207,6 +325,7 @@ def simulate(
     seed: int = 1,
     name: str = "trace",
     recorder: Recorder | None = None,
+    phases: Phases | None = None,
     folder: Path | None = None,
 ) -> Result:
     """Time, hits and traffic of a trace.
@@ -227,21 +346,23 @@ def simulate(
     warm : sequence of :class:`Trace`
         Traces of the same model that are replayed before; they do not count.
     score : :class:`str`
-        ``"second-half"`` counts the tokens from the middle of the trace on, ``"all"`` all of it.
+        ``"second-half"`` counts the steps from the middle of the trace on, ``"all"`` all of it.
     seed : :class:`int`
         For whatever is drawn at random.
     name : :class:`str`
         What the result calls the trace.
     recorder : :class:`Recorder` or None
-        Collects events; its tokens count those to warm up with.
+        Collects events; its steps count those to warm up with.
+    phases : :class:`Phases` or None
+        Which tokens go through the layers together; None stands for one at a time.
     folder : path or None
         Where predictions are kept on disk, for all runs over the same trace.
 
     Raises
     ------
     ValueError
-        If the policy or the score is unknown, a number is out of its range, or a trace to warm up
-        with is of another shape.
+        If the policy or the score is unknown, a number is out of its range, a trace to warm up
+        with is of another shape, or the trace has no such phases.
     """
     return simulate_counted(
         trace,
@@ -254,6 +375,7 @@ def simulate(
         seed=seed,
         name=name,
         recorder=recorder,
+        phases=phases,
         folder=folder,
     )[0]
 
@@ -270,6 +392,7 @@ def simulate_counted(
     seed: int = 1,
     name: str = "trace",
     recorder: Recorder | None = None,
+    phases: Phases | None = None,
     folder: Path | None = None,
 ) -> tuple[Result, Counts]:
     """What :func:`simulate` says, and what was counted; it takes the same."""
@@ -286,44 +409,89 @@ def simulate_counted(
                 "Trace to warm up with must have {} layers, {} experts and k = {}, but number"
                 " {} has {}, {} and {}".format(*_shape(trace), number, *_shape(other))
             )
+    phases = phases or Phases()
     whole = _joined([*warm, trace])
-    first = whole.tokens - trace.tokens
-    if score == "second-half":
-        first += trace.tokens // 2
-    slots = max(trace.top_k, round(residency * trace.layers * trace.experts_per_layer))
+    schedule, first = scored_steps([*warm, trace], phases, score=score, seed=seed)
+    members = schedule.trace(whole)
+    visits = unions(members.experts, schedule, trace.experts_per_layer)
+    slots = max(visits.width, round(residency * trace.layers * trace.experts_per_layer))
     plan = chosen.plan(
-        Workload(trace=whole, first=first, machine=machine, slots=slots, seed=seed, folder=folder)
+        Workload(
+            trace=members,
+            schedule=schedule,
+            phases=phases,
+            visits=visits,
+            request=whole.request_id[schedule.members],
+            machine=machine,
+            slots=slots,
+            seed=seed,
+            folder=folder,
+        )
     )
     done = run_plan(
-        plan, whole, machine=machine, slots=slots, first=first, recorder=recorder, folder=folder
+        plan,
+        members,
+        machine=machine,
+        slots=slots,
+        first=first,
+        phases=phases,
+        schedule=schedule,
+        recorder=recorder,
+        folder=folder,
     )
+    return _result(
+        done, trace, machine, phases, name=name, policy=policy, residency=residency
+    ), done.counts
+
+
+def _result(
+    done: Run,
+    trace: Trace,
+    machine: Machine,
+    phases: Phases,
+    *,
+    name: str,
+    policy: str,
+    residency: float,
+) -> Result:
+    """What a run comes to, per token."""
     counts = done.counts
     joules = tier_joules = None
     if machine.joules is not None:
         joules = machine.joules(counts) / counts.tokens
         tier_joules = tuple(part.typical / counts.tokens for part in machine.joules.by_tier(counts))
     wanted = counts.tokens * trace.layers * trace.top_k
-    moved = counts.tiles_moved
-    result = Result(
+    moved, proposed = counts.tiles_moved, counts.candidates
+    decoded, seconds = counts.tokens - counts.prefill_tokens, done.seconds - counts.prefill_seconds
+    prefill = None
+    if counts.prefill_steps:
+        prefill = counts.prefill_seconds / done.prefill_resident
+    return Result(
         trace=name,
         machine=machine.name,
         policy=policy,
         residency=residency,
         rho=machine.rho(trace.top_k),
-        tpot=done.seconds / done.resident,
+        tpot=seconds / (done.resident - done.prefill_resident),
         hit_rate=counts.hits / counts.demands,
         bytes_per_token=moved / counts.tiles / wanted,
-        recall=counts.right / wanted if counts.candidates else None,
-        precision=counts.right / counts.candidates if counts.candidates else None,
-        overfetch=counts.candidates / wanted if counts.candidates else None,
+        recall=counts.right / counts.demands if proposed else None,
+        precision=counts.right / proposed if proposed else None,
+        overfetch=proposed / counts.demands if proposed else None,
         late=counts.late / counts.demands,
         useless=counts.useless_tiles / moved if moved else 0.0,
         polluting=counts.polluting / counts.demands,
         joules_per_token=joules,
+        batch=phases.batch,
+        prefill_chunk=phases.prefill_chunk,
+        draft=phases.draft,
+        accept=phases.accept if phases.draft else None,
+        tokens_per_step=decoded / (counts.steps - counts.prefill_steps),
+        token_seconds=seconds / decoded,
+        prefill=prefill,
         tier_bytes=tuple(tiles / counts.tiles / wanted for tiles in counts.tier_tiles),
         tier_joules=tier_joules,
     )
-    return result, counts
 
 
 def _shape(trace: Trace) -> tuple[int, int, int]:

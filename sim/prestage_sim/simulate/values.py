@@ -28,6 +28,7 @@ from ..model.predictor.linear import head_learn
 from ..model.predictor.perceptron import TraceRunner
 from ..model.predictor.ranking import rank
 from ..model.predictor.st_moe import create_tables, st_moe_decide
+from .phases import Schedule, Visits
 from .plan import Candidates
 
 __all__ = [
@@ -56,9 +57,9 @@ class Values:
     horizons : array of ``int64``, ``[H]``
         Layers ahead of each row of ``chances``; the first is 0, token start. Empty: nothing is
         said, and the buffer knows of use rates alone.
-    chances : array of ``uint8``, ``[H, T, L, E]``
-        V: chance in 1/256 that the expert is chosen.
-    reuse : array of ``uint8``, ``[T, L, E]``
+    chances : array of ``uint8``, ``[H, S, L, E]``
+        V of each step, a token where they go one by one: chance in 1/256 that the expert is chosen.
+    reuse : array of ``uint8``, ``[S, L, E]``
         R: reuse value in 1/256 after the layer was routed.
     """
 
@@ -92,8 +93,16 @@ def forget() -> None:
     _memory.clear()
 
 
-def perceptron_values(trace: Trace, form: str, *, folder: Path | None = None) -> Values:
+def perceptron_values(
+    trace: Trace, form: str, *, schedule: Schedule | None = None, folder: Path | None = None
+) -> Values:
     """What a form of the golden perceptron says, that learns online from the trace.
+
+    Contexts of a step share its weights; what the step is worth is the best of what its contexts
+    say. Each context's tokens are predicted after those of the contexts before it have been
+    learned, also of the same step. Chunks of a prompt and drafts are predicted, but nothing is
+    learned from them, as in the device; a chance of a chunk, or of a token with its drafts, is the
+    sum of theirs, at most 255.
 
     Parameters
     ----------
@@ -101,18 +110,23 @@ def perceptron_values(trace: Trace, form: str, *, folder: Path | None = None) ->
         What it sees, from the first token on, its tables empty.
     form : :class:`str`
         ``"full"``, ``"lite"`` or ``"compressed"``.
+    schedule : :class:`Schedule` or None
+        Steps that tokens of the trace are members of; None stands for one token a step.
     folder : path or None
         Where it is kept on disk, so that processes share one copy; None keeps it in memory alone.
     """
+    plain = schedule is None or schedule.plain
+    steps = "" if schedule is None or plain else schedule.digest()
     key = hashlib.sha256(
-        f"{trace_digest(trace)} {perceptron_form(form)!r} {sources_digest(head_learn)}".encode()
+        f"{trace_digest(trace)} {steps} {perceptron_form(form)!r}"
+        f" {sources_digest(head_learn)}".encode()
     ).hexdigest()[:32]
     if key in _memory:
         _memory.move_to_end(key)
         return _memory[key]
     values = None if folder is None else _load(folder, key)
     if values is None:
-        values = _predict(trace, form)
+        values = _predict(trace, form, None if plain else schedule)
         if folder is not None:
             _save(folder, key, values)
             values = _load(folder, key) or values
@@ -122,33 +136,64 @@ def perceptron_values(trace: Trace, form: str, *, folder: Path | None = None) ->
     return values
 
 
-def _predict(trace: Trace, form: str) -> Values:
+def _predict(trace: Trace, form: str, schedule: Schedule | None) -> Values:
     model = model_config(trace)
     perceptron = perceptron_form(form)
     # Models with few layers have no room for the farther heads.
     perceptron = perceptron.replace(
         heads=tuple(head for head in perceptron.heads if head.horizon < model.layers)
     )
-    runner = TraceRunner(
-        DeviceConfig(
-            model=model,
-            slots=model.top_k,
-            expert_bytes=512,
-            predictor="perceptron",
-            perceptron=perceptron,
-        )
+    config = DeviceConfig(
+        model=model,
+        slots=model.top_k,
+        expert_bytes=512,
+        predictor="perceptron",
+        perceptron=perceptron,
     )
+    runner = TraceRunner(config, contexts=1 if schedule is None else schedule.contexts)
     horizons = sorted(runner.horizons)
-    shape = (trace.tokens, model.layers, model.experts)
-    chances = np.empty((len(horizons), *shape), np.uint8)
-    reuse = np.empty(shape, np.uint8)
+    steps = trace.tokens if schedule is None else schedule.steps
+    shape = (steps, model.layers, model.experts)
+    values = Values(
+        horizons=np.array(horizons, np.int64),
+        chances=np.zeros((len(horizons), *shape), np.uint8),
+        reuse=np.zeros(shape, np.uint8),
+    )
+    if schedule is not None:
+        _predict_steps(runner, trace, schedule, values)
+        return values
     for at in range(0, trace.tokens, _CHUNK):
         part = slice(at, at + _CHUNK)
         found, worth = runner.run_all(trace.experts[part], trace.token[part])
         for number, horizon in enumerate(horizons):
-            chances[number, part] = found[horizon]
-        reuse[part] = worth
-    return Values(horizons=np.array(horizons, np.int64), chances=chances, reuse=reuse)
+            values.chances[number, part] = found[horizon]
+        values.reuse[part] = worth
+    return values
+
+
+def _predict_steps(runner: TraceRunner, trace: Trace, schedule: Schedule, values: Values) -> None:
+    """Fill the values of steps, context by context."""
+    bounds = np.flatnonzero(
+        np.diff(schedule.context, prepend=-1) | np.diff(schedule.step_of, prepend=-1)
+    )
+    ends = [*bounds[1:].tolist(), len(schedule.members)]
+    for begin, end in zip(bounds.tolist(), ends, strict=True):
+        step, ctx = int(schedule.step_of[begin]), int(schedule.context[begin])
+        experts, tokens = trace.experts[begin:end], trace.token[begin:end]
+        if schedule.chunk[begin]:
+            seen = [runner.look(experts, tokens, ctx=ctx, goes_on=True)]
+            worth = runner.reuse(ctx)
+        else:
+            certain, after = runner.run_all(experts[:1], tokens[:1], ctx=ctx)
+            worth, seen = after[0], [certain]
+            if end > begin + 1:
+                seen.append(runner.look(experts[1:], tokens[1:], ctx=ctx, goes_on=False))
+        for number, horizon in enumerate(values.horizons.tolist()):
+            total = sum(found[horizon].sum(axis=0, dtype=np.int64) for found in seen)
+            chances = values.chances[number, step]
+            np.maximum(chances, np.minimum(total, 255).astype(np.uint8), out=chances)
+        reuse = values.reuse[step]
+        np.maximum(reuse, worth.astype(np.uint8), out=reuse)
 
 
 def _load(folder: Path, key: str) -> Values | None:
@@ -274,37 +319,50 @@ def perceptron_candidates(
 
 
 @compiled
-def _run_st_moe(tables: Any, chosen: Any, offset: Any, expert: Any, score: Any) -> Any:
-    """Candidates of all steps; only counts them where there is no room."""
+def _run_st_moe(
+    tables: Any, chosen: Any, context: Any, offset: Any, expert: Any, score: Any
+) -> Any:
+    """Candidates of all moments; only counts them where there is no room."""
     tokens, layers = chosen.shape[:2]
-    count = step = 0
+    count = moment = 0
     for t in range(tokens):
-        tables.previous[0] = -1
-        offset[step] = count
-        step += 1
+        tables.previous[context[t]] = -1
+        offset[moment] = count
+        moment += 1
         for layer in range(layers):
-            offset[step] = count
-            step += 1
-            found = st_moe_decide(tables, 0, layer, chosen[t, layer])
+            offset[moment] = count
+            moment += 1
+            found = st_moe_decide(tables, context[t], layer, chosen[t, layer])
             for n in range(found):
                 if count < expert.shape[0]:
                     expert[count] = tables.ranked[n]
                     score[count] = tables.scores[tables.ranked[n]]
                 count += 1
-    offset[step] = count
+    offset[moment] = count
     return count
 
 
-def st_moe_candidates(trace: Trace) -> Candidates:
-    """What the golden ``st_moe`` proposes, that learns online from the trace."""
+def st_moe_candidates(trace: Trace, schedule: Schedule | None = None) -> Candidates:
+    """What the golden ``st_moe`` proposes for each token, that learns online from the trace.
+
+    A schedule says whose context each token is of; None stands for one context.
+    """
     model = model_config(trace)
     config = DeviceConfig(model=model, slots=model.top_k, expert_bytes=512)
     offset = np.zeros(trace.tokens * (trace.layers + 1) + 1, np.int64)
+    chosen = trace.experts.astype(np.int64)
+    contexts = 1 if schedule is None else schedule.contexts
+    context = np.zeros(trace.tokens, np.int64) if schedule is None else schedule.context
     count = 0
     for _ in range(2):
         expert, score = np.zeros(count, np.int16), np.zeros(count, np.int16)
         tables = create_tables(config)
-        count = int(_run_st_moe(tables, trace.experts.astype(np.int64), offset, expert, score))
+        tables = tables._replace(
+            history=np.repeat(tables.history, contexts, axis=0),
+            valid=np.repeat(tables.valid, contexts, axis=0),
+            previous=np.repeat(tables.previous, contexts),
+        )
+        count = int(_run_st_moe(tables, chosen, context, offset, expert, score))
     return Candidates(
         offset=offset,
         ahead=np.ones(count, np.int16),
@@ -314,21 +372,16 @@ def st_moe_candidates(trace: Trace) -> Candidates:
     )
 
 
-def foreseen_candidates(trace: Trace, ahead: int) -> Candidates:
-    """What the router will choose, proposed that many layers before and with certainty."""
-    tokens, layers, k = trace.experts.shape
-    visits = tokens * layers
+def foreseen_candidates(visits: Visits, *, layers: int, ahead: int) -> Candidates:
+    """What layers will want, proposed that many layers before and with certainty."""
+    visit = np.repeat(np.arange(len(visits.first) - 1), np.diff(visits.first))
     # At the very start the first layers are proposed, and after each visit one more.
-    counts = np.zeros((tokens, layers + 1), np.int64)
-    counts[:, 1:] = k
-    counts[0, 0] = min(ahead, visits) * k
-    proposed = counts.reshape(-1)
-    proposed[1:] *= np.cumsum(proposed[1:] > 0) <= max(0, visits - ahead)
-    distance = np.full(visits * k, ahead, np.int16)
-    distance[: counts[0, 0]] = np.repeat(np.arange(1, min(ahead, visits) + 1), k)
+    after = visit - ahead
+    moment = np.where(after < 0, 0, after // layers * (layers + 1) + 1 + after % layers)
+    moments = (len(visits.first) - 1) // layers * (layers + 1)
     return Candidates(
-        offset=np.concatenate([[0], np.cumsum(proposed)]),
-        ahead=distance,
-        expert=np.ascontiguousarray(trace.experts.reshape(-1)),
-        score=np.full(visits * k, 255, np.int16),
+        offset=np.searchsorted(moment, np.arange(moments + 1)).astype(np.int64),
+        ahead=np.minimum(visit + 1, ahead).astype(np.int16),
+        expert=visits.experts,
+        score=np.full(len(visit), 255, np.int16),
     )

@@ -38,7 +38,7 @@ def reuse_targets(values: Any, used: Any, targets: Any) -> None:
 
 
 @compiled
-def _run_head(head: Any, routed: Any, memos: Any, values: Any, out: Any) -> None:
+def _run_head(head: Any, routed: Any, memos: Any, values: Any, out: Any, learns: Any) -> None:
     """Predict and learn every layer of every token, in the device's order for one context.
 
     ``routed`` holds two tokens more than ``memos``: those before the first.
@@ -55,6 +55,8 @@ def _run_head(head: Any, routed: Any, memos: Any, values: Any, out: Any) -> None
                 continue
             head_predict(head, 0, m, OLD, this, prev, before, memos[t], values)
             out[t, m] = values
+            if not learns:
+                continue
             used[:] = False
             targets[:] = 0
             for e in this[m]:
@@ -92,11 +94,11 @@ def _run_reuse(head: Any, routed: Any, memos: Any, old: Any, known: Any, out: An
 
 @compiled
 def _run_tokens(
-    tables: Any, tokens: Any, routed: Any, previous: Any, memo: Any, memos: Any
+    tables: Any, tokens: Any, routed: Any, previous: Any, memo: Any, memos: Any, learns: Any
 ) -> None:
     """Token tables over consecutive tokens; ``previous`` holds the two ids before the first."""
     for t in range(tokens.shape[0]):
-        if routed[t + 1, 0, 0] >= 0:
+        if learns and routed[t + 1, 0, 0] >= 0:
             token_store(tables, previous[1], previous[0], routed[t + 1])
         token_fetch(tables, tokens[t], previous[1], memo)
         previous[0], previous[1] = previous[1], tokens[t]
@@ -430,15 +432,19 @@ class PerceptronPredictor(Settings):
 
 
 class TraceRunner:
-    """The heads over a whole trace, one context: what evaluation and simulation need.
+    """The heads over a whole trace: what evaluation and simulation need.
+
+    Contexts share weights and token tables, and take turns by whole tokens.
 
     Parameters
     ----------
     config : :class:`DeviceConfig`
         Device whose predictor is a ``perceptron``.
+    contexts : :class:`int`
+        How many there are; those of ``config`` don't matter.
     """
 
-    def __init__(self, config: DeviceConfig) -> None:
+    def __init__(self, config: DeviceConfig, *, contexts: int = 1) -> None:
         require_config(config)
         perceptron = config.perceptron
         assert perceptron is not None
@@ -452,11 +458,11 @@ class TraceRunner:
         self._tables = create_tokens(config)
         model = config.model
         choice = (model.layers, model.top_k)
-        self._tail = np.full((2, *choice), -1, np.int16)
-        self._memo = np.full((6, *choice), -1, np.int16)
-        self._previous = np.full(2, NO_TOKEN, np.int64)
-        self._old = np.zeros((model.layers, model.experts), np.int64)
-        self._known = np.zeros(model.layers, np.bool_)
+        self._tail = np.full((contexts, 2, *choice), -1, np.int16)
+        self._memo = np.full((contexts, 6, *choice), -1, np.int16)
+        self._previous = np.full((contexts, 2), NO_TOKEN, np.int64)
+        self._old = np.zeros((contexts, model.layers, model.experts), np.int64)
+        self._known = np.zeros((contexts, model.layers), np.bool_)
 
     @property
     def horizons(self) -> tuple[int, ...]:
@@ -479,12 +485,12 @@ class TraceRunner:
             For each horizon of :attr:`horizons`: confidences in 1/256, shape ``[tokens, layers,
             experts]``. Layers below the horizon are those of the head of token start.
         """
-        return self._chances(*self._begin(experts, tokens))
+        return self._chances(*self._begin(experts, tokens, 0, learns=True), learns=True)
 
     def run_all(
-        self, experts: ArrayLike, tokens: ArrayLike
+        self, experts: ArrayLike, tokens: ArrayLike, *, ctx: int = 0
     ) -> tuple[dict[int, NDArray[np.int16]], NDArray[np.int16]]:
-        """Predict and learn the next tokens with the reuse head too.
+        """Predict and learn the next tokens of a context with the reuse head too.
 
         Returns
         -------
@@ -492,28 +498,61 @@ class TraceRunner:
             What :meth:`run` returns, and the reuse values after each routing, in 1/256, shape
             ``[tokens, layers, experts]``; 0 without a reuse head.
         """
-        routed, memos = self._begin(experts, tokens)
+        routed, memos = self._begin(experts, tokens, ctx, learns=True)
         model = self._config.model
         reuse = np.zeros((len(memos), model.layers, model.experts), np.int16)
         if self._reuse is not None:
-            _run_reuse(self._reuse, routed, memos, self._old, self._known, reuse)
-        return self._chances(routed, memos), reuse
+            old, known = self._old[ctx], self._known[ctx]
+            _run_reuse(self._reuse, routed, memos, old, known, reuse)
+        return self._chances(routed, memos, learns=True), reuse
+
+    def look(
+        self, experts: ArrayLike, tokens: ArrayLike, *, ctx: int, goes_on: bool
+    ) -> dict[int, NDArray[np.int16]]:
+        """Predict tokens without learning, as those of a prefill chunk or drafts.
+
+        Parameters
+        ----------
+        experts, tokens, ctx
+            As of :meth:`run_all`.
+        goes_on : :class:`bool`
+            Whether the context goes on from the last of them, as after a chunk, or from where it
+            was, as after drafts.
+
+        Returns
+        -------
+        :class:`dict`
+            What :meth:`run` returns.
+        """
+        tail, memo, previous = (
+            self._tail[ctx].copy(),
+            self._memo[ctx].copy(),
+            self._previous[ctx].copy(),
+        )
+        found = self._chances(*self._begin(experts, tokens, ctx, learns=False), learns=False)
+        if not goes_on:
+            self._tail[ctx], self._memo[ctx], self._previous[ctx] = tail, memo, previous
+        return found
+
+    def reuse(self, ctx: int) -> NDArray[np.int64]:
+        """Latest reuse values of a context in 1/256, shape ``[layers, experts]``."""
+        return np.asarray(self._old[ctx] >> 2)
 
     def _begin(
-        self, experts: ArrayLike, tokens: ArrayLike
+        self, experts: ArrayLike, tokens: ArrayLike, ctx: int, *, learns: bool
     ) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
         """The choices behind the two tokens before them, and the sets of the token tables."""
         chosen = np.asarray(experts, np.int16)
         ids = np.asarray(tokens, np.int64)
         ids = np.where(ids < 0, NO_TOKEN, ids)
-        routed = np.concatenate([self._tail, chosen])
-        memos = np.empty((len(chosen), *self._memo.shape), np.int16)
-        _run_tokens(self._tables, ids, routed, self._previous, self._memo, memos)
-        self._tail = routed[-2:].copy()
+        routed = np.concatenate([self._tail[ctx], chosen])
+        memos = np.empty((len(chosen), *self._memo.shape[1:]), np.int16)
+        _run_tokens(self._tables, ids, routed, self._previous[ctx], self._memo[ctx], memos, learns)
+        self._tail[ctx] = routed[-2:]
         return routed, memos
 
     def _chances(
-        self, routed: NDArray[np.int16], memos: NDArray[np.int16]
+        self, routed: NDArray[np.int16], memos: NDArray[np.int16], *, learns: bool
     ) -> dict[int, NDArray[np.int16]]:
         """What the P heads say."""
         model = self._config.model
@@ -525,6 +564,6 @@ class TraceRunner:
                 if horizon
                 else np.zeros((len(memos), model.layers, model.experts), np.int16)
             )
-            _run_head(head, routed, memos, values, result)
+            _run_head(head, routed, memos, values, result, learns)
             out[horizon] = result
         return out

@@ -36,12 +36,13 @@ def create_engine(
         Slots.
     """
     config = DeviceConfig(
-        model=ModelConfig(name="trace", layers=layers, experts=experts, top_k=width),
+        model=ModelConfig(name="trace", layers=layers, experts=experts, top_k=1),
         slots=slots,
         expert_bytes=512 * machine.tiles,
         tile_bytes=512,
     )
-    buffer = create_state(config)
+    # A layer may want more than any model's k: only the pins hang on it.
+    buffer = create_state(config)._replace(pins=np.full((1, layers, width), -1))
     buffer.registers[POLICY] = (
         int(plan.evict) if plan.evict <= Evict.NEXT_USE else int(BufferPolicy.LRU)
     )
@@ -68,6 +69,7 @@ def create_engine(
             plan.rescan_least,
             machine.ready_first,
             plan.prefetch_tiles,
+            plan.eager,
         ],
         np.int64,
     )
@@ -80,7 +82,7 @@ def create_engine(
         queue=create_queue(config),
         throttle=throttle,
         settings=settings,
-        registers=np.zeros(6, np.int64),
+        registers=np.zeros(7, np.int64),
         clock=np.array([0.0, 0.0, machine.predict_seconds]),
         counts=np.zeros(len(COUNTED), np.int64),
         links=np.array([(0.0, tile / way.bandwidth, way.latency) for _, way in ways]),

@@ -8,9 +8,11 @@ import numpy as np
 
 from ..._jit import inner, kernel
 from ...model.buffer.buffer import cancel, fill
+from ...model.buffer.recency import touch
 from ...model.buffer.state import EXPERTS, OWNER, PREFETCHED
 from ...model.scheduler.throttle import count_drop
 from ..events import EventKind
+from ..plan import Evict
 from .state import (
     ARRIVING,
     AT,
@@ -18,6 +20,7 @@ from .state import (
     DEMANDED,
     DEMANDS,
     EVENTS,
+    EVICTION,
     FORESEES,
     FREE,
     GIVEN_UP,
@@ -54,6 +57,7 @@ __all__ = [
     "tiles_come",
 ]
 
+_LAYER_LRU = int(Evict.LAYER_LRU)
 _EVICT, _CANCEL = int(EventKind.EVICT), int(EventKind.CANCEL)
 
 
@@ -173,6 +177,9 @@ def arrive(engine: Any, until: Any) -> None:
         if engine.ends[fetch, 0] <= until:
             slot = engine.fetches[fetch, AT]
             fill(engine.buffer, slot, True, False)
+            if engine.settings[EVICTION] == _LAYER_LRU:
+                # What has come is newer than what the same layer found there.
+                touch(engine.buffer, slot)
             engine.arrived[slot] = engine.ends[fetch, 0]
             finish(engine, fetch)
         else:

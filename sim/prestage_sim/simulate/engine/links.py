@@ -10,14 +10,14 @@ from ..._jit import inner, kernel
 from ...model.buffer.state import FILLS
 from ..events import EventKind
 from .fetches import append, arrive, record_key, remove, sweep, tiles_come
-from .prefetch import prefetch_foreseen, prefetch_queued, prefetch_rescanned
+from .prefetch import take_candidates
 from .state import (
     ARRIVING,
     AT,
     BUSY,
     DEMANDED,
     DEMANDS,
-    FORESEES,
+    EAGER,
     FREE_AT,
     GIVEN_UP,
     KEY,
@@ -26,14 +26,11 @@ from .state import (
     N_TILES,
     NOW,
     PREEMPTS,
-    PREFETCH_LIMIT,
     PREFETCH_TILES,
     PREFETCHES,
-    RESCANS,
     SOURCE,
     TILE,
     TILES,
-    UNDER_WAY,
 )
 
 __all__ = ["advance", "next_fetch"]
@@ -68,19 +65,13 @@ def next_fetch(engine: Any, link: Any, wanted_first: Any, wanted: Any) -> Any:
             for n in range(engine.lengths[PREFETCHES]):
                 if engine.lists[PREFETCHES, n] == before:
                     return before
+    if engine.settings[EAGER]:
+        take_candidates(engine, wanted_first, wanted)
     for n in range(engine.lengths[DEMANDS]):
         fetch = engine.lists[DEMANDS, n]
         if _tile_comes(engine, link, fetch) <= engine.clock[NOW]:
             return fetch
-    while engine.registers[UNDER_WAY] < engine.settings[PREFETCH_LIMIT]:
-        if engine.settings[FORESEES]:
-            if not prefetch_foreseen(engine, wanted_first, wanted):
-                break
-        elif engine.settings[RESCANS]:
-            if not prefetch_rescanned(engine):
-                break
-        elif not prefetch_queued(engine):
-            break
+    take_candidates(engine, wanted_first, wanted)
     if engine.settings[PREFETCH_TILES]:
         coming = np.int64(0)
         for which in (PREFETCHES, ARRIVING):

@@ -14,12 +14,15 @@ from ...model.scheduler.throttle import count_miss, count_use
 from ..events import EventKind
 from .fetches import append, leave, record, remove, start, sweep, tiles_come
 from .links import advance
+from .prefetch import take_candidates
 from .state import (
     CANCELS,
+    CUTOFF,
     DEADLINE,
     DELAY,
     DEMANDED,
     DEMANDS,
+    EAGER,
     FREE_AT,
     GIVEN_UP,
     KIND,
@@ -47,7 +50,7 @@ from .victims import demand_victim, next_use
 __all__ = ["run"]
 
 _ATTENTION, _COMPUTE = int(EventKind.ATTENTION), int(EventKind.COMPUTE)
-_STALL = int(EventKind.STALL)
+_STALL, _DRAFT = int(EventKind.STALL), int(EventKind.DRAFT)
 
 
 @kernel
@@ -70,7 +73,7 @@ def _route(engine: Any, layer: Any, wanted: Any, waiting: Any) -> Any:
         result = begin_demand(buffer, 0, layer, expert, index)
         slot = result[1]
         if slot < 0:
-            slot = demand_victim(engine)
+            slot = demand_victim(engine, layer)
             if slot < 0:
                 return -1
             counts[N_MISSES] += 1
@@ -123,6 +126,8 @@ def _offer(
     at = step * (layers + 1) + layer + 1
     for n in range(offset[at], offset[at + 1]):
         target = (layer + ahead[n]) % layers
+        if target >= engine.registers[CUTOFF]:
+            continue
         deadline = (engine.queue.routes[0] + ahead[n]) % 256
         engine.proposed[target, expert[n]] = True
         if not engine.settings[RESCANS]:
@@ -146,9 +151,11 @@ def run(
     end: Any,
     wanted_first: Any,
     wanted: Any,
-    weight: Any,
+    work: Any,
     attention: Any,
-    compute: Any,
+    lead: Any,
+    cutoff: Any,
+    ends: Any,
     horizons: Any,
     chances: Any,
     reuse: Any,
@@ -166,12 +173,16 @@ def run(
         What it works on.
     begin, end : :class:`int`
         First step, and the one after the last.
-    wanted_first, wanted, weight : array of :class:`int`
-        First demand of each visit of a layer, experts, and how many tokens chose them.
-    attention : array of :class:`float`
-        Time of each step's layers until their routing is known.
-    compute : array of :class:`float`
-        Time of an expert by the number of tokens that chose it.
+    wanted_first, wanted : array of :class:`int`
+        First demand of each visit of a layer, and experts.
+    work : array of :class:`float`
+        Time of computing each of them.
+    attention, lead : array of :class:`float`
+        Time of each step's layers until their routing is known, and before the first layer.
+    cutoff : array of :class:`int`
+        Layer from which on nothing is prefetched, of each step.
+    ends : array of :class:`float`
+        Where the time goes at which each step ends.
     horizons, chances, reuse : arrays
         What the predictor says, see :class:`Values`; without horizons nothing.
     offset, ahead, proposed, score, hint : arrays
@@ -181,11 +192,15 @@ def run(
     counts, clock, buffer = engine.counts, engine.clock, engine.buffer
     nobody = waiting[:0]
     for step in range(begin, end):
-        engine.registers[STEP] = step
+        engine.registers[STEP], engine.registers[CUTOFF] = step, cutoff[step]
         if horizons.shape[0]:
             for layer in range(layers):
                 _tell(buffer, layer, chances[0, step, layer], False)
         _offer(engine, step, -1, offset, ahead, proposed, score, hint)
+        if lead[step] > 0:
+            now = clock[NOW]
+            advance(engine, now + lead[step], nobody, 0, wanted_first, wanted)
+            record(engine, _DRAFT, now, clock[NOW], -1, -1, -1)
         for layer in range(layers):
             visit = step * layers + layer
             now = clock[NOW]
@@ -193,7 +208,7 @@ def run(
             record(engine, _ATTENTION, now, clock[NOW], layer, -1, -1)
             engine.registers[VISIT] = visit
             these = wanted[wanted_first[visit] : wanted_first[visit + 1]]
-            weights = weight[wanted_first[visit] : wanted_first[visit + 1]]
+            times = work[wanted_first[visit] : wanted_first[visit + 1]]
             for e in range(engine.proposed.shape[1]):
                 if engine.proposed[layer, e]:
                     counts[N_CANDIDATES] += 1
@@ -214,11 +229,13 @@ def run(
             if clock[DELAY] > 0:
                 advance(engine, now + clock[DELAY], nobody, 0, wanted_first, wanted)
             _offer(engine, step, layer, offset, ahead, proposed, score, hint)
+            if engine.settings[EAGER]:
+                take_candidates(engine, wanted_first, wanted)
             ready_first = engine.settings[READY_FIRST] != 0
             for index in range(these.shape[0] if ready_first else 0):
                 slot = buffer.pins[0, layer, index]
                 if engine.fetch_of[slot] < 0:
-                    expert_time = compute[weights[index]]
+                    expert_time = times[index]
                     record(engine, _COMPUTE, now, now + expert_time, layer, these[index], -1)
                     now += expert_time
             while count:
@@ -245,13 +262,14 @@ def run(
                 index = 0
                 while these[index] != expert:
                     index += 1
-                expert_time = compute[weights[index]]
+                expert_time = times[index]
                 record(engine, _COMPUTE, now, now + expert_time, layer, expert, -1)
                 now += expert_time
             for index in range(0 if ready_first else these.shape[0]):
-                expert_time = compute[weights[index]]
+                expert_time = times[index]
                 record(engine, _COMPUTE, now, now + expert_time, layer, these[index], -1)
                 now += expert_time
             advance(engine, max(now, clock[NOW]), nobody, 0, wanted_first, wanted)
             release(buffer, 0, layer)
+        ends[step] = clock[NOW]
     return True

@@ -16,24 +16,38 @@ from ...model.scheduler.rescan import rescan
 from ...model.scheduler.throttle import count_prefetch, prefetch_kind, throttle_admits
 from ..plan import Evict
 from .fetches import leave, start
-from .state import EVICTION, LOOK, N_ISSUED, N_OUTBID, N_THROTTLED, RESCAN_LEAST, RESCANS, VISIT
+from .state import (
+    CUTOFF,
+    EVICTION,
+    FORESEES,
+    LOOK,
+    N_ISSUED,
+    N_OUTBID,
+    N_THROTTLED,
+    PREFETCH_LIMIT,
+    RESCAN_LEAST,
+    RESCANS,
+    STEP,
+    UNDER_WAY,
+    VISIT,
+)
 from .victims import farthest, least_recent_of_a_layer, next_use
 
-__all__ = ["prefetch", "prefetch_foreseen", "prefetch_queued", "prefetch_rescanned"]
+__all__ = ["take_candidates"]
 
 _LAYER_LRU, _BELADY = int(Evict.LAYER_LRU), int(Evict.BELADY)
 _PREDICTOR = int(Source.PREDICTOR)
 
 
 @inner
-def prefetch(engine: Any, key: Any, score: Any, deadline: Any, kind: Any) -> Any:
+def _prefetch(engine: Any, key: Any, score: Any, deadline: Any, kind: Any) -> Any:
     """Begin to prefetch an expert, if it is given a slot."""
     layer, expert = divmod(key, engine.buffer.shape[EXPERTS])
     outbid = False
     if engine.settings[EVICTION] == _BELADY:
         slot = farthest(engine)
     elif engine.settings[EVICTION] == _LAYER_LRU:
-        slot = least_recent_of_a_layer(engine)
+        slot = least_recent_of_a_layer(engine, layer)
     else:
         slot, outbid = find_prefetch_victim(engine.buffer, layer, expert, score)
     if slot < 0 or outbid:
@@ -48,7 +62,7 @@ def prefetch(engine: Any, key: Any, score: Any, deadline: Any, kind: Any) -> Any
 
 
 @inner
-def prefetch_queued(engine: Any) -> Any:
+def _prefetch_queued(engine: Any) -> Any:
     """Begin to prefetch the best candidate that is given a slot; False if there is none."""
     while True:
         ctx, layer, expert, score, source, deadline = queue_take(engine.queue)
@@ -61,12 +75,12 @@ def prefetch_queued(engine: Any) -> Any:
         key = layer * engine.buffer.shape[EXPERTS] + expert
         if engine.buffer.experts[key, STATE] != EMPTY:
             continue
-        if prefetch(engine, key, score, deadline, kind):
+        if _prefetch(engine, key, score, deadline, kind):
             return True
 
 
 @inner
-def prefetch_foreseen(engine: Any, wanted_first: Any, wanted: Any) -> Any:
+def _prefetch_foreseen(engine: Any, wanted_first: Any, wanted: Any) -> Any:
     """Begin to prefetch what is missing and used next, before what has to go; False if none is."""
     registers, buffer = engine.registers, engine.buffer
     layers = engine.held.shape[0]
@@ -83,7 +97,7 @@ def prefetch_foreseen(engine: Any, wanted_first: Any, wanted: Any) -> Any:
             owner = buffer.slots[slot, OWNER]
             if owner >= 0 and next_use(engine, owner) <= visit:
                 return False
-            prefetch(engine, key, np.int64(0), np.int64(0), np.int64(0))
+            _prefetch(engine, key, np.int64(0), np.int64(0), np.int64(0))
             return True
         visit += 1
     registers[LOOK] = visit
@@ -91,10 +105,12 @@ def prefetch_foreseen(engine: Any, wanted_first: Any, wanted: Any) -> Any:
 
 
 @inner
-def prefetch_rescanned(engine: Any) -> Any:
+def _prefetch_rescanned(engine: Any) -> Any:
     """Begin to prefetch the best of what is missing by the latest values; False if none is."""
     settings, routes = engine.settings, engine.queue.routes
-    key, score, ahead = rescan(engine.buffer, 0, settings[RESCANS], settings[RESCAN_LEAST])
+    layer = engine.registers[VISIT] - engine.registers[STEP] * engine.held.shape[0]
+    reach = min(engine.registers[CUTOFF] - 1 - layer, settings[RESCANS])
+    key, score, ahead = rescan(engine.buffer, 0, reach, settings[RESCAN_LEAST])
     if key < 0:
         return False
     deadline = (routes[0] + ahead) % 256
@@ -102,4 +118,18 @@ def prefetch_rescanned(engine: Any) -> Any:
     if not throttle_admits(engine.throttle, kind):
         engine.counts[N_THROTTLED] += 1
         return False
-    return prefetch(engine, key, score, deadline, kind)
+    return _prefetch(engine, key, score, deadline, kind)
+
+
+@inner
+def take_candidates(engine: Any, wanted_first: Any, wanted: Any) -> None:
+    """Begin prefetches as long as there is a candidate, and room for one more."""
+    while engine.registers[UNDER_WAY] < engine.settings[PREFETCH_LIMIT]:
+        if engine.settings[FORESEES]:
+            if not _prefetch_foreseen(engine, wanted_first, wanted):
+                break
+        elif engine.settings[RESCANS]:
+            if not _prefetch_rescanned(engine):
+                break
+        elif not _prefetch_queued(engine):
+            break

@@ -17,10 +17,12 @@ __all__ = [
     "BUSY",
     "CANCELS",
     "COUNTED",
+    "CUTOFF",
     "DEADLINE",
     "DELAY",
     "DEMANDED",
     "DEMANDS",
+    "EAGER",
     "EVENTS",
     "EVICTION",
     "Engine",
@@ -93,13 +95,14 @@ DEMANDS, PREFETCHES, ARRIVING, FREE = range(4)
     RESCAN_LEAST,
     READY_FIRST,
     PREFETCH_TILES,
-) = range(12)
+    EAGER,
+) = range(13)
 
 #: Columns of :attr:`Engine.links`.
 FREE_AT, TILE, LATENCY = range(3)
 
 #: Places of :attr:`Engine.registers`.
-STEP, VISIT, LOOK, EVENTS, UNDER_WAY, TOUCHES = range(6)
+STEP, VISIT, LOOK, EVENTS, UNDER_WAY, TOUCHES, CUTOFF = range(7)
 
 #: Places of :attr:`Engine.clock`.
 NOW, BUSY, DELAY = range(3)

@@ -43,29 +43,41 @@ def farthest(engine: Any) -> Any:
 
 
 @inner
-def least_recent_of_a_layer(engine: Any) -> Any:
-    """Least recent slot of those layers that hold most beyond an equal share; -1 for none."""
-    state = engine.buffer
+def least_recent_of_a_layer(engine: Any, layer: Any) -> Any:
+    """Least recent slot of a layer, a free one before any; -1 for none.
+
+    Where all that the layer has is in use or on its way, it is that of the layer that holds most;
+    of equals, the one that was routed last, which has longest until it comes round again.
+    """
+    state, held = engine.buffer, engine.held
     slots, experts = state.slots, state.shape[EXPERTS]
-    best, most = np.int64(-1), np.int64(-1)
+    layers = held.shape[0]
+    own, other, most = np.int64(-1), np.int64(-1), np.int64(-1)
     slot = state.registers[OLDEST]
     while slot >= 0:
         if not (slots[slot, PINS] or slots[slot, FILLS] or slots[slot, LOCKED]):
-            if slots[slot, OWNER] < 0:
+            owner = slots[slot, OWNER]
+            if owner < 0:
                 return slot
-            held = engine.held[slots[slot, OWNER] // experts]
             # What the decision wants itself stays.
-            if held > most and next_use(engine, slots[slot, OWNER]) > engine.registers[VISIT]:
-                best, most = slot, held
+            if next_use(engine, owner) > engine.registers[VISIT]:
+                if owner // experts == layer:
+                    if own < 0:
+                        own = slot
+                else:
+                    since = (layer - owner // experts) % layers
+                    worth = held[owner // experts] * layers + layers - since
+                    if worth > most:
+                        other, most = slot, worth
         slot = slots[slot, NEWER]
-    return best
+    return own if own >= 0 else other
 
 
 @inner
-def demand_victim(engine: Any) -> Any:
-    """Slot for a demand; -1 for none."""
+def demand_victim(engine: Any, layer: Any) -> Any:
+    """Slot for a demand of a layer; -1 for none."""
     if engine.settings[EVICTION] == _BELADY:
         return farthest(engine)
     if engine.settings[EVICTION] == _LAYER_LRU:
-        return least_recent_of_a_layer(engine)
+        return least_recent_of_a_layer(engine, layer)
     return find_demand_victim(engine.buffer)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..energy import EnergyModel, Spread
-from ..machine import Link, Machine, Tier
+from ..machine import Link, Machine, Tier, Work
 from ..models import ModelCard
 
 __all__ = ["MACHINES", "MachineError", "MachineFile", "load_machine"]
@@ -166,26 +166,38 @@ class MachineFile:
         size = self.get("fast.bytes")
         return None if size is None else int(size // card.expert_bytes)
 
+    def work(self, card: ModelCard) -> Work:
+        """What a layer's time is made of."""
+        flops, bandwidth = self.need("compute.flops"), self.need("compute.memory_bandwidth")
+        before = self.get("compute.attention_bandwidth") or bandwidth
+        experts = (
+            card.top_k * card.expert_bytes / bandwidth,
+            2 * card.top_k * card.expert_weights / flops,
+        )
+        attention, shared = experts, (0.0, 0.0)
+        if card.attention_bytes is not None:
+            # Attention's weights have 16 bits in all cards, so that a byte is one operation.
+            attention = (card.attention_bytes / before, card.attention_bytes / flops)
+            weights = card.shared_bytes * 8 / card.weight_bits
+            shared = (card.shared_bytes / before, 2 * weights / flops)
+        return Work(
+            attention_read=attention[0],
+            attention_token=attention[1],
+            experts_read=experts[0],
+            experts_token=experts[1],
+            shared_read=shared[0],
+            shared_token=shared[1],
+            overhead=(self.get("compute.overhead") or 0.0) / 2,
+        )
+
     def times(self, card: ModelCard) -> tuple[float, float]:
-        """Seconds of a layer until its routing is known, and of its k experts.
+        """Seconds of a layer for one token until its routing is known, and of its k experts.
 
         Each is the longer of reading its bytes and doing its arithmetic, and half of the overhead
         of a layer.
         """
-        flops, bandwidth = self.need("compute.flops"), self.need("compute.memory_bandwidth")
-        half = (self.get("compute.overhead") or 0.0) / 2
-        before = self.get("compute.attention_bandwidth") or bandwidth
-        experts = max(
-            card.top_k * card.expert_bytes / bandwidth,
-            2 * card.top_k * card.expert_weights / flops,
-        )
-        if card.attention_bytes is None:
-            return experts + half, experts + half
-        # Attention's weights have 16 bits in all cards, so that a byte is one operation.
-        attention = max(card.attention_bytes / before, card.attention_bytes / flops)
-        weights = card.shared_bytes * 8 / card.weight_bits
-        shared = max(card.shared_bytes / before, 2 * weights / flops)
-        return attention + half, experts + shared + half
+        work = self.work(card)
+        return float(work.before(1)), float(work.experts(1) + work.beside(1))
 
     def for_model(self, card: ModelCard) -> Machine:
         """The machine as one model sees it.
@@ -227,6 +239,7 @@ class MachineFile:
             tiles=tiles,
             links=links,
             tiers=tiers,
+            work=self.work(card),
             joules=self._joules(card, tiles=tiles, tiers=len(tiers)),
         )
 
@@ -270,10 +283,13 @@ class MachineFile:
         flops = before + 2 * card.top_k * card.expert_weights
         flops += 2 * card.shared_bytes * 8 / card.weight_bits
         read = before + resident + card.shared_bytes
-        layer = spread("energy.flop").times(flops).plus(spread("energy.fast_byte").times(read))
+        fast_byte = spread("energy.fast_byte")
+        layer = spread("energy.flop").times(flops).plus(fast_byte.times(read))
         names = [f"{at}.joules_per_byte" for at in self._rows("tiers")]
         return EnergyModel(
             token=layer.times(card.layers),
+            step=fast_byte.times(card.layers * (before + card.shared_bytes)),
+            expert=fast_byte.times(card.expert_bytes),
             idle_watts=spread("energy.idle_watts"),
             tile_bytes=card.expert_bytes / tiles,
             byte=spread("energy.link_byte").plus(spread("energy.fast_byte")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..plan import Policy
 from .adap_gating import ADAP_GATING
 from .belady import BELADY
-from .bound import BOUND
+from .bound import BOUND, BOUND_ANALYTIC
 from .duoserve import DUOSERVE
 from .eps_moe import EPS_MOE
 from .layer_lru import LAYER_LRU
@@ -59,6 +59,7 @@ POLICIES: dict[str, Policy] = {
         ORACLE_H3,
         BELADY,
         BOUND,
+        BOUND_ANALYTIC,
     )
 }
 

@@ -17,7 +17,7 @@ def _plan(workload: Workload) -> Plan:
     recalls = {ahead: r for ahead, r in _RECALLS.items() if ahead < trace.layers}
     return Plan(
         evict=Evict.LAYER_LRU,
-        candidates=hints(trace, recalls, seed=workload.seed, at_start=1),
+        candidates=workload.gather(hints(trace, recalls, seed=workload.seed, at_start=1)),
         prefetch_inflight=trace.top_k,
     )
 

@@ -8,7 +8,7 @@ __all__ = ["EPS_MOE"]
 
 
 def _plan(workload: Workload) -> Plan:
-    return Plan(evict=Evict.LRU, slots=min(workload.slots, 2 * workload.trace.top_k))
+    return Plan(evict=Evict.LRU, slots=workload.double_buffer)
 
 
 EPS_MOE = Policy(
@@ -16,9 +16,10 @@ EPS_MOE = Policy(
     card=Card(
         source="EPS-MoE, arXiv 2410.12247",
         predicts_from="nothing: it schedules",
-        simplified="each expert is computed as it comes while the next is loaded; no cache, 2k"
-        " slots. Its choice of matrix kernels for large prefill batches can't be seen in a routing"
-        " trace: of one token at a time this is on-demand",
+        simplified="each expert is computed as it comes while the next is loaded, those of most"
+        " tokens first; no cache, slots for two layers. Its choice of matrix kernels is left out:"
+        " an expert takes the longer of reading it and its tokens' arithmetic. One token at a time"
+        " this is on-demand; it is meant for --prefill-chunk and --batch",
     ),
     plan=_plan,
 )

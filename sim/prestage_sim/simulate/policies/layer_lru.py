@@ -1,4 +1,4 @@
-"""Least recently used, each layer with a share."""
+"""Least recently used of the same layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ def _plan(workload: Workload) -> Plan:
 LAYER_LRU = Policy(
     name="lru-layer",
     card=Card(
-        source="LRU with an equal share of the slots for each layer",
+        source="LRU where a layer's expert takes the place of one of the same layer",
         predicts_from="nothing is prefetched",
-        simplified="the layer that holds most gives up its least recent expert",
+        simplified="how many slots a layer has is settled while they fill; where all of its own"
+        " are in use, the layer that holds most gives way",
     ),
     plan=_plan,
 )

@@ -8,7 +8,8 @@ __all__ = ["LFU"]
 
 
 def _plan(workload: Workload) -> Plan:
-    return Plan(evict=Evict.LFU)
+    trace = workload.trace
+    return Plan(evict=Evict.LFU, samples=trace.layers * trace.experts_per_layer)
 
 
 LFU = Policy(
@@ -16,7 +17,7 @@ LFU = Policy(
     card=Card(
         source="the golden buffer's policy LFU: moving average of uses over 16 visits of a layer",
         predicts_from="nothing is prefetched",
-        simplified="nothing; a search looks at 32 slots, as in the hardware",
+        simplified="a search looks at all slots, where the hardware's looks at 32",
     ),
     plan=_plan,
 )

@@ -8,7 +8,7 @@ __all__ = ["ON_DEMAND"]
 
 
 def _plan(workload: Workload) -> Plan:
-    return Plan(slots=workload.trace.top_k)
+    return Plan(slots=workload.visits.width)
 
 
 ON_DEMAND = Policy(

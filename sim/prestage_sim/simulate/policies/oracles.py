@@ -13,7 +13,9 @@ def _oracle(ahead: int) -> Policy:
         return Plan(
             evict=Evict.NEXT_USE,
             predictor="full",
-            candidates=foreseen_candidates(workload.trace, ahead),
+            candidates=foreseen_candidates(
+                workload.visits, layers=workload.trace.layers, ahead=ahead
+            ),
         )
 
     return Policy(

@@ -12,8 +12,8 @@ def _plan(workload: Workload) -> Plan:
     trace = workload.trace
     return Plan(
         evict=Evict.LRU,
-        candidates=hints(trace, {1: 1.0}, seed=workload.seed),
-        slots=min(workload.slots, 2 * trace.top_k),
+        candidates=workload.gather(hints(trace, {1: 1.0}, seed=workload.seed)),
+        slots=workload.double_buffer,
         cancel=False,
         prefetch_inflight=trace.top_k,
     )

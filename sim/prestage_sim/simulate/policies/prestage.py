@@ -26,7 +26,7 @@ PRESTAGE = Policy(
 
 
 def _plan_rtl(workload: Workload) -> Plan:
-    return Plan(evict=Evict.NEXT_USE, predictor="full")
+    return Plan(evict=Evict.NEXT_USE, predictor="full", eager=True)
 
 
 PRESTAGE_RTL = Policy(

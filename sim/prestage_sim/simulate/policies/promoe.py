@@ -16,7 +16,7 @@ def _plan(workload: Workload) -> Plan:
     recalls = {ahead: r for ahead, r in _RECALLS.items() if ahead < trace.layers}
     return Plan(
         evict=Evict.LAYER_LRU,
-        candidates=hints(trace, recalls, seed=workload.seed),
+        candidates=workload.gather(hints(trace, recalls, seed=workload.seed)),
         prefetch_inflight=trace.top_k,
     )
 

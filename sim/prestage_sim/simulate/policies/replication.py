@@ -14,10 +14,10 @@ _RECALL = 0.92
 def _plan(workload: Workload) -> Plan:
     trace = workload.trace
     guessed = hinted(trace, recall=_RECALL, seed=(workload.seed, 1))
-    room = max(1, workload.slots // trace.top_k - 1)
+    room = max(1, workload.slots // workload.visits.width - 1)
     return Plan(
         evict=Evict.LRU,
-        candidates=collect(trace, [(trace.layers, guessed, 0)], at_start=room),
+        candidates=workload.gather(collect(trace, [(trace.layers, guessed, 0)], at_start=room)),
         prefetch_inflight=trace.top_k,
     )
 

@@ -25,8 +25,8 @@ def _plan(workload: Workload) -> Plan:
     trace = workload.trace
     return Plan(
         evict=Evict.LRU,
-        candidates=hints(trace, {1: _recall(trace)}, seed=workload.seed),
-        slots=min(workload.slots, 2 * trace.top_k),
+        candidates=workload.gather(hints(trace, {1: _recall(trace)}, seed=workload.seed)),
+        slots=workload.double_buffer,
         prefetch_inflight=trace.top_k,
     )
 
@@ -38,9 +38,9 @@ def _plan_executed(workload: Workload) -> Plan:
     executed[:, 0] = trace.experts[:, 0]
     return Plan(
         evict=Evict.LRU,
-        candidates=collect(trace, [(1, executed, 0)]),
+        candidates=workload.gather(collect(trace, [(1, executed, 0)])),
         executes=executed,
-        slots=min(workload.slots, 2 * trace.top_k),
+        slots=workload.double_buffer,
         cancel=False,
         prefetch_inflight=trace.top_k,
     )

@@ -9,7 +9,8 @@ __all__ = ["ST_MOE"]
 
 
 def _plan(workload: Workload) -> Plan:
-    return Plan(evict=Evict.LRU, candidates=st_moe_candidates(workload.trace))
+    candidates = st_moe_candidates(workload.trace, workload.schedule)
+    return Plan(evict=Evict.LRU, candidates=workload.gather(candidates))
 
 
 ST_MOE = Policy(
