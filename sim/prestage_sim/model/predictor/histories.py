@@ -129,10 +129,11 @@ class Histories:
             Sets in the order of ``FEATURES``, -1 where unknown.
         """
         result = np.full((len(FEATURES), self._top_k), -1, np.int16)
+        found = np.zeros(self._top_k, np.int64)
         for code, name in enumerate(FEATURES):
             if name not in self._used[reuse] or (horizon == 0 and name in _OF_THIS_TOKEN):
                 continue
-            found = gather(
+            if gather(
                 code,
                 int(reuse),
                 NOW if now else OLD,
@@ -142,8 +143,8 @@ class Histories:
                 self.prev[ctx],
                 self.before[ctx],
                 self.memo[ctx],
-            )
-            if found[0] >= 0:
+                found,
+            ):
                 result[code] = found
         return result
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.perceptron import CROSSES, FEATURES, HeadConfig
 
-from ..._jit import compiled
+from ..._jit import inner, kernel
 
 __all__ = [
     "LFSR_SEED",
@@ -69,6 +69,12 @@ class Head(NamedTuple):
         beats.
     lfsr : array of ``uint32``, shape ``[1]``
         State of the random numbers.
+    found : array of ``int64``
+        Room for the numbers of active rows.
+    chosen : array of ``int64``, shape ``[2, k]``
+        Room for two sets.
+    errors : array of ``int32``, shape ``[experts]``
+        Room for what each value is short of its target.
     """
 
     rows: NDArray[np.int64]
@@ -80,6 +86,9 @@ class Head(NamedTuple):
     maturity: NDArray[np.uint8]
     diagonal: NDArray[np.int16]
     lfsr: NDArray[np.uint32]
+    found: NDArray[np.int64]
+    chosen: NDArray[np.int64]
+    errors: NDArray[np.int32]
 
 
 _HORIZON, _REUSE, _LANES, _ENTRIES, _BEATS, _LAYERS = range(6)
@@ -136,6 +145,9 @@ def create_head(config: DeviceConfig, head: HeadConfig, *, number: int) -> Head:
         maturity=np.zeros(words, np.uint8),
         diagonal=np.zeros((layers, len(head.diagonals) + 1, config.lane_beats * lanes), np.int16),
         lfsr=np.array([LFSR_SEED + number], np.uint32),
+        found=np.zeros(len(head.rows) * model.top_k + _CROSS_PAIRS, np.int64),
+        chosen=np.zeros((2, model.top_k), np.int64),
+        errors=np.zeros(model.experts, np.int32),
     )
 
 
@@ -146,19 +158,34 @@ def clear_head(head: Head, *, number: int) -> None:
     head.lfsr[0] = LFSR_SEED + number
 
 
-@compiled
-def lfsr_next(state: Any) -> Any:
+def _eight_steps(word: int) -> int:
     """State of the random numbers eight steps on (Galois, 32 bits, polynomial 0xA3000000)."""
-    word = np.uint32(state)
     for _ in range(8):
-        bit = word & np.uint32(1)
-        word = word >> np.uint32(1)
-        if bit:
-            word ^= np.uint32(0xA3000000)
+        word = word >> 1 ^ (0xA3000000 if word & 1 else 0)
     return word
 
 
-@compiled
+#: What the eight bits that leave the state in eight steps do to the others.
+_LFSR_TABLE = np.array([_eight_steps(bits) for bits in range(256)], np.uint32)
+
+
+#: As many as a configuration may have.
+_MOST_LANES = 1024
+
+#: Noise of lane j is ``low + 97 j`` modulo 256. As 97 is odd, the lanes of every ``low`` are a
+#: stretch of one sequence, and the stretch begins at ``low / 97`` modulo 256.
+_NOISE_STEP = pow(97, -1, 256)
+_NOISE = (97 * np.arange(256 + _MOST_LANES) & 255).astype(np.int32)
+
+
+@kernel
+def lfsr_next(state: Any) -> Any:
+    """State of the random numbers eight steps on."""
+    word = np.uint32(state)
+    return np.uint32(word >> np.uint32(8)) ^ _LFSR_TABLE[word & np.uint32(255)]
+
+
+@kernel
 def gather(
     code: Any,
     reuse: Any,
@@ -169,43 +196,53 @@ def gather(
     prev: Any,
     before: Any,
     memo: Any,
+    chosen: Any,
 ) -> Any:
-    """The set of a feature, shape ``[k]``; its first id is -1 where it is unknown."""
+    """Write the set of a feature to ``chosen``, shape ``[k]``; False where it is unknown."""
     layers = this.shape[0]
+    known = True
     if reuse:
         near, far = (this, prev) if now else (prev, before)
         if code == _B:
-            return near[layer]
-        if code == _BP and layer > 0:
-            return near[layer - 1]
-        if code == _BN and layer + 1 < layers:
-            return far[layer + 1]
-        if code == _G:
-            return far[layer]
-        if code == _S:
-            return memo[4 if now else 3, layer]
-        return memo[5, layer]
-    if code <= _D:
-        source = layer - horizon - code
-        return this[source] if source >= 0 else memo[5, layer]
-    if code == _B:
-        return prev[layer]
-    if code == _BN:
-        return prev[layer + 1] if layer + 1 < layers else memo[5, layer]
-    if code == _BP:
-        return prev[layer - 1] if layer > 0 else memo[5, layer]
-    if code == _G:
-        return before[layer]
-    return memo[code - _T, layer]
+            source, at = near, layer
+        elif code == _BP and layer > 0:
+            source, at = near, layer - 1
+        elif code == _BN and layer + 1 < layers:
+            source, at = far, layer + 1
+        elif code == _G:
+            source, at = far, layer
+        else:
+            source, at = memo[4 if now else 3], layer
+            known = code == _S
+    elif code <= _D:
+        source, at = this, layer - horizon - code
+        known = at >= 0
+    elif code == _B:
+        source, at = prev, layer
+    elif code == _BN:
+        source, at = prev, layer + 1
+        known = at < layers
+    elif code == _BP:
+        source, at = prev, layer - 1
+        known = at >= 0
+    elif code == _G:
+        source, at = before, layer
+    else:
+        source, at = memo[code - _T], layer
+    if not known:
+        return False
+    for i in range(chosen.shape[0]):
+        chosen[i] = source[at, i]
+    return chosen[0] >= 0
 
 
-@compiled
+@inner
 def _hash(first: Any, second: Any, bits: Any) -> Any:
     """Row of a conjunction of two experts."""
     return (first * 157 + second * 1265) & ((1 << bits) - 1)
 
 
-@compiled
+@inner
 def _rows(
     head: Any,
     base: Any,
@@ -215,32 +252,28 @@ def _rows(
     prev: Any,
     before: Any,
     memo: Any,
-    found: Any,
 ) -> Any:
-    """Write the numbers of the active rows to ``found`` and return how many there are."""
-    shape = head.shape
+    """Find the numbers of the active rows; how many there are."""
+    shape, found = head.shape, head.found
     horizon, reuse, layers = shape[_HORIZON], shape[_REUSE], shape[_LAYERS]
     expert_bits, cross_bits = shape[_EXPERT_BITS], shape[_CROSS_BITS]
     k = this.shape[1]
+    a, b = head.chosen[0], head.chosen[1]
     count = 0
     for f in range(head.rows.shape[0]):
-        chosen = gather(head.rows[f], reuse, now, layer, horizon, this, prev, before, memo)
-        if chosen[0] < 0:
+        if not gather(head.rows[f], reuse, now, layer, horizon, this, prev, before, memo, a):
             continue
         for i in range(k):
-            found[count] = ((f * layers + base + layer) << expert_bits) + chosen[i]
+            found[count] = ((f * layers + base + layer) << expert_bits) + a[i]
             count += 1
     first = head.rows.shape[0] * layers << expert_bits
     for x in range(head.crosses.shape[0]):
         cross = head.crosses[x]
         row = first + ((x * layers + base + layer) << cross_bits)
-        a = gather(_A, reuse, now, layer, horizon, this, prev, before, memo)
-        b = a
-        if cross == _AC:
-            b = gather(_C, reuse, now, layer, horizon, this, prev, before, memo)
-        elif cross == _AB:
-            b = gather(_B, reuse, now, layer, horizon, this, prev, before, memo)
-        if a[0] < 0 or b[0] < 0:
+        if not gather(_A, reuse, now, layer, horizon, this, prev, before, memo, a):
+            continue
+        other = _A if cross == _AA else _C if cross == _AC else _B
+        if not gather(other, reuse, now, layer, horizon, this, prev, before, memo, b):
             continue
         if cross == _AA:
             for i in range(min(3, k)):
@@ -256,7 +289,22 @@ def _rows(
     return count
 
 
-@compiled
+@inner
+def _is_again(chosen: Any, at: Any) -> Any:
+    """Whether a place names an expert that an earlier one named: a set that was loaded may."""
+    for n in range(at):
+        if chosen[n] == chosen[at]:
+            return True
+    return False
+
+
+@inner
+def _step(error: Any, shift: Any, noise: Any, bits: Any) -> Any:
+    """What an error moves a weight by: rounded down after noise, 0 to 255."""
+    return ((error << shift) + (noise << (bits - 8))) >> bits
+
+
+@kernel
 def head_predict(
     head: Any,
     base: Any,
@@ -290,8 +338,8 @@ def head_predict(
     shape = head.shape
     lanes, entries, beats = shape[_LANES], shape[_ENTRIES], shape[_BEATS]
     experts, most = shape[_EXPERTS], (1 << shape[_VALUE_BITS]) - 1
-    found = np.empty(head.rows.shape[0] * this.shape[1] + _CROSS_PAIRS, np.int64)
-    count = _rows(head, base, layer, now, this, prev, before, memo, found)
+    found, chosen = head.found, head.chosen[0]
+    count = _rows(head, base, layer, now, this, prev, before, memo)
     weights = head.diagonal[base + layer]
     for e in range(experts):
         values[e] = shape[_PRIOR] + weights[0, e]
@@ -304,25 +352,24 @@ def head_predict(
                     if e < experts:
                         values[e] += head.weights[word, j]
             else:
-                for j in range(min(lanes, experts - beat * lanes)):
-                    values[beat * lanes + j] += head.weights[word, j]
+                # Stretches from 0 on: else numba looks for negative numbers in every step.
+                part = values[beat * lanes : min((beat + 1) * lanes, experts)]
+                row = head.weights[word]
+                for j in range(part.shape[0]):
+                    part[j] += row[j]
     for f in range(head.diagonals.shape[0]):
-        chosen = gather(
-            head.diagonals[f], shape[_REUSE], now, layer, shape[_HORIZON], this, prev, before, memo
-        )
-        if chosen[0] >= 0:
-            # A set that was loaded may name an expert twice; it is in it once all the same.
+        if gather(
+            *(head.diagonals[f], shape[_REUSE], now, layer, shape[_HORIZON]),
+            *(this, prev, before, memo, chosen),
+        ):
             for i in range(len(chosen)):
-                again = False
-                for j in range(i):
-                    again = again or chosen[j] == chosen[i]
-                if not again:
+                if not _is_again(chosen, i):
                     values[chosen[i]] += weights[f + 1, chosen[i]]
     for e in range(experts):
         values[e] = min(max(values[e], 0), most)
 
 
-@compiled
+@kernel
 def head_learn(
     head: Any,
     base: Any,
@@ -352,9 +399,10 @@ def head_learn(
     lanes, entries, beats = shape[_LANES], shape[_ENTRIES], shape[_BEATS]
     experts, bits, most = shape[_EXPERTS], shape[_VALUE_BITS], shape[_MOST]
     boost = 1 if shape[_REUSE] else 0
-    found = np.empty(head.rows.shape[0] * this.shape[1] + _CROSS_PAIRS, np.int64)
-    count = _rows(head, base, layer, OLD, this, prev, before, memo, found)
-    errors = targets - values
+    found, chosen, errors = head.found, head.chosen[0], head.errors
+    count = _rows(head, base, layer, OLD, this, prev, before, memo)
+    for e in range(experts):
+        errors[e] = targets[e] - values[e]
     state = head.lfsr[0]
     for r in range(count):
         for beat in range(beats):
@@ -365,14 +413,13 @@ def head_learn(
             low = np.int64(state) & 255
             if entries == 0:
                 # Apart from lists and without a branch: most of the time goes into this loop.
-                first = beat * lanes
                 row = head.weights[word]
-                for j in range(min(lanes, experts - first)):
-                    u = ((low + 97 * j) & 255) << (bits - 8)
-                    weight = row[j] + (((errors[first + j] << shift) + u) >> bits)
+                part = errors[beat * lanes : min((beat + 1) * lanes, experts)]
+                noise = _NOISE[low * _NOISE_STEP & 255 :]
+                for j in range(part.shape[0]):
+                    weight = row[j] + _step(part[j], shift, noise[j], bits)
                     row[j] = min(max(weight, -most), most)
             for j in range(lanes if entries else 0):
-                u = ((low + 97 * j) & 255) << (bits - 8)
                 weight = np.int64(head.weights[word, j])
                 at = head.places[word, j]
                 if abs(weight) < 4:
@@ -389,29 +436,30 @@ def head_learn(
                 e = at * entries + beat * lanes + j
                 if weight == 0 or e >= experts:
                     continue
-                weight += ((errors[e] << shift) + u) >> bits
+                weight += _step(errors[e], shift, (low + 97 * j) & 255, bits)
                 head.weights[word, j] = min(max(weight, -most), most)
             draw = np.int64(state) >> 24
             if stage == 0 and draw < 64 or stage == 1 and draw < 16:
                 head.maturity[word] = stage + 1
     weights = head.diagonal[base + layer]
-    masks = np.zeros((head.diagonals.shape[0] + 1, experts), np.bool_)
-    masks[0] = True
-    for f in range(head.diagonals.shape[0]):
-        chosen = gather(
-            head.diagonals[f], shape[_REUSE], OLD, layer, shape[_HORIZON], this, prev, before, memo
-        )
-        if chosen[0] >= 0:
-            for e in chosen:
-                masks[f + 1, e] = True
     shift = 1 + boost
     for beat in range((experts + lanes - 1) // lanes):
         state = lfsr_next(state)
-        for f in range(masks.shape[0]):
-            for j in range(min(lanes, experts - beat * lanes)):
-                e = beat * lanes + j
-                if masks[f, e]:
-                    u = ((np.int64(state) + 97 * j + 59 * f) & 255) << (bits - 8)
-                    weight = weights[f, e] + (((errors[e] << shift) + u) >> bits)
-                    weights[f, e] = min(max(weight, -most), most)
+        low, first = np.int64(state), beat * lanes
+        for e in range(first, min(first + lanes, experts)):
+            step = _step(errors[e], shift, (low + 97 * (e - first)) & 255, bits)
+            weights[0, e] = min(max(weights[0, e] + step, -most), most)
+        for f in range(head.diagonals.shape[0]):
+            if not gather(
+                *(head.diagonals[f], shape[_REUSE], OLD, layer, shape[_HORIZON]),
+                *(this, prev, before, memo, chosen),
+            ):
+                continue
+            for i in range(len(chosen)):
+                e = chosen[i]
+                if not first <= e < first + lanes or _is_again(chosen, i):
+                    continue
+                low = np.int64(state) + 97 * (e - first) + 59 * (f + 1)
+                step = _step(errors[e], shift, low & 255, bits)
+                weights[f + 1, e] = min(max(weights[f + 1, e] + step, -most), most)
     head.lfsr[0] = state
