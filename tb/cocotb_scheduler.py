@@ -777,11 +777,13 @@ class TB:
             self._copy_answered(request, result)
             return
         if op == BufferOp.PREFETCH:
-            if not self.found_looked_up:
-                # Who leaves its slot then wakes nobody.
-                self.tried.update(range(self.config.contexts))
-            elif code != BufferCode.ALLOCATED:
+            if self.found_looked_up and code == BufferCode.ALLOCATED:
+                # Who leaves its slot wakes nobody; its own context stays awake.
+                self.tried.update({*range(self.config.contexts)} - {ctx})
+            elif self.found_looked_up:
                 self.tried.add(ctx)
+            else:
+                self.tried.update(range(self.config.contexts))
             if code == BufferCode.ALLOCATED:
                 expected["prefetch_issued"] += 1
                 candidate = self.candidate_looked_up
