@@ -30,12 +30,13 @@ CONFIGS = {
     "barely": DeviceConfig(
         model=preset("tiny"), slots=8, contexts=4, expert_bytes=512, data_bytes=8
     ),
-    # Nothing is a power of two, and the slots are a few more than pinned at a time.
+    # Nothing is a power of two, and the data take five memories.
     "odd": DeviceConfig(
         model=ModelConfig(name="odd", layers=5, experts=60, top_k=3),
-        slots=17,
+        slots=23,
         contexts=2,
         expert_bytes=1536,
+        data_bytes=4,
     ),
     "one-slot": DeviceConfig(
         model=ModelConfig(name="one", layers=1, experts=2, top_k=1),

@@ -210,9 +210,9 @@ class Slots(Elaboratable):
         directory = block._directory
         slots = range(config.slots)
         slot_layout = directory.slot_layout
-        entries = inside.rows("directory.entries")
-        states = inside.rows("directory.slots")
-        pins = inside.rows("directory.pins")
+        entries = inside.rows("directory.entries", written=True)
+        states = inside.rows("directory.slots", written=True)
+        pins = inside.rows("directory.pins", written=True)
         slot, pinned, done = signal("slot"), signal("pinned"), signal("done")
         is_resident = signal("is_resident")
         entry = directory.entry_layout(signal("entry"))
@@ -220,7 +220,8 @@ class Slots(Elaboratable):
         read_state = slot_layout(signal("directory.state"))
         inner = block.requests.payload.shape()(signal("request"))
         key = Cat(inner.expert, inner.layer)
-        lookup = ("LOOKUP", "SEARCH", "READ", "CAPTURE", "CHECK", "TOUCH")
+        decided = ("SEARCH", "READ", "CAPTURE", "CHECK", "REFUSE", "TOUCH")
+        lookup = ("LOOKUP", "BRANCH", *decided)
 
         def is_same(a, b):
             return Value.cast(a) == Value.cast(b)
@@ -247,23 +248,20 @@ class Slots(Elaboratable):
         m.d.comb += [
             lemma(at()),
             # A result is offered while nothing else is worked on.
-            lemma(~block.results.valid | idle | at("ALLOCATE")),
+            lemma(~block.results.valid | idle | at("ALLOCATE", "SETTLE")),
             lemma(~book.new | idle | at("ALLOCATE")),
             lemma(~at("ALLOCATE") | book.new),
             lemma(~at(*lookup, "ALLOCATE") | looks_up),
             lemma(~at(*lookup, "ALLOCATE") | (op != BufferOp.DEMAND) | (inner.index == 0)),
             lemma(~(at("ALLOCATE") | book.new) | (op != BufferOp.UNLOCK) | is_resident | idle),
-            lemma(
-                ~at("SEARCH", "READ", "CAPTURE", "CHECK", "TOUCH", "ALLOCATE")
-                | (op != BufferOp.UNLOCK)
-                | is_resident
-            ),
+            lemma(~at(*decided, "ALLOCATE") | (op != BufferOp.UNLOCK) | is_resident),
             lemma(~at("FILL READ", "FILL") | (op == BufferOp.FILL) | (op == BufferOp.CANCEL)),
             lemma(~releasing | (op == BufferOp.RELEASE)),
         ]
         for field in ("op", "layer", "expert", "ctx", "slot", "last", "failed"):
             m.d.comb += lemma(
-                ~(~idle & ~clearing | book.new) | (inner[field] == book.request[field])
+                ~(~idle & ~clearing & ~at("SETTLE") | book.new)
+                | (inner[field] == book.request[field])
             )
 
         # --- slots and entries ---
@@ -311,12 +309,19 @@ class Slots(Elaboratable):
             lemma(~at("FETCH") | is_same(signal("directory.entry"), entry_here)),
             lemma(~at(*lookup) | is_same(entry, entry_here)),
             lemma(~allocating | (entry_here.state == EntryState.EMPTY)),
-            lemma(~at("LOOKUP", "CAPTURE") | is_same(read_state, here)),
+            lemma(
+                ~at("BRANCH", *decided, "ALLOCATE")
+                | (is_resident == (entry.state != EntryState.EMPTY))
+            ),
+            lemma(
+                ~(at("LOOKUP", "CAPTURE") | (at("BRANCH") & ~is_resident))
+                | is_same(read_state, here)
+            ),
             lemma(~at("CHECK", "TOUCH") | is_same(state, here)),
-            lemma(~at("SEARCH", "READ", "CHECK") | ~is_resident),
+            lemma(~at("SEARCH", "READ", "CHECK", "REFUSE") | ~is_resident),
             lemma(~at("SEARCH") | (block.policy != Policy.LRU)),
-            lemma(~at("READ", "CHECK") | (block.policy == Policy.LRU)),
-            lemma(~at("CAPTURE", "TOUCH") | ~is_resident | (slot == entry.slot)),
+            lemma(~at("READ", "CHECK", "REFUSE") | (block.policy == Policy.LRU)),
+            lemma(~at("BRANCH", "CAPTURE", "TOUCH") | ~is_resident | (slot == entry.slot)),
             lemma(~at("CAPTURE") | is_resident | (block.policy == Policy.LRU) | may_take(here)),
             lemma(~at("TOUCH") | is_resident | may_take(here)),
             lemma(~at("FILL") | is_same(state, here)),
@@ -325,6 +330,17 @@ class Slots(Elaboratable):
             lemma(~filling | (signal("is_cancel") == is_cancel)),
             lemma(~filling | (signal("last") == (inner.last | is_cancel))),
             lemma(~filling | (signal("dropped") == (inner.failed & inner.last | is_cancel))),
+        ]
+
+        # --- what is being written is not read ---
+        entry_write, slot_write, pin_write = (
+            inside.local(f"{name}_write", part="Directory").en for name in ("entry", "slot", "pin")
+        )
+        at_rest = at("CLEAR", "ALLOCATE", "SETTLE", "IDLE")
+        m.d.comb += [
+            lemma(~entry_write | at("CLEAR", "ALLOCATE", "SETTLE") | (idle & block.results.valid)),
+            lemma(~slot_write | at_rest),
+            lemma(~pin_write | at_rest | at("UNPIN READ")),
         ]
 
         # --- pins ---
@@ -381,9 +397,9 @@ class Slots(Elaboratable):
         searching = signal("victims.searching")
         asking, found = signal("victims.asking"), signal("victims.found")
         asked = inside.delays("victims", of=("asking", "remembers", "is_remembered"), cycles=3)
-        eligible = inside.delays("victims", of=("may", asked[2]), cycles=7)
-        numbers = inside.delays("victims", of=("slot",), cycles=10)
-        last = inside.delays("victims", of=("last",), cycles=11)
+        eligible = inside.delays("victims", of=("may", asked[2]), cycles=9)
+        numbers = inside.delays("victims", of=("slot",), cycles=12)
+        last = inside.delays("victims", of=("last",), cycles=13)
         stages = [*asked, *eligible]
         m.d.comb += [
             lemma(searching == at("SEARCH")),
@@ -425,7 +441,7 @@ class Answers(Elaboratable):
         offered = Signal()
         new = Signal()
         idle, clearing = at("IDLE"), at("CLEAR")
-        busy = ~idle & ~clearing
+        busy = ~idle & ~clearing & ~at("SETTLE")
         m.d.comb += new.eq(block.results.valid & ~offered)
         m.d.sync += [
             offered.eq(block.results.valid & ~block.results.ready),
@@ -456,17 +472,19 @@ class Answers(Elaboratable):
         ]
 
         is_resident, done = signal("is_resident"), signal("done")
+        entry = block._directory.entry_layout(signal("entry"))
         asking, searching = signal("victims.asking"), signal("victims.searching")
         asked = (signal("victims.step") * config.contexts) + signal("victims.ctx")
         asks = (block._victims.samples + 2) * config.contexts
-        last = inside.delays("victims", of=("last",), cycles=11)
+        last = inside.delays("victims", of=("last",), cycles=13)
         passes = signal("victims.passes")
         fetched = (
             (at("FETCH"), 1),
             (at("LOOKUP") | (at("UNPIN CAPTURE") & ~done) | at("FILL READ"), 2),
-            (at("CAPTURE") & is_resident, 3),
-            (at("TOUCH") & is_resident, 4),
-            (at("ALLOCATE") & is_resident, 5),
+            (at("BRANCH"), 3),
+            (at("CAPTURE") & is_resident, 4),
+            (at("TOUCH") & is_resident, 5),
+            (at("ALLOCATE") & is_resident, 6),
             (at("FILL") | (at("UNPIN") & ~done), 3),
             (at("UNPIN READ"), 4),
             (at("UNPIN CAPTURE") & done, 5),
@@ -474,16 +492,16 @@ class Answers(Elaboratable):
             (at("CAPTURE") & ~is_resident, search - 2),
             (at("TOUCH") & ~is_resident, search - 1),
             (at("ALLOCATE") & ~is_resident, search),
-            *((ended, 2 + asks + i) for i, ended in enumerate(last, 1)),
+            *((ended, 3 + asks + i) for i, ended in enumerate(last, 1)),
         )
         m.d.comb += [
             lemma(at()),
-            lemma(~at("READ", "CHECK")),
-            lemma(~block.results.valid | idle | at("ALLOCATE")),
+            lemma(~at("READ", "CHECK", "REFUSE")),
+            lemma(~block.results.valid | idle | at("ALLOCATE", "SETTLE")),
             lemma(~at("ALLOCATE") | new),
             lemma(searching == at("SEARCH")),
             lemma(searching == (asking | Cat(last).any())),
-            lemma(~asking | (waited == 3 + asked)),
+            lemma(~asking | (waited == 4 + asked)),
             lemma(~asking | ((passes == 0) & (asked < asks))),
             lemma(signal("victims.ctx") < config.contexts),
             lemma(~Cat(last).any() | (passes == 1)),
@@ -491,7 +509,11 @@ class Answers(Elaboratable):
             lemma(~at("UNPIN READ") | done),
             lemma(~at("UNPIN", "UNPIN READ", "UNPIN CAPTURE") | releases),
             lemma(~at("FILL READ", "FILL") | fills),
-            lemma(~at("LOOKUP", "SEARCH", "CAPTURE", "TOUCH", "ALLOCATE") | looked),
+            lemma(~at("LOOKUP", "BRANCH", "SEARCH", "CAPTURE", "TOUCH", "ALLOCATE") | looked),
+            lemma(
+                ~at("BRANCH", "SEARCH", "CAPTURE", "TOUCH", "ALLOCATE")
+                | (is_resident == (entry.state != EntryState.EMPTY))
+            ),
             lemma(~at("SEARCH") | ~is_resident),
             *(lemma(~when | (waited == cycles)) for when, cycles in fetched),
         ]

@@ -245,12 +245,21 @@ class Inside:
         )
         return value
 
-    def rows(self, name):
-        """Every row of a memory."""
+    def rows(self, name, *, written=False):
+        """Every row of a memory; if wanted with what is written to it in this cycle."""
         memory = self._find(name.split("."))
         if not isinstance(memory, MemoryInstance):
             raise ValueError(f"{name!r} is no memory")
-        return [self.row(name, Const(i, 16)) for i in range(memory._data.depth)]
+        rows = [self.row(name, Const(i, 16)) for i in range(memory._data.depth)]
+        if not written:
+            return rows
+        (port,) = memory._write_ports
+        shape = memory._data.shape
+        after = [Signal(shape, name=f"{name.replace('.', '_')}_{i}") for i in range(len(rows))]
+        for i, row in enumerate(rows):
+            now = ast.Mux(port._en & (port._addr == i), port._data, ast.Value.cast(row))
+            self.fragment.add_statements("comb", ast.Value.cast(after[i]).eq(now))
+        return after
 
 
 class Held:

@@ -260,14 +260,14 @@ PROOFS = (
         instance=BUFFER_INSTANCE,
         harness="buffer:Slots",
         depth=2,
-        cover_depth=45,
+        cover_depth=52,
         twin=Mutation(
             name="a slot that is filling may be taken",
             module="prestage_hw.buffer.buffer",
             old="free = (state.pins == 0) & ~state.filling & ~state.locked",
             new="free = (state.pins == 0) & ~state.locked",
         ),
-        twin_depth=34,
+        twin_depth=42,
         twin_parameters={"lru": True, "slots": 2, "contexts": 1, "layers": 1},
     ),
     Proof(
@@ -277,14 +277,14 @@ PROOFS = (
         instance=BUFFER_INSTANCE + "; policies LFU and NEXT_USE",
         harness="buffer:Answers",
         depth=2,
-        cover_depth=42,
+        cover_depth=50,
         twin=Mutation(
             name="a release never comes to its last pin",
             module="prestage_hw.buffer.buffer",
             old="done.eq(request.index == self.config.model.top_k - 1)",
             new="done.eq(0)",
         ),
-        twin_depth=16,
+        twin_depth=20,
         twin_parameters={"slots": 2, "contexts": 1, "layers": 1},
     ),
     Proof(

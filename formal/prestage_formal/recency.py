@@ -3,6 +3,7 @@
 from amaranth import Array, Cat, Elaboratable, Module, Mux, Signal
 from amaranth.hdl import Assert, Cover
 
+from prestage_hw.buffer.directory import EntryState
 from prestage_hw.contract.records import BufferCode, BufferOp, Policy
 
 from .harness import Inside, drive_freely, lemma
@@ -20,6 +21,8 @@ class _Order:
         The slots, least recent first. It changes in the cycle of a touch.
     settled : Value
         No touch or retirement is in its second cycle.
+    writes : Value
+        A row is being written.
     """
 
     def __init__(self, m, inside, config, *, clearing):
@@ -50,7 +53,12 @@ class _Order:
         relink_last = inside.local("relink_last", part=part)
         self.relink, self.relink_last = relink, relink_last
         self.settled = ~relink & ~relink_last
-        older, newer = (Array(inside.rows(f"recency.{name}")) for name in ("older", "newer"))
+        older, newer = (
+            Array(inside.rows(f"recency.{name}", written=True)) for name in ("older", "newer")
+        )
+        self.writes = Cat(
+            inside.local(f"{name}_write", part=part).en for name in ("older", "newer")
+        ).any()
         self.older, self.newer = older, newer
         m.d.comb += lemma(~(relink & relink_last))
         for j in range(count):
@@ -124,21 +132,21 @@ class Walk(Elaboratable):
         none = looked & (code == BufferCode.NO_SLOT)
         lookup, step = block.lookup_latency, 3
         most = lookup + step * (config.slots - 1)
-        busy = ~idle & ~clearing
+        busy = ~idle & ~clearing & ~at("SETTLE")
         m.d.comb += [
             # Work that began ends; a walk skips a slot in three cycles.
             Assert(~busy | (waited <= most)),
             Assert(~(new & found) | (waited == lookup)),
             Assert(~(new & allocated) | (waited == lookup + step * skipped)),
             Assert(~(new & allocated) | (skipped < config.slots)),
-            Assert(~(new & none & ~is_resident) | (waited <= most - 1)),
+            Assert(~(new & none & ~is_resident) | (waited <= most)),
             # The list is the order of the touches.
             Assert(clearing | ~order.settled | (recency.oldest == order.slots[0])),
             Assert(clearing | ~order.settled | (recency.newest == order.slots[-1])),
             # A slot is checked once all that are less recent were.
             Assert(~at("CHECK") | (waited == lookup - 2 + step * place)),
             Cover(new & allocated & (skipped == 2)),
-            Cover(new & none & (waited == most - 1)),
+            Cover(new & none & (waited == lookup + step)),
         ]
 
         # --- lemmas ---
@@ -153,14 +161,23 @@ class Walk(Elaboratable):
             lemma(at()),
             lemma(~at("SEARCH")),
             lemma(~inside.signal("victims.searching")),
-            lemma(~block.results.valid | idle | at("ALLOCATE")),
+            lemma(~block.results.valid | idle | at("ALLOCATE", "SETTLE")),
+            lemma(~order.writes | idle | at("CLEAR", "ALLOCATE", "SETTLE")),
+            lemma(
+                ~at("BRANCH", "READ", "CAPTURE", "CHECK", "REFUSE", "TOUCH", "ALLOCATE")
+                | (is_resident == (local("entry").state != EntryState.EMPTY))
+            ),
             lemma(~at("ALLOCATE") | new),
             lemma(~order.relink | at("ALLOCATE")),
             lemma(~order.relink_last | (idle & block.results.valid & new)),
             lemma(~at("FETCH") | (waited == 1)),
             lemma(~at("FETCH") | ~looked | (slot == order.slots[0])),
             lemma(~at("LOOKUP") | ((waited == 2) & (slot == order.slots[0]) & looked)),
+            lemma(~at("BRANCH") | ((waited == 3) & looked)),
+            lemma(~at("BRANCH") | is_resident | (slot == order.slots[0])),
             lemma(~at("LOOKUP", "CAPTURE", "CHECK", "FILL READ") | read),
+            lemma(~(at("BRANCH") & walking) | read),
+            lemma(~at("REFUSE") | (walking & looked & (waited == lookup - 1 + step * skipped))),
             lemma(~at("CHECK", "TOUCH", "FILL") | known),
             lemma(~at("READ", "CHECK") | walking),
             lemma(~at("READ") | (waited == lookup - 4 + step * place)),
@@ -171,9 +188,9 @@ class Walk(Elaboratable):
             lemma(~(at("TOUCH") & walking) | (skipped == place)),
             lemma(~(at("ALLOCATE") & walking) | (waited == lookup + step * skipped)),
             lemma(skipped < config.slots),
-            lemma(~(at("CAPTURE") & is_resident) | (waited == 3)),
-            lemma(~(at("TOUCH") & is_resident) | (waited == 4)),
-            lemma(~(at("ALLOCATE") & is_resident) | (waited == 5)),
+            lemma(~(at("CAPTURE") & is_resident) | (waited == 4)),
+            lemma(~(at("TOUCH") & is_resident) | (waited == 5)),
+            lemma(~(at("ALLOCATE") & is_resident) | (waited == 6)),
             lemma(~at("READ", "CAPTURE", "CHECK", "TOUCH", "ALLOCATE") | looked),
             lemma(
                 ~(at("READ", "CAPTURE", "CHECK") & walking & is_prefetch)

@@ -27,26 +27,26 @@ class ExpertBuffer(wiring.Component):
 
     - DEMAND, PREFETCH, LOCK, UNLOCK of an expert that has a slot: after ``lookup_latency``.
     - DEMAND, PREFETCH, LOCK of another. Policy LRU: after ``lookup_latency``, plus 3 for each
-      pinned, filling or locked slot that the search for a victim skips. NO_SLOT comes one cycle
-      sooner than the allocation of the last slot searched would; for a PREFETCH after 3 if every
-      slot was touched since the route began. Other policies: after ``search_latency``, plus
-      ``pass_cycles`` for each pass after the first, of at most ``passes``; NO_SLOT and OUTBID two
-      cycles sooner.
+      pinned, filling or locked slot that the search for a victim skips. NO_SLOT comes when the
+      allocation of the last slot searched would; for a PREFETCH after 4 if every slot was touched
+      since the route began. Other policies: after ``search_latency``, plus ``pass_cycles`` for each
+      pass after the first, of at most ``passes``; NO_SLOT and OUTBID two cycles sooner.
     - FILL, CANCEL: after ``fill_latency``.
     - RELEASE: after ``release_latency``.
-    - LOCK of one expert more than may be locked, UNLOCK of one without a slot: after 3.
+    - LOCK of one expert more than may be locked, UNLOCK of one without a slot: after 4.
     - COPY of an expert without a slot: as a LOCK or, where there is nothing to hold, an UNLOCK. Of
       one that has a slot: after ``lookup_latency``, or ``copy_latency`` where the copy has a slot,
       too. One that allocates a slot for a copy: three cycles later than a LOCK that has to look at
       as many slots, those of other banks included; with policies other than LRU two later.
     - INVALID: after 2.
 
-    The next request is taken when the result was taken, at the earliest one cycle later. What a
-    result says is visible on the read port for every read taken from the first cycle in which the
-    result is offered. A search sees the values taken up to two cycles after its request.
+    The next request is taken when the result was taken, at the earliest one cycle later, two after
+    an allocation. What a result says is visible on the read port for every read taken from the
+    first cycle in which the result is offered. A search sees the values taken up to three cycles
+    after its request.
 
-    After reset and after ``clear`` the block clears itself, one row in each of ``clear_cycles``: no
-    expert resident, no pin, no lock, no tile valid, no value, slot 0 least recent, and a route
+    After reset and after ``clear`` the block clears itself, one row a cycle, in ``clear_cycles``:
+    no expert resident, no pin, no lock, no tile valid, no value, slot 0 least recent, and a route
     begun. The data stay. A request that was taken before is answered first.
 
     Unless ``config.stores_slots`` the bytes of slots are elsewhere, in a memory of their own or at
@@ -129,17 +129,17 @@ class ExpertBuffer(wiring.Component):
         banks = config.replicas if stores else 0
         self._storages = [Storage(config=config, bank=bank) for bank in range(banks)]
         self._victims = Victims(config=config, valued=self.valued)
-        self.lookup_latency = 5
+        self.lookup_latency = 6
         self.fill_latency = 4
         self.release_latency = 3 * config.model.top_k + 4
-        self.search_latency = self._victims.search_cycles + 5
+        self.search_latency = self._victims.search_cycles + 6
         self.pass_cycles = self._victims.pass_cycles
         self.passes = self._victims.passes
         #: Of a COPY that finds or allocates a copy.
-        self.copy_latency = 7
+        self.copy_latency = 8
         self.read_latency = self._storages[0].read_latency if stores else 0
         self._row_bits = max(self._directory.row_bits, self._victims.row_bits)
-        self.clear_cycles = 1 << self._row_bits
+        self.clear_cycles = (1 << self._row_bits) + 1
         writes = stream.Signature(RecordLayout("BufferWrite", config=config))
         reads = In(stream.Signature(RecordLayout("ReadRequest", config=config)))
         beats = Out(stream.Signature(RecordLayout("Beat", config=config)))
@@ -254,13 +254,16 @@ class ExpertBuffer(wiring.Component):
                 victims.bank.eq(bank),
             ]
         all_touched = Signal()  # since the route began, a cycle ago
-        m.d.sync += all_touched.eq(~recency.marked)
+        m.d.sync += [
+            all_touched.eq(~recency.marked),
+            # From the cycle after LOOKUP on: much depends on it.
+            is_resident.eq(entry.state != EntryState.EMPTY),
+        ]
         m.d.comb += [
             is_demand.eq(request.op == BufferOp.DEMAND),
             is_prefetch.eq(request.op == BufferOp.PREFETCH),
             is_lock.eq(request.op == BufferOp.LOCK),
             is_unlock.eq(request.op == BufferOp.UNLOCK),
-            is_resident.eq(entry.state != EntryState.EMPTY),
             by_recency.eq(self.policy == Policy.LRU),
             may_lock.eq(locked != most_locked),
             may_take.eq(free),
@@ -378,7 +381,11 @@ class ExpertBuffer(wiring.Component):
                     locked.eq(0),
                 ]
                 with m.If(row.all()):
-                    m.next = "IDLE"
+                    m.next = "SETTLE"
+
+            with m.State("SETTLE"):
+                # The last row is written, which may be the first to be read.
+                m.next = "IDLE"
 
             with m.State("IDLE"):
                 m.d.comb += [
@@ -421,9 +428,12 @@ class ExpertBuffer(wiring.Component):
                     m.next = "LOOKUP"
 
             with m.State("LOOKUP"):
-                with m.If(is_resident):
-                    m.d.comb += looked_at.eq(entry.slot)
+                with m.If(entry.state != EntryState.EMPTY):
                     m.d.sync += slot.eq(entry.slot)
+                m.next = "BRANCH"
+
+            with m.State("BRANCH"):
+                with m.If(is_resident):
                     m.next = "CAPTURE"
                 with m.Elif(nothing_to_give):
                     answer(BufferCode.REFUSED)
@@ -470,10 +480,14 @@ class ExpertBuffer(wiring.Component):
                     m.d.sync += slot.eq(slot)
                     m.next = "TOUCH"
                 with m.Elif(slot == Mux(is_prefetch, recency.mark, recency.newest)):
-                    # A refused demand holds no pin.
-                    m.d.comb += directory.pin_write.eq(is_demand)
-                    answer(BufferCode.NO_SLOT)
-                    m.next = "IDLE"
+                    m.next = "REFUSE"
+
+            with m.State("REFUSE"):
+                # Not sooner: the same demand may come again, and reads what this one writes. One
+                # that is refused holds no pin.
+                m.d.comb += directory.pin_write.eq(is_demand)
+                answer(BufferCode.NO_SLOT)
+                m.next = "IDLE"
 
             with m.State("TOUCH"):
                 m.d.comb += [
@@ -542,7 +556,7 @@ class ExpertBuffer(wiring.Component):
                     directory.slot_value.mark.eq(victims.mark),
                     directory.slot_write.eq(~found),
                 ]
-                m.next = "IDLE"
+                m.next = "SETTLE"
                 if copies:
                     m.d.comb += [
                         directory.slot_value.held.eq(is_copy),

@@ -102,8 +102,9 @@ class Directory(wiring.Component):
     """Hold the directory (expert to slot), the slot states (slot to expert) and the pin list.
 
     Each has a memory of its own. A read takes one cycle: its value is valid in the next cycle and
-    stays until the next read of the same memory. What is read of a memory in a cycle in which it is
-    written is not valid.
+    stays until the next read of the same memory. A write takes two: block RAMs may be far away, so
+    it passes through a register. What is read of a row in the second cycle of its write is not
+    valid; in the first it is what was there before.
 
     Parameters
     ----------
@@ -147,7 +148,7 @@ class Directory(wiring.Component):
         New pin.
     clear : ``In(1)``
         Zero row ``row`` of the directory and of the pin list, and the state of ``slot``. Nothing
-        else may be written meanwhile.
+        else may be written meanwhile. A write like the others.
     row : ``In(row_bits)``
         Row to clear.
 
@@ -217,24 +218,26 @@ class Directory(wiring.Component):
             entry_read.addr.eq(self.read_key.as_value()),
             entry_read.en.eq(self.entry_read),
             self.entry.eq(entry_read.data),
-            entry_write.addr.eq(self.write_key.as_value()),
-            entry_write.data.eq(self.entry_value),
-            entry_write.en.eq(self.entry_write),
             slot_read.addr.eq(self.read_slot),
             slot_read.en.eq(1),
             self.state.eq(slot_read.data),
-            slot_write.addr.eq(self.slot),
-            slot_write.data.eq(self.slot_value),
-            slot_write.en.eq(self.slot_write),
             pin_read.addr.eq(self.pin_key.as_value()),
             pin_read.en.eq(self.pin_read),
             self.pin.eq(pin_read.data),
+        ]
+        m.d.sync += [
+            entry_write.addr.eq(self.write_key.as_value()),
+            entry_write.data.eq(self.entry_value),
+            entry_write.en.eq(self.entry_write),
+            slot_write.addr.eq(self.slot),
+            slot_write.data.eq(self.slot_value),
+            slot_write.en.eq(self.slot_write),
             pin_write.addr.eq(self.pin_key.as_value()),
             pin_write.data.eq(self.pin_value),
             pin_write.en.eq(self.pin_write),
         ]
         with m.If(self.clear):
-            m.d.comb += [
+            m.d.sync += [
                 entry_write.addr.eq(self.row),
                 Cat(entry_write.data.as_value(), slot_write.data.as_value()).eq(0),
                 Cat(entry_write.en, slot_write.en, pin_write.en).eq(~0),

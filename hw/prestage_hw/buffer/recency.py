@@ -19,7 +19,8 @@ class RecencyList(wiring.Component):
     *Read* takes two cycles, and one begins in each: ``newer`` is valid in the second cycle after;
     what is read while a row is written is not. *Touch* takes two cycles: it starts when the
     neighbours of ``slot`` have been read, and ``slot`` must be stable in both. So does *retire*.
-    *Clear* writes one row a cycle.
+    *Clear* writes one row a cycle. What these write passes through a register, since block RAMs may
+    be far away: rows are written until the cycle after the last one of each.
 
     Parameters
     ----------
@@ -103,6 +104,10 @@ class RecencyList(wiring.Component):
             newer_read.addr.eq(self.read_slot),
             newer_read.en.eq(1),
             self.newer.eq(newer),
+        ]
+        m.d.sync += [
+            older_write.en.eq(0),
+            newer_write.en.eq(0),
             # The first cycle of a touch or retirement, which come late in it: where to write, and
             # what, does not hang on them.
             older_write.addr.eq(newer),
@@ -112,7 +117,7 @@ class RecencyList(wiring.Component):
         ]
 
         with m.If(self.clear):
-            m.d.comb += [
+            m.d.sync += [
                 older_write.addr.eq(self.slot),
                 older_write.data.eq(self.slot - 1),
                 older_write.en.eq(1),
@@ -127,7 +132,7 @@ class RecencyList(wiring.Component):
                 self.marked.eq(1),
             ]
         with m.Elif(relink):
-            m.d.comb += [
+            m.d.sync += [
                 older_write.addr.eq(self.slot),
                 older_write.data.eq(self.newest),
                 older_write.en.eq(1),
@@ -140,7 +145,7 @@ class RecencyList(wiring.Component):
                 relink.eq(0),
             ]
         with m.Elif(relink_last):
-            m.d.comb += [
+            m.d.sync += [
                 newer_write.addr.eq(self.slot),
                 newer_write.data.eq(self.oldest),
                 newer_write.en.eq(1),
@@ -155,7 +160,7 @@ class RecencyList(wiring.Component):
             with m.If(~self.marked):
                 m.d.sync += [self.mark.eq(self.slot), self.marked.eq(1)]
         with m.Elif(self.retire):
-            m.d.comb += [
+            m.d.sync += [
                 older_write.en.eq(~is_oldest & ~is_newest),
                 newer_write.en.eq(~is_oldest),
             ]
@@ -169,7 +174,7 @@ class RecencyList(wiring.Component):
             with m.Elif(self.slot == self.mark):
                 m.d.sync += self.mark.eq(older)
         with m.Elif(self.touch):
-            m.d.comb += [
+            m.d.sync += [
                 older_write.en.eq(~is_newest),
                 newer_write.en.eq(~is_newest & ~is_oldest),
             ]

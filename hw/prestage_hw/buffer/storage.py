@@ -1,6 +1,6 @@
 """The experts' bytes and which tiles of them are valid."""
 
-from amaranth import Array, Cat, Module, Mux, Signal, unsigned
+from amaranth import Array, Cat, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -14,6 +14,9 @@ __all__ = ["Storage"]
 # Rows of one memory of the data: as deep as an ECP5 block RAM is at nine bits.
 _BANK_ROWS = 2048
 
+# Memories that one stage chooses among.
+_CHOICES = 4
+
 # Reads under way and beats that wait for the consumer, together: a power of two above the latency.
 _WAITING = 8
 
@@ -22,9 +25,9 @@ class Storage(wiring.Component):
     """Write arriving beats to their slots and read beats for the consumer.
 
     One beat is written and one is read in each cycle. A beat is written to the memory in the cycle
-    after the one in which it is taken, tile-valid bits after ``valid_write``. Data and tile-valid
-    bits of a read are read in the same cycle. A read waits while its beat, or the tile-valid bits
-    of its slot, are written.
+    after the one in which it is taken, tile-valid bits two cycles after ``valid_write``. Data and
+    tile-valid bits of a read are read in the same cycle. A read waits while its beat, or the
+    tile-valid bits of its slot, are written.
 
     Parameters
     ----------
@@ -38,7 +41,7 @@ class Storage(wiring.Component):
     ----------
     read_latency : :class:`int`
         Cycles from the cycle in which a read is taken to the first in which its beat is offered,
-        where ``beats`` never waits: 6.
+        where ``beats`` never waits: 6, or 7 where the data take more than four memories.
 
     Members
     -------
@@ -72,7 +75,9 @@ class Storage(wiring.Component):
         self.config = config
         self.bank = bank
         self._aligned = config.expert_beats & (config.expert_beats - 1) == 0
-        self.read_latency = 6
+        self._depth = config.slots // config.replicas * config.expert_beats
+        self._deep = self._depth > _CHOICES * _BANK_ROWS
+        self.read_latency = 7 if self._deep else 6
         super().__init__(
             {
                 "writes": In(stream.Signature(RecordLayout("BufferWrite", config=config))),
@@ -104,7 +109,7 @@ class Storage(wiring.Component):
         m = Module()
         config = self.config
 
-        depth = config.slots // config.replicas * config.expert_beats
+        depth = self._depth
         # A read waits for writes to what it reads, so that synthesis need not care for those.
         own = {"no_rw_check": 1}
         banks = [
@@ -131,19 +136,28 @@ class Storage(wiring.Component):
         write_row = Signal(row)
         valid_write, valid_read = valid_rows.write_port(), valid_rows.read_port()
 
+        # What the buffer says of tiles comes late in the cycle: it counts from registers.
+        valid_slot, valid_tiles = Signal.like(self.valid_slot), Signal.like(self.valid_tiles)
+        validates, blank = Signal(), Signal()
+        m.d.sync += [
+            validates.eq(self.valid_write),
+            valid_slot.eq(self.valid_slot),
+            valid_tiles.eq(self.valid_tiles),
+            blank.eq(self.blank),
+        ]
         arriving = self.writes.payload
-        arrives, validates = self.writes.valid, self.valid_write
+        arrives, validates_mine = self.writes.valid, validates
         if config.replicas > 1:
             arrives &= self._is_mine(arriving.slot)
-            validates &= self._is_mine(self.valid_slot)
+            validates_mine &= self._is_mine(valid_slot)
         m.d.comb += [self.writes.ready.eq(1), write_row.eq(self._address(arriving))]
         m.d.sync += [
             write.addr.eq(write_row),
             write.data.eq(arriving.data),
             write_banks.eq(Mux(arrives, 1 << write_row[bank_bits:], 0)),
-            valid_write.addr.eq(self._in_bank(self.valid_slot)),
-            valid_write.data.eq(self.valid_tiles),
-            valid_write.en.eq(validates),
+            valid_write.addr.eq(self._in_bank(valid_slot)),
+            valid_write.data.eq(valid_tiles),
+            valid_write.en.eq(validates_mine),
         ]
 
         # Every read that is taken has a place among the beats that wait for the consumer, so that
@@ -188,7 +202,7 @@ class Storage(wiring.Component):
         def meets_write(place):
             return (
                 self.writes.valid & (place.slot == arriving.slot) & (place.beat == arriving.beat)
-            ) | (self.valid_write & (place.slot == self.valid_slot))
+            ) | (validates & (place.slot == valid_slot))
 
         m.d.sync += waits.eq(Mux(take, meets_write(place), meets_write(address_place)))
         m.d.comb += take.eq(~address_valid | ~waits)
@@ -200,13 +214,13 @@ class Storage(wiring.Component):
         read_blank = Signal()
         read_bank = Signal(range(len(banks)))
         m.d.comb += valid_read.addr.eq(self._in_bank(address_place.slot))
-        blank = self.blank
+        not_mine = Const(0)
         if config.replicas > 1:
-            blank |= ~self._is_mine(address_place.slot)
+            not_mine = ~self._is_mine(address_place.slot)
         m.d.sync += [
             read_valid.eq(address_valid & ~waits),
             read_tile.eq(address_place.beat >> (config.tile_beats - 1).bit_length()),
-            read_blank.eq(blank),
+            read_blank.eq(blank | not_mine),
             read_bank.eq(address >> bank_bits),
         ]
 
@@ -233,7 +247,29 @@ class Storage(wiring.Component):
             ]
             m.d.sync += word.eq(bank_read.data)
 
-        # Fourth stage: the bank's word.
+        # One more stage, if there are many: those of the choice are far apart.
+        if self._deep:
+            low_bits = _CHOICES.bit_length() - 1
+            low, words_of_all = captured_bank[:low_bits], words
+            groups = range(0, len(words_of_all), _CHOICES)
+            words = [
+                Signal(config.bits("data"), name=f"group_{first // _CHOICES}", reset_less=True)
+                for first in groups
+            ]
+            m.d.sync += [
+                word.eq(Array(words_of_all[first : first + _CHOICES])[low])
+                for word, first in zip(words, groups, strict=True)
+            ]
+            later = [Signal.like(s) for s in (captured, captured_ok, captured_bank[low_bits:])]
+            m.d.sync += [
+                after.eq(before)
+                for after, before in zip(
+                    later, (captured, captured_ok, captured_bank[low_bits:]), strict=True
+                )
+            ]
+            captured, captured_ok, captured_bank = later
+
+        # The bank's word.
         beat = self.beats.payload.shape()
         chosen = Signal(beat, reset_less=True)
         chosen_valid = Signal()

@@ -20,7 +20,7 @@ _VISIT_BITS = 10
 _DECAYS = tuple(round(256 * (15 / 16) ** age) for age in range(64))
 
 # Cycles from the one in which a slot's state is asked for to the one in which it is compared.
-_STAGES = 10
+_STAGES = 12
 
 
 def victim_samples(config):
@@ -74,7 +74,7 @@ class Victims(wiring.Component):
         Values of experts. Taken at once unless a search or clearing is under way.
     layer, expert, ctx : ``In``
         The request that arrived with ``look``, from the next cycle to the end of its search. The
-        next ``look`` comes five cycles later at the earliest if it counts.
+        next ``look`` comes seven cycles later at the earliest if it counts.
     look : ``In(1)``
         Read the use rate of ``look_key``.
     look_key : ``In(StructLayout({"expert": ..., "layer": ...}))``
@@ -176,7 +176,7 @@ class Victims(wiring.Component):
         """Memories of use rates and visits.
 
         Returns, for the search, the port of the rates, what was read there a cycle ago, the rate of
-        that a cycle later, and the port of the visits.
+        that two cycles later, and the port of the visits.
         """
         config = self.config
         rate_layout = data.StructLayout({"rate": 8, "stamp": _VISIT_BITS})
@@ -189,7 +189,6 @@ class Victims(wiring.Component):
         # In the second cycle after `look`: what was read, and a visit counted.
         looked = Signal()
         rate = Signal(rate_layout, reset_less=True)
-        rate_later = Signal(8)
         read_visits = Signal(_VISIT_BITS)
         counting = Signal()
         first = Signal()
@@ -198,8 +197,8 @@ class Victims(wiring.Component):
             counting.eq(self.count),
             first.eq(self.first),
             rate.eq(rate_read.data),
-            rate_later.eq(rate.rate),
         ]
+        rate_later = _delayed(m, rate.rate, 2)
         with m.If(looked):
             m.d.sync += read_visits.eq(visit_read.data)
         key = Signal(key_bits)
@@ -216,26 +215,31 @@ class Victims(wiring.Component):
             visit_write.en.eq(counting & first),
         ]
 
-        # Third: how much of the rate is left. Fourth: what the use makes of it.
+        # Third: its age, which the visit that is being counted makes one more. Fourth: how much of
+        # the rate is left. Fifth: what the use makes of it.
+        age = Signal(_VISIT_BITS)
+        ages = _delayed(m, counting & first, 1)
         decay = Signal(9)
         left = Signal(8)
-        writing = _delayed(m, counting, 2)
         m.d.sync += [
-            decay.eq(self._decay((read_visits - rate.stamp)[:_VISIT_BITS], counting & first)),
+            age.eq(read_visits - rate.stamp),
+            decay.eq(self._decay(age, ages)),
             left.eq((rate_later * decay) >> 8),
-        ]
-        m.d.comb += [
             rate_write.addr.eq(key),
             rate_write.data.rate.eq(left + ((271 - left) >> 4)),
             rate_write.data.stamp.eq(read_visits),
-            rate_write.en.eq(writing),
+            rate_write.en.eq(_delayed(m, counting, 3)),
         ]
         with m.If(self.clear):
             m.d.comb += [
-                Cat(rate_write.data.as_value(), visit_write.data).eq(0),
-                Cat(rate_write.en, visit_write.en).eq(~0),
-                rate_write.addr.eq(self.row),
                 visit_write.addr.eq(self.row),
+                visit_write.data.eq(0),
+                visit_write.en.eq(1),
+            ]
+            m.d.sync += [
+                rate_write.addr.eq(self.row),
+                rate_write.data.as_value().eq(0),
+                rate_write.en.eq(1),
             ]
         m.d.comb += [
             rate_read.addr.eq(self.look_key.as_value()),
@@ -259,7 +263,15 @@ class Victims(wiring.Component):
         lanes = config.predictor_lanes
         depth = 1 << len(address)
         arriving = self.values.payload
-        place = self._value_address(arriving.ctx, arriving.layer, arriving.beat)
+        taken = self.values.valid & self.values.ready
+        # Written from registers: the memories are far apart.
+        place, word_to_write = Signal(len(address)), Signal(8 * lanes)
+        m.d.sync += [
+            place.eq(self._value_address(arriving.ctx, arriving.layer, arriving.beat)),
+            word_to_write.eq(arriving.values.as_value()),
+        ]
+        with m.If(self.clear):
+            m.d.sync += [place.eq(self.row), word_to_write.eq(0)]
         found = []
         for name, kind in (
             ("chances", ValueKind.CHANCE),
@@ -270,19 +282,15 @@ class Victims(wiring.Component):
             memory = _rows(width, depth)
             m.submodules[name] = memory
             read, write = memory.read_port(), memory.write_port()
-            taken = self.values.valid & self.values.ready
-            m.d.comb += read.addr.eq(address)
-            with m.If(self.clear):
-                m.d.comb += [write.addr.eq(self.row), write.en.eq(1)]
-            with m.Else():
-                m.d.comb += write.addr.eq(place)
-                if kind is None:
-                    m.d.comb += [write.data.eq(arriving.kind), write.en.eq(taken)]
-                else:
-                    m.d.comb += [
-                        write.data.eq(arriving.values.as_value()),
-                        write.en.eq(taken & (arriving.kind == kind)),
-                    ]
+            m.d.comb += [read.addr.eq(address), write.addr.eq(place)]
+            if kind is None:
+                m.d.sync += [
+                    write.data.eq(arriving.kind & ~self.clear),
+                    write.en.eq(taken | self.clear),
+                ]
+            else:
+                m.d.comb += write.data.eq(word_to_write)
+                m.d.sync += write.en.eq(taken & (arriving.kind == kind) | self.clear)
             word = Signal(width, reset_less=True)
             m.d.sync += word.eq(read.data)
             found.append(word if kind is None else word.word_select(lane, 8))
@@ -291,7 +299,7 @@ class Victims(wiring.Component):
     def _value_address(self, ctx, layer, beat):
         return Cat(beat[: self._beat_bits], layer, ctx[: self._ctx_bits])
 
-    def _search(self, m, rate_read, rate_4, rate_5, visit_read):
+    def _search(self, m, rate_read, rate_5, rate_7, visit_read):
         config = self.config
         contexts, layers = config.contexts, config.model.layers
         slot_bits = config.bits("slot")
@@ -338,13 +346,14 @@ class Victims(wiring.Component):
         with m.If(last):
             m.d.sync += [asking.eq(0), passes.eq(passes + 1)]
 
-        # Stage 1: the slot's state comes. Stage 2: whose values to read.
+        # Stage 1: the slot's state comes. Stage 2: whose values to read. Stage 3: they are asked
+        # for, from registers, since the memories are far apart.
         state = self.state
         candidate_2 = _delayed(m, is_candidate, 2)
-        ctx_2 = _delayed(m, ctx, 2)
+        ctx_3 = _delayed(m, ctx, 3)
         layer = Signal(config.bits("layer"))
         expert = Signal(config.bits("expert"))
-        m.d.comb += [
+        m.d.sync += [
             layer.eq(Mux(candidate_2, self.layer, state.layer)),
             expert.eq(Mux(candidate_2, self.expert, state.expert)),
         ]
@@ -355,12 +364,12 @@ class Victims(wiring.Component):
             ]
         lane_bits = (config.predictor_lanes - 1).bit_length()
         address = Signal(self._ctx_bits + config.bits("layer") + self._beat_bits)
-        m.d.comb += address.eq(self._value_address(ctx_2, layer, expert >> lane_bits))
+        m.d.comb += address.eq(self._value_address(ctx_3, layer, expert >> lane_bits))
         chance, reuse, newer = self._read_values(m, address, _delayed(m, expert[:lane_bits], 2))
 
-        # Stage 3: the distance. Stage 4: its discount.
+        # Stage 4: the distance. Stage 5: its discount.
         distance = Signal(range(layers + 1))
-        here = Array(current)[ctx_2]
+        here = Array(current)[ctx_3]
         with m.If(layer >= here):
             m.d.sync += distance.eq(layer - here)
         with m.Else():
@@ -372,83 +381,79 @@ class Victims(wiring.Component):
             discount.eq(Array(Const(entry, 8) for entry in table)[distance]),
             full_turn.eq(distance == 0),
         ]
-        is_active = _delayed(m, Array(active)[ctx_2], 2)
+        is_active = _delayed(m, Array(active)[ctx_3], 2)
 
-        # Stage 4: values and rates are in registers. 5: how much of the rate is left.
-        visits_4 = Signal(_VISIT_BITS)
-        m.d.sync += visits_4.eq(visit_read.data)
-        candidate_4 = _delayed(m, candidate_2, 2)
-        waits = Signal()  # a prefetch whose layer was not routed since
+        # Stage 5: values and rates are in registers. 6: how old the rate is. 7: how much of it is
+        # left.
+        visits_5 = Signal(_VISIT_BITS)
+        m.d.sync += visits_5.eq(visit_read.data)
+        candidate_5 = _delayed(m, candidate_2, 3)
+        waits_6 = Signal()  # a prefetch whose layer was not routed since
         confidence = Signal(8)
-        mark_4 = _delayed(m, state.mark, 2)
-        prefetched_4 = _delayed(m, state.prefetched, 2)
-        value_4 = _delayed(m, state.value, 2)
+        mark_5 = _delayed(m, state.mark, 3)
+        prefetched_5 = _delayed(m, state.prefetched, 3)
+        value_5 = _delayed(m, state.value, 3)
         m.d.sync += [
-            waits.eq(candidate_4 | (prefetched_4 & (mark_4 == visits_4[:MARK_BITS]))),
-            confidence.eq(Mux(candidate_4, self.value, value_4)),
+            waits_6.eq(candidate_5 | (prefetched_5 & (mark_5 == visits_5[:MARK_BITS]))),
+            confidence.eq(Mux(candidate_5, self.value, value_5)),
         ]
+        age = Signal(_VISIT_BITS)
         decay = Signal(9)
-        chance_5, reuse_5, newer_5 = Signal(8), Signal(8), Signal()
-        discount_5 = Signal(8)
-        full_turn_5 = _delayed(m, full_turn, 1)
-        m.d.sync += [
-            decay.eq(self._decay((visits_4 - rate_4.stamp)[:_VISIT_BITS])),
-            chance_5.eq(chance),
-            reuse_5.eq(reuse),
-            newer_5.eq(newer),
-            discount_5.eq(discount),
-        ]
-
-        # Stage 6: use rate, and the chance that a waiting prefetch raises.
+        waits = _delayed(m, waits_6, 1)
         least = Signal(8)
-        chance_now = Signal(8)
-        rate_6, chance_6, reuse_6 = Signal(8), Signal(8), Signal(8)
-        by_habit = Signal()
-        discount_6 = Signal(8)
-        m.d.comb += [
-            least.eq(Mux(waits, confidence, 0)),
-            chance_now.eq(Mux(newer_5, 0, chance_5)),
-        ]
+        chance_7, reuse_7, newer_7 = (_delayed(m, each, 2) for each in (chance, reuse, newer))
+        discount_7, full_turn_7 = _delayed(m, discount, 2), _delayed(m, full_turn, 2)
         m.d.sync += [
-            rate_6.eq((rate_5 * decay) >> 8),
-            chance_6.eq(Mux(chance_now > least, chance_now, least)),
-            reuse_6.eq(reuse_5),
-            by_habit.eq(newer_5 & ~waits),
-            discount_6.eq(Mux(full_turn_5 & (newer_5 | waits), table[layers], discount_5)),
+            age.eq(visits_5 - rate_5.stamp),
+            decay.eq(self._decay(age)),
+            least.eq(Mux(waits_6, confidence, 0)),
         ]
-        least_6 = _delayed(m, least, 1)
 
-        # Stage 7: habit. 8: its share where the chance fails. 9: worth. 10: worth of a use then.
+        # Stage 8: use rate, and the chance that a waiting prefetch raises.
+        chance_now = Signal(8)
+        rate_8, chance_8 = Signal(8), Signal(8)
+        by_habit = Signal()
+        discount_8 = Signal(8)
+        m.d.comb += chance_now.eq(Mux(newer_7, 0, chance_7))
+        m.d.sync += [
+            rate_8.eq((rate_7 * decay) >> 8),
+            chance_8.eq(Mux(chance_now > least, chance_now, least)),
+            by_habit.eq(newer_7 & ~waits),
+            discount_8.eq(Mux(full_turn_7 & (newer_7 | waits), table[layers], discount_7)),
+        ]
+        reuse_8, least_8 = _delayed(m, reuse_7, 1), _delayed(m, least, 1)
+
+        # Stage 9: habit. 10: its share where the chance fails. 11: worth. 12: worth of a use then.
         habit = Signal(9)
         failing = Signal(9)
         failing_13 = Signal(12)
         frequency = Signal(8)
-        m.d.comb += failing.eq(256 - chance_6)
+        m.d.comb += failing.eq(256 - chance_8)
         m.d.sync += [
-            habit.eq(reuse_6 + rate_6),
+            habit.eq(reuse_8 + rate_8),
             # Thirteen times as much; a multiplier would be slower than sums.
             failing_13.eq((failing << 3) + (failing << 2) + failing),
-            frequency.eq(Mux(rate_6 > least_6, rate_6, least_6)),
+            frequency.eq(Mux(rate_8 > least_8, rate_8, least_8)),
         ]
         product = Signal(21)
         m.d.sync += product.eq(failing_13 * habit)
-        habit_8, chance_8 = _delayed(m, habit, 1), _delayed(m, chance_6, 2)
+        habit_10, chance_10 = _delayed(m, habit, 1), _delayed(m, chance_8, 2)
         worth = Signal(9)
         m.d.sync += worth.eq(
-            Mux(_delayed(m, by_habit, 2), habit_8, (chance_8 << 1) + (product >> 12))
+            Mux(_delayed(m, by_habit, 2), habit_10, (chance_10 << 1) + (product >> 12))
         )
         keep = Signal(12)
-        frequency_9 = _delayed(m, frequency, 2)
-        is_active_9 = _delayed(m, is_active, 5)
-        discount_9 = _delayed(m, discount_6, 3)
+        frequency_11 = _delayed(m, frequency, 2)
+        is_active_11 = _delayed(m, is_active, 6)
+        discount_11 = _delayed(m, discount_8, 3)
         with m.If(~self.next_use):
-            m.d.sync += keep.eq(frequency_9 << 4)
-        with m.Elif(is_active_9):
-            m.d.sync += keep.eq((worth * discount_9) >> 5)
+            m.d.sync += keep.eq(frequency_11 << 4)
+        with m.Elif(is_active_11):
+            m.d.sync += keep.eq((worth * discount_11) >> 5)
         with m.Else():
             m.d.sync += keep.eq(0)
 
-        # Stage 10: the greatest over the contexts, then the least over the slots.
+        # Stage 12: the greatest over the contexts, then the least over the slots.
         may = Signal()  # the slot may be taken
         may_take = ~candidate_2 & (state.pins == 0) & ~state.filling & ~state.locked
         if config.replicas > 1:

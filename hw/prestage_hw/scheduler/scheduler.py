@@ -570,14 +570,17 @@ class Scheduler(wiring.Component):
                 # Its last tile may have left meanwhile.
                 held_copy = copying & (tag == copying_tag)
                 disposable = table.row_disposable & ~held_copy if may_copy else table.row_disposable
+                # What would be asked, whether it is or not: that is known late.
+                m.d.sync += [
+                    request.op.eq(BufferOp.CANCEL),
+                    request.slot.eq(table.row.slot),
+                ]
                 with m.If(overdue & disposable):
                     m.d.comb += table.cancel.eq(1)
                     # What is on its way comes first: its last tile ends the entry.
                     with m.If(table.row_idle):
                         m.d.sync += [
                             op.eq(BufferOp.CANCEL),
-                            request.op.eq(BufferOp.CANCEL),
-                            request.slot.eq(table.row.slot),
                             self.buffer_requests.valid.eq(1),
                             state.eq(_State.RESULT),
                         ]

@@ -13,6 +13,7 @@ from prestage_sim.traces import Trace
 
 from .._jit import compiled
 from .engine import COUNTED, RECORDED, create_engine, run
+from .engine.state import TAKEN
 from .events import Event, EventKind, Recorder
 from .machine import Machine
 from .phases import Phases, Schedule, Visits, arrange, unions
@@ -94,9 +95,13 @@ def _resident(
     top_k: int,
 ) -> float:
     """Time of the chosen steps with everything resident."""
+    if not chosen.any():
+        return 0.0
     used = np.diff(visits.first).reshape(schedule.steps, -1)
     # A layer of one token takes the machine's time; sums of its parts may round.
     single = (used == top_k) & (np.diff(schedule.first) == 1)[:, None]
+    if single.all() and not schedule.drafted.any():
+        return int(single[chosen].sum()) * machine.layer_seconds
     experts = np.add.reduceat(times.work, visits.first[:-1]).reshape(used.shape)
     others = np.where(single, 0.0, experts + times.attention[:, None]).sum(axis=1) + times.lead
     return int(single[chosen].sum()) * machine.layer_seconds + float(others[chosen].sum())
@@ -141,6 +146,7 @@ def run_plan(
     first: int = 0,
     phases: Phases | None = None,
     schedule: Schedule | None = None,
+    visits: Visits | None = None,
     recorder: Recorder | None = None,
     folder: Path | None = None,
 ) -> Run:
@@ -162,6 +168,8 @@ def run_plan(
         How long a draft takes, and how far it is prefetched for.
     schedule : :class:`Schedule` or None
         Steps that the tokens of the trace are members of; None stands for one token a step.
+    visits : :class:`Visits` or None
+        What their layers want, if that is known already.
     recorder : :class:`Recorder` or None
         Collects events.
     folder : path or None
@@ -176,7 +184,9 @@ def run_plan(
     phases = phases or Phases()
     if schedule is None:
         schedule, _ = arrange([trace], Phases(), seed=0)
-    visits = unions(trace.experts if plan.executes is None else plan.executes, schedule, experts)
+    if visits is None or plan.executes is not None:
+        chosen = trace.experts if plan.executes is None else plan.executes
+        visits = unions(chosen, schedule, experts)
     width = visits.width
     slots = slots if plan.slots is None else plan.slots
     if not width <= slots <= layers * experts:
@@ -213,10 +223,10 @@ def run_plan(
         cutoff[schedule.drafted > 0] = phases.cutoff
     ends = np.zeros(schedule.steps)
     started = busy = 0.0
-    before, tiers_before = engine.counts.copy(), engine.tier_tiles.copy()
+    before, tiers_before = engine.counts.copy(), engine.tiers[:, TAKEN].copy()
     for begin, end in ((0, first), (first, schedule.steps)):
         started, busy = float(engine.clock[0]), float(engine.clock[1])
-        before, tiers_before = engine.counts.copy(), engine.tier_tiles.copy()
+        before, tiers_before = engine.counts.copy(), engine.tiers[:, TAKEN].copy()
         done = run(
             engine,
             np.zeros(width, np.int64),
@@ -281,7 +291,7 @@ def run_plan(
             prefill_tokens=int(schedule.progress[prefill].sum()),
             prefill_seconds=prefill_seconds,
             prefill_steps=int(prefill.sum()),
-            tier_tiles=tuple((engine.tier_tiles - tiers_before).tolist()),
+            tier_tiles=tuple((engine.tiers[:, TAKEN] - tiers_before).tolist()),
             **counted,
         ),
     )
@@ -436,6 +446,7 @@ def simulate_counted(
         first=first,
         phases=phases,
         schedule=schedule,
+        visits=visits,
         recorder=recorder,
         folder=folder,
     )

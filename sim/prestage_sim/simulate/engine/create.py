@@ -14,7 +14,7 @@ from ...model.scheduler.queue import create_queue
 from ...model.scheduler.throttle import ENABLE, create_throttle, set_weights
 from ..machine import Machine
 from ..plan import Evict, Plan
-from .state import COUNTED, RECORDED, Engine
+from .state import COUNTED, LEFT, RECORDED, Engine
 
 __all__ = ["create_engine"]
 
@@ -53,8 +53,11 @@ def create_engine(
     throttle.registers[ENABLE] = plan.throttle
     bounded = [tier.experts for tier in machine.tiers if tier.experts is not None]
     tiers = len(bounded) + 1
-    # Those on their way always leave slots for a layer's demands.
-    most = min(plan.prefetch_inflight * tiers, slots - width)
+    predicts = plan.predictor is not None and plan.proposes
+    most = 0
+    if predicts or plan.candidates is not None or plan.foresees or plan.rescan:
+        # Those on their way always leave slots for a layer's demands.
+        most = min(plan.prefetch_inflight * tiers, slots - width)
     fetches = min(slots, 2 * width + most) + 1
     settings = np.array(
         [
@@ -86,10 +89,8 @@ def create_engine(
         clock=np.array([0.0, 0.0, machine.predict_seconds]),
         counts=np.zeros(len(COUNTED), np.int64),
         links=np.array([(0.0, tile / way.bandwidth, way.latency) for _, way in ways]),
-        stages=np.array([tier for tier, _ in ways], np.int64),
-        carried=np.full(len(ways), -1, np.int64),
-        fetches=np.zeros((fetches, 7), np.int64),
-        left=np.zeros((fetches, tiers), np.int64),
+        ways=np.array([(tier, -1) for tier, _ in ways], np.int64),
+        fetches=np.zeros((fetches, LEFT + tiers), np.int64),
         ends=np.zeros((fetches, tiers)),
         come=np.zeros((fetches, tiers, machine.tiles)),
         lists=lists,
@@ -97,10 +98,8 @@ def create_engine(
         spent=np.zeros(slots, np.int64),
         fetch_of=np.full(slots, -1, np.int64),
         arrived=np.zeros(slots),
-        rooms=np.array(bounded, np.int64),
-        filled=np.zeros(len(bounded), np.int64),
+        tiers=np.array([(room, 0, 0) for room in (*bounded, 0)], np.int64),
         stamps=np.full((len(bounded), layers * experts), -1, np.int64),
-        tier_tiles=np.zeros(tiers, np.int64),
         proposed=np.zeros((layers, experts), np.bool_),
         use_first=np.zeros(1, np.int64),
         use_at=np.zeros(0, np.int64),
