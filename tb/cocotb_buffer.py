@@ -4,19 +4,27 @@
 
        requests ─▶ ExpertBuffer ─▶ results
          values ─▶              ─▶ beats
+        rescans ─▶              ─▶ rescanned
          writes ─▶
     host_writes ─▶
           reads ─▶
 """
 
 import random
-from collections import deque
+from collections import Counter, deque
 
 import cocotb
 from cocotb.triggers import FallingEdge, ReadWrite, RisingEdge
 
 from prestage_hw.buffer import ExpertBuffer
-from prestage_hw.contract.records import RECORDS, BufferCode, BufferOp, Policy, ValueKind
+from prestage_hw.contract.records import (
+    RECORDS,
+    BufferCode,
+    BufferOp,
+    Policy,
+    RescanCode,
+    ValueKind,
+)
 from prestage_hw.layouts import RecordLayout
 from prestage_sim.model.buffer import BufferResult
 from prestage_sim.model.buffer import ExpertBuffer as GoldenBuffer
@@ -84,14 +92,27 @@ class TB:
         self.writers = [self.writes, *([self.host_writes] if host_writes else [])]
         self.drivers = [self.requests, self.results, *self.writers]
         self.drivers += [self.values, *self.reads, *self.beats]
+        self.rescans_on = False
+        self.rescan_seen = Counter()
+        if valued:
+            self.rescans = StreamSource(dut, "rescans", layout("RescanRequest"), stall=stall)
+            self.rescanned = StreamSink(dut, "rescanned", layout("RescanResult"), stall=stall)
+            self.drivers += [self.rescans, self.rescanned]
+            self.longest = self.buffer._rescan.longest
         dut.clear.value = 0
         self.set_policy(LRU)
         self.forget()
         for bank in range(config.replicas):
             cocotb.start_soon(self._check_beats(bank))
+        if valued:
+            cocotb.start_soon(self._send_rescans())
+            cocotb.start_soon(self._check_rescans())
 
     def forget(self):
         """Know of no work under way."""
+        # A rescan under way: its request, the cycle in which it was taken, its answer unless it is
+        # disturbed, the cycle in which it was, and whether the buffer was cleared meanwhile.
+        self.rescan = None
         self.window = []  # tile-valid bits that reads may still see
         # Reads of each bank: (slot, beat, allowed (ok, data))
         self.pending_of = [deque() for _ in range(self.config.replicas)]
@@ -123,7 +144,8 @@ class TB:
         TB.left_data = None
 
     async def finish(self):
-        """Wait for all writes and reads."""
+        """Wait for all writes, reads and rescans."""
+        await self.rest()
         for writer in self.writers:
             await writer.sent()
         await cycles(self.dut, 3)
@@ -137,6 +159,7 @@ class TB:
         await RisingEdge(self.dut.clk)
         await ReadWrite()  # The drivers have counted the beats of that edge.
         self.settle_writes()
+        rescans, self.rescans_on = self.rescans_on, False
         self.forget()
         self.golden.clear()
         await reset(self.dut, drivers=self.drivers)
@@ -146,6 +169,7 @@ class TB:
             waited += 1
             await FallingEdge(self.dut.clk)
         assert waited == self.buffer.clear_cycles
+        self.rescans_on = rescans
 
     # --- data ---
 
@@ -206,6 +230,81 @@ class TB:
         await self.values.sent()
         await ReadWrite()
         self.settle_values()
+
+    # --- rescans ---
+
+    async def _send_rescans(self):
+        """Look for experts again and again, while that is wanted."""
+        config, layers = self.config, self.config.model.layers
+        while True:
+            await FallingEdge(self.dut.clk)
+            if self.rescans_on and not self.rescans.pending and self.rescan is None:
+                self.rescans.send(
+                    {
+                        "ctx": self.random.randrange(config.contexts),
+                        "near": self.random.random() < 0.8,
+                        "ahead": self.random.randrange(min(layers, 12) + 1),
+                        "least": self.random.choice([1, 1, 10, 24, 100, 255]),
+                        "cutoff_layer": self.random.choice([255, 255, self.random.randrange(255)])
+                        if self.random.random() < 0.5
+                        else self.random.randrange(layers + 1),
+                    }
+                )
+
+    async def _check_rescans(self):
+        """An answer is that of the model when the request was taken, or says what disturbed it."""
+        dut, cycle, offered = self.dut, 0, False
+        harmless = (RELEASE, UNLOCK)
+        while True:
+            await FallingEdge(dut.clk)
+            cycle += 1
+            if str(dut.rst.value) != "0":
+                offered = False
+                continue
+            if str(dut.rescanned__valid.value) == "1" and not offered:
+                offered = True
+                self._rescanned(self.rescanned._unpack(int(dut.rescanned__payload.value)), cycle)
+            offered = offered and str(dut.rescanned__ready.value) != "1"
+            cleared = str(dut.clear.value) == "1"
+            if self.rescan is not None:
+                assert str(dut.idle.value) == "0", "idle with a rescan"
+                disturbs = str(dut.values__valid.value) == str(dut.values__ready.value) == "1"
+                if str(dut.requests__valid.value) == str(dut.requests__ready.value) == "1":
+                    request = self.requests._unpack(int(dut.requests__payload.value))
+                    filled = request["op"] == FILL and not request["failed"]
+                    disturbs |= not filled and request["op"] not in harmless
+                if disturbs and self.rescan[3] is None:
+                    self.rescan[3] = cycle
+                self.rescan[4] |= cleared
+            if str(dut.rescans__valid.value) == str(dut.rescans__ready.value) == "1":
+                request = self.rescans._unpack(int(dut.rescans__payload.value))
+                await RisingEdge(dut.clk)
+                await ReadWrite()  # The drivers have counted the beats of that edge.
+                self.settle_values()
+                self.rescan = [request, cycle, self.golden.rescan(**request), None, cleared]
+
+    def _rescanned(self, got, cycle):
+        """An answer is offered."""
+        request, taken, answer, disturbed, cleared = self.rescan
+        self.rescan = None
+        code = RescanCode(got["code"])
+        self.rescan_seen[code.name] += 1
+        if code == RescanCode.DISTURBED:
+            assert cleared or disturbed == cycle - 1, f"{request}: disturbed by nothing"
+            assert not any(value for name, value in got.items() if name != "code")
+        else:
+            assert disturbed is None, f"{request}: {got} was disturbed"
+        if code != RescanCode.DISTURBED:
+            expected = {name: int(value) for name, value in answer._asdict().items()}
+            assert got == expected, f"{request}: {got}, not {expected}"
+            assert cycle - taken <= self.longest(request["ahead"])
+            self.rescan_seen["far"] += got["ahead"] > 1
+
+    async def rest(self):
+        """Wait until nothing is looked for, and begin nothing."""
+        self.rescans_on = False
+        while parameters()["valued"] and (self.rescans.pending or self.rescan is not None):
+            await cycles(self.dut)
 
     def read(self, slot, beat):
         """Queue a read."""
@@ -310,6 +409,7 @@ class TB:
         """Do one operation, and clear just after it was taken if wanted."""
         if op == PREFETCH:
             fields.setdefault("value", 0)
+            fields.setdefault("last", self.random.random() < 0.5)
         if clear:
             await self.finish_values()
         self.settle_writes()
@@ -355,9 +455,11 @@ class TB:
 
     async def until_idle(self):
         """Wait for the end of clearing."""
+        rescans, self.rescans_on = self.rescans_on, False
         for _ in range(4 * self.buffer.clear_cycles + 100):
             await FallingEdge(self.dut.clk)
             if str(self.dut.idle.value) == "1":
+                self.rescans_on = rescans
                 return
         raise AssertionError("The buffer must become idle")
 
@@ -443,6 +545,7 @@ class Scheduler:
 
     async def run(self, steps):
         tb, config = self.tb, self.tb.config
+        tb.rescans_on = True
         for step in range(steps):
             self._start_tiles()
             for _ in range(self.random.randrange(4)):
@@ -731,6 +834,11 @@ async def lasts(dut):
         codes = (RESIDENT, FILLING, ALLOCATED, NO_SLOT, REFUSED)
         expected |= {(name, code.name) for name in ("COPY", "FURTHER COPY") for code in codes}
     assert tb.seen.keys() >= expected, expected - tb.seen.keys()
+    if parameters()["valued"]:
+        expected = {code.name for code in RescanCode}
+        if tb.config.model.layers > 1:
+            expected.add("far")
+        assert {name for name, count in tb.rescan_seen.items() if count} >= expected, tb.rescan_seen
 
 
 async def count_strobes(tb, counts):

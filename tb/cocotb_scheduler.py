@@ -3,7 +3,7 @@
 ::
 
     commands ───▶ Scheduler ◀──▶ golden buffer (answers lookups after random delays)
-    candidates ─▶    │   │
+    candidates ─▶    │   │ └──▶ its rescans (answered after random delays)
     ready, events ◀──┘   └─────▶ fetches ─▶ memory of random latency ─▶ completions
 """
 
@@ -23,7 +23,9 @@ from prestage_hw.contract.records import (
     Policy,
     PrefetchKind,
     PrefetchOutcome,
+    RescanCode,
     Source,
+    ValueKind,
 )
 from prestage_hw.contract.registers import THROTTLE_FIELDS, register_by_name
 from prestage_hw.contract.statistics import statistics_words
@@ -121,6 +123,15 @@ class TB:
             self.copies = source("copies", "CopyCommand", stall=stall)
             self.copied = sink("copied", "Copy", stall=stall)
             self.streams += [self.copies, self.copied]
+        self.rescans = self.rescanned = None
+        self.rescan_ahead, self.rescan_least = 0, 24
+        if parameters().get("valued"):
+            self.rescans = sink("rescans", "RescanRequest", stall=stall)
+            self.rescanned = source("rescanned", "RescanResult")
+            self.streams += [self.rescans, self.rescanned]
+            dut.valued.value = 0
+            dut.rescan_ahead.value = 0
+            dut.rescan_least.value = 24
         self.latency = latency
         self.failing = failing
         self.base = base
@@ -165,13 +176,16 @@ class TB:
     def forget(self):
         """Start afresh, as after a reset."""
         config = self.config
-        self.buffer = ExpertBuffer(config)
+        self.buffer = ExpertBuffer(config, valued=True)
         self.buffer.policy = self.policy
         self.throttle = GoldenThrottle(config)
         self.throttle.enable = self.throttle_enable
         self.throttle.register = self.throttle_weights
         self.statistics = PrefetchStatistics(config)
         self.budget = GoldenBudget(config)
+        self.asked = None  # A rescan under way: its answer, and when that comes.
+        self.told = None  # What was found last, and the cycle from which on it does not count.
+        self.tried = set()  # Contexts whose find was given no slot since they were woken.
         self.charged = False  # A demand of this decision was charged for waiting.
         self.last_kind = None  # Kind of the prefetch tile that was offered last.
         self.strobes = Counter()
@@ -243,6 +257,37 @@ class TB:
             }
         )
 
+    def rescan(self, ahead, *, least=24):
+        """Write the registers of rescans. Nobody wakes of that."""
+        self.tried.update(range(self.config.contexts))
+        self.rescan_ahead, self.rescan_least = ahead, least
+        self.dut.rescan_ahead.value = ahead
+        self.dut.rescan_least.value = least
+
+    def rescanning(self):
+        """Whether rescans take the place of the predictor's candidates."""
+        return self.rescan_ahead and str(self.dut.enable.value) == "1"
+
+    def draw_values(self, ctx):
+        """Values of some layer."""
+        config = self.config
+        values = [
+            min(int(self.random.expovariate(1 / 40)), 255) for _ in range(config.predictor_lanes)
+        ]
+        beat = self.random.randrange(config.lane_beats)
+        kind = self.random.choice(list(ValueKind))
+        return kind, ctx, self.random.randrange(config.model.layers), beat, values
+
+    async def come(self, *values):
+        """The buffer takes values."""
+        await RisingEdge(self.dut.clk)
+        self.buffer.values(*values)
+        self._disturb()
+        self.tried.discard(values[1])
+        self.dut.valued.value = 1 << values[1]
+        await RisingEdge(self.dut.clk)
+        self.dut.valued.value = 0
+
     def sent_routes(self, ctx):
         """Routes of a context that the scheduler has looked up, plus those on their way."""
         waiting = sum(
@@ -268,6 +313,7 @@ class TB:
             or self.due
             or self.due_events
             or self.open_copies
+            or self.asked
             or (self.copies is not None and self.copies.pending)
         )
 
@@ -303,6 +349,9 @@ class TB:
         self.expected["skipped"] += len(self.queued)
         self.queued.clear()
         self.buffer.check_invariants()
+        for ctx in range(self.config.contexts if self.rescanning() else 0):
+            found = self.buffer.rescan(ctx, **self._rescan_fields())
+            assert found.code == RescanCode.NOTHING or ctx in self.tried, f"{ctx} sleeps: {found}"
 
     def _lost(self):
         """Candidates that were dropped without a lookup."""
@@ -339,6 +388,62 @@ class TB:
         return (self.routes[candidate["ctx"]] - candidate["deadline"]) % 256 < 128
 
     # --- scoreboard ---
+
+    def _rescan_fields(self):
+        """What a rescan has to ask for now."""
+        far = self.throttle.admits(PrefetchKind.FAR)
+        return {
+            "near": self.throttle.admits(PrefetchKind.NEAR),
+            "ahead": self.rescan_ahead if far else 1,
+            "least": self.rescan_least,
+            "cutoff_layer": self.dut.cutoff_layer.value.to_unsigned(),
+        }
+
+    def _disturb(self, *, goes=False):
+        """What the buffer says, or has just said, of its values counts no more."""
+        if self.asked is not None:
+            self.asked = {"code": int(RescanCode.DISTURBED)}, 0
+        # What was found is missing still when another expert goes.
+        if not goes and self.told is not None and self.told[1] is None:
+            self.told[1] = self.cycle
+
+    def _serve_rescans(self):
+        """Answer a rescan, and take the next."""
+        if self.asked is not None and self.cycle >= self.asked[1]:
+            fields = dict.fromkeys(("code", "layer", "expert", "value", "ahead"), 0)
+            fields |= {name: int(value) for name, value in self.asked[0].items()}
+            self.asked = None
+            self.rescanned.send(fields)
+            self.told = [fields, None] if fields["code"] == RescanCode.FOUND else None
+            self.expected[f"rescan_{RescanCode(fields['code']).name}"] += 1
+        request = self._taken(self.rescans)
+        if request is not None:
+            assert self.asked is None, "one rescan at a time"
+            answer = self.buffer.rescan(**request)
+            self.asked_ctx = request["ctx"]
+            self.asked = answer._asdict(), self.cycle + self.random.choice((1, 4, 30))
+
+    def _found(self, request):
+        """The find that is looked up: it must be the last one, and nothing may have changed."""
+        assert self.told is not None, "nothing was found"
+        found, gone = self.told
+        self.told = None
+        assert gone is None or self.shown - gone <= SLACK, "what was found counts no more"
+        ctx = self.asked_ctx
+        for name, value in (("layer", "layer"), ("expert", "expert"), ("value", "value")):
+            assert request[name] == found[value]
+        assert request["ctx"] == ctx
+        if not self.throttle_enable and not self.strobes["prefetch_overflow"]:
+            waiting = [c for c, at in self.queued if not self.stale(c) and self.shown - at > 20]
+            assert not waiting, "what waits in the queue goes first"
+        return {
+            "ctx": ctx,
+            "layer": found["layer"],
+            "expert": found["expert"],
+            "score": found["value"],
+            "source": int(Source.PREDICTOR),
+            "deadline": (self.routes[ctx] + found["ahead"]) % 256,
+        }
 
     def tiles(self, entry):
         """Tiles of an expert in flight."""
@@ -411,10 +516,13 @@ class TB:
                 self.open_copies.append(copy)
                 if copy["keep"]:
                     self.unanswered.append((copy["ctx"], copy["layer"], copy["expert"]))
+            if self.rescans is not None:
+                self._serve_rescans()
             candidate = self._taken(self.candidates)
+            proposes = str(dut.enable.value) == "1" and not self.rescan_ahead
             if (
                 candidate is not None
-                and (str(dut.enable.value) == "1" or candidate["source"] != Source.PREDICTOR)
+                and (proposes or candidate["source"] != Source.PREDICTOR)
                 and candidate["layer"] < dut.cutoff_layer.value.to_unsigned()
             ):
                 self.queued.append((candidate, self.cycle))
@@ -591,7 +699,12 @@ class TB:
             prefetches = sum(not e.demand for e in self.inflight.values())
             assert prefetches < self.config.prefetch_inflight
             assert len(self.inflight) <= self.config.inflight - 2
-            candidate = self._best_of(key, request["value"])
+            # Only what a rescan has found must be worth more than what leaves its slot.
+            if request["last"]:
+                candidate = self._found(request)
+            else:
+                candidate = self._best_of(key, request["value"])
+            self.found_looked_up = bool(request["last"])
             self.candidate_looked_up = candidate
             kind = self.kind_of(candidate)
             assert self.throttle.admits(kind), f"{kind} is switched off"
@@ -606,6 +719,8 @@ class TB:
                 assert not self.inflight, "a candidate was looked up with a fetch in flight"
         if op == BufferOp.COPY:
             self._copy_requested(request)
+        if op not in (BufferOp.FILL, BufferOp.RELEASE, BufferOp.UNLOCK) or request["failed"]:
+            self._disturb(goes=op in (BufferOp.FILL, BufferOp.CANCEL))
         names = ("ctx", "layer", "expert", "index", "slot", "tile", "value")
         fields = {name: request[name] for name in names}
         result = self.buffer.request(
@@ -634,6 +749,8 @@ class TB:
                 prefetch = not entry.demand and entry.copy is None
                 if prefetch and (entry.failed_at is not None or entry.given_up):
                     self._dropped(entry.slot)
+                if prefetch and entry.failed_at is not None:
+                    self.tried.update(range(self.config.contexts))
                 self.copy_waits = False
                 for waiter in sorted(entry.waiters):
                     self._answer(entry, waiter)
@@ -646,6 +763,7 @@ class TB:
                     self.due_copied.append(Copy(ctx, entry.layer, entry.expert, number, entry.slot))
             return
         if op == BufferOp.RELEASE:
+            self.tried.clear()
             return
         if op == BufferOp.CANCEL:
             assert code == BufferCode.RESIDENT
@@ -659,6 +777,11 @@ class TB:
             self._copy_answered(request, result)
             return
         if op == BufferOp.PREFETCH:
+            if not self.found_looked_up:
+                # Who leaves its slot then wakes nobody.
+                self.tried.update(range(self.config.contexts))
+            elif code != BufferCode.ALLOCATED:
+                self.tried.add(ctx)
             if code == BufferCode.ALLOCATED:
                 expected["prefetch_issued"] += 1
                 candidate = self.candidate_looked_up
@@ -684,6 +807,7 @@ class TB:
             else:
                 expected["prefetch_redundant"] += 1
             return
+        self.tried.update(range(self.config.contexts))
         expected["useful"] += result["prefetched"]
         if result["prefetched"]:
             entry = self.inflight.get(slot)
@@ -1735,6 +1859,138 @@ async def stale_candidates(dut):
             )
             await tb.idle()
             assert tb.strobes["prefetch_stale"] - before == (ahead <= 0)
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=list(STALLS))
+async def rescans_timed(dut, stall):
+    """Rescans find what is prefetched, while routes, values and hints come at any moment."""
+    tb = TB(dut, stall=STALLS[stall], fetch_stall=STALLS[stall], latency=(1, 40), failing=0.05)
+    if tb.rescans is None:
+        return
+    config, rng = tb.config, tb.random
+    tb.policy = rng.choice(list(Policy))
+    dut.cancel_enable.value = 1
+    dut.streaming.value = rng.randrange(1 << config.contexts)
+    await tb.reset()
+    work = Workload(tb, hold=1)
+    for step in range(80):
+        # Also on and off while anything is under way.
+        if rng.random() < 0.2:
+            tb.rescan(rng.choice((0, 1, 3, 3)), least=rng.choice((1, 24, 200)))
+        dut.hold.value = int(rng.random() < 0.2)
+        ctx = rng.randrange(config.contexts)
+        layer, _ = work.step(ctx)
+        if rng.random() < 0.3:
+            await tb.commands.sent()
+        for target, expert in work.candidates(ctx, layer):
+            if rng.random() < 0.3:
+                tb.candidate(ctx, target, expert, source=rng.choice(list(Source)))
+        for _ in range(rng.randrange(3)):
+            await cycles(dut, rng.choice((1, 1, 20, 80)))
+            await tb.come(*tb.draw_values(rng.randrange(config.contexts)))
+        if step % 10 == 9:
+            dut.hold.value = 0
+            await tb.idle()
+        else:
+            await cycles(dut, rng.randrange(1, 150))
+    work.release_all()
+    dut.hold.value = 0
+    await tb.idle()
+    await tb.check_statistics()
+    for code in RescanCode:
+        assert tb.expected[f"rescan_{code.name}"], f"the workload has no {code.name}"
+    hit("scheduler.rescans")
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=list(STALLS))
+async def rescans_drained(dut, stall):
+    """At drained pace all that comes out of rescans is the golden model's."""
+    failing = stall == "some"
+    latency = (400, 420) if failing else (1, 60)
+    tb = TB(dut, stall=STALLS[stall], fetch_stall=STALLS[stall], latency=latency)
+    if tb.rescans is None:
+        return
+    config, rng = tb.config, tb.random
+    # How often a demand that waits for a slot asks again hangs on time.
+    tb.policy = Policy.LRU if failing else rng.choice(list(Policy))
+    if stall == "long":
+        tb.throttled_at_random()
+    dut.cancel_enable.value = 1
+    dut.alone.value = 1
+    await tb.reset()
+    for _ in range(4 if failing else 0):
+        first = tb.random.randrange(config.memory_bytes // config.data_bytes) * config.data_bytes
+        tb.broken.append((first, first + config.data_bytes))
+    counters = Counter()
+    golden_buffer = ExpertBuffer(config, valued=True)
+    golden_buffer.policy = tb.policy
+    golden = GoldenScheduler(
+        config,
+        buffer=golden_buffer,
+        memory=Memory(np.zeros(config.memory_bytes, np.uint8), failing=tb.broken),
+        counters=counters,
+    )
+    golden.bases = list(tb.bases)
+    golden.throttle.enable = tb.throttle_enable
+    golden.throttle.register = tb.throttle_weights
+    work = Workload(tb, hold=1)
+    for step in range(60):
+        if step % 8 == 0:
+            tb.rescan(rng.choice((0, 1, 2, 3)), least=rng.choice((1, 24, 100)))
+            golden.rescan_ahead, golden.rescan_least = tb.rescan_ahead, tb.rescan_least
+            golden.enable = rng.random() < 0.9
+            dut.enable.value = int(golden.enable)
+            golden.cutoff_layer = rng.choice((255, 255, rng.randrange(config.model.layers + 1)))
+            dut.cutoff_layer.value = golden.cutoff_layer
+        ctx = rng.randrange(config.contexts)
+        pending = work.pending[ctx]
+        while len(pending) > 1 or work.layer[ctx] in pending:
+            layer = pending.popleft()
+            tb.release(ctx, layer)
+            await tb.commands.sent()
+            golden.release(ctx, layer)
+            await tb.idle()
+        first = len(tb.answers)
+        dut.hold.value = 1
+        layer, experts = work.step(ctx)
+        expected = golden.demand(ctx, layer, experts, repeat=bool(work.repeat))
+        await tb.commands.sent()
+        candidates = [
+            (
+                *(ctx, target, expert, rng.randrange(256)),
+                rng.choice(list(Source)),
+                (tb.sent_routes(ctx) + 1) % 256,
+            )
+            for target, expert in work.candidates(ctx, layer)
+        ]
+        for c in candidates:
+            tb.candidate(ctx, c[1], c[2], score=c[3], source=c[4], deadline=c[5])
+        await tb.candidates.sent()
+        await cycles(dut, 200)
+        for _ in range(rng.randrange(4)):
+            values = tb.draw_values(rng.choice((ctx, rng.randrange(config.contexts))))
+            await tb.come(*values)
+            golden_buffer.values(*values)
+            golden.wake(values[1])
+        await cycles(dut, 2)
+        dut.hold.value = 0
+        golden.offer(candidates)
+        golden.rescan()
+        await tb.idle()
+        check_order(tb.answers[first:], expected)
+        for name in STROBES:
+            unit = config.tile_bytes if name.endswith("bytes") else 1
+            assert tb.strobes[name] * unit == counters[name], f"{name} after step {step}"
+        assert int(dut.throttle_state.value) == golden.throttle.state
+    await tb.check_statistics()
+    assert tb.expected["rescan_FOUND"] and not tb.expected["rescan_DISTURBED"]
+    assert list(tb.buffer.recency) == list(golden_buffer.recency)
+    for name in ("state", "pins", "evicted_by_prefetch"):
+        ours = getattr(tb.buffer.directory, name)
+        assert ours == getattr(golden_buffer.directory, name), name
+    hit("scheduler.rescans_drained")
 
 
 @cocotb.test()

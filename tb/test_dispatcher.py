@@ -233,6 +233,12 @@ class _Recorder:
         self._command(1, ctx, layer, expert, 0, 0, lock=1)
         return []
 
+    def wake(self, ctx):
+        """Rescans are the scheduler's own."""
+
+    def rescan(self):
+        """See above."""
+
     def offer(self, candidates):
         pass
 
@@ -750,7 +756,9 @@ def _write_profiles(bench, golden, rng):
     for phase in Phase:
         writes = [("profile_select", phase)]
         for name in PROFILE_REGISTERS:
-            if not name.startswith("dma_"):
+            if name == "rescan_ahead":
+                writes.append((name, rng.randrange(bench.config.most_ahead + 1)))
+            elif not name.startswith("dma_"):
                 # Bit 5 of control, phases ask for their profiles, stays 0.
                 writes.append((name, rng.randrange(1, 9 if name == "budget" else 32)))
         writes.append(("dma_lower_credits", rng.randrange(bench.config.outstanding_bursts + 1)))
@@ -906,6 +914,10 @@ async def refusals(dut):
         ("dma_shape", _shape(**{**good, "enable": 0}), Refusal.ENABLE),
         ("budget", 9, Refusal.BUDGET),
         ("budget", 1 << 31, Refusal.BUDGET),
+        ("rescan_ahead", config.most_ahead + 1, Refusal.RESCAN),
+        ("rescan_ahead", 1 << 31, Refusal.RESCAN),
+        ("rescan_least", 0, Refusal.RESCAN),
+        ("rescan_least", 256, Refusal.RESCAN),
         ("dma_lower_credits", credits + 1, Refusal.CREDITS),
         ("dma_lower_credits", 1 << 31, Refusal.CREDITS),
         ("dma_row_bytes", 1, Refusal.ROWS),

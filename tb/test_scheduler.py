@@ -96,6 +96,25 @@ def test_copies():
     )
 
 
+@pytest.mark.parametrize("contexts", [1, 3])
+def test_rescans(contexts):
+    """A buffer that takes values."""
+    config = TINY_DEVICE.replace(contexts=contexts, slots=10)
+    run_bench(
+        Scheduler(config=config, valued=True),
+        module=HERE / "cocotb_scheduler.py",
+        name="scheduler",
+        parameters={"config": config, "valued": True},
+        testcase=[
+            *(f"rescans_timed/stall={stall}" for stall in ("none", "some", "long")),
+            *(f"rescans_drained/stall={stall}" for stall in ("none", "some", "long")),
+            "timed/stall=none/latency=1/failing=0.1",
+            "latencies",
+            "reset_in_flight",
+        ],
+    )
+
+
 @pytest.mark.parametrize("block", [Scheduler, InflightTable, CandidateQueue])
 def test_bad_config(block):
     with pytest.raises(TypeError, match="Configuration must be a DeviceConfig, not 'tiny'"):

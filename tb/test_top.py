@@ -34,6 +34,7 @@ from prestage_hw.contract.records import (
     Phase,
     Policy,
     PrefetchOutcome,
+    Refusal,
     TrafficClass,
 )
 from prestage_hw.contract.registers import (
@@ -477,6 +478,8 @@ def _profile_writes(bench, phase):
         ("prefetch_tiles", rng.randrange(1, 5)),
         # No effect at drained pace.
         ("budget", rng.randrange(9)),
+        ("rescan_ahead", rng.randrange(config.most_ahead + 1)),
+        ("rescan_least", rng.choice([1, 24, rng.randrange(1, 256)])),
         ("cutoff_layer", rng.choice([255, rng.randrange(config.model.layers + 1)])),
         ("dma_lower_credits", rng.randrange(config.outstanding_bursts + 1)),
     ]
@@ -550,6 +553,66 @@ async def profiles_drained(dut, policy):
     assert golden.counters["hints"] > 2
     await bench.compare_registers(golden)
     hit("profiles.drained")
+
+
+@cocotb.test()
+@cocotb.parametrize(policy=list(Policy))
+async def rescans_drained(dut, policy):
+    """What the buffer's values say is prefetched; every answer, byte and counter is the model's."""
+    bench = _Bench(dut, stall=Stall(0.2, burst=(1, 6)))
+    config, rng, model = bench.config, bench.random, bench.config.model
+    golden = GoldenTop(config, bench.image)
+    await bench.reset()
+
+    async def write(name, value):
+        await bench.drained(golden, "REGISTER_WRITE", register_by_name(name).address, value)
+
+    # What makes no sense is refused, and so is all where there are no values.
+    for name, value in (
+        ("rescan_ahead", config.most_ahead + 1),
+        ("rescan_ahead", 1 << 7),
+        ("rescan_least", 0),
+        ("rescan_least", 256),
+    ):
+        await write(name, value)
+        refusal = golden.registers.read(register_by_name("refusal").address)
+        assert refusal & 0xFF == Refusal.RESCAN, (name, value)
+        await bench.drained(golden, "REGISTER_READ", register_by_name("refusal").address)
+        await write("refusal", 0)
+    await bench.compare_registers(golden)
+    if not config.gives_values:
+        return
+    await _settle(bench, golden, policy=policy, hints=True)
+    found = Counter()
+    for token, layers in enumerate(_decisions(bench, 10)):
+        if token % 3 == 0:
+            ahead = rng.randrange(1, config.most_ahead + 1) if token else config.most_ahead
+            await write("rescan_ahead", ahead)
+            await write("rescan_least", rng.choice([1, 24, 100]))
+        for ctx in range(config.contexts):
+            await bench.drained(golden, "BEGIN_TOKEN", ctx, Phase.DECODE, token % 3)
+        for layer, experts in enumerate(layers):
+            for ctx in range(config.contexts):
+                if rng.random() < 0.3 and layer + 1 < model.layers:
+                    expert = rng.randrange(model.experts)
+                    await bench.drained(golden, "HINT", ctx, layer + 1, expert, 255)
+                mine = [(expert + ctx) % model.experts for expert in experts]
+                before = golden.counters["prefetch_issued"]
+                answers = await bench.drained(golden, "ROUTE", ctx, layer, mine)
+                found["route"] += golden.counters["prefetch_issued"] - before
+                if rng.random() < 0.2:
+                    await bench.check_bytes(bench.readies(answers))
+                before = golden.counters["prefetch_issued"]
+                await bench.drained(golden, "RELEASE", ctx, layer)
+                found["release"] += golden.counters["prefetch_issued"] - before
+    assert found["route"] > 5, found
+    await bench.compare_registers(golden)
+    await bench.compare_statistics(golden)
+    # A cleared buffer has no values left.
+    await write("clear", 2)
+    await write("rescan_ahead", 0)
+    await bench.compare_registers(golden)
+    hit("scheduler.rescans_device")
 
 
 @cocotb.test()

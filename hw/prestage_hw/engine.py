@@ -46,6 +46,7 @@ _DMA_PORTS = (
 )
 _BUFFER_PORTS = ("reads", "beats")
 _COPY_PORTS = ("copies", "copied")
+_RESCAN_PORTS = ("rescan_ahead", "rescan_least")
 
 
 def connect_engine(m, *, scheduler, dma, buffer, values, policy):
@@ -91,6 +92,11 @@ def connect_engine(m, *, scheduler, dma, buffer, values, policy):
         buffer.values.valid.eq(values.valid & ~scheduler.demanding),
         values.ready.eq(buffer.values.ready & ~scheduler.demanding),
     ]
+    if config.gives_values:
+        wiring.connect(m, scheduler.rescans, buffer.rescans)
+        wiring.connect(m, buffer.rescanned, scheduler.rescanned)
+        come = buffer.values.valid & buffer.values.ready
+        m.d.comb += scheduler.valued.eq(come << values.payload.ctx)
     with m.If(buffer.idle):
         m.d.sync += buffer.policy.eq(policy)
     return checksums
@@ -116,6 +122,8 @@ class Engine(wiring.Component):
         As of :class:`Scheduler`.
     copies, copied
         As of :class:`Scheduler`; only where experts may have copies.
+    rescan_ahead, rescan_least
+        As of :class:`Scheduler`; only where the predictor gives values.
     bus, settings, commit, lower_credits, refused, refusal, abort, abort_tag, abort_all, timeout, \
     stray, expired
         As of :class:`DMA`.
@@ -176,6 +184,7 @@ class Engine(wiring.Component):
             (self._scheduler, _SCHEDULER_PORTS),
             (self._scheduler, _PARTS_PORTS if len(self.config.part_bytes) > 1 else ()),
             (self._scheduler, _COPY_PORTS if self.config.replicas > 1 else ()),
+            (self._scheduler, _RESCAN_PORTS if self.config.gives_values else ()),
             (self._dma, _DMA_PORTS),
             (self._buffer, _BUFFER_PORTS)
             if self.config.slot_store == "internal"

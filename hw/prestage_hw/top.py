@@ -190,6 +190,11 @@ class Top(wiring.Component):
             registers.layer_time.eq(scheduler.layer_time),
             registers.tile_time.eq(scheduler.tile_time),
             scheduler.budget.eq(profile.budget),
+            *(
+                getattr(scheduler, name).eq(profile[name])
+                for name in ("rescan_ahead", "rescan_least")
+                if config.gives_values
+            ),
             scheduler.streaming.eq(chunks.streaming),
             scheduler.clear.eq(registers.clear.buffer),
             scheduler.clear_statistics.eq(registers.clear.counters),

@@ -443,6 +443,7 @@ def _settings(run: Run, trace_path: str) -> Sequence[tuple[str, Any]]:
         ("eviction", run.policy),
         ("throttle", "on" if run.throttle else "off"),
         ("budget", f"{run.budget} eighths in time" if run.budget else "off"),
+        ("rescan", f"{run.rescan} layers" if run.rescan else "off"),
         ("profiled before", "yes" if run.tables else "no"),
         ("wall time", f"{run.seconds:.1f} s"),
         *((f"model {name}".replace("_", " "), value) for name, value in model.items()),

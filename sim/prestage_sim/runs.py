@@ -123,6 +123,8 @@ class Run:
         Which expert gave way to another.
     budget : :class:`int`
         Eighths of a prefetch that had to be expected in time; 0: none.
+    rescan : :class:`int`
+        Layers whose values were looked through in place of the predictor's candidates; 0: none.
     throttle : :class:`bool`
         Whether prefetches of a kind were switched off while they cost more than they saved.
     trace : :class:`Trace`
@@ -175,6 +177,7 @@ class Run:
     policy: str = "lru"
     throttle: bool = False
     budget: int = 0
+    rescan: int = 0
     error: str = ""
     samples: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, SAMPLE_DTYPE))
     spans: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 0, 2), np.uint64))

@@ -6,7 +6,7 @@ import pytest
 
 from prestage_hw.contract import DeviceConfig, ModelConfig, preset
 from prestage_hw.contract.params import TINY_DEVICE
-from prestage_hw.contract.records import BufferCode, BufferOp, Policy, ValueKind
+from prestage_hw.contract.records import BufferCode, BufferOp, Policy, RescanCode, ValueKind
 from prestage_sim.model.buffer import BufferResult, ExpertBuffer
 
 DEMAND, PREFETCH, FILL, RELEASE, CANCEL, LOCK, UNLOCK, COPY = BufferOp
@@ -46,6 +46,53 @@ def fill(buffer, slot):
 
 
 # --- worked cases -----------------------------------------------------------------------------
+
+
+def look(buffer, *, near=True, ahead=2, least=1, cutoff_layer=255):
+    """What a rescan finds: layer, expert, confidence, distance."""
+    code, *found = buffer.rescan(0, near=near, ahead=ahead, least=least, cutoff_layer=cutoff_layer)
+    return tuple(found) if code == RescanCode.FOUND else None
+
+
+def test_a_rescan_finds_what_is_missing_and_worth_most():
+    buffer = ExpertBuffer(SMALL.replace(slots=6), valued=True)
+    lanes = buffer.config.predictor_lanes
+    pad = [0] * (lanes - 5)
+    assert look(buffer) is None
+    # Before the first decision layer 0 is next. Confidence 200 has 2 steps, 240 none.
+    buffer.values(ValueKind.CHANCE, 0, 0, 0, [9, 200, 30, 200, 0, *pad])
+    buffer.values(ValueKind.CHANCE, 0, 1, 0, [0, 0, 0, 240, 0, *pad])
+    assert look(buffer) == (1, 3, 240, 2)
+    assert look(buffer, ahead=1) == (0, 1, 200, 1)
+    assert look(buffer, cutoff_layer=1) == (0, 1, 200, 1)
+    assert look(buffer, near=False, cutoff_layer=1) is None
+    assert look(buffer, ahead=1, least=201) is None
+    assert look(buffer, near=False, ahead=1) is None and look(buffer, ahead=0) is None
+    # What has a slot, in flight or not, is not missing.
+    slot = buffer.request(PREFETCH, layer=1, expert=3, value=240).slot
+    assert look(buffer) == (0, 1, 200, 1)
+    buffer.request(CANCEL, slot=slot)
+    assert look(buffer) == (1, 3, 240, 2)
+    # Layer 0 was routed: half of its reuse value counts, for the next token.
+    buffer.request(DEMAND, layer=0, expert=1, index=0)
+    buffer.values(ValueKind.REUSE, 0, 0, 0, [0, 255, 0, 255, 0, *pad])
+    assert look(buffer) == (1, 3, 240, 1)
+    assert look(buffer, near=False) == (0, 3, 127, 2)
+    # It keeps no values where none are taken.
+    deaf = ExpertBuffer(SMALL)
+    deaf.values(ValueKind.CHANCE, 0, 0, 0, [255] * lanes)
+    assert look(deaf) is None
+
+
+def test_a_strict_prefetch_is_outbid_by_an_equal():
+    buffer = ExpertBuffer(SMALL.replace(slots=2), valued=True)
+    buffer.policy = LFU
+    for expert in range(2):
+        slot = buffer.request(PREFETCH, layer=1, expert=expert, value=50).slot
+        fill(buffer, slot)
+    assert buffer.request(PREFETCH, layer=1, expert=2, value=50, last=True).code == OUTBID
+    assert buffer.request(PREFETCH, layer=1, expert=2, value=51, last=True).code == ALLOCATED
+    assert buffer.request(PREFETCH, layer=1, expert=3, value=50).code == ALLOCATED
 
 
 def test_demands_take_the_least_recent_free_slot():

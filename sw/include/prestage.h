@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0xfc734b05u
+#define PRESTAGE_REGISTER_HASH 0xbd35dc55u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -113,6 +113,7 @@ enum prestage_refusal {
     PRESTAGE_REFUSAL_ENABLE = 7, /* Channels 0 and 1, and the last of three or more, carry demands and prefetches and can't be disabled. */
     PRESTAGE_REFUSAL_PROFILE = 8, /* No phase has that number. */
     PRESTAGE_REFUSAL_BUDGET = 9, /* A budget is at most 8 eighths. */
+    PRESTAGE_REFUSAL_RESCAN = 10, /* A rescan needs a predictor that gives values, looks at most at all layers and at most at 127, and asks for a confidence of 1 to 255. */
 };
 
 /* Register addresses, in 32-bit words. */
@@ -153,7 +154,7 @@ enum prestage_register {
     PRESTAGE_REG_THROTTLE_STATE = 0x23, /* ro: Credit of the kinds near, far and hint in bits 7..0, 15..8 and 23..16, signed; bits 24 to 26: they are switched on. */
     PRESTAGE_REG_PROFILE = 0x24, /* rw: Phase whose profile is asked for: 0 PREFILL, 1 DECODE, 2 VERIFY. It becomes active as a whole, its DMA channels included, at the next layer boundary, at once if nothing is under way; a write of the active one makes its DMA channels active. */
     PRESTAGE_REG_PROFILE_ACTIVE = 0x25, /* ro: Phase whose profile is active. */
-    PRESTAGE_REG_PROFILE_SELECT = 0x26, /* rw: Profile that these registers belong to: control (bits 0 and 1), prefetch_tiles, predict_threshold, predict_far_threshold, predict_ahead, cutoff_layer, budget, dma_lower_credits, dma_shape, dma_row_bytes, dma_row_stride. Writes for the active one hold at once, but for those of the DMA. */
+    PRESTAGE_REG_PROFILE_SELECT = 0x26, /* rw: Profile that these registers belong to: control (bits 0 and 1), prefetch_tiles, predict_threshold, predict_far_threshold, predict_ahead, cutoff_layer, budget, rescan_ahead, rescan_least, dma_lower_credits, dma_shape, dma_row_bytes, dma_row_stride. Writes for the active one hold at once, but for those of the DMA. */
     PRESTAGE_REG_CUTOFF_LAYER = 0x27, /* rw: Candidates for this layer and those above are dropped (bits 7..0); 255: none are. */
     PRESTAGE_REG_DMA_LOWER_CREDITS = 0x28, /* rw: Most bursts outstanding in the classes below demand; 0: as many as hold a tile. */
     PRESTAGE_REG_DMA_CHANNEL = 0x29, /* rw: DMA channel of dma_shape, dma_row_bytes, dma_row_stride and the channel_ counters. */
@@ -224,6 +225,8 @@ enum prestage_register {
     PRESTAGE_REG_CHANNEL_BEATS = 0xa3, /* ro: Beats that went to the buffer. Of the channel that dma_channel names. Stage 4. */
     PRESTAGE_REG_CHANNEL_BUSY = 0xa4, /* ro: Cycles in which tiles waited or were under way. Of the channel that dma_channel names. Stage 4. */
     PRESTAGE_REG_CHANNEL_STALL = 0xa5, /* ro: Cycles in which a burst wanted to leave and could not. Of the channel that dma_channel names. Stage 4. */
+    PRESTAGE_REG_RESCAN_AHEAD = 0xa8, /* rw: Layers, from the one after a context's latest routing decision on, whose values are looked through for what is worth a prefetch: at most L, and 127. It takes the place of the predictor's candidates, which are dropped; 0: none are looked through. Only where the predictor gives values. */
+    PRESTAGE_REG_RESCAN_LEAST = 0xa9, /* rw: Least confidence of what such a rescan finds, in 1/256: 1 to 255. */
 };
 
 /* Bodies of the messages. */

@@ -270,6 +270,20 @@ def _add_replay(commands: Any) -> None:
         " routed (default: 0, drops none)",
     )
     device.add_argument(
+        "--rescan",
+        type=int,
+        default=0,
+        metavar="LAYERS",
+        help="prefetch what the buffer's own values of so many next layers say, in place of the"
+        " predictor's candidates (default: 0, its candidates)",
+    )
+    device.add_argument(
+        "--rescan-least",
+        type=int,
+        metavar="CONFIDENCE",
+        help="least confidence of what is found so, 1 to 255 in 1/256 (default: 24)",
+    )
+    device.add_argument(
         "--profile",
         action="append",
         default=[],
@@ -420,6 +434,8 @@ def _run_replay(args: argparse.Namespace) -> int:
                 policy=None if args.policy is None else POLICIES[args.policy],
                 throttle=args.throttle,
                 budget=args.budget,
+                rescan=args.rescan,
+                rescan_least=args.rescan_least,
                 interrupt=interrupt,
                 progress=lambda done: progress.update(task, completed=done),
                 tables=tables,

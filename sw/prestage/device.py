@@ -834,6 +834,8 @@ class Device:
         ahead: int | None = None,
         cutoff: int | None = None,
         budget: int | None = None,
+        rescan: int | None = None,
+        rescan_least: int | None = None,
         follow_phase: bool | None = None,
         clear_predictor: bool = False,
         clear_buffer: bool = False,
@@ -844,8 +846,8 @@ class Device:
         """Change settings; None leaves one as it is.
 
         ``prefetch``, ``hints``, ``prefetch_tiles``, ``threshold``, ``far_threshold``, ``ahead``,
-        ``cutoff`` and ``budget`` are those of the active profile: the one of decoding unless
-        :meth:`switch` or ``follow_phase`` has chosen another.
+        ``cutoff``, ``budget``, ``rescan`` and ``rescan_least`` are those of the active profile: the
+        one of decoding unless :meth:`switch` or ``follow_phase`` has chosen another.
 
         Parameters
         ----------
@@ -897,6 +899,13 @@ class Device:
             measured times of layers and tiles, or it is dropped; 0 (after reset) drops none. It was
             measured to lose time on a link that is the bottleneck: it is there for who pays for
             bytes. No effect with ``settle``.
+        rescan : :class:`int` or None
+            Layers, from the one after a context's latest routing decision on, whose values are
+            looked through for what is worth a prefetch whenever there is room for one; at most
+            ``config.most_ahead``. It takes the place of the predictor's candidates; 0 (after reset)
+            leaves it to them. Only with a predictor that gives values.
+        rescan_least : :class:`int` or None
+            Least confidence of what is found so, in 1/256, 1 to 255; 24 after reset.
         follow_phase : :class:`bool` or None
             The phase of :meth:`begin_token` makes its profile active (off after reset).
         clear_predictor, clear_buffer, clear_counters, clear_checksums : :class:`bool`
@@ -926,6 +935,8 @@ class Device:
             ahead=ahead,
             cutoff=cutoff,
             budget=budget,
+            rescan=rescan,
+            rescan_least=rescan_least,
         )
         if hint_threshold is not None:
             if not 0 <= operator.index(hint_threshold) <= 255:
@@ -1016,6 +1027,8 @@ class Device:
         ahead: int | None = None,
         cutoff: int | None = None,
         budget: int | None = None,
+        rescan: int | None = None,
+        rescan_least: int | None = None,
         lower_credits: int | None = None,
         channels: Mapping[int, Mapping[str, int]] | None = None,
     ) -> None:
@@ -1028,7 +1041,8 @@ class Device:
         ----------
         phase : :class:`Phase`
             Whose profile.
-        prefetch, hints, prefetch_tiles, threshold, far_threshold, ahead, cutoff, budget
+        prefetch, hints, prefetch_tiles, threshold, far_threshold, ahead, cutoff, budget, rescan, \
+        rescan_least
             As for :meth:`configure`.
         lower_credits : :class:`int` or None
             Most read bursts outstanding in the traffic classes below demand, at most
@@ -1058,6 +1072,8 @@ class Device:
             ahead=ahead,
             cutoff=cutoff,
             budget=budget,
+            rescan=rescan,
+            rescan_least=rescan_least,
             lower_credits=lower_credits,
         )
         for channel, settings in (channels or {}).items():
@@ -1111,6 +1127,8 @@ class Device:
         ahead: int | None,
         cutoff: int | None,
         budget: int | None,
+        rescan: int | None,
+        rescan_least: int | None,
         lower_credits: int | None = None,
     ) -> list[tuple[str, int]]:
         """Register writes for what a profile holds beside the DMA channels, and for control."""
@@ -1137,6 +1155,20 @@ class Device:
             if not 0 <= operator.index(budget) <= 8:
                 raise ArgumentError(f"Budget must be between 0 and 8 eighths, not {budget}")
             writes.append(("budget", budget))
+        if rescan is not None:
+            most = self.config.most_ahead
+            if not 0 <= operator.index(rescan) <= most:
+                why = "" if most else ", as the predictor gives no values"
+                raise ArgumentError(
+                    f"Rescan must be between 0 and {most} layers, not {rescan}{why}"
+                )
+            writes.append(("rescan_ahead", rescan))
+        if rescan_least is not None:
+            if not 0 < operator.index(rescan_least) < 256:
+                raise ArgumentError(
+                    f"Least confidence of a rescan must be between 1 and 255, not {rescan_least}"
+                )
+            writes.append(("rescan_least", rescan_least))
         if lower_credits is not None:
             most = self.config.outstanding_bursts
             if not 0 <= operator.index(lower_credits) <= most:

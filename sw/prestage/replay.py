@@ -182,6 +182,8 @@ def replay(
     policy: Policy | None = None,
     throttle: bool | None = None,
     budget: int = 0,
+    rescan: int = 0,
+    rescan_least: int | None = None,
     interrupt: Interrupt | None = None,
     progress: Callable[[int], None] | None = None,
     tables: dict[int, NDArray[np.uint32]] | None = None,
@@ -213,6 +215,10 @@ def replay(
     budget : :class:`int`
         Eighths of a prefetch's tiles that must be expected before its deadline, or it is dropped; 0
         drops none. Without effect at drained pace.
+    rescan, rescan_least : :class:`int`
+        Layers whose values are looked through for prefetches in place of the predictor's
+        candidates, 0 for none, and the least confidence of those, None for the device's own: see
+        :meth:`Device.configure`.
     interrupt : :class:`Interrupt` or None
         Flag that ends the run between two layers.
     progress : callable or None
@@ -235,7 +241,7 @@ def replay(
     if prefetch_tiles is None:
         prefetch_tiles = 4 if pace == "drained" else 1
     if policy is None:
-        policy = Policy.NEXT_USE if device.config.predictor == "perceptron" else Policy.LRU
+        policy = Policy.NEXT_USE if device.config.gives_values else Policy.LRU
     # What is served first must not hang on how fast the predictor is.
     settle = pace == "drained"
     if throttle is None:
@@ -246,6 +252,8 @@ def replay(
         settle=settle,
         throttle=throttle,
         budget=budget,
+        rescan=rescan,
+        rescan_least=rescan_least,
     )
     # At drained pace no demand waits for what a prefetch has outstanding.
     lower_credits = device.config.outstanding_bursts if pace == "drained" else 0
@@ -274,6 +282,8 @@ def replay(
                 device.sync()  # What is prefetched when a token starts.
             for layer, experts in enumerate(trace.experts[at].tolist()):
                 span = step(device, layer, experts, layer_cycles)
+                if pace == "drained" and rescan:
+                    device.sync()  # What is prefetched once a layer is released.
                 if span is not None:
                     recorder.spans[at, layer] = span
                 layers_done += 1
@@ -310,6 +320,7 @@ def replay(
         prefetch_tiles=prefetch_tiles,
         throttle=throttle,
         budget=budget,
+        rescan=rescan,
         policy=next(name for name, each in POLICIES.items() if each == policy),
         trace=trace,
         complete=complete,
@@ -443,6 +454,7 @@ def run_object(run: Run, *, trace_path: str) -> dict[str, Any]:
             "policy": run.policy,
             "throttle": run.throttle,
             "budget": run.budget,
+            "rescan": run.rescan,
             "profiled": bool(run.tables),
         },
         "counters": run.counters,

@@ -291,6 +291,27 @@ def test_budget(budget):
             replay(device, walk(3), pace="timed", layer_cycles=9, budget=9)
 
 
+def test_rescans_take_the_place_of_candidates():
+    """A walk of experts comes back: what is prefetched comes out of the buffer's values."""
+    config = device_config(walk(), slots=12, predictor="perceptron")
+    runs = []
+    for rescan in (0, config.most_ahead):
+        with prestage.open("model://", config=config) as device:
+            run = replay(device, walk(30), rescan=rescan)
+            assert run.rescan == device.read_register("rescan_ahead") == rescan
+            assert run_object(run, trace_path="walk.npz")["config"]["rescan"] == rescan
+            runs.append(run)
+        with prestage.open("model://", config=config) as device:
+            match = f"Rescan must be between 0 and {config.most_ahead} layers, not -1"
+            with pytest.raises(ArgumentError, match=match):
+                replay(device, walk(3), rescan=-1)
+    assert all(run.complete and run.counters["prefetch_issued"] for run in runs)
+    # Nothing waits in a queue but hints.
+    assert runs[0].counters["prefetch_stale"] + runs[0].counters["prefetch_redundant"] > 0
+    assert runs[1].counters["prefetch_stale"] == runs[1].counters["prefetch_redundant"] == 0
+    assert runs[1].counters["hits"] > runs[0].counters["hits"]
+
+
 def test_throttle_drops_what_does_not_pay():
     """Nobody can predict experts that are drawn at random; those of a walk pay."""
     rng = np.random.default_rng(3)

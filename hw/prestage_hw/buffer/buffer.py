@@ -10,6 +10,7 @@ from prestage_hw.layouts import RecordLayout
 
 from .directory import Directory, EntryState
 from .recency import RecencyList
+from .rescan import Rescan
 from .storage import Storage
 from .victims import Victims
 
@@ -52,6 +53,11 @@ class ExpertBuffer(wiring.Component):
     Unless ``config.stores_slots`` the bytes of slots are elsewhere, in a memory of their own or at
     the host: the block keeps who has which slot, and has no ports for data.
 
+    Where values are taken, a walk through them looks for an expert worth a prefetch, beside all
+    else: see :class:`Rescan`. A request is taken in a cycle without an operation; its result goes
+    by what was taken before it. Values, and operations other than RELEASE, UNLOCK and FILLs that do
+    not fail, disturb it.
+
     Every tile of an expert is to be written before the FILL that reports it. Fills are to name a
     slot that is filling (others change nothing), demands an entry of the pin list that is free. No
     tile may be on its way to a slot whose prefetch is cancelled.
@@ -91,6 +97,10 @@ class ExpertBuffer(wiring.Component):
         request is worked on.
     values : ``In(stream.Signature(RecordLayout("ValueBeat", config=config)))``
         What the predictor says of experts. Waits while a search is under way.
+    rescans : ``In(stream.Signature(RecordLayout("RescanRequest", config=config)))``
+        Where to look for an expert worth a prefetch; only if values are taken.
+    rescanned : ``Out(stream.Signature(RecordLayout("RescanResult", config=config)))``
+        What was found, one result a request; only if values are taken.
     writes : ``In(stream.Signature(RecordLayout("BufferWrite", config=config)))``
         Beats of arriving experts. Always ready.
     host_writes : ``In(stream.Signature(RecordLayout("BufferWrite", config=config)))``
@@ -105,7 +115,7 @@ class ExpertBuffer(wiring.Component):
     strobes : ``Out(StructLayout({"cancelled": 1, "outbid": 1, "refused": 1, "invalid": 1}))``
         High for one cycle with a CANCEL that was done, and with a result of that code.
     idle : ``Out(1)``
-        No request, result or clearing is in the block. Low from the cycle after a pulse of
+        No request, rescan, result or clearing is in the block. Low from the cycle after a pulse of
         ``clear``.
 
     Raises
@@ -122,13 +132,14 @@ class ExpertBuffer(wiring.Component):
         stores = config.stores_slots
         if host_writes and not stores:
             raise ValueError("Host writes need slots in the device, not elsewhere")
-        self.valued = config.predictor == "perceptron" if valued is None else valued
+        self.valued = config.gives_values if valued is None else valued
         self._has_host_writes = host_writes
         self._directory = Directory(config=config)
         self._recency = RecencyList(config=config)
         banks = config.replicas if stores else 0
         self._storages = [Storage(config=config, bank=bank) for bank in range(banks)]
         self._victims = Victims(config=config, valued=self.valued)
+        self._rescan = Rescan(config=config) if self.valued else None
         self.lookup_latency = 6
         self.fill_latency = 4
         self.release_latency = 3 * config.model.top_k + 4
@@ -151,12 +162,17 @@ class ExpertBuffer(wiring.Component):
             "reads": reads,
             "beats": beats,
         }
+        rescans = {
+            "rescans": In(stream.Signature(RecordLayout("RescanRequest", config=config))),
+            "rescanned": Out(stream.Signature(RecordLayout("RescanResult", config=config))),
+        }
         super().__init__(
             {
                 "requests": In(stream.Signature(RecordLayout("BufferRequest", config=config))),
                 "results": Out(stream.Signature(RecordLayout("BufferResult", config=config))),
                 "policy": In(2),
                 "values": In(stream.Signature(RecordLayout("ValueBeat", config=config))),
+                **(rescans if self.valued else {}),
                 **(data_ports if stores else {}),
                 "clear": In(1),
                 "strobes": Out(
@@ -211,6 +227,7 @@ class ExpertBuffer(wiring.Component):
         looked_at = Signal.like(slot)  # slot that the memories are asked for
         row = Signal(self._row_bits)  # row under clearing
         clear_wanted = Signal()
+        rests = Signal()  # nothing is looked for
         # Block RAM is slow out of the clock edge: what it gives is looked at a cycle later, from
         # registers that synthesis may take from the block RAM since they have no reset.
         entry = Signal.like(directory.entry, reset_less=True)
@@ -287,6 +304,7 @@ class ExpertBuffer(wiring.Component):
             victims.next_use.eq(self.policy != Policy.LFU),
             victims.bids.eq(is_prefetch & (request.value != 0)),
             victims.value.eq(request.value),
+            victims.strict.eq(request.last),
             victims.state.eq(state),
             victims.free_slot.eq(slot),
             victims.row.eq(row),
@@ -389,7 +407,7 @@ class ExpertBuffer(wiring.Component):
 
             with m.State("IDLE"):
                 m.d.comb += [
-                    self.idle.eq(~clear_wanted & ~self.results.valid),
+                    self.idle.eq(~clear_wanted & ~self.results.valid & rests),
                     self.requests.ready.eq(~clear_wanted & ~self.results.valid),
                     directory.entry_read.eq(1),
                 ]
@@ -682,7 +700,41 @@ class ExpertBuffer(wiring.Component):
                 m.next = "UNPIN"
 
         m.d.sync += allocates.eq(fsm.ongoing("TOUCH"))
+        if self.valued:
+            self._walk(m, fsm=fsm, row=row)
+            m.d.comb += rests.eq(self._rescan.idle)
+        else:
+            m.d.comb += rests.eq(1)
         return m
+
+    def _walk(self, m, *, fsm, row):
+        """Look for an expert worth a prefetch beside all else."""
+        m.submodules.rescan = rescan = self._rescan
+        directory, victims = self._directory, self._victims
+        wiring.connect(m, wiring.flipped(self.rescans), rescan.requests)
+        wiring.connect(m, rescan.results, wiring.flipped(self.rescanned))
+        taken = self.requests.valid & self.requests.ready
+        op = self.requests.payload.op
+        harmless = (
+            (op == BufferOp.RELEASE)
+            | (op == BufferOp.UNLOCK)
+            | ((op == BufferOp.FILL) & ~self.requests.payload.failed)
+        )
+        entry = directory.entry_value.state
+        m.d.comb += [
+            rescan.calm.eq(self.requests.ready & ~self.requests.valid),
+            rescan.disturbed.eq((taken & ~harmless) | fsm.ongoing("CLEAR")),
+            rescan.value_valid.eq(self.values.valid & self.values.ready),
+            rescan.value.eq(self.values.payload),
+            rescan.decided.eq(victims.count & victims.first),
+            rescan.ctx.eq(victims.ctx),
+            rescan.layer.eq(victims.layer),
+            rescan.changed.eq(directory.entry_write & (entry != EntryState.READY)),
+            rescan.key.eq(directory.write_key),
+            rescan.comes.eq(entry == EntryState.FILLING),
+            rescan.clear.eq(fsm.ongoing("CLEAR")),
+            rescan.row.eq(row),
+        ]
 
     def _connect_banks(self, m):
         """Storage of every bank; what all of them are told."""

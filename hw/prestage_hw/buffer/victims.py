@@ -93,6 +93,8 @@ class Victims(wiring.Component):
         With ``begin``, to the end of the search: it is for a prefetch that has to be worth as much.
     value : ``In(8)``
         Confidence of that prefetch.
+    strict : ``In(1)``
+        It has to be worth more.
     banked : ``In(1)``, ``bank`` : ``In(config.bank_bits)``
         With ``begin``, to the end of the search: only slots of that bank may be taken; only where
         experts may have copies.
@@ -107,7 +109,7 @@ class Victims(wiring.Component):
     found : ``Out(1)``
         A slot may be taken.
     outbid : ``Out(1)``
-        It is worth more than the prefetch.
+        It is worth more than the prefetch, or as much if that is strict.
     victim : ``Out(config.bits("slot"))``
         The slot.
     free : ``In(1)``, ``free_slot`` : ``In(config.bits("slot"))``
@@ -152,6 +154,7 @@ class Victims(wiring.Component):
                 "begin": In(1),
                 "bids": In(1),
                 "value": In(8),
+                "strict": In(1),
                 "searching": Out(1),
                 "slot": Out(slot),
                 "state": In(SlotLayout(config=config)),
@@ -503,7 +506,7 @@ class Victims(wiring.Component):
             exhausted.eq(has_best | (passes == self.passes)),
             self.done.eq(ended & exhausted),
             self.found.eq(has_best),
-            self.outbid.eq(has_best & self.bids & (best > bid)),
+            self.outbid.eq(has_best & self.bids & Mux(self.strict, best >= bid, best > bid)),
             self.victim.eq(best_slot),
         ]
         with m.If(ended & ~exhausted):

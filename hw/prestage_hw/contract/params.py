@@ -13,6 +13,7 @@ from .checks import require_integer, require_power_of_two
 from .perceptron import PerceptronConfig, perceptron_form
 
 __all__ = [
+    "MOST_AHEAD",
     "MOST_PARTS",
     "PRESETS",
     "TINY_DEVICE",
@@ -24,6 +25,9 @@ __all__ = [
 
 #: Most parts that an expert may lie in.
 MOST_PARTS = 4
+
+#: Most layers that a rescan looks ahead, in a device of more.
+MOST_AHEAD = 127
 
 
 def _bits_for_count(count: int) -> int:
@@ -447,6 +451,16 @@ class DeviceConfig:
     def lane_beats(self) -> int:
         """Beats in which a value for each expert passes through the predictor's lanes."""
         return -(-self.model.experts // self.predictor_lanes)
+
+    @property
+    def gives_values(self) -> bool:
+        """Whether the predictor gives values of experts to the buffer."""
+        return self.predictor == "perceptron"
+
+    @property
+    def most_ahead(self) -> int:
+        """Most layers that a rescan may look ahead: none where there are no values."""
+        return min(self.model.layers, MOST_AHEAD) if self.gives_values else 0
 
     @property
     def stores_slots(self) -> bool:

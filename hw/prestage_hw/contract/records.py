@@ -37,6 +37,7 @@ __all__ = [
     "Policy",
     "Record",
     "Refusal",
+    "RescanCode",
     "SettingsRefusal",
     "Source",
     "TrafficClass",
@@ -128,6 +129,14 @@ class ValueKind(IntEnum):
     REUSE = 1  # R: reuse value of the expert after the layer's latest visit.
 
 
+class RescanCode(IntEnum):
+    """How a walk through the buffer's values ended."""
+
+    NOTHING = 0  # No expert is worth a prefetch.
+    FOUND = 1  # The one of greatest benefit.
+    DISTURBED = 2  # Values or experts have changed meanwhile: nothing is known.
+
+
 class Policy(IntEnum):
     """Which expert the buffer evicts."""
 
@@ -183,6 +192,7 @@ class Refusal(IntEnum):
     ENABLE = 7
     PROFILE = 8
     BUDGET = 9
+    RESCAN = 10
 
 
 #: One sentence for each refusal, for messages and documents.
@@ -198,6 +208,8 @@ REFUSAL_TEXT = {
     " and can't be disabled.",
     Refusal.PROFILE: "No phase has that number.",
     Refusal.BUDGET: "A budget is at most 8 eighths.",
+    Refusal.RESCAN: "A rescan needs a predictor that gives values, looks at most at all layers and"
+    " at most at 127, and asks for a confidence of 1 to 255.",
 }
 
 
@@ -739,7 +751,7 @@ RECORDS: dict[str, Record] = {
                     kind=1,
                     wire_bits=8,
                     description="FILL: 1 with the tile that completes the expert. COPY: 1 to hold"
-                    " it.",
+                    " it. PREFETCH: 1 if an expert of the same worth outbids it, too.",
                 ),
                 Field(
                     name="failed",
@@ -780,6 +792,58 @@ RECORDS: dict[str, Record] = {
                     kind=1,
                     wire_bits=8,
                     description="DEMAND that allocated: a prefetch had evicted this expert.",
+                ),
+            ),
+        ),
+        Record(
+            name="RescanRequest",
+            description="Look for an expert worth a prefetch in the buffer's own values.",
+            fields=(
+                _CTX,
+                Field(
+                    name="near",
+                    kind=1,
+                    wire_bits=8,
+                    description="1 if the layer after the context's latest decision counts, too.",
+                ),
+                Field(
+                    name="ahead",
+                    kind=8,
+                    wire_bits=8,
+                    description="Layers after that decision's, those of the next token included.",
+                ),
+                Field(
+                    name="least",
+                    kind=8,
+                    wire_bits=8,
+                    description="Least confidence, in 1/256.",
+                ),
+                Field(
+                    name="cutoff_layer",
+                    kind=8,
+                    wire_bits=8,
+                    description="This layer and those above do not count; 255: all do.",
+                ),
+            ),
+        ),
+        Record(
+            name="RescanResult",
+            description="The answer to a RescanRequest. All but the code is 0 unless FOUND.",
+            fields=(
+                Field(name="code", kind=2, wire_bits=8, description="A RescanCode."),
+                _LAYER,
+                _EXPERT,
+                Field(
+                    name="value",
+                    kind=8,
+                    wire_bits=8,
+                    description="Confidence in 1/256: V, or half of R where that is newer.",
+                ),
+                Field(
+                    name="ahead",
+                    kind=8,
+                    wire_bits=8,
+                    description="Layers after the one of the context's latest decision.",
                 ),
             ),
         ),

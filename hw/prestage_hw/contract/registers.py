@@ -6,7 +6,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-from .params import MOST_PARTS, DeviceConfig
+from .params import MOST_AHEAD, MOST_PARTS, DeviceConfig
 from .records import Phase, Policy
 
 __all__ = [
@@ -206,6 +206,8 @@ PROFILE_REGISTERS = (
     "predict_ahead",
     "cutoff_layer",
     "budget",
+    "rescan_ahead",
+    "rescan_least",
     "dma_lower_credits",
     "dma_shape",
     "dma_row_bytes",
@@ -535,6 +537,23 @@ def _layout() -> tuple[Register, ...]:
     for number, (name, text) in enumerate(CHANNEL_COUNTERS.items()):
         text = f"{text} Of the channel that dma_channel names. Stage 4."
         add(CHANNEL_COUNTERS_ADDRESS + number, f"channel_{name}", "ro", 0, text)
+    add(
+        0xA8,
+        "rescan_ahead",
+        "rw",
+        0,
+        "Layers, from the one after a context's latest routing decision on, whose values are looked"
+        f" through for what is worth a prefetch: at most L, and {MOST_AHEAD}. It takes the place of"
+        " the predictor's candidates, which are dropped; 0: none are looked through. Only where"
+        " the predictor gives values.",
+    )
+    add(
+        0xA9,
+        "rescan_least",
+        "rw",
+        24,
+        "Least confidence of what such a rescan finds, in 1/256: 1 to 255.",
+    )
     return tuple(registers)
 
 

@@ -19,6 +19,7 @@ from prestage_hw.layouts import RecordLayout
 from .budget import Budget, answer_cycles
 from .inflight import InflightTable
 from .queue import CandidateQueue
+from .rescan import Rescans
 from .statistics import PrefetchStatistics
 from .throttle import Outcome, OutcomeLayout, Throttle, ThrottleStateLayout, WeightsLayout
 
@@ -78,7 +79,8 @@ class Scheduler(wiring.Component):
     """Serve demands before prefetches, one fetch for each expert in flight.
 
     One thing at a time: a completion before a command, a command before an entry that may be given
-    up, that before a copy, that before a candidate. Commands are served in order; one that must
+    up, that before a copy, that before a candidate of the queue, that before one out of a rescan.
+    Commands are served in order; one that must
     wait holds up those behind it and every candidate. Copies are held and given back in order, too;
     one that must wait holds up only other copies. With a buffer
     that answers a request ``b`` cycles after taking it and nothing else to do, from a command being
@@ -90,6 +92,9 @@ class Scheduler(wiring.Component):
     ----------
     config : :class:`DeviceConfig`
         Parameters of the device.
+    valued : :class:`bool` or None
+        Whether the buffer takes values, so that it can be asked for rescans. None stands for
+        whether the device's predictor gives any.
 
     Members
     -------
@@ -109,6 +114,15 @@ class Scheduler(wiring.Component):
         Operations on the buffer, one at a time.
     buffer_results : ``In(stream.Signature(RecordLayout("BufferResult")))``
         One for each operation.
+    rescans : ``Out(stream.Signature(RecordLayout("RescanRequest")))``
+        Asks the buffer what of its own values is worth a prefetch; only if it takes any.
+    rescanned : ``In(stream.Signature(RecordLayout("RescanResult")))``
+        One answer for each; only then.
+    rescan_ahead, rescan_least : ``In(7)``, ``In(8)``
+        The registers of these names; only then. Unless ``rescan_ahead`` is 0, the predictor's
+        candidates are dropped on entry.
+    valued : ``In(config.contexts)``
+        Strobes: the buffer takes values of this context; only then.
     fetches : ``Out(stream.Signature(RecordLayout("FetchRequest")))``
         Tiles for the DMA engine.
     completions : ``In(stream.Signature(RecordLayout("Completion")))``
@@ -174,9 +188,10 @@ class Scheduler(wiring.Component):
     miss_latency = 10
     fill_latency = 6
 
-    def __init__(self, *, config):
+    def __init__(self, *, config, valued=None):
         require_config(config)
         self.config = config
+        self._valued = config.gives_values if valued is None else valued
         #: Cycles for which a candidate, and what comes meanwhile, is held up if the register
         #: ``budget`` is not 0.
         self.weigh_latency = answer_cycles(config)
@@ -203,9 +218,17 @@ class Scheduler(wiring.Component):
             "fetch_layer": Out(config.bits("layer")),
             "fetch_expert": Out(config.bits("expert")),
         }
+        rescans = {
+            "rescans": Out(record("RescanRequest")),
+            "rescanned": In(record("RescanResult")),
+            "rescan_ahead": In(7),
+            "rescan_least": In(8),
+            "valued": In(contexts),
+        }
         super().__init__(
             {
                 **(bases if others else {}),
+                **(rescans if self._valued else {}),
                 **(starts if config.checksums else {}),
                 **(subject if config.mover == "host" else {}),
                 **(
@@ -278,6 +301,10 @@ class Scheduler(wiring.Component):
                 self.fetch_layer.eq(table.fetch_layer),
                 self.fetch_expert.eq(table.fetch_expert),
             ]
+        if self._valued:
+            m.submodules.rescan = rescan = Rescans(config=config)
+            wiring.connect(m, rescan.requests, wiring.flipped(self.rescans))
+            wiring.connect(m, wiring.flipped(self.rescanned), rescan.results)
         command = data.View(RecordLayout("Command", config=config), commands.r_data)
         if may_copy:
             m.submodules.copies = copies = fifo.SyncFIFOBuffered(
@@ -301,6 +328,7 @@ class Scheduler(wiring.Component):
         deadline = Signal(8)
         value = Signal(8)  # confidence of a candidate
         hinted = Signal()  # It comes from a hint.
+        scanned = Signal()  # It comes out of a rescan.
         kind = Signal(PrefetchKind)
         streams = Signal()  # It is one of a prefill chunk's.
         weighs = Signal()  # Whether it comes late is asked.
@@ -391,7 +419,6 @@ class Scheduler(wiring.Component):
             age.eq(Array(routes)[ctx] - deadline),
             entry_age.eq(Array(routes)[table.row.ctx] - table.row.deadline),
             *(queue.routes[c].eq(routes[c]) for c in range(contexts)),
-            queue.enable.eq(self.enable),
             queue.cutoff_layer.eq(self.cutoff_layer),
             self.wanted.eq(queue.empty),
             table.prefetch_tiles.eq(self.prefetch_tiles),
@@ -455,6 +482,38 @@ class Scheduler(wiring.Component):
             & ~(self.alone & table.occupied)
         )
 
+        queue_enable = self.enable
+        if self._valued:
+            scanned_deadline = Signal(8)
+            m.d.sync += [
+                rescan.on.eq(self.enable & self.rescan_ahead.any()),
+                scanned_deadline.eq(Array(routes)[rescan.ctx] + rescan.result.ahead),
+            ]
+            near, far = (
+                throttle.admits.bit_select(kind, 1)
+                for kind in (PrefetchKind.NEAR, PrefetchKind.FAR)
+            )
+            m.d.comb += [
+                rescan.near.eq(near),
+                rescan.ahead.eq(Mux(far, self.rescan_ahead, 1)),
+                rescan.least.eq(self.rescan_least),
+                rescan.cutoff_layer.eq(self.cutoff_layer),
+                rescan.valued.eq(self.valued),
+                rescan.clear.eq(self.clear),
+                rescan.may_ask.eq(
+                    (state == _State.DISPATCH)
+                    & may_prefetch
+                    & ~self.hold
+                    & queue.empty
+                    & (commands.level == 0)
+                    & ~waiting
+                    & ~held
+                    & (scans == 0)
+                ),
+            ]
+            queue_enable = self.enable & ~self.rescan_ahead.any()
+        m.d.comb += queue.enable.eq(queue_enable)
+
         if may_copy:
             copy_room = Signal()
             m.d.sync += copy_room.eq((state == _State.DISPATCH) & table.prefetch_room)
@@ -484,6 +543,8 @@ class Scheduler(wiring.Component):
                 with m.Elif(commands.level != 0):
                     with m.If(commands.r_rdy & (command.release | table.demand_room)):
                         m.d.comb += commands.r_en.eq(1)
+                        if self._valued:
+                            m.d.comb += rescan.disturbed.eq(~command.release)
                         m.d.sync += [
                             op.eq(
                                 Mux(
@@ -532,6 +593,24 @@ class Scheduler(wiring.Component):
                         index.eq(0),
                         state.eq(_State.SCREEN),
                     ]
+                    if self._valued:
+                        m.d.comb += rescan.disturbed.eq(1)
+                        m.d.sync += scanned.eq(0)
+                if self._valued:
+                    with m.Elif(rescan.found & may_prefetch & ~self.hold):
+                        m.d.comb += rescan.take.eq(1)
+                        m.d.sync += [
+                            op.eq(BufferOp.PREFETCH),
+                            ctx.eq(rescan.ctx),
+                            layer.eq(rescan.result.layer),
+                            expert.eq(rescan.result.expert),
+                            deadline.eq(scanned_deadline),
+                            value.eq(rescan.result.value),
+                            hinted.eq(0),
+                            index.eq(0),
+                            scanned.eq(1),
+                            state.eq(_State.SCREEN),
+                        ]
 
             with m.Case(_State.SCREEN):
                 m.d.comb += budget.ask.eq(budgeted)
@@ -555,9 +634,12 @@ class Scheduler(wiring.Component):
                         strobe.prefetch_throttled.eq(~admitted),
                         strobe.prefetch_late_dropped.eq(admitted & weighs & budget.late),
                     ]
-                    m.d.sync += state.eq(
-                        Mux(admitted & ~(weighs & budget.late), _State.LOOKUP, _State.DISPATCH)
-                    )
+                    with m.If(admitted & ~(weighs & budget.late)):
+                        m.d.sync += state.eq(_State.LOOKUP)
+                    with m.Else():
+                        m.d.sync += state.eq(_State.DISPATCH)
+                        if self._valued:
+                            m.d.comb += rescan.failed.eq(scanned)
 
             with m.Case(_State.SCAN):
                 m.d.sync += [
@@ -586,6 +668,8 @@ class Scheduler(wiring.Component):
                         ]
 
             with m.Case(_State.LOOKUP):
+                # Else what is found and what goes for it might take turns for ever.
+                strict = (op == BufferOp.PREFETCH) & scanned
                 with m.If(route_starts):
                     m.d.comb += queue.routed.eq(1)
                     for c in range(contexts):
@@ -607,7 +691,7 @@ class Scheduler(wiring.Component):
                     request.index.eq(index),
                     request.slot.eq(0),
                     request.tile.eq(0),
-                    request.last.eq(is_copy & keep if may_copy else 0),
+                    request.last.eq(Mux(is_copy, keep, strict) if may_copy else strict),
                     request.failed.eq(0),
                     request.value.eq(
                         Mux((op == BufferOp.PREFETCH) | is_copy, value, 0)
@@ -652,6 +736,15 @@ class Scheduler(wiring.Component):
                     m.d.sync += state.eq(_State.FREE)
                 with m.Else():
                     m.d.sync += tag.eq(filling_read.data)
+                    if self._valued:
+                        m.d.comb += [
+                            rescan.failed.eq(
+                                (op == BufferOp.PREFETCH)
+                                & scanned
+                                & (result.code != BufferCode.ALLOCATED)
+                            ),
+                            rescan.freed.eq((op == BufferOp.RELEASE) | (op == BufferOp.UNLOCK)),
+                        ]
                     if may_copy:
                         waits_on = (result.code == BufferCode.FILLING) | (
                             (result.code == BufferCode.NO_SLOT) & table.occupied
@@ -828,6 +921,11 @@ class Scheduler(wiring.Component):
             with m.Case(_State.FREE):
                 m.d.comb += table.free.eq(1)
                 m.d.sync += state.eq(_State.DISPATCH)
+                if self._valued:
+                    m.d.comb += [
+                        rescan.freed.eq(table.row_cancelled),
+                        rescan.broken.eq(table.row_failed & ~table.row_demand),
+                    ]
                 if may_copy:
                     m.d.sync += copy_waits.eq(0)
 
@@ -862,6 +960,7 @@ class Scheduler(wiring.Component):
             & throttle.idle
             & statistics.idle
             & (~outcome_valid & no_copy if may_copy else ~outcome_valid)
+            & (rescan.idle if self._valued else 1)
         )
         return m
 

@@ -38,6 +38,8 @@ class ActiveProfileLayout(data.StructLayout):
                 "predict_ahead": 8,
                 "cutoff_layer": 8,
                 "budget": 4,
+                "rescan_ahead": 7,
+                "rescan_least": 8,
                 "dma_lower_credits": 5,
             }
         )
@@ -150,6 +152,8 @@ class Profiles(wiring.Component):
             "profile": ((value > max(Phase), Refusal.PROFILE),),
             "profile_select": ((value > max(Phase), Refusal.PROFILE),),
             "budget": ((value > 8, Refusal.BUDGET),),
+            "rescan_ahead": ((value > config.most_ahead, Refusal.RESCAN),),
+            "rescan_least": (((value == 0) | (value > 255), Refusal.RESCAN),),
             "dma_channel": ((value >= config.dma_channels, Refusal.CHANNEL),),
             "dma_lower_credits": ((value > config.outstanding_bursts, Refusal.CREDITS),),
             "dma_shape": (
@@ -257,6 +261,8 @@ class Profiles(wiring.Component):
                 "predict_ahead",
                 "cutoff_layer",
                 "budget",
+                "rescan_ahead",
+                "rescan_least",
                 "dma_lower_credits",
             ):
                 with m.Case(register_by_name(name).address):

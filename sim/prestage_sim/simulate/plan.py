@@ -148,9 +148,9 @@ class Plan:
         Slots that a search for a victim looks at in place of the hardware's 32.
     rescan : :class:`int`
         Layers ahead in which candidates are looked for among the buffer's latest values, in place
-        of the predictor's own; 0 for none. The RTL does not have that rule yet.
+        of the predictor's own: the register ``rescan_ahead``; 0 for none.
     rescan_least : :class:`int`
-        Least confidence of those, in 1/256.
+        Least confidence of those, in 1/256: the register ``rescan_least``.
     throttle : :class:`bool`
         Whether the golden throttle drops kinds of prefetches that cost more than they save.
     cancel : :class:`bool`
@@ -183,7 +183,7 @@ class Plan:
     foresees: bool = False
     samples: int | None = None
     rescan: int = 0
-    rescan_least: int = 32
+    rescan_least: int = 24
     throttle: bool = False
     cancel: bool = True
     preempt: bool = True

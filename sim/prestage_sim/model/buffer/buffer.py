@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import BufferCode, BufferOp, Policy, ValueKind
+from prestage_hw.contract.records import BufferCode, BufferOp, Policy, RescanCode, ValueKind
 
 from ..._jit import kernel
 from .directory import Directory, SlotState
 from .recency import Recency, least_recent, retire, touch
+from .rescan import RescanResult, rescan
 from .state import (
     BANKS,
     BY_COPY,
@@ -191,22 +192,26 @@ def take_for_prefetch(state: Any, layer: Any, expert: Any, value: Any, slot: Any
 
 
 @kernel
-def find_prefetch_victim(state: Any, layer: Any, expert: Any, value: Any) -> Any:
-    """Slot for a prefetch, by the policy, -1 for none; and whether it is outbid."""
+def find_prefetch_victim(
+    state: Any, layer: Any, expert: Any, value: Any, strict: Any = False
+) -> Any:
+    """Slot for a prefetch, by the policy, -1 for none; and whether it is outbid, which of a strict
+    one an equal does, too.
+    """
     policy = state.registers[POLICY]
     if policy == _LRU:
         return least_recent(state, True), False
-    return find_victim(state, policy, layer, expert, value)
+    return find_victim(state, policy, layer, expert, value, -1, strict)
 
 
 @kernel
-def prefetch(state: Any, layer: Any, expert: Any, value: Any) -> Any:
+def prefetch(state: Any, layer: Any, expert: Any, value: Any, strict: Any = False) -> Any:
     """Do a PREFETCH: the fields of its :class:`BufferResult`."""
     key = layer * state.shape[EXPERTS] + expert
     if state.experts[key, STATE] != EMPTY:
         code = _RESIDENT if state.experts[key, STATE] == READY else _IN_FLIGHT
         return _result(code, state.experts[key, SLOT], 0, 0, 0, 0)
-    slot, outbid = find_prefetch_victim(state, layer, expert, value)
+    slot, outbid = find_prefetch_victim(state, layer, expert, value, strict)
     if outbid:
         return _result(_OUTBID, 0, 0, 0, 0, 0)
     if slot < 0:
@@ -433,7 +438,7 @@ class ExpertBuffer:
         require_config(config)
         self.config = config
         if valued is None:
-            valued = config.predictor == "perceptron"
+            valued = config.gives_values
         self.state = create_state(config)
         self.directory = Directory(config, self.state)
         self.victims = Victims(config, self.state, valued=valued)
@@ -479,7 +484,7 @@ class ExpertBuffer:
         ----------
         op : :class:`int`
             A :class:`BufferOp`. DEMAND uses ``ctx, layer, expert, index``; PREFETCH ``layer,
-            expert, value``; FILL ``slot, tile, last, failed``; RELEASE ``ctx, layer``; CANCEL
+            expert, value, last``; FILL ``slot, tile, last, failed``; RELEASE ``ctx, layer``; CANCEL
             ``slot``; LOCK and UNLOCK ``layer, expert``; COPY, where experts may have copies,
             ``layer, expert``, number ``value`` and ``last`` to hold it.
 
@@ -492,7 +497,7 @@ class ExpertBuffer:
         if op == BufferOp.DEMAND:
             return self._demand(ctx, layer, expert, index)
         if op == BufferOp.PREFETCH:
-            return self._prefetch(layer, expert, value)
+            return self._prefetch(layer, expert, value, strict=bool(last))
         if op == BufferOp.FILL:
             return self._fill(slot, tile, bool(last), bool(failed))
         if op == BufferOp.RELEASE:
@@ -534,6 +539,25 @@ class ExpertBuffer:
                 f"Values must be {self.config.predictor_lanes} in number, not {len(values)}"
             )
         self.victims.values(kind, ctx, layer, beat, values)
+
+    def rescan(
+        self, ctx: int, *, near: bool, ahead: int, least: int, cutoff_layer: int
+    ) -> RescanResult:
+        """Look for the missing expert that is worth a prefetch most: :func:`rescan`.
+
+        Raises
+        ------
+        ValueError
+            If the context is out of range.
+        """
+        self._check_context(ctx)
+        key, value, distance = rescan(
+            self.state, ctx, bool(near), int(ahead), int(least), int(cutoff_layer)
+        )
+        if key < 0:
+            return RescanResult(RescanCode.NOTHING)
+        layer, expert = divmod(int(key), self.config.model.experts)
+        return RescanResult(RescanCode.FOUND, layer, expert, int(value), int(distance))
 
     def write_beat(self, slot: int, beat: int, data: _Bytes) -> None:
         """Write one beat of an arriving expert.
@@ -636,11 +660,11 @@ class ExpertBuffer:
             )
         return self._allocated(demand(self.state, ctx, layer, expert, index))
 
-    def _prefetch(self, layer: int, expert: int, value: int) -> BufferResult:
+    def _prefetch(self, layer: int, expert: int, value: int, *, strict: bool) -> BufferResult:
         self.directory.key(layer, expert)
         if not 0 <= value <= _CERTAIN:
             raise ValueError(f"Value must be between 0 and {_CERTAIN}, not {value}")
-        return self._allocated(prefetch(self.state, layer, expert, value))
+        return self._allocated(prefetch(self.state, layer, expert, value, strict))
 
     def _lock(self, layer: int, expert: int) -> BufferResult:
         self.directory.key(layer, expert)

@@ -135,7 +135,13 @@ def slot_worth(state: Any, policy: Any, slot: Any) -> Any:
 
 @kernel
 def find_victim(
-    state: Any, policy: Any, layer: Any, expert: Any, value: Any, bank: Any = -1
+    state: Any,
+    policy: Any,
+    layer: Any,
+    expert: Any,
+    value: Any,
+    bank: Any = -1,
+    strict: Any = False,
 ) -> Any:
     """Find the slot of least worth: -1 for none, and whether it is worth more than the candidate.
 
@@ -149,6 +155,8 @@ def find_victim(
         A prefetch that has to be worth as much, and its confidence; 0 for none.
     bank : :class:`int`
         Bank whose slots alone may be taken; -1 for all.
+    strict : :class:`bool`
+        A victim of the candidate's own worth outbids it, too.
     """
     slots, registers = state.slots, state.registers
     banks = state.shape[BANKS]
@@ -179,7 +187,10 @@ def find_victim(
     if best < 0:
         registers[REMEMBERED] = -1
         return best, False
-    outbid = value > 0 and best_worth > expert_keep(state, policy, layer, expert, value)
+    outbid = False
+    if value > 0:
+        most = expert_keep(state, policy, layer, expert, value)
+        outbid = best_worth > most or (strict and best_worth == most)
     registers[REMEMBERED] = best if outbid else second
     return best, outbid
 

@@ -73,6 +73,14 @@ class Scheduler(Protocol):
     throttle: Throttle
     statistics: PrefetchStatistics
     streaming: list[bool]
+    rescan_ahead: int
+    rescan_least: int
+
+    def wake(self, ctx: int) -> None:
+        """Values of a context have come."""
+
+    def rescan(self) -> None:
+        """Prefetch what the buffer's own values say."""
 
     def demand(
         self, ctx: int, layer: int, experts: Sequence[int], *, repeat: bool
@@ -199,6 +207,8 @@ class Dispatcher:
         self._scheduler.bases = registers.bases
         self._scheduler.enable = bool(registers["control"] & 1)
         self._scheduler.cutoff_layer = registers["cutoff_layer"]
+        self._scheduler.rescan_ahead = registers["rescan_ahead"]
+        self._scheduler.rescan_least = registers["rescan_least"]
         self._scheduler.channels = registers.profiles.dma.active
         self._scheduler.streaming = self._chunks.streaming
         self._scheduler.throttle.enable = bool(registers["control"] & 8)
@@ -213,8 +223,10 @@ class Dispatcher:
         self._accuracy.proposed(ctx, [(c[1], c[2]) for c in candidates if c[4] != Source.HINT])
         for value in self._predictor.values():
             self._buffer.values(*value)
+            self._scheduler.wake(value[1])
         for offered in self._chunks.offer(candidates):
             self._scheduler.offer(offered)
+        self._scheduler.rescan()
 
     def _route(self, body: bytes) -> list[Answer]:
         fields = RECORDS["Route"].unpack(self._config, body)
@@ -265,6 +277,7 @@ class Dispatcher:
             return self._reject(reason, ctx=ctx, layer=layer)
         self._unreleased.remove((ctx, layer))
         self._counters["releases"] += 1
+        self._configure()
         self._scheduler.release(ctx, layer)
         return []
 

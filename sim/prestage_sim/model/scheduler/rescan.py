@@ -1,67 +1,75 @@
-"""Golden model of a rule that the RTL does not have yet: candidates out of the buffer's own values.
+"""Golden model of the rescans: when the buffer's own values are looked through, and for whom.
 
-What waits in the queue was proposed with the values of its time, once, and is dropped where its
-expert lay in a slot then. The buffer holds the latest values of all experts: going through those of
-the next layers whenever there is room for a prefetch finds what was evicted since, what turned out
-to be likelier, and what the next token will want of the layers that this one has passed.
-``docs/simulator.md`` says what that is worth.
+A context is *awake* while its values may hold an expert that is worth a prefetch: from values that
+come, or a slot that may be taken again, until a rescan finds nothing, or what it finds is given no
+slot; all rest once a prefetch has failed. ``docs/scheduler.md`` is the specification of both this
+and the RTL.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-
-from prestage_hw.contract.benefit import CONFIDENCE_STEPS
+from numpy.typing import NDArray
 
 from ..._jit import kernel
-from ..buffer.state import EMPTY, EXPERTS, LANES, STATE
 
-__all__ = ["rescan"]
-
-_STEPS = np.array(CONFIDENCE_STEPS, np.int64)
+__all__ = ["RescanState", "create_rescans", "next_rescan", "rescanned", "rest", "wake"]
 
 
-@kernel
-def rescan(state: Any, ctx: Any, ahead: Any, least: Any) -> Any:
-    """Key, confidence and layers ahead of the missing expert of greatest benefit; key -1 for none.
-
-    Confidence is the chance V; half of the reuse value R where that is newer. Of equals the nearer
-    layer comes first, then the lower expert.
+class RescanState(NamedTuple):
+    """All that is known of rescans.
 
     Parameters
     ----------
-    state : :class:`BufferState`
-        The buffer.
-    ctx : :class:`int`
-        Context whose layers are looked at.
-    ahead : :class:`int`
-        How many, from the one after the latest decision's on; those behind the last one are those
-        of the next token.
-    least : :class:`int`
-        Least confidence, in 1/256.
+    awake : array of :class:`bool`, shape ``[C]``
+        Contexts whose values are to be looked through.
+    turn : array of ``int64``, shape ``[1]``
+        The first of them to be so.
     """
-    layers, experts = state.visits.shape[0], state.shape[EXPERTS]
-    best, score, distance = np.int64(-1), np.int64(0), np.int64(0)
-    least_left = np.int64(1) << 32
-    for d in range(1, ahead + 1):
-        if d >= least_left:
-            break  # not even certainty would do
-        layer = (state.current[ctx] + d) % layers
-        for beat in range(state.visited.shape[2]):
-            visited = state.visited[ctx, layer, beat]
-            first = beat * state.shape[LANES]
-            for expert in range(first, min(first + state.shape[LANES], experts)):
-                if visited:
-                    value = state.reuse[ctx, layer, expert] >> 1
-                else:
-                    value = state.chances[ctx, layer, expert]
-                # Directory last: few are likely enough.
-                if value < least or d + _STEPS[value] >= least_left:
-                    continue
-                key = layer * experts + expert
-                if state.experts[key, STATE] == EMPTY:
-                    best, score, distance = key, value, np.int64(d)
-                    least_left = d + _STEPS[value]
-    return best, score, distance
+
+    awake: NDArray[np.bool_]
+    turn: NDArray[np.int64]
+
+
+def create_rescans(contexts: int) -> RescanState:
+    """Nobody is awake."""
+    return RescanState(awake=np.zeros(contexts, np.bool_), turn=np.zeros(1, np.int64))
+
+
+@kernel
+def wake(state: Any, ctx: Any) -> None:
+    """Values of a context have come, or, for -1, a slot may be taken again."""
+    if ctx >= 0:
+        state.awake[ctx] = True
+    else:
+        state.awake[:] = True
+
+
+@kernel
+def next_rescan(state: Any) -> Any:
+    """Context whose values are to be looked through, -1 for none."""
+    contexts = state.awake.shape[0]
+    for n in range(contexts):
+        ctx = (state.turn[0] + n) % contexts
+        if state.awake[ctx]:
+            return ctx
+    return np.int64(-1)
+
+
+@kernel
+def rescanned(state: Any, ctx: Any, found: Any) -> None:
+    """They were; it is the next context's turn."""
+    state.turn[0] = (ctx + 1) % state.awake.shape[0]
+    if not found:
+        state.awake[ctx] = False
+
+
+@kernel
+def rest(state: Any, ctx: Any) -> None:
+    """What was found in a context's values is given no slot now; for -1, a prefetch has failed."""
+    if ctx >= 0:
+        state.awake[ctx] = False
+    else:
+        state.awake[:] = False

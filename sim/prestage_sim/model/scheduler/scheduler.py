@@ -7,7 +7,14 @@ from typing import NamedTuple, Protocol
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode, PrefetchKind
+from prestage_hw.contract.records import (
+    BufferCode,
+    BufferOp,
+    ErrorCode,
+    PrefetchKind,
+    RescanCode,
+    Source,
+)
 
 from ..dma.axi import BusError, Memory
 from ..dma.checksum import Checksums
@@ -16,7 +23,8 @@ from ..dma.settings import Channel, Settings
 from ..link.mover import Copies
 from ..stats.counters import ChannelCounters
 from .inflight import Copy, Entry
-from .queue import CandidateQueue, enters
+from .queue import Candidate, CandidateQueue, enters
+from .rescan import create_rescans, next_rescan, rescanned, rest, wake
 from .statistics import PrefetchStatistics
 from .throttle import Throttle, kind_of
 
@@ -57,6 +65,19 @@ class _Result(Protocol):
     def polluted(self) -> bool: ...
 
 
+class _Found(Protocol):
+    @property
+    def code(self) -> RescanCode: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def expert(self) -> int: ...
+    @property
+    def value(self) -> int: ...
+    @property
+    def ahead(self) -> int: ...
+
+
 class Buffer(Protocol):
     """What the scheduler needs of the golden expert buffer."""
 
@@ -75,6 +96,9 @@ class Buffer(Protocol):
         value: int = 0,
     ) -> _Result:
         """Do one operation."""
+
+    def rescan(self, ctx: int, *, near: bool, ahead: int, least: int, cutoff_layer: int) -> _Found:
+        """Look for the missing expert that is worth a prefetch most."""
 
     def write_expert(self, slot: int, data: bytes) -> None:
         """Write all bytes of an expert."""
@@ -132,6 +156,9 @@ class Scheduler:
         False drops the predictor's candidates.
     cutoff_layer : :class:`int`
         Candidates for this layer and those above are dropped.
+    rescan_ahead, rescan_least : :class:`int`
+        The registers of these names. Unless ``rescan_ahead`` is 0, :meth:`rescan` prefetches in
+        place of the predictor's candidates, which are dropped.
     channels : list of :class:`Channel`
         Active settings of the DMA engine's channels.
     counters : mutable mapping
@@ -169,6 +196,7 @@ class Scheduler:
         self.bases = list(config.part_bases())
         self.enable = True
         self.cutoff_layer = 255
+        self.rescan_ahead = self.rescan_least = 0
         self.channels = Settings(config).active
         self.throttle = Throttle(config)
         self.statistics = PrefetchStatistics(config)
@@ -177,6 +205,7 @@ class Scheduler:
         self.channel_counters = ChannelCounters(config)
         self._routes = [0] * config.contexts
         self._queue = CandidateQueue(config, routes=self._routes)
+        self._rescans = create_rescans(config.contexts)
 
     @property
     def expert_base(self) -> int:
@@ -241,48 +270,82 @@ class Scheduler:
 
     def offer(self, candidates: Sequence[tuple[int, int, int, int, int, int]]) -> None:
         """Prefetch candidates, best first: (context, layer, expert, score, source, deadline)."""
-        request = self.buffer.request
         counters = self.counters
         queue = self._queue
+        enable = self.enable and self.rescan_ahead == 0
         for candidate in candidates:
-            if enters(
-                candidate[4], candidate[1], enable=self.enable, cutoff_layer=self.cutoff_layer
-            ):
+            if enters(candidate[4], candidate[1], enable=enable, cutoff_layer=self.cutoff_layer):
                 queue.push(candidate)
         while (best := queue.take()) is not None:
-            ctx, layer, expert, score, source, deadline = best
-            kind = kind_of(source, deadline, routes=self._routes[ctx])
-            if not self.throttle.admits(kind):
-                counters["prefetch_throttled"] += 1
-                continue
-            result = request(_PREFETCH, ctx=ctx, layer=layer, expert=expert, value=score)
-            if result.code == _ALLOCATED:
-                counters["prefetch_issued"] += 1
-                self._count_eviction(result)
-                for told in (self.throttle, self.statistics):
-                    told.prefetch(
-                        layer,
-                        expert,
-                        kind,
-                        slot=result.slot,
-                        evicted=result.evicted,
-                        unused=result.evicted_unused,
-                    )
-                stream = kind == PrefetchKind.NEAR and self.streaming[ctx]
-                self._fill(Entry(layer, expert, result.slot, False, stream=stream))
-            elif result.code == _NO_SLOT:
-                counters["prefetch_no_slot"] += 1
-            elif result.code == _OUTBID:
-                counters["prefetch_outbid"] += 1
-            else:
-                counters["prefetch_redundant"] += 1
+            self._prefetch(best)
         counters["prefetch_stale"] += queue.stale
         counters["prefetch_overflow"] += queue.overflow
         queue.stale = queue.overflow = 0
 
+    def wake(self, ctx: int = -1) -> None:
+        """Values of a context have come; of -1, a slot may be taken again."""
+        if self.enable and self.rescan_ahead:
+            wake(self._rescans, ctx)
+
+    def rescan(self) -> None:
+        """Prefetch what the buffer's own values say, until nobody is awake."""
+        while (ctx := int(next_rescan(self._rescans))) >= 0:
+            far = self.throttle.admits(PrefetchKind.FAR)
+            found = self.buffer.rescan(
+                ctx,
+                near=self.throttle.admits(PrefetchKind.NEAR),
+                ahead=self.rescan_ahead if far else min(1, self.rescan_ahead),
+                least=self.rescan_least,
+                cutoff_layer=self.cutoff_layer,
+            )
+            rescanned(self._rescans, ctx, found.code == RescanCode.FOUND)
+            if found.code == RescanCode.FOUND:
+                deadline = (self._routes[ctx] + found.ahead) % 256
+                best = ctx, found.layer, found.expert, found.value, Source.PREDICTOR, deadline
+                if not self._prefetch(best, strict=True):
+                    rest(self._rescans, ctx)
+
+    def _prefetch(self, candidate: Candidate, *, strict: bool = False) -> bool:
+        """Prefetch an expert whole; False if it was given no slot, for which a strict one has to
+        be worth more than what leaves it.
+        """
+        counters = self.counters
+        ctx, layer, expert, score, source, deadline = candidate
+        kind = kind_of(source, deadline, routes=self._routes[ctx])
+        if not self.throttle.admits(kind):
+            counters["prefetch_throttled"] += 1
+            return False
+        result = self.buffer.request(
+            _PREFETCH, ctx=ctx, layer=layer, expert=expert, value=score, last=strict
+        )
+        if result.code == _NO_SLOT:
+            counters["prefetch_no_slot"] += 1
+        elif result.code == _OUTBID:
+            counters["prefetch_outbid"] += 1
+        elif result.code != _ALLOCATED:
+            counters["prefetch_redundant"] += 1
+        if result.code != _ALLOCATED:
+            return False
+        counters["prefetch_issued"] += 1
+        self._count_eviction(result)
+        for told in (self.throttle, self.statistics):
+            told.prefetch(
+                layer,
+                expert,
+                kind,
+                slot=result.slot,
+                evicted=result.evicted,
+                unused=result.evicted_unused,
+            )
+        stream = kind == PrefetchKind.NEAR and self.streaming[ctx]
+        self._fill(Entry(layer, expert, result.slot, False, stream=stream))
+        return True
+
     def release(self, ctx: int, layer: int) -> None:
         """Release a layer."""
         self.buffer.request(_RELEASE, ctx=ctx, layer=layer)
+        self.wake()
+        self.rescan()
 
     def lock(self, ctx: int, layer: int, expert: int) -> list[Ready | Event]:
         """Keep an expert until it is unlocked, and give the answer: it is fetched if it is missing.
@@ -308,6 +371,8 @@ class Scheduler:
     def unlock(self, ctx: int, layer: int, expert: int) -> list[Ready | Event]:
         """Let an expert be evicted again; an event if it was not locked."""
         result = self.buffer.request(_UNLOCK, layer=layer, expert=expert)
+        self.wake()
+        self.rescan()
         if result.code == _REFUSED:
             return [Event(ErrorCode.NOT_LOCKED, ctx, layer, expert, 0)]
         return []
@@ -344,6 +409,7 @@ class Scheduler:
     def clear(self) -> None:
         """Forget what was counted, along with the buffer."""
         self.throttle.clear()
+        self._rescans = create_rescans(self.config.contexts)
 
     def _missed(self, layer: int, expert: int, result: _Result) -> None:
         """A demand or a lock was given a slot."""
@@ -357,6 +423,7 @@ class Scheduler:
         """A prefetch failed."""
         self.throttle.dropped(slot)
         self.statistics.dropped(slot)
+        rest(self._rescans, -1)
 
     def _count_eviction(self, result: _Result) -> None:
         if result.evicted:

@@ -27,6 +27,8 @@ _OWN = {
     "predict_ahead": 255,
     "cutoff_layer": 255,
     "budget": 15,
+    "rescan_ahead": 127,
+    "rescan_least": 255,
     "dma_lower_credits": 31,
 }
 
@@ -170,6 +172,10 @@ class Profiles:
             return Refusal.CHANNEL
         if name == "budget" and value > 8:
             return Refusal.BUDGET
+        if name == "rescan_ahead" and value > self._config.most_ahead:
+            return Refusal.RESCAN
+        if name == "rescan_least" and not 0 < value < 256:
+            return Refusal.RESCAN
         if name == "dma_lower_credits" and value > self._config.outstanding_bursts:
             return Refusal.CREDITS
         if name in ("dma_shape", "dma_row_bytes", "dma_row_stride"):

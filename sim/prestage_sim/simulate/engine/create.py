@@ -11,6 +11,7 @@ from prestage_hw.contract.registers import register_by_name
 from ...model.buffer.recency import touch
 from ...model.buffer.state import OWNER, POLICY, READY, SAMPLES, SLOT, STATE, create_state
 from ...model.scheduler.queue import create_queue
+from ...model.scheduler.rescan import create_rescans
 from ...model.scheduler.throttle import ENABLE, create_throttle, set_weights
 from ..machine import Machine
 from ..plan import Evict, Plan
@@ -84,6 +85,7 @@ def create_engine(
         buffer=buffer,
         queue=create_queue(config),
         throttle=throttle,
+        rescans=create_rescans(1),
         settings=settings,
         registers=np.zeros(7, np.int64),
         clock=np.array([0.0, 0.0, machine.predict_seconds]),

@@ -10,6 +10,7 @@ from ..._jit import inner, kernel
 from ...model.buffer.buffer import cancel, fill
 from ...model.buffer.recency import touch
 from ...model.buffer.state import EXPERTS, OWNER, PREFETCHED
+from ...model.scheduler.rescan import wake
 from ...model.scheduler.throttle import count_drop
 from ..events import EventKind
 from ..plan import Evict
@@ -155,6 +156,7 @@ def _give_up(engine: Any, fetch: Any) -> None:
     row = engine.fetches[fetch]
     remove(engine, PREFETCHES, fetch)
     cancel(engine.buffer, row[AT])
+    wake(engine.rescans, -1)
     count_drop(engine.throttle, row[AT])
     engine.held[row[KEY] // engine.buffer.shape[EXPERTS]] -= 1
     for tier in range(row[SOURCE]):

@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from prestage_hw.contract.records import Source
+
 from ..._jit import kernel
 from ...model.buffer.buffer import begin_demand, release, take_for_demand
 from ...model.buffer.state import EXPERTS, FILLS, OWNER
 from ...model.scheduler.queue import is_stale, queue_push
+from ...model.scheduler.rescan import wake
 from ...model.scheduler.throttle import count_miss, count_use
 from ..events import EventKind
 from .fetches import append, leave, record, remove, start, sweep, tiles_come
@@ -53,6 +56,7 @@ __all__ = ["run"]
 
 _ATTENTION, _COMPUTE = int(EventKind.ATTENTION), int(EventKind.COMPUTE)
 _STALL, _DRAFT = int(EventKind.STALL), int(EventKind.DRAFT)
+_PREDICTOR = int(Source.PREDICTOR)
 
 
 @kernel
@@ -132,17 +136,20 @@ def _offer(
             continue
         deadline = (engine.queue.routes[0] + ahead[n]) % 256
         engine.proposed[target, expert[n]] = True
-        if not engine.settings[RESCANS]:
+        # Rescans take the place of the predictor's candidates, not of hints.
+        if not engine.settings[RESCANS] or hint[n] != _PREDICTOR:
             queue_push(engine.queue, 0, target, expert[n], score[n], hint[n], deadline)
 
 
 @kernel
-def _tell(buffer: Any, layer: Any, values: Any, reuse: Any) -> None:
+def _tell(engine: Any, layer: Any, values: Any, reuse: Any) -> None:
     """Give the buffer the predictor's values of a layer."""
+    buffer = engine.buffer
     table = buffer.reuse[0, layer] if reuse else buffer.chances[0, layer]
     for e in range(values.shape[0]):
         table[e] = values[e]
     buffer.visited[0, layer] = reuse
+    wake(engine.rescans, 0)
 
 
 @kernel
@@ -197,7 +204,7 @@ def run(
         engine.registers[STEP], engine.registers[CUTOFF] = step, cutoff[step]
         if horizons.shape[0]:
             for layer in range(layers):
-                _tell(buffer, layer, chances[0, step, layer], False)
+                _tell(engine, layer, chances[0, step, layer], False)
         _offer(engine, step, -1, offset, ahead, proposed, score, hint)
         if lead[step] > 0:
             now = clock[NOW]
@@ -223,11 +230,11 @@ def run(
             if count < 0:
                 return False
             if horizons.shape[0]:
-                _tell(buffer, layer, reuse[step, layer], True)
+                _tell(engine, layer, reuse[step, layer], True)
                 for h in range(1, horizons.shape[0]):
                     if layer + horizons[h] < layers:
                         target = layer + horizons[h]
-                        _tell(buffer, target, chances[h, step, target], False)
+                        _tell(engine, target, chances[h, step, target], False)
             if clock[DELAY] > 0:
                 advance(engine, now + clock[DELAY], nobody, 0, wanted_first, wanted)
             _offer(engine, step, layer, offset, ahead, proposed, score, hint)
@@ -273,5 +280,6 @@ def run(
                 now += expert_time
             advance(engine, max(now, clock[NOW]), nobody, 0, wanted_first, wanted)
             release(buffer, 0, layer)
+            wake(engine.rescans, -1)
         ends[step] = clock[NOW]
     return True

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from prestage_hw.contract.records import Source
+from prestage_hw.contract.records import PrefetchKind, Source
 
 from ..._jit import inner
 from ...model.buffer.buffer import find_prefetch_victim, take_for_prefetch
+from ...model.buffer.rescan import rescan
 from ...model.buffer.state import EMPTY, EXPERTS, OWNER, STATE
 from ...model.scheduler.queue import queue_take
-from ...model.scheduler.rescan import rescan
+from ...model.scheduler.rescan import next_rescan, rescanned, rest
 from ...model.scheduler.throttle import count_prefetch, prefetch_kind, throttle_admits
 from ..plan import Evict
 from .fetches import leave, start
@@ -27,7 +28,6 @@ from .state import (
     PREFETCH_LIMIT,
     RESCAN_LEAST,
     RESCANS,
-    STEP,
     UNDER_WAY,
     VISIT,
 )
@@ -37,11 +37,14 @@ __all__ = ["take_candidates"]
 
 _LAYER_LRU, _BELADY = int(Evict.LAYER_LRU), int(Evict.BELADY)
 _PREDICTOR = int(Source.PREDICTOR)
+_NEAR, _FAR = int(PrefetchKind.NEAR), int(PrefetchKind.FAR)
 
 
 @inner
-def _prefetch(engine: Any, key: Any, score: Any, deadline: Any, kind: Any) -> Any:
-    """Begin to prefetch an expert, if it is given a slot."""
+def _prefetch(
+    engine: Any, key: Any, score: Any, deadline: Any, kind: Any, strict: Any = False
+) -> Any:
+    """Begin to prefetch an expert, if it is given a slot; a strict one takes none of its worth."""
     layer, expert = divmod(key, engine.buffer.shape[EXPERTS])
     outbid = False
     if engine.settings[EVICTION] == _BELADY:
@@ -49,7 +52,7 @@ def _prefetch(engine: Any, key: Any, score: Any, deadline: Any, kind: Any) -> An
     elif engine.settings[EVICTION] == _LAYER_LRU:
         slot = least_recent_of_a_layer(engine, layer)
     else:
-        slot, outbid = find_prefetch_victim(engine.buffer, layer, expert, score)
+        slot, outbid = find_prefetch_victim(engine.buffer, layer, expert, score, strict)
     if slot < 0 or outbid:
         engine.counts[N_OUTBID] += 1
         return False
@@ -108,17 +111,21 @@ def _prefetch_foreseen(engine: Any, wanted_first: Any, wanted: Any) -> Any:
 def _prefetch_rescanned(engine: Any) -> Any:
     """Begin to prefetch the best of what is missing by the latest values; False if none is."""
     settings, routes = engine.settings, engine.queue.routes
-    layer = engine.registers[VISIT] - engine.registers[STEP] * engine.held.shape[0]
-    reach = min(engine.registers[CUTOFF] - 1 - layer, settings[RESCANS])
-    key, score, ahead = rescan(engine.buffer, 0, reach, settings[RESCAN_LEAST])
+    cutoff = engine.registers[CUTOFF]
+    if next_rescan(engine.rescans) < 0:
+        return False
+    near = throttle_admits(engine.throttle, _NEAR)
+    most = settings[RESCANS] if throttle_admits(engine.throttle, _FAR) else np.int64(1)
+    key, score, ahead = rescan(engine.buffer, 0, near, most, settings[RESCAN_LEAST], cutoff)
+    rescanned(engine.rescans, 0, key >= 0)
     if key < 0:
         return False
     deadline = (routes[0] + ahead) % 256
     kind = prefetch_kind(_PREDICTOR, deadline, routes[0])
-    if not throttle_admits(engine.throttle, kind):
-        engine.counts[N_THROTTLED] += 1
+    if not _prefetch(engine, key, score, deadline, kind, True):
+        rest(engine.rescans, 0)
         return False
-    return _prefetch(engine, key, score, deadline, kind)
+    return True
 
 
 @inner
@@ -128,8 +135,7 @@ def take_candidates(engine: Any, wanted_first: Any, wanted: Any) -> None:
         if engine.settings[FORESEES]:
             if not _prefetch_foreseen(engine, wanted_first, wanted):
                 break
-        elif engine.settings[RESCANS]:
-            if not _prefetch_rescanned(engine):
-                break
-        elif not _prefetch_queued(engine):
+        elif not _prefetch_queued(engine) and not (
+            engine.settings[RESCANS] and _prefetch_rescanned(engine)
+        ):
             break

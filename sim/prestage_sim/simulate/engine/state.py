@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ...model.buffer.state import BufferState
 from ...model.scheduler.queue import QueueState
+from ...model.scheduler.rescan import RescanState
 from ...model.scheduler.throttle import ThrottleState
 
 __all__ = [
@@ -167,7 +168,7 @@ class Engine(NamedTuple):
 
     Parameters
     ----------
-    buffer, queue, throttle
+    buffer, queue, throttle, rescans
         State of the golden model.
     settings, registers : array of ``int64``
         What stays, and what changes; the names of their places are in this module.
@@ -217,6 +218,7 @@ class Engine(NamedTuple):
     buffer: BufferState
     queue: QueueState
     throttle: ThrottleState
+    rescans: RescanState
     settings: NDArray[np.int64]
     registers: NDArray[np.int64]
     clock: NDArray[np.float64]

@@ -8,6 +8,8 @@ __all__ = ["PRESTAGE", "PRESTAGE_RTL"]
 
 
 def _plan(workload: Workload) -> Plan:
+    # The RTL with the registers rescan_ahead and rescan_least written so; it has one prefetch in
+    # flight with ``DeviceConfig(prefetch_inflight=1)``.
     return Plan(
         evict=Evict.NEXT_USE, predictor="full", rescan=12, rescan_least=24, prefetch_inflight=1
     )
@@ -19,7 +21,7 @@ PRESTAGE = Policy(
         source="this project's engine: predictor perceptron, eviction by predicted next use,"
         " candidates out of the buffer's latest values",
         predicts_from="routing of this token and the two before it, ids of tokens; learns online",
-        simplified="the predictor takes no time; the RTL does not look through the values yet",
+        simplified="the predictor takes no time, and neither does a walk through the values",
     ),
     plan=_plan,
 )
@@ -32,7 +34,7 @@ def _plan_rtl(workload: Workload) -> Plan:
 PRESTAGE_RTL = Policy(
     name="prestage-rtl",
     card=Card(
-        source="this project's engine as the RTL has it, registers after reset, throttle off",
+        source="this project's engine with all registers as after reset, throttle off",
         predicts_from="the same; the predictor's candidates wait in a queue",
         simplified="the predictor takes no time",
     ),
