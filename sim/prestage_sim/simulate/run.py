@@ -13,7 +13,6 @@ from prestage_sim.traces import Trace
 
 from .._jit import compiled
 from .engine import COUNTED, RECORDED, create_engine, run
-from .engine.state import TAKEN
 from .events import Event, EventKind, Recorder
 from .machine import Machine
 from .phases import Phases, Schedule, Visits, arrange, unions
@@ -223,10 +222,10 @@ def run_plan(
         cutoff[schedule.drafted > 0] = phases.cutoff
     ends = np.zeros(schedule.steps)
     started = busy = 0.0
-    before, tiers_before = engine.counts.copy(), engine.tiers[:, TAKEN].copy()
+    before, tiers_before = engine.counts.copy(), engine.tier_tiles.copy()
     for begin, end in ((0, first), (first, schedule.steps)):
         started, busy = float(engine.clock[0]), float(engine.clock[1])
-        before, tiers_before = engine.counts.copy(), engine.tiers[:, TAKEN].copy()
+        before, tiers_before = engine.counts.copy(), engine.tier_tiles.copy()
         done = run(
             engine,
             np.zeros(width, np.int64),
@@ -291,7 +290,7 @@ def run_plan(
             prefill_tokens=int(schedule.progress[prefill].sum()),
             prefill_seconds=prefill_seconds,
             prefill_steps=int(prefill.sum()),
-            tier_tiles=tuple((engine.tiers[:, TAKEN] - tiers_before).tolist()),
+            tier_tiles=tuple((engine.tier_tiles - tiers_before).tolist()),
             **counted,
         ),
     )

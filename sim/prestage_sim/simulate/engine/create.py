@@ -15,7 +15,7 @@ from ...model.scheduler.rescan import create_rescans
 from ...model.scheduler.throttle import ENABLE, create_throttle, set_weights
 from ..machine import Machine
 from ..plan import Evict, Plan
-from .state import COUNTED, LEFT, RECORDED, Engine
+from .state import COUNTED, RECORDED, Engine
 
 __all__ = ["create_engine"]
 
@@ -91,8 +91,10 @@ def create_engine(
         clock=np.array([0.0, 0.0, machine.predict_seconds]),
         counts=np.zeros(len(COUNTED), np.int64),
         links=np.array([(0.0, tile / way.bandwidth, way.latency) for _, way in ways]),
-        ways=np.array([(tier, -1) for tier, _ in ways], np.int64),
-        fetches=np.zeros((fetches, LEFT + tiers), np.int64),
+        stages=np.array([tier for tier, _ in ways], np.int64),
+        carried=np.full(len(ways), -1, np.int64),
+        fetches=np.zeros((fetches, 7), np.int64),
+        left=np.zeros((fetches, tiers), np.int64),
         ends=np.zeros((fetches, tiers)),
         come=np.zeros((fetches, tiers, machine.tiles)),
         lists=lists,
@@ -100,8 +102,10 @@ def create_engine(
         spent=np.zeros(slots, np.int64),
         fetch_of=np.full(slots, -1, np.int64),
         arrived=np.zeros(slots),
-        tiers=np.array([(room, 0, 0) for room in (*bounded, 0)], np.int64),
+        rooms=np.array(bounded, np.int64),
+        filled=np.zeros(len(bounded), np.int64),
         stamps=np.full((len(bounded), layers * experts), -1, np.int64),
+        tier_tiles=np.zeros(tiers, np.int64),
         proposed=np.zeros((layers, experts), np.bool_),
         use_first=np.zeros(1, np.int64),
         use_at=np.zeros(0, np.int64),

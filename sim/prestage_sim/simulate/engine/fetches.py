@@ -27,7 +27,6 @@ from .state import (
     GIVEN_UP,
     KEY,
     KIND,
-    LEFT,
     LOOK,
     N_CANCELLED,
     N_USELESS,
@@ -128,8 +127,8 @@ def start(engine: Any, key: Any, slot: Any, demanded: Any, deadline: Any, kind: 
     row = engine.fetches[fetch]
     row[KEY], row[AT], row[DEMANDED], row[DEADLINE] = key, slot, demanded, deadline
     row[KIND], row[GIVEN_UP], row[SOURCE] = kind, 0, find_source(engine, key)
-    for tier in range(engine.tiers.shape[0]):
-        engine.fetches[fetch, LEFT + tier] = engine.settings[TILES] if tier <= row[SOURCE] else 0
+    for tier in range(engine.left.shape[1]):
+        engine.left[fetch, tier] = engine.settings[TILES] if tier <= row[SOURCE] else 0
         engine.ends[fetch, tier] = 0.0
     engine.fetch_of[slot] = fetch
     engine.held[key // engine.buffer.shape[EXPERTS]] += 1
@@ -160,7 +159,7 @@ def _give_up(engine: Any, fetch: Any) -> None:
     count_drop(engine.throttle, row[AT])
     engine.held[row[KEY] // engine.buffer.shape[EXPERTS]] -= 1
     for tier in range(row[SOURCE]):
-        if engine.fetches[fetch, LEFT + tier + 1]:
+        if engine.left[fetch, tier + 1]:
             forget(engine, tier, row[KEY])
     engine.counts[N_CANCELLED] += 1
     engine.counts[N_USELESS_TILES] += engine.spent[row[AT]]
@@ -212,7 +211,7 @@ def sweep(engine: Any) -> None:
 @inner
 def tiles_come(engine: Any, fetch: Any) -> Any:
     """Tiles of a fetch that are in its slot."""
-    taken = engine.settings[TILES] - engine.fetches[fetch, LEFT]
+    taken = engine.settings[TILES] - engine.left[fetch, 0]
     left = engine.ends[fetch, 0] - engine.clock[NOW]
     if left > 0:
         taken -= min(taken, np.int64(np.ceil(left / engine.links[0, TILE])))

@@ -15,7 +15,6 @@ from .state import (
     ARRIVING,
     AT,
     BUSY,
-    CARRIED,
     DEMANDED,
     DEMANDS,
     EAGER,
@@ -23,7 +22,6 @@ from .state import (
     GIVEN_UP,
     KEY,
     LATENCY,
-    LEFT,
     N_DEMAND_TILES,
     N_TILES,
     NOW,
@@ -31,8 +29,6 @@ from .state import (
     PREFETCH_TILES,
     PREFETCHES,
     SOURCE,
-    TAKEN,
-    TIER,
     TILE,
     TILES,
 )
@@ -45,14 +41,14 @@ _DEMAND_TILE, _PREFETCH_TILE = int(EventKind.DEMAND_TILE), int(EventKind.PREFETC
 @kernel
 def _tile_comes(engine: Any, link: Any, fetch: Any) -> Any:
     """When the next tile of a fetch that a link may take is there; infinity for none."""
-    tier = engine.ways[link, TIER]
-    left = engine.fetches[fetch, LEFT + tier]
+    tier = engine.stages[link]
+    left = engine.left[fetch, tier]
     if left == 0:
         return np.inf
     if engine.fetches[fetch, SOURCE] == tier:
         return 0.0
     tile = engine.settings[TILES] - left
-    if engine.fetches[fetch, LEFT + tier + 1] >= left:
+    if engine.left[fetch, tier + 1] >= left:
         return np.inf
     return engine.come[fetch, tier + 1, tile]
 
@@ -61,7 +57,7 @@ def _tile_comes(engine: Any, link: Any, fetch: Any) -> Any:
 def next_fetch(engine: Any, link: Any, wanted_first: Any, wanted: Any) -> Any:
     """Fetch that a link takes a tile of next; -1 for none."""
     sweep(engine)
-    before = engine.ways[link, CARRIED]
+    before = engine.carried[link]
     if not engine.settings[PREEMPTS] and before >= 0:
         row = engine.fetches[before]
         come = _tile_comes(engine, link, before) <= engine.clock[NOW]
@@ -82,7 +78,7 @@ def next_fetch(engine: Any, link: Any, wanted_first: Any, wanted: Any) -> Any:
             for n in range(engine.lengths[which]):
                 fetch = engine.lists[which, n]
                 if not engine.fetches[fetch, DEMANDED]:
-                    taken = engine.settings[TILES] - engine.fetches[fetch, LEFT]
+                    taken = engine.settings[TILES] - engine.left[fetch, 0]
                     coming += taken - tiles_come(engine, fetch)
         if coming >= engine.settings[PREFETCH_TILES]:
             return np.int64(-1)
@@ -98,19 +94,17 @@ def next_fetch(engine: Any, link: Any, wanted_first: Any, wanted: Any) -> Any:
 def _take_tile(engine: Any, link: Any, fetch: Any) -> None:
     """Let a link take a tile of a fetch."""
     row, begin = engine.fetches[fetch], engine.links[link, FREE_AT]
-    tier, end = engine.ways[link, TIER], begin + engine.links[link, TILE]
+    tier, end = engine.stages[link], begin + engine.links[link, TILE]
     come = end + engine.links[link, LATENCY]
     engine.links[link, FREE_AT] = end
-    engine.ways[link, CARRIED] = fetch
+    engine.carried[link] = fetch
     engine.ends[fetch, tier] = max(engine.ends[fetch, tier], come)
-    engine.fetches[fetch, LEFT + tier] -= 1
-    engine.tiers[tier, TAKEN] += 1
+    engine.left[fetch, tier] -= 1
+    engine.tier_tiles[tier] += 1
     kind = _DEMAND_TILE if row[DEMANDED] else _PREFETCH_TILE
     record_key(engine, kind, begin, end, row[KEY], link)
     if tier:
-        engine.come[
-            fetch, tier, engine.settings[TILES] - engine.fetches[fetch, LEFT + tier] - 1
-        ] = come
+        engine.come[fetch, tier, engine.settings[TILES] - engine.left[fetch, tier] - 1] = come
         return
     engine.clock[BUSY] += engine.links[link, TILE]
     engine.counts[N_TILES] += 1
@@ -118,7 +112,7 @@ def _take_tile(engine: Any, link: Any, fetch: Any) -> None:
         engine.counts[N_DEMAND_TILES] += 1
     else:
         engine.spent[row[AT]] += 1
-    if engine.fetches[fetch, LEFT] == 0:
+    if engine.left[fetch, 0] == 0:
         remove(engine, DEMANDS if row[DEMANDED] else PREFETCHES, fetch)
         append(engine, ARRIVING, fetch)
 
@@ -165,7 +159,7 @@ def advance(
             # Of those that are free at the same time the one that the others wait for.
             earlier = links[other, FREE_AT] < links[link, FREE_AT]
             same = links[other, FREE_AT] == links[link, FREE_AT]
-            if earlier or (same and engine.ways[other, TIER] > engine.ways[link, TIER]):
+            if earlier or (same and engine.stages[other] > engine.stages[link]):
                 link = other
         begin = links[link, FREE_AT]
         arrival = np.inf

@@ -20,7 +20,6 @@ from .links import advance
 from .prefetch import take_candidates
 from .state import (
     CANCELS,
-    CARRIED,
     CUTOFF,
     DEADLINE,
     DELAY,
@@ -30,7 +29,6 @@ from .state import (
     FREE_AT,
     GIVEN_UP,
     KIND,
-    LEFT,
     N_CANDIDATES,
     N_DEMANDS,
     N_HITS,
@@ -67,8 +65,8 @@ def _route(engine: Any, layer: Any, wanted: Any, waiting: Any) -> Any:
     engine.queue.routes[0] = (engine.queue.routes[0] + 1) % 256
     busy = np.int64(-1)
     for link in range(engine.links.shape[0]):
-        if engine.links[link, FREE_AT] > clock[NOW] and engine.ways[link, CARRIED] >= 0:
-            row = engine.fetches[engine.ways[link, CARRIED]]
+        if engine.links[link, FREE_AT] > clock[NOW] and engine.carried[link] >= 0:
+            row = engine.fetches[engine.carried[link]]
             if not row[DEMANDED]:
                 busy = row[KIND]
     count = 0
@@ -105,7 +103,7 @@ def _route(engine: Any, layer: Any, wanted: Any, waiting: Any) -> Any:
                 counts[N_LATE_TILES] += engine.spent[slot]
                 row[DEMANDED], row[GIVEN_UP] = 1, 0
                 engine.registers[UNDER_WAY] -= 1
-                if engine.fetches[fetch, LEFT]:
+                if engine.left[fetch, 0]:
                     remove(engine, PREFETCHES, fetch)
                     append(engine, DEMANDS, fetch)
         waiting[count] = slot

@@ -17,7 +17,6 @@ __all__ = [
     "AT",
     "BUSY",
     "CANCELS",
-    "CARRIED",
     "COUNTED",
     "CUTOFF",
     "DEADLINE",
@@ -32,11 +31,9 @@ __all__ = [
     "FREE",
     "FREE_AT",
     "GIVEN_UP",
-    "HELD",
     "KEY",
     "KIND",
     "LATENCY",
-    "LEFT",
     "LOOK",
     "NOW",
     "N_CANCELLED",
@@ -67,11 +64,8 @@ __all__ = [
     "RECORD_LAST",
     "RESCANS",
     "RESCAN_LEAST",
-    "ROOM",
     "SOURCE",
     "STEP",
-    "TAKEN",
-    "TIER",
     "TILE",
     "TILES",
     "TOUCHES",
@@ -83,7 +77,7 @@ __all__ = [
 RECORDED = 7
 
 #: Columns of :attr:`Engine.fetches`.
-KEY, AT, DEMANDED, DEADLINE, KIND, GIVEN_UP, SOURCE, LEFT = range(8)
+KEY, AT, DEMANDED, DEADLINE, KIND, GIVEN_UP, SOURCE = range(7)
 
 #: Rows of :attr:`Engine.lists`, and places of :attr:`Engine.lengths`.
 DEMANDS, PREFETCHES, ARRIVING, FREE = range(4)
@@ -107,12 +101,6 @@ DEMANDS, PREFETCHES, ARRIVING, FREE = range(4)
 
 #: Columns of :attr:`Engine.links`.
 FREE_AT, TILE, LATENCY = range(3)
-
-#: Columns of :attr:`Engine.ways`.
-TIER, CARRIED = range(2)
-
-#: Columns of :attr:`Engine.tiers`.
-ROOM, HELD, TAKEN = range(3)
 
 #: Places of :attr:`Engine.registers`.
 STEP, VISIT, LOOK, EVENTS, UNDER_WAY, TOUCHES, CUTOFF = range(7)
@@ -178,13 +166,15 @@ class Engine(NamedTuple):
         :data:`COUNTED`.
     links : array of ``float64``, shape ``[links, 3]``
         When each link is free, its time for a tile, and its latency.
-    ways : array of ``int64``, shape ``[links, 2]``
-        Of each link the tier that it takes tiles from (0 brings them into slots, 1 into tier 0, and
-        so on), and the fetch whose tile it took last, -1 before the first.
-    fetches : array of ``int64``, shape ``[F, 7 + tiers]``
+    stages : array of ``int64``, shape ``[links]``
+        Tier that each link takes tiles from: 0 brings them into slots, 1 into tier 0, and so on.
+    carried : array of ``int64``, shape ``[links]``
+        Fetch whose tile each link took last, -1 before the first.
+    fetches : array of ``int64``, shape ``[F, 7]``
         Of each fetch: key of the expert, slot, whether a layer waits for it, deadline, kind,
-        whether it is given up, tier that it comes from; and, from ``LEFT`` on, tiles that no link
-        of each tier has taken yet.
+        whether it is given up, tier that it comes from.
+    left : array of ``int64``, shape ``[F, tiers]``
+        Tiles of a fetch that no link of that tier has taken yet.
     ends : array of ``float64``, shape ``[F, tiers]``
         When the last tile of a fetch arrives of those that a link of that tier has taken.
     come : array of ``float64``, shape ``[F, tiers, tiles]``
@@ -200,11 +190,12 @@ class Engine(NamedTuple):
         Fetch into the slot, -1 for none.
     arrived : array of ``float64``, shape ``[S]``
         When the expert in the slot had arrived.
-    tiers : array of ``int64``, shape ``[tiers, 3]``
-        How many experts each tier but the last holds at most, and now; tiles that links have taken
-        from each tier.
+    rooms, filled : array of ``int64``, shape ``[tiers - 1]``
+        How many experts each tier but the last holds at most, and now.
     stamps : array of ``int64``, shape ``[tiers - 1, L * E]``
         When an expert was fetched from that tier or put there, -1 where it is not there.
+    tier_tiles : array of ``int64``, shape ``[tiers]``
+        Tiles that links have taken from each tier.
     proposed : array of :class:`bool`, shape ``[L, E]``
         Whether an expert was proposed for the layer's next visit.
     use_first, use_at, use_next : array of ``int64``
@@ -224,8 +215,10 @@ class Engine(NamedTuple):
     clock: NDArray[np.float64]
     counts: NDArray[np.int64]
     links: NDArray[np.float64]
-    ways: NDArray[np.int64]
+    stages: NDArray[np.int64]
+    carried: NDArray[np.int64]
     fetches: NDArray[np.int64]
+    left: NDArray[np.int64]
     ends: NDArray[np.float64]
     come: NDArray[np.float64]
     lists: NDArray[np.int64]
@@ -233,8 +226,10 @@ class Engine(NamedTuple):
     spent: NDArray[np.int64]
     fetch_of: NDArray[np.int64]
     arrived: NDArray[np.float64]
-    tiers: NDArray[np.int64]
+    rooms: NDArray[np.int64]
+    filled: NDArray[np.int64]
     stamps: NDArray[np.int64]
+    tier_tiles: NDArray[np.int64]
     proposed: NDArray[np.bool_]
     use_first: NDArray[np.int64]
     use_at: NDArray[np.int64]

@@ -7,11 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..._jit import inner, kernel
-from .state import (
-    HELD,
-    ROOM,
-    TOUCHES,
-)
+from .state import TOUCHES
 
 __all__ = ["find_source", "forget"]
 
@@ -21,13 +17,13 @@ def forget(engine: Any, tier: Any, key: Any) -> None:
     """Take an expert out of a tier, if it is there."""
     if engine.stamps[tier, key] >= 0:
         engine.stamps[tier, key] = -1
-        engine.tiers[tier, HELD] -= 1
+        engine.filled[tier] -= 1
 
 
 @kernel
 def _make_room(engine: Any, tier: Any) -> None:
     """Take the least recent expert out of a tier that is full."""
-    if engine.tiers[tier, HELD] < engine.tiers[tier, ROOM]:
+    if engine.filled[tier] < engine.rooms[tier]:
         return
     oldest = np.int64(-1)
     for key in range(engine.stamps.shape[1]):
@@ -50,7 +46,7 @@ def find_source(engine: Any, key: Any) -> Any:
     for tier in range(min(source + 1, bounded)):
         if tier < source:
             _make_room(engine, tier)
-            engine.tiers[tier, HELD] += 1
+            engine.filled[tier] += 1
         engine.registers[TOUCHES] += 1
         engine.stamps[tier, key] = engine.registers[TOUCHES]
     return source
