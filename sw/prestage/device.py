@@ -29,18 +29,12 @@ from prestage_hw.contract.records import (
     PrefetchOutcome,
     Record,
     Refusal,
-    TrafficClass,
 )
 from prestage_hw.contract.registers import (
     CHANNEL_COUNTERS,
     COUNTERS,
     REFUSAL_FIELDS,
     REGISTERS,
-    ROW_STRIDE_BITS,
-    SHAPE_FIELDS,
-    SLOT_BASE_BYTES,
-    THROTTLE_FIELDS,
-    TIMEOUT_BITS,
     shape_registers,
 )
 from prestage_hw.contract.statistics import KIND_BITS, OUTCOME_BITS, STATISTICS_TABLE
@@ -57,6 +51,7 @@ from .errors import (
     device_error,
 )
 from .link import HostLink
+from .settings import Settings, known_phase
 from .snapshot import Snapshot, read_snapshot, write_snapshot
 
 __all__ = ["Device", "Ready", "Refused", "check_mover"]
@@ -74,15 +69,7 @@ _SERVED_CYCLES = 500
 #: Words of a table that one message asks for.
 _TABLE_PIECE = 1024
 
-_CONTROL_PREFETCH, _CONTROL_HINTS, _CONTROL_SETTLE = 1, 2, 4
-_CONTROL_THROTTLE, _CONTROL_CANCEL, _CONTROL_FOLLOW = 8, 16, 32
-
-#: Bits of ``control`` that each profile has for itself.
-_CONTROL_PROFILE = _CONTROL_PREFETCH | _CONTROL_HINTS
 _CLEAR_PREDICTOR, _CLEAR_BUFFER, _CLEAR_COUNTERS, _CLEAR_CHECKSUMS = 1, 2, 4, 8
-
-#: Settings of a DMA channel that have a register each.
-_ROW_SETTINGS = ("row_bytes", "row_stride")
 
 
 #: Events that refuse a whole routing decision.
@@ -230,12 +217,7 @@ class Device:
         self._words: deque[tuple[int, ...]] = deque()
         self._synced: int | None = None
         self._sync_tag = 0
-        control = register_by_name("control").reset or 0
-        self._control = control & ~_CONTROL_PROFILE
-        # Bits of control that each profile has for itself, the profile that was asked for last, and
-        # the one that is selected.
-        self._flags = dict.fromkeys(Phase, control & _CONTROL_PROFILE)
-        self._profile = self._selected = Phase.DECODE
+        self._settings = Settings(config, read=self.read_register)
         self._contexts = config.contexts
         self._layers = config.model.layers
         self._experts = config.model.experts
@@ -364,11 +346,10 @@ class Device:
         number = NO_TOKEN if token is None else operator.index(token)
         if not 0 <= number <= NO_TOKEN or (token is not None and number == NO_TOKEN):
             raise ArgumentError(f"Token id must be between 0 and {NO_TOKEN - 1}, not {token}")
-        phase = _phase(phase)
+        phase = known_phase(phase)
         self._post("BEGIN_TOKEN", ctx, phase, number)
         self._current[ctx] = -1
-        if self._control & _CONTROL_FOLLOW:
-            self._profile = phase
+        self._settings.token_begins(phase)
 
     def route(self, ctx: int, layer: int, experts: Iterable[int]) -> None:
         """The router has chosen: demand k experts, teach the predictor and start prefetches.
@@ -915,18 +896,18 @@ class Device:
         tables : mapping of :class:`int` to arrays of uint32, or None
             Predictor tables to load after clearing, as :meth:`snapshot` gives them.
         """
-        control = self._control
-        for bit, wanted in (
-            (_CONTROL_SETTLE, settle),
-            (_CONTROL_THROTTLE, None if throttle is None else throttle is not False),
-            (_CONTROL_CANCEL, cancel),
-            (_CONTROL_FOLLOW, follow_phase),
-        ):
-            if wanted is not None:
-                control = control | bit if wanted else control & ~bit
-        writes = self._profile_writes(
-            self._profile,
-            control=control,
+        writes = self._settings.writes(
+            settle=settle,
+            throttle=throttle,
+            cancel=cancel,
+            follow_phase=follow_phase,
+            hint_threshold=hint_threshold,
+            expert_base=expert_base,
+            part_bases=part_bases,
+            token_base=token_base,
+            slot_base=slot_base,
+            timeout=timeout,
+            policy=policy,
             prefetch=prefetch,
             hints=hints,
             prefetch_tiles=prefetch_tiles,
@@ -938,57 +919,6 @@ class Device:
             rescan=rescan,
             rescan_least=rescan_least,
         )
-        if hint_threshold is not None:
-            if not 0 <= operator.index(hint_threshold) <= 255:
-                raise ArgumentError(
-                    f"Hint threshold must be between 0 and 255, not {hint_threshold}"
-                )
-            writes.append(("hint_threshold", hint_threshold))
-        if expert_base is not None:
-            if 0 in (part_bases or {}):
-                raise ArgumentError("Base of part 0 must be given once, not as expert base too")
-            part_bases = {**(part_bases or {}), 0: expert_base}
-        for part, base in (part_bases or {}).items():
-            self._check_base(part, base)
-            name = f"part{part}_base" if part else "expert_base"
-            writes.append((f"{name}_low", base & 0xFFFFFFFF))
-            writes.append((f"{name}_high", base >> 32))
-        if token_base is not None:
-            most = (1 << self.config.address_bits) - 4096
-            if not 0 <= operator.index(token_base) <= most or token_base % 4096:
-                raise ArgumentError(
-                    f"Token base must be a multiple of 4096 from 0 to {most:#x},"
-                    f" not {token_base:#x}"
-                )
-            writes.append(("token_base_low", token_base & 0xFFFFFFFF))
-            writes.append(("token_base_high", token_base >> 32))
-        if slot_base is not None:
-            size = self.config.slots * self.config.expert_bytes
-            most = ((1 << self.config.address_bits) - size) // SLOT_BASE_BYTES * SLOT_BASE_BYTES
-            if self.config.slot_store == "internal":
-                raise ArgumentError("Slot base is only for slots in a memory of their own")
-            if not 0 <= operator.index(slot_base) <= most or slot_base % SLOT_BASE_BYTES:
-                raise ArgumentError(
-                    f"Slot base must be a multiple of {SLOT_BASE_BYTES} from 0 to {most:#x},"
-                    f" not {slot_base:#x}"
-                )
-            writes.append(("slot_base_low", slot_base & 0xFFFFFFFF))
-            writes.append(("slot_base_high", slot_base >> 32))
-        if timeout is not None:
-            most = (1 << TIMEOUT_BITS) - 1
-            if timeout != 0 and not 4 <= operator.index(timeout) <= most:
-                raise ArgumentError(
-                    f"Time-out must be 0 or between 4 and {most} cycles, not {timeout}"
-                )
-            writes.append(("dma_timeout", timeout))
-        if isinstance(throttle, Mapping):
-            writes.append(("throttle", self._throttle(throttle)))
-        if policy is not None:
-            try:
-                writes.append(("policy", int(Policy(policy))))
-            except ValueError:
-                names = ", ".join(f"{int(each)} ({each.name})" for each in Policy)
-                raise ArgumentError(f"Policy must be one of {names}, not {policy!r}") from None
         clear = (
             clear_predictor * _CLEAR_PREDICTOR
             + clear_buffer * _CLEAR_BUFFER
@@ -1060,10 +990,9 @@ class Device:
         ArgumentError
             If the device would refuse a value; nothing was changed then.
         """
-        phase = _phase(phase)
-        writes = self._profile_writes(
+        phase = known_phase(phase)
+        writes = self._settings.profile_writes(
             phase,
-            control=self._control,
             prefetch=prefetch,
             hints=hints,
             prefetch_tiles=prefetch_tiles,
@@ -1077,10 +1006,11 @@ class Device:
             lower_credits=lower_credits,
         )
         for channel, settings in (channels or {}).items():
-            self._check_channel(channel, settings)
+            self._settings.check_channel(channel, settings)
         self._write(writes)
         for channel, settings in (channels or {}).items():
-            self._configure_channel(phase, channel, settings)
+            self._write(self._settings.select_channel(phase, channel))
+            self._write(self._settings.channel_writes(settings))
 
     def switch(self, phase: Phase | int) -> None:
         """Make a phase's profile active, as a whole, at the next layer boundary.
@@ -1095,7 +1025,7 @@ class Device:
         phase : :class:`Phase`
             Whose profile.
         """
-        phase = _phase(phase)
+        phase = known_phase(phase)
         self._write([("profile", int(phase))])
 
     def refusal(self, *, clear: bool = True) -> Refused | None:
@@ -1114,164 +1044,11 @@ class Device:
         names = {register.address: register.name for register in REGISTERS}
         return Refused(names[fields["register"]], Refusal(fields["reason"]))
 
-    def _profile_writes(
-        self,
-        phase: Phase,
-        *,
-        control: int,
-        prefetch: bool | None,
-        hints: bool | None,
-        prefetch_tiles: int | None,
-        threshold: int | None,
-        far_threshold: int | None,
-        ahead: int | None,
-        cutoff: int | None,
-        budget: int | None,
-        rescan: int | None,
-        rescan_least: int | None,
-        lower_credits: int | None = None,
-    ) -> list[tuple[str, int]]:
-        """Register writes for what a profile holds beside the DMA channels, and for control."""
-        writes: list[tuple[str, int]] = []
-        flags = self._flags[phase]
-        for bit, wanted in ((_CONTROL_PREFETCH, prefetch), (_CONTROL_HINTS, hints)):
-            if wanted is not None:
-                flags = flags | bit if wanted else flags & ~bit
-        if prefetch_tiles is not None:
-            if not 1 <= operator.index(prefetch_tiles) <= 4:
-                raise ArgumentError(f"Prefetch tiles must be between 1 and 4, not {prefetch_tiles}")
-            writes.append(("prefetch_tiles", prefetch_tiles))
-        for what, register, value in (
-            ("Threshold", "predict_threshold", threshold),
-            ("Far threshold", "predict_far_threshold", far_threshold),
-            ("Layers ahead", "predict_ahead", ahead),
-            ("Cut-off layer", "cutoff_layer", cutoff),
-        ):
-            if value is not None:
-                if not 0 <= operator.index(value) <= 255:
-                    raise ArgumentError(f"{what} must be between 0 and 255, not {value}")
-                writes.append((register, value))
-        if budget is not None:
-            if not 0 <= operator.index(budget) <= 8:
-                raise ArgumentError(f"Budget must be between 0 and 8 eighths, not {budget}")
-            writes.append(("budget", budget))
-        if rescan is not None:
-            most = self.config.most_ahead
-            if not 0 <= operator.index(rescan) <= most:
-                why = "" if most else ", as the predictor gives no values"
-                raise ArgumentError(
-                    f"Rescan must be between 0 and {most} layers, not {rescan}{why}"
-                )
-            writes.append(("rescan_ahead", rescan))
-        if rescan_least is not None:
-            if not 0 < operator.index(rescan_least) < 256:
-                raise ArgumentError(
-                    f"Least confidence of a rescan must be between 1 and 255, not {rescan_least}"
-                )
-            writes.append(("rescan_least", rescan_least))
-        if lower_credits is not None:
-            most = self.config.outstanding_bursts
-            if not 0 <= operator.index(lower_credits) <= most:
-                raise ArgumentError(
-                    f"Lower credits must be between 0 and {most}, not {lower_credits}"
-                )
-            writes.append(("dma_lower_credits", lower_credits))
-        if (control, flags) != (self._control, self._flags[phase]):
-            writes.append(("control", control | flags))
-        if writes and phase is not self._selected:
-            writes.insert(0, ("profile_select", int(phase)))
-        return writes
-
-    def _check_channel(self, channel: int, settings: Mapping[str, int]) -> None:
-        """Refuse settings of a DMA channel that the device would refuse."""
-        config = self.config
-        if not 0 <= operator.index(channel) < config.dma_channels:
-            raise ArgumentError(
-                f"DMA channel must be between 0 and {config.dma_channels - 1}, not {channel}"
-            )
-        known = (*SHAPE_FIELDS, *_ROW_SETTINGS)
-        limits = {
-            "enable": (int(channel in config.scheduled_channels), 1),
-            "traffic": (min(TrafficClass), max(TrafficClass)),
-            "weight": (1, 15),
-            "credits": (1, config.outstanding_bursts),
-            "burst_beats": (1, config.longest_burst),
-            "row_bytes": (0, config.tile_bytes),
-            "row_stride": (0, (1 << ROW_STRIDE_BITS) - config.data_bytes),
-        }
-        for name, value in settings.items():
-            if name not in known:
-                raise ArgumentError(
-                    f"Setting of a DMA channel must be one of {', '.join(known)}, not {name!r}"
-                )
-            least, most = limits[name]
-            rule = f"must be between {int(least)} and {int(most)}"
-            fits = least <= operator.index(value) <= most
-            if name == "burst_beats":
-                rule = f"must be a power of two from 1 to {most}"
-                fits = fits and value & (value - 1) == 0
-            elif name in _ROW_SETTINGS:
-                rule = f"must be a multiple of {config.data_bytes} from 0 to {most}"
-                fits = fits and value % config.data_bytes == 0
-            if not fits:
-                raise ArgumentError(f"Setting {name} of DMA channel {channel} {rule}, not {value}")
-
-    def _configure_channel(self, phase: Phase, channel: int, settings: Mapping[str, int]) -> None:
-        """Write settings of a DMA channel into a profile; those not named stay."""
-        select = [] if phase is self._selected else [("profile_select", int(phase))]
-        self._write([*select, ("dma_channel", channel)])
-        shape = {name: settings[name] for name in SHAPE_FIELDS if name in settings}
-        writes = [(f"dma_{name}", settings[name]) for name in _ROW_SETTINGS if name in settings]
-        if shape:
-            value = 0 if len(shape) == len(SHAPE_FIELDS) else self.read_register("dma_shape")
-            for name, number in shape.items():
-                low, bits = SHAPE_FIELDS[name]
-                value = value & ~((1 << bits) - 1 << low) | int(number) << low
-            writes.append(("dma_shape", value))
-        self._write(writes)
-
-    def _write(self, writes: Sequence[tuple[str, int]]) -> None:
+    def _write(self, writes: Iterable[tuple[str, int]]) -> None:
         """Post register writes, and remember what the device makes of some."""
         for name, value in writes:
             self._post("REGISTER_WRITE", register_by_name(name).address, value)
-            if name == "control":
-                self._control = value & (_CONTROL_FOLLOW * 2 - 1) & ~_CONTROL_PROFILE
-                self._flags[self._selected] = value & _CONTROL_PROFILE
-            elif name == "profile" and value in list(Phase):
-                self._profile = Phase(value)
-            elif name == "profile_select" and value in list(Phase):
-                self._selected = Phase(value)
-
-    def _throttle(self, weights: Mapping[str, int]) -> int:
-        """The register ``throttle`` with these weights."""
-        value = self.read_register("throttle")
-        for name, weight in weights.items():
-            if name not in THROTTLE_FIELDS:
-                raise ArgumentError(
-                    f"Throttle weight must be one of {', '.join(THROTTLE_FIELDS)}, not {name!r}"
-                )
-            low, bits = THROTTLE_FIELDS[name]
-            most = (1 << bits) - 1
-            if not 0 <= operator.index(weight) <= most:
-                raise ArgumentError(
-                    f"Throttle weight {name} must be between 0 and {most}, not {weight}"
-                )
-            value = value & ~(most << low) | weight << low
-        return value
-
-    def _check_base(self, part: int, base: int) -> None:
-        parts = self.config.part_bytes
-        if not 0 <= operator.index(part) < len(parts):
-            raise ArgumentError(f"Experts have parts 0 to {len(parts) - 1}, not {part}")
-        what = f"Base of part {part}" if len(parts) > 1 else "Expert base"
-        array = self.config.memory_bytes * parts[part] // self.config.expert_bytes
-        most = (1 << self.config.address_bits) - array
-        if not 0 <= operator.index(base) <= most:
-            raise ArgumentError(f"{what} must be between 0 and {most:#x}, not {base:#x}")
-        if base % self.config.data_bytes:
-            raise ArgumentError(
-                f"{what} must be a multiple of {self.config.data_bytes} bytes, not {base:#x}"
-            )
+            self._settings.written(name, value)
 
     def stats(self) -> dict[str, int]:
         """All counters by name, and ``cycles``: clock cycles since reset."""
@@ -1748,14 +1525,6 @@ class Device:
 
     def _on_words(self, *values: int) -> None:
         self._words.append(values)
-
-
-def _phase(phase: Phase | int) -> Phase:
-    try:
-        return Phase(phase)
-    except ValueError:
-        names = ", ".join(f"{p.value} ({p.name})" for p in Phase)
-        raise ArgumentError(f"Phase must be one of {names}, not {phase!r}") from None
 
 
 _REGISTERS = {register.name: register for register in REGISTERS}
