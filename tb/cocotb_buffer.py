@@ -108,8 +108,12 @@ class TB:
             cocotb.start_soon(self._send_rescans())
             cocotb.start_soon(self._check_rescans())
 
+    #: Times that everything was forgotten.
+    forgotten = 0
+
     def forget(self):
         """Know of no work under way."""
+        self.forgotten += 1
         # A rescan under way: its request, the cycle in which it was taken, its answer unless it is
         # disturbed, the cycle in which it was, and whether the buffer was cleared meanwhile.
         self.rescan = None
@@ -278,8 +282,11 @@ class TB:
                 self.rescan[4] |= cleared
             if str(dut.rescans__valid.value) == str(dut.rescans__ready.value) == "1":
                 request = self.rescans._unpack(int(dut.rescans__payload.value))
+                forgotten = self.forgotten
                 await RisingEdge(dut.clk)
                 await ReadWrite()  # The drivers have counted the beats of that edge.
+                if self.forgotten != forgotten:
+                    continue  # A reset came at that edge.
                 self.settle_values()
                 self.rescan = [request, cycle, self.golden.rescan(**request), None, cleared]
 
