@@ -51,7 +51,7 @@ class MarksLayout(data.StructLayout):
 class PrefetchStatistics(wiring.Component):
     """Count what became of prefetches, in a block RAM with a word for each layer, kind and outcome.
 
-    A counter stays at its greatest value. Marks are counted one after the other, each in four
+    A counter stays at its greatest value. Marks are counted one after the other, each in five
     cycles, so that ``marks`` waits for ``latency`` cycles after each transfer.
 
     Parameters
@@ -83,7 +83,7 @@ class PrefetchStatistics(wiring.Component):
     """
 
     #: Cycles from marks being taken until the next may be.
-    latency = 9
+    latency = 11
 
     def __init__(self, *, config, count_bits=COUNT_BITS):
         require_config(config)
@@ -114,9 +114,11 @@ class PrefetchStatistics(wiring.Component):
         sweep = Signal(range(words))
         now = Signal(MarksLayout(config=self.config))
         word = Signal(range(words))
+        # What is read next: the block RAM is far from what decides.
+        address = Signal(range(words), reset_less=True)
         second = Signal()  # The second mark is being counted.
         beyond = Signal()
-        steps = Signal(2)  # A read is on its way.
+        steps = Signal(3)  # A read is on its way.
         clears = Signal()
         request = self.requests.payload
         takes = Signal()
@@ -125,7 +127,7 @@ class PrefetchStatistics(wiring.Component):
         shown = data.View(MarkLayout(config=self.config), mark)
         m.d.comb += [
             word.eq(Cat(shown.outcome, shown.kind, shown.layer)),
-            read.addr.eq(Mux(takes, request.word, word)),
+            read.addr.eq(address),
             read.en.eq(1),
             write.addr.eq(word),
             write.data.eq(total),
@@ -133,7 +135,7 @@ class PrefetchStatistics(wiring.Component):
         m.d.sync += [raw.eq(read.data), total.eq(raw + ~raw.all()), steps.eq(steps << 1)]
         with m.If(self.values.ready):
             m.d.sync += self.values.valid.eq(0)
-        with m.If(steps[1]):
+        with m.If(steps[-1]):
             m.d.sync += [self.values.valid.eq(1), self.values.payload.eq(Mux(beyond, 0, raw))]
 
         with m.FSM(init="Clear") as fsm:
@@ -144,6 +146,7 @@ class PrefetchStatistics(wiring.Component):
                     m.d.sync += sweep.eq(0)
                     m.next = "Idle"
             with m.State("Idle"):
+                m.d.sync += address.eq(request.word)
                 m.d.comb += [
                     self.marks.ready.eq(~clears),
                     self.requests.ready.eq(
@@ -158,7 +161,10 @@ class PrefetchStatistics(wiring.Component):
                     m.d.sync += clears.eq(0)
                     m.next = "Clear"
                 with m.Elif(self.marks.valid):
-                    m.next = "Read"
+                    m.next = "Choose"
+            with m.State("Choose"):
+                m.d.sync += address.eq(word)
+                m.next = "Read"
             with m.State("Read"):
                 m.next = "Keep"
             with m.State("Keep"):
@@ -168,7 +174,7 @@ class PrefetchStatistics(wiring.Component):
             with m.State("Write"):
                 m.d.comb += write.en.eq(shown.valid)
                 m.d.sync += second.eq(1)
-                m.next = "Read"
+                m.next = "Choose"
                 with m.If(second):
                     m.next = "Idle"
 
