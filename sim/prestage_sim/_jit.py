@@ -14,6 +14,9 @@ __all__ = ["compiled", "inner", "kernel", "sources_digest"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+#: Files that all machine code hangs on.
+_COMPILERS = (__file__, str(Path(__file__).with_name("_reference.py")))
+
 _KERNEL: dict[str, Any] = {"_nrt": False, "error_model": "numpy", "no_cfunc_wrapper": True}
 
 
@@ -61,7 +64,7 @@ def _compile(function: _Function, options: dict[str, Any]) -> _Function:
 def sources_digest(function: Callable[..., Any]) -> str:
     """Digest of the files that hold a compiled function and those that it may call."""
     function = getattr(function, "py_func", function)
-    files = {function.__code__.co_filename}
+    files = {function.__code__.co_filename, *_COMPILERS}
     found: set[int] = set()
     todo = [function.__globals__]
     while todo:

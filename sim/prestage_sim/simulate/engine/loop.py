@@ -9,6 +9,7 @@ import numpy as np
 from prestage_hw.contract.records import Source
 
 from ..._jit import kernel
+from ..._reference import by_reference
 from ...model.buffer.buffer import begin_demand, release, take_for_demand
 from ...model.buffer.state import EXPERTS, FILLS, OWNER
 from ...model.scheduler.queue import is_stale, queue_push
@@ -195,6 +196,7 @@ def run(
     offset, ahead, proposed, score, hint : arrays
         What is proposed, see :class:`Candidates`.
     """
+    engine = by_reference(engine)
     layers = engine.held.shape[0]
     counts, clock, buffer = engine.counts, engine.clock, engine.buffer
     nobody = waiting[:0]
