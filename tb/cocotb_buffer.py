@@ -32,6 +32,7 @@ from prestage_tb.bench import (
     Stall,
     StreamSink,
     StreamSource,
+    bits_of,
     cycles,
     parameters,
     reset,
@@ -259,29 +260,31 @@ class TB:
         """An answer is that of the model when the request was taken, or says what disturbed it."""
         dut, cycle, offered = self.dut, 0, False
         harmless = (RELEASE, UNLOCK)
+        rst, clear, idle = bits_of(dut.rst), bits_of(dut.clear), bits_of(dut.idle)
+        ready = bits_of(dut.rescanned__ready)
         while True:
             await FallingEdge(dut.clk)
             cycle += 1
-            if str(dut.rst.value) != "0":
+            if rst() != "0":
                 offered = False
                 continue
-            if str(dut.rescanned__valid.value) == "1" and not offered:
+            if not offered and self.rescanned.offers:
                 offered = True
-                self._rescanned(self.rescanned._unpack(int(dut.rescanned__payload.value)), cycle)
-            offered = offered and str(dut.rescanned__ready.value) != "1"
-            cleared = str(dut.clear.value) == "1"
+                self._rescanned(self.rescanned.payload_now(), cycle)
+            offered = offered and ready() != "1"
+            cleared = clear() == "1"
             if self.rescan is not None:
-                assert str(dut.idle.value) == "0", "idle with a rescan"
-                disturbs = str(dut.values__valid.value) == str(dut.values__ready.value) == "1"
-                if str(dut.requests__valid.value) == str(dut.requests__ready.value) == "1":
-                    request = self.requests._unpack(int(dut.requests__payload.value))
+                assert idle() == "0", "idle with a rescan"
+                disturbs = self.values.moves
+                if self.requests.moves:
+                    request = self.requests.payload_now()
                     filled = request["op"] == FILL and not request["failed"]
                     disturbs |= not filled and request["op"] not in harmless
                 if disturbs and self.rescan[3] is None:
                     self.rescan[3] = cycle
                 self.rescan[4] |= cleared
-            if str(dut.rescans__valid.value) == str(dut.rescans__ready.value) == "1":
-                request = self.rescans._unpack(int(dut.rescans__payload.value))
+            if self.rescans.moves:
+                request = self.rescans.payload_now()
                 forgotten = self.forgotten
                 await RisingEdge(dut.clk)
                 await ReadWrite()  # The drivers have counted the beats of that edge.

@@ -33,6 +33,7 @@ from prestage_tb.axi import (
     random_address,
 )
 from prestage_tb.bench import (
+    Signals,
     Stall,
     StreamSink,
     StreamSource,
@@ -46,6 +47,9 @@ from prestage_tb.coverage import hit
 # Cycles from a strobe to the first new ``arvalid`` that it has an effect on.
 _COMMITTED = Settings.latency + 2
 _ABORTED = 4
+
+# What each bit of a channel's strobes counts, the lowest first.
+_STROBES = [name for name, _ in ChannelStrobes()]
 
 
 class TB:
@@ -63,6 +67,7 @@ class TB:
         reorder=0.0,
     ):
         self.dut = dut
+        self.ports = Signals(dut)
         self.config = config = parameters()["config"]
         self.golden = GoldenDMA(config)
         self.random = random.Random(cocotb.RANDOM_SEED)
@@ -143,24 +148,12 @@ class TB:
         self._told = 0
         self._relaxed_until = 0
 
-    def _high(self, name):
-        return str(getattr(self.dut, name).value) == "1"
-
-    def _number(self, name):
-        return int(str(getattr(self.dut, name).value), 2)
-
-    def _moves(self, stream):
-        return self._high(f"{stream}__valid") and self._high(f"{stream}__ready")
-
-    def _payload(self, driver):
-        return driver._unpack(int(str(driver.payload.value), 2))
-
     async def _watch(self):
         dut = self.dut
         await RisingEdge(dut.clk)
         while True:
             await FallingEdge(dut.clk)
-            if str(dut.rst.value) != "0":
+            if self.ports.bits("rst") != "0":
                 self.forget()
             else:
                 self._follow()
@@ -170,30 +163,30 @@ class TB:
     def _follow(self):
         """Tell the model what happens in this cycle, and compare."""
         engine, config = self.engine, self.config
-        assert self._high("idle") == (self.inside == 0), f"{self.inside} tiles are inside"
+        assert self.ports.high("idle") == (self.inside == 0), f"{self.inside} tiles are inside"
         for effect in [e for e in self._effects if e[0] <= self.cycle]:
             self._effects.remove(effect)
             effect[1]()
-        expired = self._number("expired")
+        expired = self.ports.number("expired")
         for channel in self.channels:
             if (self._expired & ~expired) >> channel & 1:
                 self._expire(channel)
         self._told &= expired
         self._expired = expired
         # Bursts, as soon as they are offered.
-        if self._high("bus__arvalid"):
+        if self.ports.high("bus__arvalid"):
             if self._offered is None:
-                burst = tuple(self._number(f"bus__{m}") for m in ("arid", "araddr", "arlen"))
+                burst = tuple(self.ports.number(f"bus__{m}") for m in ("arid", "araddr", "arlen"))
                 channel = engine.issue(burst[0], burst[1], burst[2] + 1)
                 self.launched.append((self.cycle, channel, burst[1], burst[2] + 1))
                 self._check_credits(channel)
-            self._offered = None if self._high("bus__arready") else True
+            self._offered = None if self.ports.high("bus__arready") else True
         # Beats, as soon as they are taken.
-        if self._high("bus__rvalid") and self._high("bus__rready"):
+        if self.ports.high("bus__rvalid") and self.ports.high("bus__rready"):
             write = engine.beat(
-                self._number("bus__rid"),
-                error=self._number("bus__rresp") >= 2,
-                last=self._high("bus__rlast"),
+                self.ports.number("bus__rid"),
+                error=self.ports.number("bus__rresp") >= 2,
+                last=self.ports.high("bus__rlast"),
             )
             if write is not None:
                 self.expected.append(write)
@@ -202,8 +195,8 @@ class TB:
                     self.counts["beats", write.transfer.channel] += 1
         if self.slots is not None:
             self._follow_slots()
-        elif self._moves("writes"):
-            got = self._payload(self.writes)
+        elif self.ports.moves("writes"):
+            got = self.writes.payload_now()
             assert self.expected, f"no beat may be written, but {got} was"
             write = self.expected.popleft()
             assert got == {
@@ -213,8 +206,8 @@ class TB:
             }
             self.written[id(write.transfer)] += 1
             self.counts["beats", write.transfer.channel] += 1
-        if self._moves("completions"):
-            record = self._payload(self.completions)
+        if self.ports.moves("completions"):
+            record = self.completions.payload_now()
             if record["reason"] == FetchReason.TIMEOUT and expired >> record["channel"] & 1:
                 self._expire(record["channel"])
             transfer = engine.complete(record)
@@ -227,14 +220,14 @@ class TB:
             self.counts[name.get(record["reason"], "errors"), transfer.channel] += 1
             self.completed.append((self.cycle, transfer, record))
             self.inside -= 1
-        if self._moves("fetches"):
-            request = self._payload(self.fetches)
+        if self.ports.moves("fetches"):
+            request = self.fetches.payload_now()
             self.accepted.append((self.cycle, engine.accept(request)))
             self.inside += 1
-        if self._moves("settings"):
-            self.refusals.append(engine.settings.write(self._payload(self.settings)))
-        if self._high("commit"):
-            shadow, lower = list(engine.settings.shadow), self._number("lower_credits")
+        if self.ports.moves("settings"):
+            self.refusals.append(engine.settings.write(self.settings.payload_now()))
+        if self.ports.high("commit"):
+            shadow, lower = list(engine.settings.shadow), self.ports.number("lower_credits")
 
             def commit():
                 engine.settings.active = shadow
@@ -242,17 +235,15 @@ class TB:
                 self._relaxed_until = self.cycle + 4
 
             self._effect(_COMMITTED, commit)
-        if self._high("abort") or self._high("abort_all"):
-            tag = None if self._high("abort_all") else self._number("abort_tag")
+        if self.ports.high("abort") or self.ports.high("abort_all"):
+            tag = None if self.ports.high("abort_all") else self.ports.number("abort_tag")
             meant = engine.requests(tag)
             self._effect(_ABORTED, lambda: engine.abort(meant))
-        self.strays += self._high("stray")
-        strobes = self._number("strobes")
-        width = ChannelStrobes().size
-        for channel in self.channels:
-            for name, field in ChannelStrobes():
-                at = channel * width + field.offset
-                self.strobes[name, channel] += strobes >> at & 1
+        self.strays += self.ports.high("stray")
+        strobes = self.ports.number("strobes")
+        for at in range(strobes.bit_length()):
+            channel, field = divmod(at, len(_STROBES))
+            self.strobes[_STROBES[field], channel] += strobes >> at & 1
 
     def _follow_slots(self):
         """Tell the model which writes were answered, and keep what they wrote."""
@@ -1213,7 +1204,9 @@ async def write_latency(dut):
         while len(seen) < 3:
             await FallingEdge(dut.clk)
             for name in ("bus__r", "slot_bus__aw", "slot_bus__w"):
-                if tb._high(f"{name}valid") and (name != "bus__r" or tb._high("bus__rlast")):
+                if tb.ports.high(f"{name}valid") and (
+                    name != "bus__r" or tb.ports.high("bus__rlast")
+                ):
                     seen.setdefault(name, tb.cycle)
         await tb.done()
         to_writer = 3  # From a beat being taken to the writer.

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from prestage_tb.bench import Stall, _pauses
+from prestage_tb.bench import Stall, _pauses, bits_of, step_at_edges
 
 __all__ = [
     "DECERR",
@@ -141,7 +141,8 @@ class AXIMemory:
         if latency < 1:
             raise ValueError(f"Latency must be at least 1 cycle, not {latency}")
         self._clk = dut.clk
-        self._rst = getattr(dut, "rst", None)
+        rst = getattr(dut, "rst", None)
+        self._rst_bits = None if rst is None else bits_of(rst)
         self._signals = {
             member: getattr(dut, f"{name}__{member}")
             for member in (
@@ -160,6 +161,7 @@ class AXIMemory:
                 "rid",
             )
         }
+        self._bits = {member: bits_of(signal) for member, signal in self._signals.items()}
         self._data = data
         self._bytes = data_bytes
         self._space = 1 << address_bits
@@ -184,7 +186,7 @@ class AXIMemory:
         self._strays: deque[tuple[int, int, int, bool]] = deque()
         for member in ("arready", "rvalid", "rdata", "rresp", "rlast", "rid"):
             self._signals[member].value = 0
-        self._task = cocotb.start_soon(self._run())
+        step_at_edges(self._clk, self._run())
 
     @property
     def waiting(self) -> int:
@@ -196,19 +198,19 @@ class AXIMemory:
         self._strays.append((identifier, 0, response, last))
 
     def _in_reset(self) -> bool:
-        return self._rst is not None and str(self._rst.value) != "0"
+        return self._rst_bits is not None and self._rst_bits() != "0"
 
     def _require(self, condition: bool, rule: str) -> None:
         if not condition:
             raise AssertionError(f"AXI4, cycle {self.cycle}: {rule}")
 
     def _bit(self, member: str) -> bool:
-        value = str(self._signals[member].value)
+        value = self._bits[member]()
         self._require(value in ("0", "1"), f"{member} must be 0 or 1, not {value}")
         return value == "1"
 
     def _number(self, member: str) -> int:
-        value = str(self._signals[member].value)
+        value = self._bits[member]()
         self._require(value.isdigit(), f"{member} must hold only 0 and 1, not {value}")
         return int(value, 2)
 
@@ -267,17 +269,14 @@ class AXIMemory:
             return ready[current]
         return min(ready.values(), key=lambda waiting: waiting.transfer.asked)
 
-    async def _run(self) -> None:
-        from cocotb.triggers import FallingEdge, RisingEdge
-
-        rising, falling = RisingEdge(self._clk), FallingEdge(self._clk)
+    def _run(self) -> Iterator[None]:
         signals = self._signals
         held: tuple[int, ...] | None = None
         chosen: _Waiting | None = None
         current: int | None = None
         offering = False
         next_beat = 0.0
-        await rising
+        yield  # until the clock rises
         while True:
             accepting = not self.address_paused and not self._pauses_now(self._address_pause)
             signals["arready"].value = int(accepting)
@@ -303,9 +302,9 @@ class AXIMemory:
                     signals["rvalid"].value = 1
             if not offering:
                 signals["rvalid"].value = 0
-            await falling
+            yield  # until it falls
             if self._in_reset():
-                await rising
+                yield  # until the clock rises
                 self.cycle += 1
                 self._queues.clear()
                 self._strays.clear()
@@ -325,7 +324,7 @@ class AXIMemory:
             else:
                 self._require(held is None, "arvalid must not fall before arready")
             taken = offering and self._bit("rready")
-            await rising
+            yield  # until the clock rises
             self.cycle += 1
             if asked is not None and accepting:
                 transfer = Transfer(asked[0], asked[1] + 1, self.cycle, identifier=asked[4])
@@ -385,7 +384,6 @@ class AXIWritableMemory(AXIMemory):
         seed: object = None,
         **keywords: object,
     ) -> None:
-        import cocotb
 
         self._first = data
         self.words: dict[int, int] = {}
@@ -409,13 +407,14 @@ class AXIWritableMemory(AXIMemory):
         }.items():
             for member in members:
                 self._signals[channel + member] = getattr(dut, f"{name}__{channel}{member}")
+        self._bits = {member: bits_of(signal) for member, signal in self._signals.items()}
         self._write_pauses = [
             _pauses(stall, seed=seed, name=f"{name}.{channel}")
             for channel, stall in (("aw", address_stall), ("w", data_stall), ("b", data_stall))
         ]
         for member in ("awready", "wready", "bvalid", "bresp", "bid"):
             self._signals[member].value = 0
-        self._write_task = cocotb.start_soon(self._serve_writes())
+        step_at_edges(self._clk, self._serve_writes())
 
     def _read(self, address: int, size: int) -> bytes:
         """Bytes at an address, at most a beat."""
@@ -433,10 +432,7 @@ class AXIWritableMemory(AXIMemory):
             self.words[address % self._space] = beat
         return OKAY
 
-    async def _serve_writes(self) -> None:
-        from cocotb.triggers import FallingEdge, RisingEdge
-
-        rising, falling = RisingEdge(self._clk), FallingEdge(self._clk)
+    def _serve_writes(self) -> Iterator[None]:
         signals = self._signals
         # A burst that was asked for, its beats so far, and those that wait for their answer.
         present: Transfer | None = None
@@ -444,7 +440,7 @@ class AXIWritableMemory(AXIMemory):
         done: deque[tuple[Transfer, list[int], int]] = deque()
         held: dict[str, object] = {}
         answering = False
-        await rising
+        yield  # until the clock rises
         while True:
             go = [not self._pauses_now(pause) for pause in self._write_pauses]
             address_ready, data_ready = go[0] and present is None, go[1] and present is not None
@@ -456,9 +452,9 @@ class AXIWritableMemory(AXIMemory):
                 transfer.end = self.cycle
                 answering = True
             signals["bvalid"].value = int(answering)
-            await falling
+            yield  # until it falls
             if self._in_reset():
-                await rising
+                yield  # until the clock rises
                 present, beats, held, answering = None, [], {}, False
                 done.clear()
                 continue
@@ -467,7 +463,7 @@ class AXIWritableMemory(AXIMemory):
             answered = answering and self._bit("bready")
             if asked is not None:
                 self._check(*asked)
-            await rising
+            yield  # until the clock rises
             if asked is not None and address_ready:
                 present = Transfer(asked[0], asked[1] + 1, self.cycle)
                 self.writes.append(present)
@@ -561,10 +557,10 @@ class AXIWriteMemory:
         burst_beats: int = 256,
         seed: object = None,
     ) -> None:
-        import cocotb
 
         self._clk = dut.clk
-        self._rst = getattr(dut, "rst", None)
+        rst = getattr(dut, "rst", None)
+        self._rst_bits = None if rst is None else bits_of(rst)
         members = {
             "aw": ("valid", "ready", "addr", "len", "size", "burst", "id"),
             "w": ("valid", "ready", "data", "strb", "last"),
@@ -575,6 +571,7 @@ class AXIWriteMemory:
             for channel, names in members.items()
             for member in names
         }
+        self._bits = {member: bits_of(signal) for member, signal in self._signals.items()}
         self._bytes = data_bytes
         self.latency = latency
         self._stalls = [
@@ -599,7 +596,7 @@ class AXIWriteMemory:
         self._forget()
         for member in ("awready", "wready", "bvalid", "bresp", "bid"):
             self._signals[member].value = 0
-        cocotb.start_soon(self._run())
+        step_at_edges(self._clk, self._run())
 
     @property
     def waiting(self) -> int:
@@ -619,7 +616,7 @@ class AXIWriteMemory:
             raise AssertionError(f"AXI4, cycle {self.cycle}: {rule}")
 
     def _number(self, member: str) -> int:
-        value = str(self._signals[member].value)
+        value = self._bits[member]()
         self._require(set(value) <= {"0", "1"}, f"{member} must hold only 0 and 1, not {value}")
         return int(value, 2)
 
@@ -672,12 +669,9 @@ class AXIWriteMemory:
         self.words.update(zip(addresses, beats, strict=True))
         return OKAY
 
-    async def _run(self) -> None:
-        from cocotb.triggers import FallingEdge, RisingEdge
-
-        rising, falling = RisingEdge(self._clk), FallingEdge(self._clk)
+    def _run(self) -> Iterator[None]:
         signals = self._signals
-        await rising
+        yield  # until the clock rises
         while True:
             go = [
                 not self.paused and not (pause is not None and next(pause, False))
@@ -691,9 +685,9 @@ class AXIWriteMemory:
                 signals["bresp"].value = self._answer()
                 self._answering = True
             signals["bvalid"].value = int(self._answering)
-            await falling
-            if self._rst is not None and str(self._rst.value) != "0":
-                await rising
+            yield  # until it falls
+            if self._rst_bits is not None and self._rst_bits() != "0":
+                yield  # until the clock rises
                 self.cycle += 1
                 self._forget()
                 continue
@@ -702,7 +696,7 @@ class AXIWriteMemory:
             answered = self._answering and bool(self._number("bready"))
             if asked is not None:
                 self._check(*asked)
-            await rising
+            yield  # until the clock rises
             self.cycle += 1
             if asked is not None:
                 self._addresses.append(Transfer(asked[0], asked[1] + 1, self.cycle))

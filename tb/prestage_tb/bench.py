@@ -44,6 +44,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 from xml.etree import ElementTree
 
 from amaranth import Shape
@@ -56,15 +57,18 @@ from prestage_tb import collisions
 from prestage_tb.collisions import poison_collisions
 
 __all__ = [
+    "Signals",
     "Stall",
     "StreamSink",
     "StreamSource",
     "assert_no_x",
+    "bits_of",
     "cycles",
     "parameters",
     "reset",
     "run_bench",
     "start_clock",
+    "step_at_edges",
 ]
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -473,6 +477,66 @@ async def cycles(dut: object, count: int = 1) -> None:
         await RisingEdge(dut.clk)
 
 
+class _Edges:
+    """Steps all drivers of a clock at its edges, in the order of their creation.
+
+    One task for all of them: a task of its own for each takes longer than what it does.
+    """
+
+    _of: ClassVar[dict[object, _Edges]] = {}
+
+    def __init__(self, clk: object) -> None:
+        import cocotb
+
+        self._clk = clk
+        self._drivers: list[Iterator[None]] = []
+        self._joining: list[Iterator[None]] = []
+        self._task = cocotb.start_soon(self._run())
+
+    @classmethod
+    def of(cls, clk: object) -> _Edges:
+        """Those of a clock in the test that runs: the task ends with its test."""
+        edges = cls._of.get(clk)
+        if edges is None or edges._task.done():
+            edges = cls._of[clk] = cls(clk)
+        return edges
+
+    def join(self, driver: Iterator[None]) -> None:
+        """Step a driver from the next rising edge on."""
+        next(driver)
+        self._joining.append(driver)
+
+    def leave(self, driver: Iterator[None]) -> None:
+        """Step a driver no more."""
+        self._drivers = [other for other in self._drivers if other is not driver]
+        self._joining = [other for other in self._joining if other is not driver]
+
+    async def _run(self) -> None:
+        from cocotb.triggers import FallingEdge, RisingEdge
+
+        rising, falling = RisingEdge(self._clk), FallingEdge(self._clk)
+        while True:
+            await rising
+            self._drivers += self._joining
+            self._joining.clear()
+            for driver in self._drivers:
+                next(driver)
+            await falling
+            for driver in self._drivers:
+                next(driver)
+
+
+def step_at_edges(clk: object, driver: Iterator[None]) -> Callable[[], None]:
+    """Step an endless generator at the edges of a clock; returns what ends that.
+
+    It runs until its first ``yield`` at once, and goes on just after the next rising edge, then at
+    the falling edge, and so forth. It ends with the test.
+    """
+    edges = _Edges.of(clk)
+    edges.join(driver)
+    return lambda: edges.leave(driver)
+
+
 async def reset(
     dut: object, count: int = 2, *, drivers: Iterable[StreamSource | StreamSink] = ()
 ) -> None:
@@ -494,6 +558,40 @@ async def reset(
         rst.value = 0
     for driver in drivers:
         driver.clear()
+
+
+def bits_of(signal: object) -> Callable[[], str]:
+    """What reads the bits of a signal, as ``str(signal.value)`` does.
+
+    It makes no object of a value, which takes most of the time of a read.
+    """
+    return signal._handle.get_signal_val_binstr
+
+
+class Signals:
+    """The ports of a device by name, read as :func:`bits_of` does."""
+
+    def __init__(self, dut: object) -> None:
+        self._dut = dut
+        self._bits: dict[str, Callable[[], str]] = {}
+
+    def bits(self, name: str) -> str:
+        """Bits of a port, the highest first."""
+        if name not in self._bits:
+            self._bits[name] = bits_of(getattr(self._dut, name))
+        return self._bits[name]()
+
+    def high(self, name: str) -> bool:
+        """Whether a port of one bit is 1."""
+        return self.bits(name) == "1"
+
+    def number(self, name: str) -> int:
+        """A port as a number without a sign."""
+        return int(self.bits(name), 2)
+
+    def moves(self, stream: str) -> bool:
+        """Whether a beat of a stream would be taken at this moment."""
+        return self.high(f"{stream}__valid") and self.high(f"{stream}__ready")
 
 
 def assert_no_x(*signals: object) -> None:
@@ -644,7 +742,6 @@ class _Stream:
         stall: float | Stall | Iterable[bool] = 0.0,
         seed: object = None,
     ) -> None:
-        import cocotb
         from cocotb.triggers import Event
 
         self.name = name
@@ -652,7 +749,10 @@ class _Stream:
         self.payload = getattr(dut, f"{name}__payload")
         self.valid = getattr(dut, f"{name}__valid")
         self.ready = getattr(dut, f"{name}__ready")
-        self._rst = getattr(dut, "rst", None)
+        rst = getattr(dut, "rst", None)
+        self._rst_bits = None if rst is None else bits_of(rst)
+        self._payload_bits = bits_of(self.payload)
+        self._valid_bits, self._ready_bits = bits_of(self.valid), bits_of(self.ready)
         self._width, self._pack, self._unpack = _codec(layout)
         if self._width != len(self.payload):
             raise ValueError(
@@ -666,7 +766,7 @@ class _Stream:
         self.cycle = 0
         #: True keeps the stream paused.
         self.paused = False
-        self._task = cocotb.start_soon(self._run())
+        self._leave = step_at_edges(self.clk, self._run())
 
     @property
     def stall(self) -> float | Stall | Iterable[bool]:
@@ -686,7 +786,21 @@ class _Stream:
         return self._pause is not None and next(self._pause, False)
 
     def _in_reset(self) -> bool:
-        return self._rst is not None and str(self._rst.value) != "0"
+        return self._rst_bits is not None and self._rst_bits() != "0"
+
+    @property
+    def offers(self) -> bool:
+        """Whether a beat is offered at this moment."""
+        return self._valid_bits() == "1"
+
+    @property
+    def moves(self) -> bool:
+        """Whether a beat would be taken at this moment."""
+        return self._valid_bits() == "1" and self._ready_bits() == "1"
+
+    def payload_now(self) -> object:
+        """The payload at this moment."""
+        return self._unpack(int(self._payload_bits(), 2))
 
     def _tell(self) -> None:
         self._moved.set()
@@ -694,7 +808,7 @@ class _Stream:
 
     def stop(self) -> None:
         """Stop driving; the signals keep their values."""
-        self._task.cancel()
+        self._leave()
 
 
 class StreamSource(_Stream):
@@ -761,21 +875,18 @@ class StreamSource(_Stream):
         self.valid.value = 0
         self._tell()
 
-    async def _run(self) -> None:
-        from cocotb.triggers import FallingEdge, RisingEdge
-
-        rising, falling = RisingEdge(self.clk), FallingEdge(self.clk)
+    def _run(self) -> Iterator[None]:
         offering = False
-        await rising
+        yield  # until the clock rises
         while True:
             self._cleared = False
             if not offering and self._queue and not self._stalls():
                 self.payload.value = self._queue[0]
                 self.valid.value = 1
                 offering = True
-            await falling
-            taken = offering and str(self.ready.value) == "1" and not self._in_reset()
-            await rising
+            yield  # until it falls
+            taken = offering and self._ready_bits() == "1" and not self._in_reset()
+            yield  # until the clock rises
             self.cycle += 1
             if self._cleared:
                 offering = False
@@ -852,29 +963,26 @@ class StreamSink(_Stream):
         self.arrival.clear()
         self._taken = 0
 
-    async def _run(self) -> None:
-        from cocotb.triggers import FallingEdge, RisingEdge
-
-        rising, falling = RisingEdge(self.clk), FallingEdge(self.clk)
+    def _run(self) -> Iterator[None]:
         held: str | None = None  # Payload that must be offered again.
         ready = False
         self._deadlines = getattr(self, "_deadlines", [])
-        await rising
+        yield  # until the clock rises
         while True:
             wanted = not self._stalls()
             if wanted != ready:
                 ready = wanted
                 self.ready.value = int(ready)
-            await falling
+            yield  # until it falls
             bits = None
             if self._in_reset():
                 held = None
             else:
-                valid = str(self.valid.value)
+                valid = self._valid_bits()
                 if valid not in "01":
                     raise AssertionError(f"Stream {self.name}: valid must be 0 or 1, not {valid}")
                 if valid == "1":
-                    bits = str(self.payload.value)
+                    bits = self._payload_bits()
                     if held is not None and bits != held:
                         raise AssertionError(
                             f"Stream {self.name}: payload must not change before it is taken,"
@@ -890,7 +998,7 @@ class StreamSink(_Stream):
                         f"Stream {self.name}: valid must not fall before the payload is taken"
                     )
                 held = bits if not ready else None
-            await rising
+            yield  # until the clock rises
             self.cycle += 1
             if bits is not None and ready:
                 self.received.append(self._unpack(int(bits, 2)))
