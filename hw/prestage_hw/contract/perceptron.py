@@ -127,6 +127,11 @@ class HeadConfig:
         """Width of a probability (P heads, in 1/256) or reuse value (R, in 1/1024), in bits."""
         return 10 if self.is_reuse else 8
 
+    def features(self) -> frozenset[str]:
+        """Features whose sets the head looks at."""
+        crossed = (name for cross in self.crosses for name in cross)
+        return frozenset({*self.rows, *self.diagonals, *crossed})
+
     def replace(self, **changes: Any) -> HeadConfig:
         """The same head with some parameters changed, validated again."""
         return replace(self, **changes)
@@ -218,12 +223,7 @@ class PerceptronConfig:
 
     def features(self) -> frozenset[str]:
         """Features that any head uses."""
-        used: set[str] = set()
-        for head in self.heads:
-            used.update(head.rows, head.diagonals)
-            for cross in head.crosses:
-                used.update(cross)
-        return frozenset(used)
+        return frozenset().union(*(head.features() for head in self.heads))
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> PerceptronConfig:

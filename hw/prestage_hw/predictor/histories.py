@@ -112,11 +112,6 @@ class _Read(NamedTuple):
     step: int
 
 
-def _head_features(head):
-    """Features whose sets a head looks at."""
-    return {*head.rows, *head.diagonals, *(name for cross in head.crosses for name in cross)}
-
-
 class Histories(wiring.Component):
     """Choices of the last three tokens of each context, and what the token tables know.
 
@@ -204,7 +199,7 @@ class Histories(wiring.Component):
         used = {_PREDICT: set(), _NOW: set(), _OLD: set()}
         for head in config.perceptron.heads:
             for kind in (_NOW, _OLD) if head.is_reuse else (_PREDICT,):
-                used[kind] |= _head_features(head)
+                used[kind] |= head.features()
         # For each set and kind of question: memory and place in it.
         self._sources = {
             name: {kind: where for kind, where in _SOURCES[name].items() if name in used[kind]}

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.perceptron import FEATURES, HeadConfig
+from prestage_hw.contract.perceptron import FEATURES
 from prestage_hw.contract.records import NO_TOKEN, Phase
 
 from .linear import NOW, OLD, gather
@@ -25,11 +25,6 @@ __all__ = ["Histories"]
 
 #: Features that need this token's choices, which a head of horizon 0 does not have.
 _OF_THIS_TOKEN = ("A", "C", "D")
-
-
-def _features(head: HeadConfig) -> set[str]:
-    """Features whose sets a head looks at."""
-    return {*head.rows, *head.diagonals, *(name for cross in head.crosses for name in cross)}
 
 
 class Histories:
@@ -65,7 +60,7 @@ class Histories:
         self._tokens = np.full((config.contexts, 2), NO_TOKEN, np.int64)
         self._phases = [int(Phase.PREFILL)] * config.contexts
         self._used = {
-            reuse: set().union(*(_features(h) for h in perceptron.heads if h.is_reuse == reuse))
+            reuse: frozenset().union(*(h.features() for h in perceptron.heads if h.is_reuse == reuse))
             for reuse in (False, True)
         }
         # Words that the table port wrote, by (table, index): what it wrote is read back even where

@@ -27,6 +27,7 @@ __all__ = [
     "gather",
     "head_learn",
     "head_predict",
+    "head_predict_and_learn",
     "lfsr_next",
 ]
 
@@ -69,11 +70,15 @@ class Head(NamedTuple):
         beats.
     lfsr : array of ``uint32``, shape ``[1]``
         State of the random numbers.
+    features : array of ``int64``
+        Numbers of all features whose sets the head looks at.
+    sets, known : array of ``int64``, shape ``[features, k]``, and of :class:`bool`
+        Room for the set of each feature, and whether it is known.
     found : array of ``int64``
         Room for the numbers of active rows.
-    chosen : array of ``int64``, shape ``[2, k]``
-        Room for two sets.
-    errors : array of ``int32``, shape ``[experts]``
+    sums : array of ``int32``, shape ``[experts]``
+        Room for sums of weights.
+    errors : array of ``int16``, shape ``[experts]``
         Room for what each value is short of its target.
     """
 
@@ -86,9 +91,12 @@ class Head(NamedTuple):
     maturity: NDArray[np.uint8]
     diagonal: NDArray[np.int16]
     lfsr: NDArray[np.uint32]
+    features: NDArray[np.int64]
+    sets: NDArray[np.int64]
+    known: NDArray[np.bool_]
     found: NDArray[np.int64]
-    chosen: NDArray[np.int64]
-    errors: NDArray[np.int32]
+    sums: NDArray[np.int32]
+    errors: NDArray[np.int16]
 
 
 _HORIZON, _REUSE, _LANES, _ENTRIES, _BEATS, _LAYERS = range(6)
@@ -145,9 +153,12 @@ def create_head(config: DeviceConfig, head: HeadConfig, *, number: int) -> Head:
         maturity=np.zeros(words, np.uint8),
         diagonal=np.zeros((layers, len(head.diagonals) + 1, config.lane_beats * lanes), np.int16),
         lfsr=np.array([LFSR_SEED + number], np.uint32),
+        features=np.array([_CODES[name] for name in FEATURES if name in head.features()], np.int64),
+        sets=np.zeros((len(FEATURES), model.top_k), np.int64),
+        known=np.zeros(len(FEATURES), np.bool_),
         found=np.zeros(len(head.rows) * model.top_k + _CROSS_PAIRS, np.int64),
-        chosen=np.zeros((2, model.top_k), np.int64),
-        errors=np.zeros(model.experts, np.int32),
+        sums=np.zeros(model.experts, np.int32),
+        errors=np.zeros(model.experts, np.int16),
     )
 
 
@@ -175,7 +186,10 @@ _MOST_LANES = 1024
 #: Noise of lane j is ``low + 97 j`` modulo 256. As 97 is odd, the lanes of every ``low`` are a
 #: stretch of one sequence, and the stretch begins at ``low / 97`` modulo 256.
 _NOISE_STEP = pow(97, -1, 256)
-_NOISE = (97 * np.arange(256 + _MOST_LANES) & 255).astype(np.int32)
+_NOISE = (97 * np.arange(256 + _MOST_LANES) & 255).astype(np.int16)
+
+#: Powers of two to multiply by: shifts by what is no constant are done in 64 bits.
+_POWERS = (1 << np.arange(15)).astype(np.int16)
 
 
 @kernel
@@ -243,38 +257,38 @@ def _hash(first: Any, second: Any, bits: Any) -> Any:
 
 
 @inner
-def _rows(
-    head: Any,
-    base: Any,
-    layer: Any,
-    now: Any,
-    this: Any,
-    prev: Any,
-    before: Any,
-    memo: Any,
-) -> Any:
-    """Find the numbers of the active rows; how many there are."""
-    shape, found = head.shape, head.found
-    horizon, reuse, layers = shape[_HORIZON], shape[_REUSE], shape[_LAYERS]
-    expert_bits, cross_bits = shape[_EXPERT_BITS], shape[_CROSS_BITS]
-    k = this.shape[1]
-    a, b = head.chosen[0], head.chosen[1]
+def _look(
+    head: Any, layer: Any, now: Any, this: Any, prev: Any, before: Any, memo: Any
+) -> None:
+    """Look up the sets of all features that the head asks for."""
+    shape = head.shape
+    for code in head.features:
+        head.known[code] = gather(
+            *(code, shape[_REUSE], now, layer, shape[_HORIZON]),
+            *(this, prev, before, memo, head.sets[code]),
+        )
+
+
+@inner
+def _rows(head: Any, place: Any) -> Any:
+    """Find the numbers of the active rows of a layer of a bank; how many there are."""
+    shape, found, sets, known = head.shape, head.found, head.sets, head.known
+    layers, expert_bits, cross_bits = shape[_LAYERS], shape[_EXPERT_BITS], shape[_CROSS_BITS]
+    k = sets.shape[1]
     count = 0
     for f in range(head.rows.shape[0]):
-        if not gather(head.rows[f], reuse, now, layer, horizon, this, prev, before, memo, a):
-            continue
-        for i in range(k):
-            found[count] = ((f * layers + base + layer) << expert_bits) + a[i]
+        code = head.rows[f]
+        for i in range(k if known[code] else 0):
+            found[count] = ((f * layers + place) << expert_bits) + sets[code, i]
             count += 1
     first = head.rows.shape[0] * layers << expert_bits
-    for x in range(head.crosses.shape[0]):
+    a = sets[_A]
+    for x in range(head.crosses.shape[0] if known[_A] else 0):
         cross = head.crosses[x]
-        row = first + ((x * layers + base + layer) << cross_bits)
-        if not gather(_A, reuse, now, layer, horizon, this, prev, before, memo, a):
-            continue
         other = _A if cross == _AA else _C if cross == _AC else _B
-        if not gather(other, reuse, now, layer, horizon, this, prev, before, memo, b):
+        if not known[other]:
             continue
+        row, b = first + ((x * layers + place) << cross_bits), sets[other]
         if cross == _AA:
             for i in range(min(3, k)):
                 for j in range(i):
@@ -302,6 +316,71 @@ def _is_again(chosen: Any, at: Any) -> Any:
 def _step(error: Any, shift: Any, noise: Any, bits: Any) -> Any:
     """What an error moves a weight by: rounded down after noise, 0 to 255."""
     return ((error << shift) + (noise << (bits - 8))) >> bits
+
+
+@inner
+def _move(row: Any, errors: Any, shift: Any, low: Any, bits: Any, most: Any) -> None:
+    """Move a stretch of weights by what their values are short of, with the noise of ``low``."""
+    # In 16 bits, so that the compiler does many at a time: a weight has 12 at most, an error is
+    # from -1023 to 1024 and the shift 4 at most, and as much noise as 4 * 255 comes on top.
+    scale, unit, rest = _POWERS[shift], _POWERS[bits - 8], _POWERS[16 - bits]
+    least, limit = np.int16(-most), np.int16(most)
+    noise = _NOISE[low * _NOISE_STEP & 255 :]
+    for j in range(errors.shape[0]):
+        moved = np.int16(errors[j] * scale + noise[j] * unit)
+        # The upper half of a product: there is an instruction for that.
+        step = np.int32(moved * rest) >> 16
+        row[j] = min(max(np.int16(row[j] + step), least), limit)
+
+
+@inner
+def _add_rows(head: Any, count: Any) -> None:
+    """Add the weights of the active rows to the sums."""
+    shape, found, weights, sums = head.shape, head.found, head.weights, head.sums
+    lanes, entries, beats = shape[_LANES], shape[_ENTRIES], shape[_BEATS]
+    experts = shape[_EXPERTS]
+    if entries:
+        for r in range(count):
+            for beat in range(beats):
+                word = found[r] * beats + beat
+                for j in range(lanes):
+                    e = head.places[word, j] * entries + beat * lanes + j
+                    if e < experts:
+                        sums[e] += weights[word, j]
+        return
+    for beat in range(beats):
+        # Stretches from 0 on: else numba looks for negative numbers in every step.
+        part = sums[beat * lanes : min((beat + 1) * lanes, experts)]
+        # Four rows at a time: their sum fits into 16 bits.
+        for r in range(0, count - 3, 4):
+            a, b = weights[found[r] * beats + beat], weights[found[r + 1] * beats + beat]
+            c, d = weights[found[r + 2] * beats + beat], weights[found[r + 3] * beats + beat]
+            for j in range(part.shape[0]):
+                part[j] += np.int16(np.int16(a[j] + b[j]) + np.int16(c[j] + d[j]))
+        for r in range(count - count % 4, count):
+            row = weights[found[r] * beats + beat]
+            for j in range(part.shape[0]):
+                part[j] += row[j]
+
+
+@inner
+def _predict(head: Any, place: Any, count: Any, values: Any) -> None:
+    """:func:`head_predict` of what was looked up."""
+    shape, sums = head.shape, head.sums
+    prior, most = shape[_PRIOR], (1 << shape[_VALUE_BITS]) - 1
+    weights = head.diagonal[place]
+    bias = weights[0]
+    for e in range(sums.shape[0]):
+        sums[e] = prior + bias[e]
+    _add_rows(head, count)
+    for f in range(head.diagonals.shape[0]):
+        code = head.diagonals[f]
+        chosen = head.sets[code]
+        for i in range(chosen.shape[0] if head.known[code] else 0):
+            if not _is_again(chosen, i):
+                sums[chosen[i]] += weights[f + 1, chosen[i]]
+    for e in range(sums.shape[0]):
+        values[e] = min(max(sums[e], 0), most)
 
 
 @kernel
@@ -335,38 +414,79 @@ def head_predict(
     values : array of :class:`int`, shape ``[experts]``
         Where the values go, 0 to ``2**value_bits - 1``.
     """
-    shape = head.shape
+    _look(head, layer, now, this, prev, before, memo)
+    _predict(head, base + layer, _rows(head, base + layer), values)
+
+
+@inner
+def _learn_list(head: Any, word: Any, beat: Any, stage: Any, low: Any, used: Any) -> None:
+    """Move the weights of a word of a list, and let it take in what was chosen."""
+    shape, errors = head.shape, head.errors
+    lanes, entries, experts = shape[_LANES], shape[_ENTRIES], shape[_EXPERTS]
+    most = shape[_MOST]
+    for j in range(lanes):
+        weight = np.int64(head.weights[word, j])
+        at = head.places[word, j]
+        if abs(weight) < 4:
+            target = -1
+            for i in range((experts + entries - 1) // entries):
+                e = i * entries + beat * lanes + j
+                if e < experts and used[e] and not (i == at and weight != 0):
+                    target = i
+                    break
+            if target >= 0:
+                head.places[word, j] = target
+                head.weights[word, j] = 8 >> stage
+                continue
+        e = at * entries + beat * lanes + j
+        if weight == 0 or e >= experts:
+            continue
+        shift = 3 - stage + shape[_REUSE]
+        weight += _step(errors[e], shift, (low + 97 * j) & 255, shape[_VALUE_BITS])
+        head.weights[word, j] = min(max(weight, -most), most)
+
+
+@inner
+def _learn(head: Any, place: Any, count: Any, values: Any, targets: Any, used: Any) -> None:
+    """:func:`head_learn` of what was looked up."""
+    shape, found, errors = head.shape, head.found, head.errors
     lanes, entries, beats = shape[_LANES], shape[_ENTRIES], shape[_BEATS]
-    experts, most = shape[_EXPERTS], (1 << shape[_VALUE_BITS]) - 1
-    found, chosen = head.found, head.chosen[0]
-    count = _rows(head, base, layer, now, this, prev, before, memo)
-    weights = head.diagonal[base + layer]
+    experts, bits, most = shape[_EXPERTS], shape[_VALUE_BITS], shape[_MOST]
     for e in range(experts):
-        values[e] = shape[_PRIOR] + weights[0, e]
+        errors[e] = targets[e] - values[e]
+    state = head.lfsr[0]
     for r in range(count):
         for beat in range(beats):
             word = found[r] * beats + beat
+            state = lfsr_next(state)
+            stage: Any = min(np.int64(head.maturity[word]), 2)
+            low = np.int64(state) & 255
             if entries:
-                for j in range(lanes):
-                    e = head.places[word, j] * entries + beat * lanes + j
-                    if e < experts:
-                        values[e] += head.weights[word, j]
+                _learn_list(head, word, beat, stage, low, used)
             else:
-                # Stretches from 0 on: else numba looks for negative numbers in every step.
-                part = values[beat * lanes : min((beat + 1) * lanes, experts)]
-                row = head.weights[word]
-                for j in range(part.shape[0]):
-                    part[j] += row[j]
-    for f in range(head.diagonals.shape[0]):
-        if gather(
-            *(head.diagonals[f], shape[_REUSE], now, layer, shape[_HORIZON]),
-            *(this, prev, before, memo, chosen),
-        ):
-            for i in range(len(chosen)):
-                if not _is_again(chosen, i):
-                    values[chosen[i]] += weights[f + 1, chosen[i]]
-    for e in range(experts):
-        values[e] = min(max(values[e], 0), most)
+                part = errors[beat * lanes : min((beat + 1) * lanes, experts)]
+                _move(head.weights[word], part, 3 - stage + shape[_REUSE], low, bits, most)
+            draw = np.int64(state) >> 24
+            if stage == 0 and draw < 64 or stage == 1 and draw < 16:
+                head.maturity[word] = stage + 1
+    weights = head.diagonal[place]
+    shift = 1 + shape[_REUSE]
+    for beat in range((experts + lanes - 1) // lanes):
+        state = lfsr_next(state)
+        low, first = np.int64(state), beat * lanes
+        last = min(first + lanes, experts)
+        _move(weights[0, first:last], errors[first:last], shift, low, bits, most)
+        for f in range(head.diagonals.shape[0]):
+            code = head.diagonals[f]
+            chosen = head.sets[code]
+            for i in range(chosen.shape[0] if head.known[code] else 0):
+                e = chosen[i]
+                if not first <= e < last or _is_again(chosen, i):
+                    continue
+                noise = low + 97 * (e - first) + 59 * (f + 1)
+                step = _step(errors[e], shift, noise & 255, bits)
+                weights[f + 1, e] = min(max(weights[f + 1, e] + step, -most), most)
+    head.lfsr[0] = state
 
 
 @kernel
@@ -395,71 +515,30 @@ def head_learn(
     used : array of :class:`bool`, shape ``[experts]``
         The experts that were chosen: lists take in no others.
     """
-    shape = head.shape
-    lanes, entries, beats = shape[_LANES], shape[_ENTRIES], shape[_BEATS]
-    experts, bits, most = shape[_EXPERTS], shape[_VALUE_BITS], shape[_MOST]
-    boost = 1 if shape[_REUSE] else 0
-    found, chosen, errors = head.found, head.chosen[0], head.errors
-    count = _rows(head, base, layer, OLD, this, prev, before, memo)
-    for e in range(experts):
-        errors[e] = targets[e] - values[e]
-    state = head.lfsr[0]
-    for r in range(count):
-        for beat in range(beats):
-            word = found[r] * beats + beat
-            state = lfsr_next(state)
-            stage: Any = min(np.int64(head.maturity[word]), 2)
-            shift = 3 - stage + boost
-            low = np.int64(state) & 255
-            if entries == 0:
-                # Apart from lists and without a branch: most of the time goes into this loop.
-                row = head.weights[word]
-                part = errors[beat * lanes : min((beat + 1) * lanes, experts)]
-                noise = _NOISE[low * _NOISE_STEP & 255 :]
-                for j in range(part.shape[0]):
-                    weight = row[j] + _step(part[j], shift, noise[j], bits)
-                    row[j] = min(max(weight, -most), most)
-            for j in range(lanes if entries else 0):
-                weight = np.int64(head.weights[word, j])
-                at = head.places[word, j]
-                if abs(weight) < 4:
-                    target = -1
-                    for i in range((experts + entries - 1) // entries):
-                        e = i * entries + beat * lanes + j
-                        if e < experts and used[e] and not (i == at and weight != 0):
-                            target = i
-                            break
-                    if target >= 0:
-                        head.places[word, j] = target
-                        head.weights[word, j] = 8 >> stage
-                        continue
-                e = at * entries + beat * lanes + j
-                if weight == 0 or e >= experts:
-                    continue
-                weight += _step(errors[e], shift, (low + 97 * j) & 255, bits)
-                head.weights[word, j] = min(max(weight, -most), most)
-            draw = np.int64(state) >> 24
-            if stage == 0 and draw < 64 or stage == 1 and draw < 16:
-                head.maturity[word] = stage + 1
-    weights = head.diagonal[base + layer]
-    shift = 1 + boost
-    for beat in range((experts + lanes - 1) // lanes):
-        state = lfsr_next(state)
-        low, first = np.int64(state), beat * lanes
-        for e in range(first, min(first + lanes, experts)):
-            step = _step(errors[e], shift, (low + 97 * (e - first)) & 255, bits)
-            weights[0, e] = min(max(weights[0, e] + step, -most), most)
-        for f in range(head.diagonals.shape[0]):
-            if not gather(
-                *(head.diagonals[f], shape[_REUSE], OLD, layer, shape[_HORIZON]),
-                *(this, prev, before, memo, chosen),
-            ):
-                continue
-            for i in range(len(chosen)):
-                e = chosen[i]
-                if not first <= e < first + lanes or _is_again(chosen, i):
-                    continue
-                low = np.int64(state) + 97 * (e - first) + 59 * (f + 1)
-                step = _step(errors[e], shift, low & 255, bits)
-                weights[f + 1, e] = min(max(weights[f + 1, e] + step, -most), most)
-    head.lfsr[0] = state
+    _look(head, layer, OLD, this, prev, before, memo)
+    _learn(head, base + layer, _rows(head, base + layer), values, targets, used)
+
+
+@inner
+def head_predict_and_learn(
+    head: Any,
+    layer: Any,
+    this: Any,
+    prev: Any,
+    before: Any,
+    memo: Any,
+    values: Any,
+    targets: Any,
+    used: Any,
+) -> None:
+    """:func:`head_predict` and :func:`head_learn` of a P head at once, in the first bank.
+
+    Parameters
+    ----------
+    head, layer, this, prev, before, memo, values, targets, used
+        As in those.
+    """
+    _look(head, layer, OLD, this, prev, before, memo)
+    count = _rows(head, layer)
+    _predict(head, layer, count, values)
+    _learn(head, layer, count, values, targets, used)

@@ -16,10 +16,20 @@ from prestage_hw.contract.params import require_config
 from prestage_hw.contract.perceptron import HeadConfig
 from prestage_hw.contract.records import NO_TOKEN, Phase, Source, ValueKind
 
-from ..._jit import compiled
+from ..._jit import compiled, kernel
+from ..._reference import by_reference
 from .base import Candidate, Settings, ValueBeat
 from .histories import Histories
-from .linear import NOW, OLD, Head, clear_head, create_head, head_learn, head_predict
+from .linear import (
+    NOW,
+    OLD,
+    Head,
+    clear_head,
+    create_head,
+    head_learn,
+    head_predict,
+    head_predict_and_learn,
+)
 from .ranking import ranked
 from .tokens import create_tokens, token_fetch, token_store
 from .trust import Trust
@@ -30,65 +40,69 @@ __all__ = ["PerceptronPredictor", "TraceRunner"]
 _DISCOUNT = 13
 
 
-@compiled
+@kernel
 def reuse_targets(values: Any, used: Any, targets: Any) -> None:
     """Temporal difference: 1 for what was used, else the discounted value of the next visit."""
     for e in range(values.shape[0]):
         targets[e] = 1024 if used[e] else (_DISCOUNT * values[e]) >> 4
 
 
-@compiled
-def _run_head(head: Any, routed: Any, memos: Any, values: Any, out: Any, learns: Any) -> None:
+@kernel
+def run_head(
+    head: Any, routed: Any, memos: Any, targets: Any, used: Any, out: Any, learns: Any
+) -> None:
     """Predict and learn every layer of every token, in the device's order for one context.
 
-    ``routed`` holds two tokens more than ``memos``: those before the first.
+    ``routed`` holds two tokens more than ``memos``: those before the first. ``targets`` and
+    ``used`` are room for one of each expert.
     """
-    tokens, layers = memos.shape[0], memos.shape[2]
-    experts = values.shape[0]
-    horizon = head.shape[0]
-    targets = np.zeros(experts, np.int64)
-    used = np.zeros(experts, np.bool_)
-    for t in range(tokens):
-        this, prev, before = routed[t + 2], routed[t + 1], routed[t]
-        for m in range(layers):
-            if m < horizon:
-                continue
-            head_predict(head, 0, m, OLD, this, prev, before, memos[t], values)
-            out[t, m] = values
+    head = by_reference(head)
+    layers = memos.shape[2]
+    for t in range(memos.shape[0]):
+        this, prev, before, memo = routed[t + 2], routed[t + 1], routed[t], memos[t]
+        for m in range(head.shape[0], layers):
             if not learns:
+                head_predict(head, 0, m, OLD, this, prev, before, memo, out[t, m])
                 continue
-            used[:] = False
-            targets[:] = 0
+            for e in range(used.shape[0]):
+                used[e], targets[e] = False, 0
             for e in this[m]:
-                used[e] = True
-                targets[e] = 256
-            head_learn(head, 0, m, this, prev, before, memos[t], values, targets, used)
+                used[e], targets[e] = True, 256
+            head_predict_and_learn(head, m, this, prev, before, memo, out[t, m], targets, used)
 
 
-@compiled
-def _run_reuse(head: Any, routed: Any, memos: Any, old: Any, known: Any, out: Any) -> None:
+@kernel
+def run_reuse(
+    head: Any,
+    routed: Any,
+    memos: Any,
+    targets: Any,
+    used: Any,
+    new: Any,
+    old: Any,
+    known: Any,
+    out: Any,
+) -> None:
     """Reuse values after each routing of a layer, in 1/256; ``old`` are those of the visit before.
 
-    ``routed`` holds two tokens more than ``memos``: those before the first.
+    ``routed`` holds two tokens more than ``memos``: those before the first. ``targets``, ``used``
+    and ``new`` are room for one of each expert.
     """
-    tokens, layers = memos.shape[0], memos.shape[2]
-    experts = old.shape[1]
-    new = np.zeros(experts, np.int64)
-    targets = np.zeros(experts, np.int64)
-    used = np.zeros(experts, np.bool_)
-    for t in range(tokens):
-        this, prev, before = routed[t + 2], routed[t + 1], routed[t]
-        for m in range(layers):
-            head_predict(head, 0, m, NOW, this, prev, before, memos[t], new)
-            used[:] = False
+    head = by_reference(head)
+    for t in range(memos.shape[0]):
+        this, prev, before, memo = routed[t + 2], routed[t + 1], routed[t], memos[t]
+        for m in range(memos.shape[2]):
+            head_predict(head, 0, m, NOW, this, prev, before, memo, new)
+            for e in range(used.shape[0]):
+                used[e] = False
             for e in this[m]:
                 used[e] = True
             if known[m]:
                 reuse_targets(new, used, targets)
-                head_learn(head, 0, m, this, prev, before, memos[t], old[m], targets, used)
+                head_learn(head, 0, m, this, prev, before, memo, old[m], targets, used)
             known[m] = True
-            old[m] = new
-            for e in range(experts):
+            for e in range(used.shape[0]):
+                old[m, e] = new[e]
                 out[t, m, e] = new[e] >> 2
 
 
@@ -503,7 +517,9 @@ class TraceRunner:
         reuse = np.zeros((len(memos), model.layers, model.experts), np.int16)
         if self._reuse is not None:
             old, known = self._old[ctx], self._known[ctx]
-            _run_reuse(self._reuse, routed, memos, old, known, reuse)
+            targets, used = self._room()
+            new = np.zeros_like(targets)
+            run_reuse(self._reuse, routed, memos, targets, used, new, old, known, reuse)
         return self._chances(routed, memos, learns=True), reuse
 
     def look(
@@ -556,7 +572,7 @@ class TraceRunner:
     ) -> dict[int, NDArray[np.int16]]:
         """What the P heads say."""
         model = self._config.model
-        values = np.zeros(model.experts, np.int64)
+        targets, used = self._room()
         out: dict[int, NDArray[np.int16]] = {}
         for horizon, head in sorted(self._heads.items()):
             result = (
@@ -564,6 +580,11 @@ class TraceRunner:
                 if horizon
                 else np.zeros((len(memos), model.layers, model.experts), np.int16)
             )
-            _run_head(head, routed, memos, values, result, learns)
+            run_head(head, routed, memos, targets, used, result, learns)
             out[horizon] = result
         return out
+
+    def _room(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Room for what an expert's value should be, and whether it was used."""
+        experts = self._config.model.experts
+        return np.zeros(experts, np.int64), np.zeros(experts, np.bool_)
