@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 
-__all__ = ["compiled", "inner", "kernel", "sources_digest"]
+__all__ = ["compiled", "inlined", "inner", "kernel", "sources_digest"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -45,6 +45,15 @@ def kernel(function: _Function) -> _Function:
 def inner(function: _Function) -> _Function:
     """Compile a :func:`kernel` that compiled functions alone call, from other files too."""
     return _compile(function, {**_KERNEL, "no_cpython_wrapper": True})
+
+
+def inlined(function: _Function) -> _Function:
+    """Compile a :func:`kernel` that becomes part of its callers: what is short and called often.
+
+    A call hands every array on by value, in seven words and more.
+    """
+    private = function.__name__.startswith("_")
+    return _compile(function, {**_KERNEL, "no_cpython_wrapper": private, "forceinline": True})
 
 
 def _compile(function: _Function, options: dict[str, Any]) -> _Function:

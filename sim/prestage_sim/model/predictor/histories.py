@@ -59,10 +59,9 @@ class Histories:
         self.tables = create_tokens(config)
         self._tokens = np.full((config.contexts, 2), NO_TOKEN, np.int64)
         self._phases = [int(Phase.PREFILL)] * config.contexts
-        self._used = {
-            reuse: frozenset().union(*(h.features() for h in perceptron.heads if h.is_reuse == reuse))
-            for reuse in (False, True)
-        }
+        self._used: dict[bool, set[str]] = {False: set(), True: set()}
+        for head in perceptron.heads:
+            self._used[head.is_reuse] |= head.features()
         # Words that the table port wrote, by (table, index): what it wrote is read back even where
         # it means nothing.
         self._written: dict[tuple[int, int], int] = {}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.perceptron import CROSSES, FEATURES, HeadConfig
 
-from ..._jit import inner, kernel
+from ..._jit import inlined, inner, kernel
 
 __all__ = [
     "LFSR_SEED",
@@ -192,14 +192,14 @@ _NOISE = (97 * np.arange(256 + _MOST_LANES) & 255).astype(np.int16)
 _POWERS = (1 << np.arange(15)).astype(np.int16)
 
 
-@kernel
+@inlined
 def lfsr_next(state: Any) -> Any:
     """State of the random numbers eight steps on."""
     word = np.uint32(state)
     return np.uint32(word >> np.uint32(8)) ^ _LFSR_TABLE[word & np.uint32(255)]
 
 
-@kernel
+@inlined
 def gather(
     code: Any,
     reuse: Any,
@@ -250,16 +250,14 @@ def gather(
     return chosen[0] >= 0
 
 
-@inner
+@inlined
 def _hash(first: Any, second: Any, bits: Any) -> Any:
     """Row of a conjunction of two experts."""
     return (first * 157 + second * 1265) & ((1 << bits) - 1)
 
 
 @inner
-def _look(
-    head: Any, layer: Any, now: Any, this: Any, prev: Any, before: Any, memo: Any
-) -> None:
+def _look(head: Any, layer: Any, now: Any, this: Any, prev: Any, before: Any, memo: Any) -> None:
     """Look up the sets of all features that the head asks for."""
     shape = head.shape
     for code in head.features:
@@ -303,7 +301,7 @@ def _rows(head: Any, place: Any) -> Any:
     return count
 
 
-@inner
+@inlined
 def _is_again(chosen: Any, at: Any) -> Any:
     """Whether a place names an expert that an earlier one named: a set that was loaded may."""
     for n in range(at):
@@ -312,13 +310,13 @@ def _is_again(chosen: Any, at: Any) -> Any:
     return False
 
 
-@inner
+@inlined
 def _step(error: Any, shift: Any, noise: Any, bits: Any) -> Any:
     """What an error moves a weight by: rounded down after noise, 0 to 255."""
     return ((error << shift) + (noise << (bits - 8))) >> bits
 
 
-@inner
+@inlined
 def _move(row: Any, errors: Any, shift: Any, low: Any, bits: Any, most: Any) -> None:
     """Move a stretch of weights by what their values are short of, with the noise of ``low``."""
     # In 16 bits, so that the compiler does many at a time: a weight has 12 at most, an error is
