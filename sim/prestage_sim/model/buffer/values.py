@@ -23,7 +23,9 @@ def discounts(layers: int) -> tuple[int, ...]:
 @kernel
 def use_rate(rate: Any, age: Any, decays: Any) -> Any:
     """Use rate of an expert, in 1/256, ``age`` visits of its layer after it was ``rate``."""
-    return (rate * decays[age]) >> 8 if age < 64 else rate - rate
+    # Without a branch, and so is what follows: hardly any could be foreseen.
+    now = (rate * decays[min(age, 63)]) >> 8
+    return now if age < 64 else rate - rate
 
 
 @kernel
@@ -51,10 +53,9 @@ def keep_value(
         :func:`discounts`.
     """
     habit = reuse + rate
-    if visited:
-        worth = habit
-        if distance == 0:
-            distance = discount.shape[0] - 1
-    else:
-        worth = 2 * chance + (((256 - chance) * 13 * habit) >> 12)
-    return (worth * discount[distance]) >> 5
+    if visited and distance == 0:
+        distance = discount.shape[0] - 1
+    # Of a visited one the habit itself.
+    chance = 0 if visited else chance
+    share = 4096 if visited else (256 - chance) * 13
+    return ((2 * chance + ((share * habit) >> 12)) * discount[distance]) >> 5

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.records import Policy, ValueKind
 
-from ..._jit import kernel
+from ..._jit import inlined, kernel
 from .directory import SlotState
 from .state import (
     BANKS,
@@ -69,13 +69,13 @@ def count_demand(state: Any, ctx: Any, layer: Any, expert: Any, first: Any) -> N
     state.experts[key, STAMP] = visits[layer]
 
 
-@kernel
+@inlined
 def layer_mark(state: Any, layer: Any) -> Any:
     """What a prefetch for that layer remembers of its visits."""
     return state.visits[layer] % _MARKS
 
 
-@kernel
+@inlined
 def expert_keep(state: Any, policy: Any, layer: Any, expert: Any, probation: Any) -> Any:
     """Worth of an expert.
 
@@ -105,7 +105,8 @@ def expert_keep(state: Any, policy: Any, layer: Any, expert: Any, probation: Any
         if distance < 0:
             distance += layers
         visited = state.visited[ctx, layer, expert // state.shape[LANES]]
-        chance = np.int64(0) if visited else state.chances[ctx, layer, expert]
+        chance = state.chances[ctx, layer, expert]
+        chance = np.int64(0) if visited else chance
         if probation and distance == 0:
             distance = layers
         worth = keep_value(
@@ -120,7 +121,7 @@ def expert_keep(state: Any, policy: Any, layer: Any, expert: Any, probation: Any
     return best
 
 
-@kernel
+@inlined
 def slot_worth(state: Any, policy: Any, slot: Any) -> Any:
     """Worth of what a slot holds; -1 for a free slot."""
     held = state.slots[slot]
@@ -168,9 +169,11 @@ def find_victim(
     first = number >= 0
     while passes < (count + samples - 1) // samples and best < 0:
         passes += 1
+        place = registers[POINTER]
         for n in range(-1 if first else 0, samples):
             if n >= 0:
-                number = (registers[POINTER] + n) % count
+                number = place
+                place = place + 1 if place + 1 < count else 0
             if slots[number, PINS] or slots[number, FILLS] or slots[number, LOCKED]:
                 continue
             if bank >= 0 and number % banks != bank:
@@ -181,7 +184,7 @@ def find_victim(
                 best, best_worth = number, worth
             elif number != best and (second < 0 or worth < second_worth):
                 second, second_worth = number, worth
-        registers[POINTER] = (registers[POINTER] + samples) % count
+        registers[POINTER] = place
         first = False
     registers[PASSES] = passes
     if best < 0:
