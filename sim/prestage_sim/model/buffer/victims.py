@@ -76,6 +76,13 @@ def layer_mark(state: Any, layer: Any) -> Any:
 
 
 @inlined
+def _divided(number: Any, by: Any) -> Any:
+    """Quotient and rest, both of what is not negative: signs would take more than the division."""
+    quotient = np.int64(np.uint64(number) // np.uint64(by))
+    return quotient, number - quotient * by
+
+
+@inlined
 def expert_keep(state: Any, policy: Any, layer: Any, expert: Any, probation: Any) -> Any:
     """Worth of an expert.
 
@@ -104,7 +111,8 @@ def expert_keep(state: Any, policy: Any, layer: Any, expert: Any, probation: Any
         distance = layer - current
         if distance < 0:
             distance += layers
-        visited = state.visited[ctx, layer, expert // state.shape[LANES]]
+        beat, _ = _divided(expert, state.shape[LANES])
+        visited = state.visited[ctx, layer, beat]
         chance = state.chances[ctx, layer, expert]
         chance = np.int64(0) if visited else chance
         if probation and distance == 0:
@@ -127,7 +135,7 @@ def slot_worth(state: Any, policy: Any, slot: Any) -> Any:
     held = state.slots[slot]
     if held[OWNER] < 0:
         return np.int64(-1)
-    layer, expert = divmod(held[OWNER], state.shape[EXPERTS])
+    layer, expert = _divided(held[OWNER], state.shape[EXPERTS])
     probation = np.int64(0)
     if held[PREFETCHED] and held[MARK] == layer_mark(state, layer):
         probation = held[VALUE]
@@ -174,7 +182,8 @@ def find_victim(
             if n >= 0:
                 number = place
                 place = place + 1 if place + 1 < count else 0
-            if slots[number, PINS] or slots[number, FILLS] or slots[number, LOCKED]:
+            held = slots[number]
+            if held[PINS] or held[FILLS] or held[LOCKED]:
                 continue
             if bank >= 0 and number % banks != bank:
                 continue
