@@ -67,17 +67,22 @@ def rescan(state: Any, ctx: Any, near: Any, ahead: Any, least: Any, cutoff_layer
         if layer >= cutoff_layer:
             continue
         for beat in range(state.visited.shape[2]):
-            visited = state.visited[ctx, layer, beat]
             first = beat * state.shape[LANES]
-            for expert in range(first, min(first + state.shape[LANES], experts)):
-                if visited:
-                    value = state.reuse[ctx, layer, expert] >> 1
-                else:
-                    value = state.chances[ctx, layer, expert]
+            visited = state.visited[ctx, layer, beat]
+            values = state.reuse[ctx, layer] if visited else state.chances[ctx, layer]
+            values = values[first : min(first + state.shape[LANES], experts)]
+            most, half = np.int64(0), np.int64(visited)
+            for e in range(values.shape[0]):
+                most = max(most, values[e])
+            # More confidence never leaves more steps: where the most does not do, none does.
+            if most >> half < least or d + _STEPS[most >> half] >= least_left:
+                continue
+            for e in range(values.shape[0]):
+                value = values[e] >> half
                 # Directory last: few are likely enough.
                 if value < least or d + _STEPS[value] >= least_left:
                     continue
-                key = layer * experts + expert
+                key = layer * experts + first + e
                 if state.experts[key, STATE] == EMPTY:
                     best, score, distance = key, value, np.int64(d)
                     least_left = d + _STEPS[value]
