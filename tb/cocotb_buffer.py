@@ -29,10 +29,10 @@ from prestage_hw.layouts import RecordLayout
 from prestage_sim.model.buffer import BufferResult
 from prestage_sim.model.buffer import ExpertBuffer as GoldenBuffer
 from prestage_tb.bench import (
+    Signals,
     Stall,
     StreamSink,
     StreamSource,
-    bits_of,
     cycles,
     parameters,
     reset,
@@ -62,6 +62,7 @@ class TB:
 
     def __init__(self, dut, *, stall=0.0):
         self.dut = dut
+        self.ports = Signals(dut)
         self.config = config = parameters()["config"]
         valued, host_writes = parameters()["valued"], parameters()["host_writes"]
         self.buffer = ExpertBuffer(config=config, valued=valued, host_writes=host_writes)
@@ -170,7 +171,7 @@ class TB:
         await reset(self.dut, drivers=self.drivers)
         await FallingEdge(self.dut.clk)
         waited = 0
-        while str(self.dut.idle.value) != "1":
+        while self.ports.bits("idle") != "1":
             waited += 1
             await FallingEdge(self.dut.clk)
         assert waited == self.buffer.clear_cycles
@@ -194,7 +195,7 @@ class TB:
 
     def settle_writes(self):
         """Tell the golden model of the writes that were taken."""
-        assert str(self.dut.writes__ready.value) == "1"
+        assert self.ports.high("writes__ready")
         for writer in self.writers:
             while self.written_count[writer] < writer.sent_count:
                 self.golden.write_beat(*self.queued[writer].popleft())
@@ -260,21 +261,19 @@ class TB:
         """An answer is that of the model when the request was taken, or says what disturbed it."""
         dut, cycle, offered = self.dut, 0, False
         harmless = (RELEASE, UNLOCK)
-        rst, clear, idle = bits_of(dut.rst), bits_of(dut.clear), bits_of(dut.idle)
-        ready = bits_of(dut.rescanned__ready)
         while True:
             await FallingEdge(dut.clk)
             cycle += 1
-            if rst() != "0":
+            if self.ports.bits("rst") != "0":
                 offered = False
                 continue
             if not offered and self.rescanned.offers:
                 offered = True
                 self._rescanned(self.rescanned.payload_now(), cycle)
-            offered = offered and ready() != "1"
-            cleared = clear() == "1"
+            offered = offered and not self.rescanned.moves
+            cleared = self.ports.high("clear")
             if self.rescan is not None:
-                assert idle() == "0", "idle with a rescan"
+                assert not self.ports.high("idle"), "idle with a rescan"
                 disturbs = self.values.moves
                 if self.requests.moves:
                     request = self.requests.payload_now()
@@ -468,7 +467,7 @@ class TB:
         rescans, self.rescans_on = self.rescans_on, False
         for _ in range(4 * self.buffer.clear_cycles + 100):
             await FallingEdge(self.dut.clk)
-            if str(self.dut.idle.value) == "1":
+            if self.ports.high("idle"):
                 self.rescans_on = rescans
                 return
         raise AssertionError("The buffer must become idle")
@@ -483,7 +482,7 @@ class TB:
         await cycles(self.dut)
         self.dut.clear.value = 0
         await FallingEdge(self.dut.clk)
-        assert str(self.dut.idle.value) == "0"
+        assert self.ports.bits("idle") == "0"
         await self.until_idle()
         self.window.clear()
 

@@ -19,6 +19,7 @@ from prestage_hw.dma.checksum import Checksums, TapLayout
 from prestage_hw.layouts import RecordLayout
 from prestage_sim.model.dma.checksum import Checksums as Golden
 from prestage_tb.bench import (
+    Signals,
     Stall,
     StreamSink,
     StreamSource,
@@ -48,6 +49,7 @@ class TB:
 
     def __init__(self, dut, *, stall=0.0):
         self.dut = dut
+        self.ports = Signals(dut)
         self.config = config = parameters()["config"]
         self.random = random.Random(cocotb.RANDOM_SEED)
         start_clock(dut)
@@ -78,7 +80,7 @@ class TB:
         """Wait for the table to be cleared: a row a cycle."""
         for _ in range(self.experts + 4):
             await RisingEdge(self.dut.clk)
-        assert str(self.dut.idle.value) == "1"
+        assert self.ports.high("idle")
 
     def tap(self, **fields):
         """Value of the tap for the next cycle."""
@@ -182,7 +184,7 @@ class TB:
         assert got == self.expected
         self.expected.clear()
         await cycles(self.dut, 3)
-        assert str(self.dut.idle.value) == "1"
+        assert self.ports.high("idle")
         return Counter(FetchReason(record["reason"]) for record in got)
 
     def fetch(self, number=None):

@@ -29,6 +29,7 @@ from prestage_hw.predictor.tokens import TableAccessLayout
 from prestage_sim.model.predictor import histories as golden
 from prestage_tb.axi import AXIWritableMemory, pattern
 from prestage_tb.bench import (
+    Signals,
     Stall,
     StreamSink,
     StreamSource,
@@ -45,6 +46,7 @@ class HistoriesBench:
 
     def __init__(self, dut, stall=0.0):
         self.dut = dut
+        self.ports = Signals(dut)
         self.config = parameters()["config"]
         self.random = random.Random(cocotb.RANDOM_SEED)
         start_clock(dut)
@@ -126,7 +128,7 @@ class HistoriesBench:
         await self.sent()
         for _ in range(limit):
             await FallingEdge(self.dut.clk)
-            if str(self.dut.idle.value) == "1":
+            if self.ports.high("idle"):
                 break
         else:
             raise AssertionError(f"Histories must become idle within {limit} cycles")
@@ -177,7 +179,7 @@ class HistoriesBench:
         unknown = [-1] * self.config.model.top_k
         while True:
             await falling
-            if str(self.dut.rst.value) != "0":
+            if self.ports.bits("rst") != "0":
                 self.cleared = False
                 compared = values = 0
                 continue
@@ -187,7 +189,7 @@ class HistoriesBench:
                     self.seen[source.name] += 1
             if self.cleared:
                 self.golden.clear()
-            self.cleared = str(self.dut.clear.value) == "1"
+            self.cleared = self.ports.high("clear")
             while compared < len(self.sets.received):
                 sets = [
                     s["experts"] if s["valid"] else unknown for s in self.sets.received[compared]
@@ -199,9 +201,9 @@ class HistoriesBench:
                 got, wanted = self.values.received[values], self.expected_values[values]
                 assert got == wanted, f"value {values} must be {wanted:#x}, not {got:#x}"
                 values += 1
-            self.errors += str(self.dut.parity_errors.value) == "1"
-            assert self.memory is None or str(self.dut.bus_errors.value) == "0"
-            idle = str(self.dut.idle.value)
+            self.errors += self.ports.high("parity_errors")
+            assert self.memory is None or self.ports.bits("bus_errors") == "0"
+            idle = self.ports.bits("idle")
             assert idle in "01"
             if idle == "1":
                 assert compared == len(self.expected), "idle with sets to come"

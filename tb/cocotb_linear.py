@@ -32,6 +32,7 @@ from prestage_sim.model.predictor.linear import (
 )
 from prestage_sim.traces import load_trace
 from prestage_tb.bench import (
+    Signals,
     Stall,
     StreamSink,
     StreamSource,
@@ -329,6 +330,7 @@ class LinearBench:
 
     def __init__(self, dut, *, stall=0.0):
         self.dut = dut
+        self.ports = Signals(dut)
         self.config = parameters()["config"]
         self.number = parameters()["number"]
         self.head = self.config.perceptron.heads[self.number]
@@ -442,7 +444,7 @@ class LinearBench:
         await self.sent()
         for _ in range(limit):
             await FallingEdge(self.dut.clk)
-            if str(self.dut.idle.value) == "1":
+            if self.ports.high("idle"):
                 break
         else:
             raise AssertionError(f"Head must become idle within {limit} cycles")
@@ -491,7 +493,7 @@ class LinearBench:
         compared = 0
         while True:
             await falling
-            if str(self.dut.rst.value) != "0":
+            if self.ports.bits("rst") != "0":
                 self.cleared = False
                 compared = 0
                 continue
@@ -502,15 +504,15 @@ class LinearBench:
                     self.seen[source.name] += 1
             if self.cleared:
                 self.golden.clear()
-            self.cleared = str(self.dut.clear.value) == "1"
-            self.parity_errors += str(self.dut.parity_errors.value) == "1"
+            self.cleared = self.ports.high("clear")
+            self.parity_errors += self.ports.high("parity_errors")
             received = self.values.received
             while compared < len(received):
                 assert received[compared] == self.expected[compared], (
                     f"beat {compared} must be {self.expected[compared]}, not {received[compared]}"
                 )
                 compared += 1
-            if str(self.dut.idle.value) == "1":
+            if self.ports.high("idle"):
                 assert len(received) == len(self.expected), "idle with values to come"
 
 

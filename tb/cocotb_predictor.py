@@ -21,6 +21,7 @@ from prestage_hw.layouts import RecordLayout
 from prestage_hw.predictor import PREDICTORS
 from prestage_sim.model.predictor import Settings, create_predictor
 from prestage_tb.bench import (
+    Signals,
     Stall,
     StreamSink,
     StreamSource,
@@ -188,13 +189,13 @@ class PredictorBench:
         assert len(received) <= len(self.expected_worth), "values that nobody predicted"
 
     async def _follow(self):
-        falling = FallingEdge(self.dut.clk)
-        compared, compared_worth = 0, (0, 0)
+        falling, ports = FallingEdge(self.dut.clk), Signals(self.dut)
+        compared, compared_lengths = 0, None
         while True:
             await falling
-            if str(self.dut.rst.value) != "0":
+            if ports.bits("rst") != "0":
                 self.cleared = False
-                compared = 0
+                compared, compared_lengths = 0, None
                 continue
             if not self.lockstep:
                 continue
@@ -204,7 +205,7 @@ class PredictorBench:
                     self.seen[source.name] += 1
             if self.cleared:
                 self.golden.clear()
-            self.cleared = str(self.dut.clear.value) == "1"
+            self.cleared = ports.high("clear")
             received = self.candidates.received
             while compared < len(received):
                 assert received[compared] == self.expected[compared], (
@@ -212,14 +213,18 @@ class PredictorBench:
                     f" not {received[compared]}"
                 )
                 compared += 1
-            idle = str(self.dut.idle.value)
+            idle = ports.bits("idle")
             assert idle in "01"
             if idle == "1":
                 assert len(received) == len(self.expected), "idle with candidates to come"
-                assert self.values.received == self.expected_values, "idle with values to come"
-                if (len(self.worth.received), len(self.expected_worth)) != compared_worth:
+                lists = self.worth.received, self.expected_worth
+                lists += self.values.received, self.expected_values
+                lengths = tuple(map(len, lists))
+                if lengths != compared_lengths:
+                    # What is as long as the last time is as it was.
+                    assert self.values.received == self.expected_values, "idle with values to come"
                     self._compare_worth()
-                    compared_worth = len(self.worth.received), len(self.expected_worth)
+                    compared_lengths = lengths
 
 
 class RandomRouting:

@@ -39,6 +39,7 @@ from prestage_sim.model.scheduler import Copy, Event, PrefetchStatistics, Ready,
 from prestage_sim.model.scheduler import Scheduler as GoldenScheduler
 from prestage_sim.model.scheduler import Throttle as GoldenThrottle
 from prestage_tb.bench import (
+    Signals,
     Stall,
     StreamSink,
     StreamSource,
@@ -89,6 +90,7 @@ class TB:
 
     def __init__(self, dut, *, stall=0.0, fetch_stall=0.0, latency=(1, 1), failing=0.0, base=0):
         self.dut = dut
+        self.ports = Signals(dut)
         self.config = config = parameters()["config"]
         self.weigh_latency = Scheduler(config=config).weigh_latency
         self.random = random.Random(cocotb.RANDOM_SEED)
@@ -457,20 +459,18 @@ class TB:
 
     def _taken(self, stream):
         """Payload of a stream if it is taken in this cycle."""
-        if str(stream.valid.value) == "1" and str(stream.ready.value) == "1":
-            return stream._unpack(int(stream.payload.value))
-        return None
+        return stream.payload_now() if stream.moves else None
 
     async def _watch(self):
-        dut = self.dut
         while True:
-            await FallingEdge(dut.clk)
+            await FallingEdge(self.dut.clk)
             self.cycle += 1
-            if str(dut.rst.value) != "0":
+            if self.ports.bits("rst") != "0":
                 continue
-            strobes = int(dut.strobes.value)
-            for n, name in enumerate(STROBES):
+            strobes = self.ports.number("strobes")
+            for n in range(strobes.bit_length()):
                 if strobes >> n & 1:
+                    name = STROBES[n]
                     self.strobes[name] += 1
                     self.log[name] = self.cycle
                     if name == "prefetch_late_dropped":
@@ -479,8 +479,8 @@ class TB:
                         self._decided()
             self._watch_idle()
             self._watch_offer()
-            self.held_for = self.held_for + 1 if str(dut.hold.value) == "1" else 0
-            if str(self.requests.valid.value) == "0":
+            self.held_for = self.held_for + 1 if self.ports.high("hold") else 0
+            if not self.requests.offers:
                 self.shown = self.cycle + 1  # The cycle in which a request shows next.
             fetch = self._taken(self.fetches)
             if fetch is not None:
@@ -519,11 +519,11 @@ class TB:
             if self.rescans is not None:
                 self._serve_rescans()
             candidate = self._taken(self.candidates)
-            proposes = str(dut.enable.value) == "1" and not self.rescan_ahead
+            proposes = self.ports.high("enable") and not self.rescan_ahead
             if (
                 candidate is not None
                 and (proposes or candidate["source"] != Source.PREDICTOR)
-                and candidate["layer"] < dut.cutoff_layer.value.to_unsigned()
+                and candidate["layer"] < self.ports.number("cutoff_layer")
             ):
                 self.queued.append((candidate, self.cycle))
 
@@ -534,26 +534,26 @@ class TB:
             or self.retrying is not None
             or any(not c["release"] and self.cycle - at > 2 for c, at in self.open_demands)
         ):
-            assert str(self.dut.demanding.value) == "1", "a demand waits"
-        if str(self.dut.idle.value) == "1":
+            assert self.ports.high("demanding"), "a demand waits"
+        if self.ports.high("idle"):
             assert not (self.open_demands or self.unanswered or self.inflight), "idle too early"
             assert not (self.request or self.memory_queue or self.due or self.due_events)
             assert not (self.open_copies or self.due_copied)
             lost = self._lost()
             assert lost == self.expected["skipped"] + len(self.queued), "idle with candidates"
             for stream in (self.requests, self.fetches, self.ready, self.events):
-                assert str(stream.valid.value) == "0"
+                assert not stream.offers
 
     def _watch_offer(self):
         """A tile that is newly offered must be the right one."""
-        if "ready" not in self.log and str(self.ready.valid.value) == "1":
+        if "ready" not in self.log and self.ready.offers:
             self.log["ready"] = self.cycle
-        if str(self.fetches.valid.value) != "1":
+        if not self.fetches.offers:
             self.offered_now = None
             return
         if self.offered_now is not None:
             return
-        fetch = self.offered_now = self.fetches._unpack(int(self.fetches.payload.value))
+        fetch = self.offered_now = self.fetches.payload_now()
         self.channels.add(fetch["channel"])
         entry = self.inflight[fetch["slot"]]
         prefetches = self.config.stream_channel if entry.stream else 1

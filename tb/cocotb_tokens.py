@@ -31,6 +31,7 @@ from prestage_hw.predictor.tokens_memory import (
 )
 from prestage_tb.axi import DECERR, SLVERR, AXIWritableMemory, pattern
 from prestage_tb.bench import (
+    Signals,
     Stall,
     StreamSink,
     StreamSource,
@@ -47,6 +48,7 @@ class TokensBench:
 
     def __init__(self, dut, stall=0.0, data=pattern):
         self.dut = dut
+        self.ports = Signals(dut)
         values = parameters()
         self.config = config = values["config"]
         self.in_memory = values["memory"]
@@ -104,11 +106,11 @@ class TokensBench:
     async def _watch(self):
         while True:
             await FallingEdge(self.dut.clk)
-            self.errors += str(self.dut.parity_errors.value) == "1"
+            self.errors += self.ports.high("parity_errors")
             if self.in_memory:
-                self.bus_errors += str(self.dut.bus_errors.value) == "1"
-            if str(self.dut.idle.value) == "1" and str(self.dut.rst.value) == "0":
-                assert str(self.dut.found__valid.value) == "0"
+                self.bus_errors += self.ports.high("bus_errors")
+            if self.ports.high("idle") and self.ports.bits("rst") == "0":
+                assert self.ports.bits("found__valid") == "0"
 
     # --- sets as {experts, valid, parity}
 
@@ -186,7 +188,7 @@ class TokensBench:
             await self.requests.sent()
         for _ in range(limit):
             await FallingEdge(self.dut.clk)
-            if str(self.dut.idle.value) == "1":
+            if self.ports.high("idle"):
                 break
         else:
             raise AssertionError(f"Table must become idle within {limit} cycles")

@@ -44,7 +44,8 @@ CONFIGS = {
         expert_bytes=512,
         data_bytes=64,
     ),
-    "two-banks": TINY_DEVICE.replace(replicas=2, slots=16),
+    # Passes of a search overlap.
+    "two-banks": TINY_DEVICE.replace(replicas=2, slots=16, victim_samples=5),
     "four-banks": DeviceConfig(
         model=ModelConfig(name="banks", layers=3, experts=12, top_k=1),
         slots=12,

@@ -48,6 +48,7 @@ from prestage_sim.model.stats.counters import ChannelCounters as GoldenChannelCo
 from prestage_sim.model.stats.counters import Counters as GoldenCounters
 from prestage_sim.model.stats.registers import RegisterBank as GoldenRegisterBank
 from prestage_tb.bench import (
+    Signals,
     Stall,
     StreamSink,
     StreamSource,
@@ -60,6 +61,7 @@ from prestage_tb.bench import (
 from prestage_tb.coverage import hit
 
 _TABLE_WORDS = 40
+_ACTIVE = ActiveProfileLayout()
 _PROFILE_CHOICE = ("dma_channel", "profile", "profile_select", "refusal")
 _OUTPUTS = ("begin", "decisions", "commands", "hints", "reads", "table_requests")
 _RECORDS = {
@@ -274,6 +276,7 @@ class _Bench:
 
     def __init__(self, dut, *, stall):
         self.dut = dut
+        self.ports = Signals(dut)
         self.config = parameters()["config"]
         self.random = random.Random(cocotb.RANDOM_SEED)
         start_clock(dut)
@@ -328,10 +331,8 @@ class _Bench:
     @property
     def active(self):
         """What holds of the active profile, by register."""
-        layout = ActiveProfileLayout()
-        bits = self.dut.active.value.to_unsigned()
-        value = layout.from_bits(bits)
-        fields = {name: value[name] for name in layout.members}
+        fields = _ACTIVE.from_bits(self.ports.number("active"))
+        fields = {name: fields[name] for name in _ACTIVE.members}
         control = fields.pop("prefetch_enable") | fields.pop("hint_enable") << 1
         return {"control": control, **fields}
 
@@ -341,20 +342,21 @@ class _Bench:
 
     async def _watch_profiles(self):
         """Hand settings on as the DMA engine does, which has none to refuse."""
+        bits = None
         while True:
             await FallingEdge(self.dut.clk)
-            if str(self.dut.rst.value) == "1":
+            if self.ports.high("rst"):
                 self.forget()
                 continue
-            active = self.active
-            if not self.actives or self.actives[-1][1] != active:
-                self.actives.append((self.settings.cycle, active))
+            if not self.actives or self.ports.bits("active") != bits:
+                bits = self.ports.bits("active")
+                self.actives.append((self.settings.cycle, self.active))
             for write in self.settings.received[self._sent :]:
                 assert self.dma.write(write) is SettingsRefusal.NONE, write
             self._sent = len(self.settings.received)
-            if str(self.dut.commit.value) == "1":
-                assert str(self.dut.settings__valid.value) == "0", "a channel comes too late"
-                self.dma.commit(active["dma_lower_credits"])
+            if self.ports.high("commit"):
+                assert not self.settings.offers, "a channel comes too late"
+                self.dma.commit(self.actives[-1][1]["dma_lower_credits"])
                 self.commits.append(self.settings.cycle)
 
     async def _serve_tables(self):

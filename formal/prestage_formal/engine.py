@@ -194,7 +194,7 @@ def run_proof(proof, *, folder, solver="bitwuzla", timeout=1200, progress=lambda
     begun = time.monotonic()
     progress("building")
     _prepare(proof, folder / "proof", variant="whole", timeout=timeout)
-    outcome = _prove(proof, folder / "proof", options, progress)
+    outcome = _prove(proof, folder, options, progress)
     seconds = time.monotonic() - begun
 
     begun = time.monotonic()
@@ -225,14 +225,17 @@ def _status(status, text, *, proof, log):
 
 def _prove(proof, folder, options, progress):
     """``"proven"``, or what went wrong."""
-    for kind, arguments in (
-        ("base", ("-t", str(proof.depth))),
-        ("induction", ("-i", "-t", str(proof.depth))),
-        ("cover", ("-c", "-t", str(proof.cover_depth))),
+    covers = "covers" if proof.cover_parameters else "proof"
+    if proof.cover_parameters:
+        _prepare(proof, folder / covers, variant="covers", timeout=options["timeout"])
+    for kind, where, arguments in (
+        ("base", folder / "proof", ("-t", str(proof.depth))),
+        ("induction", folder / "proof", ("-i", "-t", str(proof.depth))),
+        ("cover", folder / covers, ("-c", "-t", str(proof.cover_depth))),
     ):
         progress(kind)
-        status, text = _smtbmc(folder, *arguments, kind=kind, **options)
-        passed = _status(status, text, proof=proof, log=folder / f"{kind}.log")
+        status, text = _smtbmc(where, *arguments, kind=kind, **options)
+        passed = _status(status, text, proof=proof, log=where / f"{kind}.log")
         if passed is None:
             return f"out of time ({kind})"
         if not passed:

@@ -14,7 +14,7 @@ __all__ = ["main"]
 
 
 def main(arguments=None):
-    """Write ``design.il`` of a proof, or of its broken twin, into a folder."""
+    """Write ``design.il`` of a proof's variant into a folder."""
     name, folder, variant = sys.argv[1:] if arguments is None else arguments
     proof = next(proof for proof in PROOFS if proof.name == name)
     if variant == "broken":
@@ -29,7 +29,7 @@ def main(arguments=None):
     # The clock has no reset: a proof begins after reset.
     m = Module()
     m.domains.sync = clock = ClockDomain(reset_less=True)
-    m.submodules.harness = proof.build(broken=variant == "broken")
+    m.submodules.harness = proof.build(variant)
     # Memories start with anything, as on a chip after reset.
     with without_zero_memories():
         text = rtlil.convert(m, name="top", ports=[clock.clk])

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 
 from .mutation import Mutation
 
-__all__ = ["PROOFS", "Proof"]
+__all__ = ["PROOFS", "VARIANTS", "Proof"]
+
+#: What is built of a proof: its instance, that of its covers, and its broken twin.
+VARIANTS = ("whole", "covers", "broken")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,8 @@ class Proof:
         k of the k-induction, in cycles.
     cover_depth : :class:`int`
         Cycles within which every ``Cover`` must be reached.
+    cover_parameters : :class:`dict`
+        Keyword arguments of the harness for that: a smaller instance gets there sooner.
     twin : :class:`Mutation`
         The change that breaks it.
     twin_depth : :class:`int`
@@ -43,12 +48,14 @@ class Proof:
     twin: Mutation
     twin_depth: int
     twin_parameters: dict = field(default_factory=dict)
+    cover_parameters: dict = field(default_factory=dict)
 
-    def build(self, *, broken=False):
-        """The harness. Imports the RTL."""
+    def build(self, variant):
+        """The harness of a variant in :data:`VARIANTS`. Imports the RTL."""
         module, _, name = self.harness.partition(":")
-        parameters = self.twin_parameters if broken else {}
-        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(**parameters)
+        parameters = {"covers": self.cover_parameters, "broken": self.twin_parameters}
+        harness = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        return harness(**parameters.get(variant, {}))
 
 
 DMA_INSTANCE = (
@@ -261,6 +268,7 @@ PROOFS = (
         harness="buffer:Slots",
         depth=2,
         cover_depth=52,
+        cover_parameters={"lru": True, "slots": 1, "contexts": 1, "layers": 1},
         twin=Mutation(
             name="a slot that is filling may be taken",
             module="prestage_hw.buffer.buffer",
@@ -268,7 +276,7 @@ PROOFS = (
             new="free = (state.pins == 0) & ~state.locked",
         ),
         twin_depth=42,
-        twin_parameters={"lru": True, "slots": 2, "contexts": 1, "layers": 1},
+        twin_parameters={"lru": True, "slots": 1, "contexts": 1, "layers": 1},
     ),
     Proof(
         name="buffer-answers",
@@ -278,6 +286,7 @@ PROOFS = (
         harness="buffer:Answers",
         depth=2,
         cover_depth=50,
+        cover_parameters={"slots": 2, "contexts": 1, "layers": 1},
         twin=Mutation(
             name="a release never comes to its last pin",
             module="prestage_hw.buffer.buffer",
@@ -295,6 +304,7 @@ PROOFS = (
         harness="recency:Walk",
         depth=2,
         cover_depth=60,
+        cover_parameters={"slots": 3, "contexts": 1, "layers": 1},
         twin=Mutation(
             name="the slot that was touched is the most recent a cycle late",
             module="prestage_hw.buffer.recency",

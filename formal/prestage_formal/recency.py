@@ -94,13 +94,22 @@ class _Order:
 
 
 class Walk(Elaboratable):
-    """Every request, in any order, with the policy LRU."""
+    """Every request, in any order, with the policy LRU.
+
+    Parameters
+    ----------
+    device : :class:`dict`
+        Parameters of the instance that differ.
+    """
+
+    def __init__(self, **device):
+        self.device = device
 
     def elaborate(self, platform):
         from prestage_hw.buffer.buffer import ExpertBuffer
 
         m = Module()
-        config = buffer_device()
+        config = buffer_device(**self.device)
         block = ExpertBuffer(config=config, valued=True)
         inside = Inside(block)
         m.submodules.block = inside.fragment

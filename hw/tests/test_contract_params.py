@@ -338,6 +338,8 @@ def test_model_is_validated(changes, kind, text):
             ValueError,
             "Expert size must be a whole number of 1000-byte tiles, not 2048 bytes",
         ),
+        ({"victim_samples": -1}, ValueError, "Victim sample count must be between 0 and 8, not -1"),
+        ({"victim_samples": 9}, ValueError, "Victim sample count must be between 0 and 8, not 9"),
         ({"replicas": 0}, ValueError, "Replica count must be between 1 and 4, not 0"),
         ({"replicas": 3}, ValueError, "Replica count must be a power of two, not 3"),
         ({"replicas": 8}, ValueError, "Replica count must be between 1 and 4, not 8"),

@@ -611,12 +611,13 @@ def test_invariants_know_copies(spoil, match):
 LANES = SMALL.predictor_lanes
 
 
-def valued(policy, *, slots=3, contexts=1):
+def valued(policy, *, slots=3, contexts=1, victim_samples=0):
     config = DeviceConfig(
         model=ModelConfig(name="small", layers=4, experts=5, top_k=1),
         slots=slots,
         contexts=contexts,
         expert_bytes=512,
+        victim_samples=victim_samples,
     )
     buffer = ExpertBuffer(config, valued=True)
     buffer.policy = policy
@@ -754,10 +755,10 @@ def test_probation_ends_when_the_layer_is_routed():
 
 
 def test_searches_go_round_and_remember_the_runner_up():
-    buffer = valued(NEXT_USE, slots=20)
+    assert valued(NEXT_USE, slots=20).victims.samples == 20
+    buffer = valued(NEXT_USE, slots=20, victim_samples=8)
     victims = buffer.victims
-    assert victims.samples == 20
-    victims.samples = 8
+    assert victims.samples == 8
     experts = [(layer, expert) for layer in range(4) for expert in range(5)]
     for layer, expert in experts:
         use(buffer, layer, expert)

@@ -194,10 +194,8 @@ class Settings:
         if rescan is not None:
             most = self._config.most_ahead
             if not 0 <= operator.index(rescan) <= most:
-                why = "" if most else ", as the predictor gives no values"
-                raise ArgumentError(
-                    f"Rescan must be between 0 and {most} layers, not {rescan}{why}"
-                )
+                rule = f"between 0 and {most} layers" if most else "0 without values to scan"
+                raise ArgumentError(f"Rescan must be {rule}, not {rescan}")
             writes.append(("rescan_ahead", rescan))
         if rescan_least is not None:
             if not 0 < operator.index(rescan_least) < 256:

@@ -174,10 +174,7 @@ def test_more_messages_than_the_link_holds(device):
         (lambda d: d.configure(cutoff=256), "Cut-off layer must be between 0 and 255, not 256"),
         (lambda d: d.configure(budget=9), "Budget must be between 0 and 8 eighths, not 9"),
         (lambda d: d.configure_profile(0, budget=-1), "Budget must be between 0 and 8 eighths"),
-        (
-            lambda d: d.configure(rescan=1),
-            "between 0 and 0 layers, not 1, as the predictor gives no",
-        ),
+        (lambda d: d.configure(rescan=1), "Rescan must be 0 without values to scan, not 1"),
         (lambda d: d.configure(rescan_least=0), "rescan must be between 1 and 255, not 0"),
         (lambda d: d.configure_profile(0, rescan_least=256), "between 1 and 255, not 256"),
         (lambda d: d.switch(3), r"Phase must be one of 0 \(PREFILL\), .*, not 3"),

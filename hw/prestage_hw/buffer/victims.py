@@ -11,7 +11,7 @@ from prestage_hw.layouts import RecordLayout
 
 from .directory import MARK_BITS, SlotLayout
 
-__all__ = ["Victims", "victim_samples"]
+__all__ = ["Victims"]
 
 #: Visits of a layer are counted in so many bits.
 _VISIT_BITS = 10
@@ -21,11 +21,6 @@ _DECAYS = tuple(round(256 * (15 / 16) ** age) for age in range(64))
 
 # Cycles from the one in which a slot's state is asked for to the one in which it is compared.
 _STAGES = 12
-
-
-def victim_samples(config):
-    """Slots that a search looks at in one pass."""
-    return min(config.slots, max(8, 32 // config.contexts))
 
 
 def _rows(shape, depth):
@@ -127,7 +122,7 @@ class Victims(wiring.Component):
         require_config(config)
         self.config = config
         self.valued = valued
-        self.samples = victim_samples(config)
+        self.samples = config.victim_pass
         self.passes = -(-config.slots // self.samples)
         self.pass_cycles = self.samples * config.contexts + _STAGES + 1
         self.search_cycles = 2 * config.contexts + self.pass_cycles

@@ -221,6 +221,10 @@ class DeviceConfig:
     replicas : :class:`int`
         Most copies of an expert, and banks of slots: 1, 2 or 4. Slot s is in bank s mod replicas;
         of slots in the device each bank has a consumer port of its own.
+    victim_samples : :class:`int`
+        Slots that a search for the expert of least worth looks at in one pass, 1 to ``slots``: more
+        find a better one and take as many cycles. 0 stands for 32 shared by the contexts, at least
+        8.
 
     Raises
     ------
@@ -254,6 +258,7 @@ class DeviceConfig:
     checksums: bool = False
     mover: str = "dma"
     replicas: int = 1
+    victim_samples: int = 0
 
     PREDICTORS = ("none", "st_moe", "perceptron")
     SLOT_STORES = ("internal", "axi")
@@ -341,6 +346,7 @@ class DeviceConfig:
         if not isinstance(self.checksums, bool):
             raise TypeError(f"Checksums must be True or False, not {self.checksums!r}")
         self._check_replicas(least)
+        require_integer("Victim sample count", self.victim_samples, low=0, high=self.slots)
         total = self.slots * self.expert_bytes
         if self.slot_store == "axi" and total > 1 << self.address_bits:
             raise ValueError(
@@ -471,6 +477,11 @@ class DeviceConfig:
     def bank_bits(self) -> int:
         """Lowest bits of a slot's number, which name its bank."""
         return self.replicas.bit_length() - 1
+
+    @property
+    def victim_pass(self) -> int:
+        """Slots that one pass of a search for a victim looks at."""
+        return self.victim_samples or min(self.slots, max(8, 32 // self.contexts))
 
     @property
     def lockable(self) -> int:

@@ -144,8 +144,9 @@ class Plan:
     foresees : :class:`bool`
         Prefetch what is missing and used next, as long as what has to go is used later; knows the
         whole trace.
-    samples : :class:`int` or None
-        Slots that a search for a victim looks at in place of the hardware's 32.
+    samples : :class:`int`
+        Slots that a search for a victim looks at, at most all: the device's ``victim_samples``.
+        0 stands for its 32.
     rescan : :class:`int`
         Layers ahead in which candidates are looked for among the buffer's latest values, in place
         of the predictor's own: the register ``rescan_ahead``; 0 for none.
@@ -181,7 +182,7 @@ class Plan:
     far_threshold: int | None = None
     ahead: int | None = None
     foresees: bool = False
-    samples: int | None = None
+    samples: int = 0
     rescan: int = 0
     rescan_least: int = 24
     throttle: bool = False

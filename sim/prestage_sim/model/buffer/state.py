@@ -11,7 +11,7 @@ from prestage_hw.contract import DeviceConfig
 
 from .values import DECAYS, discounts
 
-__all__ = ["BufferState", "clear_state", "create_state", "victim_samples"]
+__all__ = ["BufferState", "clear_state", "create_state"]
 
 #: States of an expert.
 EMPTY, FILLING, READY = range(3)
@@ -86,11 +86,6 @@ class BufferState(NamedTuple):
     decays: NDArray[np.int64]
 
 
-def victim_samples(config: DeviceConfig) -> int:
-    """Slots that a search looks at in one pass."""
-    return min(config.slots, max(8, 32 // config.contexts))
-
-
 def create_state(config: DeviceConfig) -> BufferState:
     """An empty buffer, policy LRU."""
     model, contexts = config.model, config.contexts
@@ -98,7 +93,7 @@ def create_state(config: DeviceConfig) -> BufferState:
     state = BufferState(
         shape=np.array(
             [
-                *(model.experts, config.predictor_lanes, victim_samples(config)),
+                *(model.experts, config.predictor_lanes, config.victim_pass),
                 *(config.replicas, config.lockable),
             ],
             np.int64,

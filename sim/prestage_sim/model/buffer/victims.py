@@ -31,7 +31,6 @@ from .state import (
     STAMP,
     VALUE,
     BufferState,
-    victim_samples,
 )
 from .values import keep_value, rate_after_use, use_rate
 
@@ -43,7 +42,6 @@ __all__ = [
     "find_victim",
     "layer_mark",
     "slot_worth",
-    "victim_samples",
 ]
 
 #: Visits of a layer are counted modulo this.
@@ -244,10 +242,6 @@ class Victims:
     def samples(self) -> int:
         """Slots that a search looks at in one pass."""
         return int(self._state.shape[SAMPLES])
-
-    @samples.setter
-    def samples(self, count: int) -> None:
-        self._state.shape[SAMPLES] = count
 
     @property
     def passes(self) -> int:

@@ -9,7 +9,7 @@ from prestage_hw.contract.records import Policy as BufferPolicy
 from prestage_hw.contract.registers import register_by_name
 
 from ...model.buffer.recency import touch
-from ...model.buffer.state import OWNER, POLICY, READY, SAMPLES, SLOT, STATE, create_state
+from ...model.buffer.state import OWNER, POLICY, READY, SLOT, STATE, create_state
 from ...model.scheduler.queue import create_queue
 from ...model.scheduler.rescan import create_rescans
 from ...model.scheduler.throttle import ENABLE, create_throttle, set_weights
@@ -41,14 +41,13 @@ def create_engine(
         slots=slots,
         expert_bytes=512 * machine.tiles,
         tile_bytes=512,
+        victim_samples=min(slots, plan.samples),
     )
     # A layer may want more than any model's k: only the pins hang on it.
     buffer = create_state(config)._replace(pins=np.full((1, layers, width), -1))
     buffer.registers[POLICY] = (
         int(plan.evict) if plan.evict <= Evict.NEXT_USE else int(BufferPolicy.LRU)
     )
-    if plan.samples is not None:
-        buffer.shape[SAMPLES] = min(slots, plan.samples)
     throttle = create_throttle(config)
     set_weights(throttle, register_by_name("throttle").reset or 0)
     throttle.registers[ENABLE] = plan.throttle

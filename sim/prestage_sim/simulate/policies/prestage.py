@@ -8,10 +8,15 @@ __all__ = ["PRESTAGE", "PRESTAGE_RTL"]
 
 
 def _plan(workload: Workload) -> Plan:
-    # The RTL with the registers rescan_ahead and rescan_least written so; it has one prefetch in
-    # flight with ``DeviceConfig(prefetch_inflight=1)``.
+    # The RTL with the registers rescan_ahead and rescan_least written so, and
+    # ``DeviceConfig(prefetch_inflight=1, victim_samples=64)``.
     return Plan(
-        evict=Evict.NEXT_USE, predictor="full", rescan=12, rescan_least=24, prefetch_inflight=1
+        evict=Evict.NEXT_USE,
+        samples=64,
+        predictor="full",
+        rescan=12,
+        rescan_least=24,
+        prefetch_inflight=1,
     )
 
 
