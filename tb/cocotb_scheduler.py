@@ -430,14 +430,19 @@ class TB:
         assert self.told is not None, "nothing was found"
         found, gone = self.told
         self.told = None
-        assert gone is None or self.shown - gone <= SLACK, "what was found counts no more"
-        ctx = self.asked_ctx
+        slack = SLACK + (self.weigh_latency if self.budgeted() else 0)
+        assert gone is None or self.shown - gone <= slack, "what was found counts no more"
         for name, value in (("layer", "layer"), ("expert", "expert"), ("value", "value")):
             assert request[name] == found[value]
-        assert request["ctx"] == ctx
+        assert request["ctx"] == self.asked_ctx
         if not self.throttle_enable and not self.strobes["prefetch_overflow"]:
             waiting = [c for c, at in self.queued if not self.stale(c) and self.shown - at > 20]
             assert not waiting, "what waits in the queue goes first"
+        return self._candidate_of(found)
+
+    def _candidate_of(self, found):
+        """What a rescan has found, as a candidate."""
+        ctx = self.asked_ctx
         return {
             "ctx": ctx,
             "layer": found["layer"],
@@ -928,6 +933,12 @@ class TB:
     def _dropped_late(self):
         assert self.budgeted(), "a candidate was dropped without a budget"
         asked = self.cycle - self.weigh_latency - 1
+        if self.told is not None and not self.queued:
+            assert self.late(self._candidate_of(self.told[0]), asked), "what was found is not late"
+            self.told = None
+            self.tried.add(self.asked_ctx)
+            self.expected["skipped"] += 1
+            return
         assert any(self.late(c, asked) for c, _ in self.queued if not self.stale(c)), (
             "a candidate was dropped that was not late"
         )
@@ -1863,14 +1874,9 @@ async def stale_candidates(dut):
             assert tb.strobes["prefetch_stale"] - before == (ahead <= 0)
 
 
-@cocotb.test()
-@cocotb.parametrize(stall=list(STALLS))
-async def rescans_timed(dut, stall):
-    """Rescans find what is prefetched, while routes, values and hints come at any moment."""
-    tb = TB(dut, stall=STALLS[stall], fetch_stall=STALLS[stall], latency=(1, 40), failing=0.05)
-    if tb.rescans is None:
-        return
-    config, rng = tb.config, tb.random
+async def _rescan_while_busy(tb, *, proposals, budgets=(0,)):
+    """Routes and values at any moment, and candidates with ``proposals``; budgets when idle."""
+    dut, config, rng = tb.dut, tb.config, tb.random
     tb.policy = rng.choice(list(Policy))
     dut.cancel_enable.value = 1
     dut.streaming.value = rng.randrange(1 << config.contexts)
@@ -1885,7 +1891,7 @@ async def rescans_timed(dut, stall):
         layer, _ = work.step(ctx)
         if rng.random() < 0.3:
             await tb.commands.sent()
-        for target, expert in work.candidates(ctx, layer):
+        for target, expert in work.candidates(ctx, layer) if proposals else ():
             if rng.random() < 0.3:
                 tb.candidate(ctx, target, expert, source=rng.choice(list(Source)))
         for _ in range(rng.randrange(3)):
@@ -1894,15 +1900,39 @@ async def rescans_timed(dut, stall):
         if step % 10 == 9:
             dut.hold.value = 0
             await tb.idle()
+            dut.budget.value = rng.choice(budgets)
         else:
             await cycles(dut, rng.randrange(1, 150))
     work.release_all()
     dut.hold.value = 0
     await tb.idle()
     await tb.check_statistics()
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=list(STALLS))
+async def rescans_timed(dut, stall):
+    """Rescans find what is prefetched, while routes, values and hints come at any moment."""
+    tb = TB(dut, stall=STALLS[stall], fetch_stall=STALLS[stall], latency=(1, 40), failing=0.05)
+    if tb.rescans is None:
+        return
+    await _rescan_while_busy(tb, proposals=True)
     for code in RescanCode:
         assert tb.expected[f"rescan_{code.name}"], f"the workload has no {code.name}"
     hit("scheduler.rescans")
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=list(STALLS))
+async def rescans_with_a_budget(dut, stall):
+    """What a rescan finds is dropped where it would come late, and its context rests."""
+    tb = TB(dut, stall=STALLS[stall], fetch_stall=STALLS[stall], latency=(1, 40))
+    if tb.rescans is None:
+        return
+    await _rescan_while_busy(tb, proposals=False, budgets=(0, 1, 4, 8))
+    late = tb.strobes["prefetch_late_dropped"]
+    assert late and tb.expected["rescan_FOUND"] > late, "all or nothing came too late"
+    hit("scheduler.rescans_late")
 
 
 @cocotb.test()

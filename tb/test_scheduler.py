@@ -108,6 +108,7 @@ def test_rescans(contexts):
         testcase=[
             *(f"rescans_timed/stall={stall}" for stall in ("none", "some", "long")),
             *(f"rescans_drained/stall={stall}" for stall in ("none", "some", "long")),
+            *(f"rescans_with_a_budget/stall={stall}" for stall in ("none", "some", "long")),
             "timed/stall=none/latency=1/failing=0.1",
             "latencies",
             "reset_in_flight",
