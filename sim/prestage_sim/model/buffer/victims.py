@@ -95,9 +95,9 @@ def expert_keep(state: Any, policy: Any, layer: Any, expert: Any, probation: Any
     probation : :class:`int`
         Confidence of a prefetch that waits for its layer; 0 for any other expert.
     """
-    key = layer * state.shape[EXPERTS] + expert
-    age = (state.visits[layer] - state.experts[key, STAMP]) % _VISITS
-    rate = use_rate(state.experts[key, RATE], age, state.decays)
+    used = state.experts[layer * state.shape[EXPERTS] + expert]
+    age = (state.visits[layer] - used[STAMP]) % _VISITS
+    rate = use_rate(used[RATE], age, state.decays)
     if policy == _LFU:
         return max(rate, probation) << 4
     layers = state.visits.shape[0]
@@ -109,8 +109,10 @@ def expert_keep(state: Any, policy: Any, layer: Any, expert: Any, probation: Any
         distance = layer - current
         if distance < 0:
             distance += layers
-        beat, _ = _divided(expert, state.shape[LANES])
-        visited = state.visited[ctx, layer, beat]
+        beats = state.visited[ctx, layer]
+        # A division takes as long as all else here.
+        beat = 0 if beats.shape[0] == 1 else expert // state.shape[LANES]
+        visited = beats[beat]
         chance = state.chances[ctx, layer, expert]
         chance = np.int64(0) if visited else chance
         if probation and distance == 0:
