@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from prestage_tb.bench import Stall, _pauses, bits_of, step_at_edges
 
@@ -36,6 +37,18 @@ def pattern(address: int, size: int) -> bytes:
         ((at // 4 * 0x9E3779B1 + (at >> 34)) & 0xFFFFFFFF).to_bytes(4, "little")
         for at in range(address, address + size, 4)
     )
+
+
+def _driver(signals: Mapping[str, Any]) -> Callable[[str, int], None]:
+    """What gives a signal a value, where that is not the last one that it was given."""
+    driven: dict[str, int] = {}
+
+    def drive(member: str, value: int) -> None:
+        if driven.get(member) != value:
+            driven[member] = value
+            signals[member].value = value
+
+    return drive
 
 
 @dataclass
@@ -270,7 +283,7 @@ class AXIMemory:
         return min(ready.values(), key=lambda waiting: waiting.transfer.asked)
 
     def _run(self) -> Iterator[None]:
-        signals = self._signals
+        drive = _driver(self._signals)
         held: tuple[int, ...] | None = None
         chosen: _Waiting | None = None
         current: int | None = None
@@ -279,7 +292,7 @@ class AXIMemory:
         yield  # until the clock rises
         while True:
             accepting = not self.address_paused and not self._pauses_now(self._address_pause)
-            signals["arready"].value = int(accepting)
+            drive("arready", int(accepting))
             if not offering and (self._strays or any(self._queues.values())):
                 if (
                     self.cycle >= next_beat
@@ -295,13 +308,13 @@ class AXIMemory:
                     identifier, data, response, last = self._strays.popleft()
                     offering = True
                 if offering:
-                    signals["rdata"].value = data
-                    signals["rresp"].value = response
-                    signals["rlast"].value = int(last)
-                    signals["rid"].value = identifier
-                    signals["rvalid"].value = 1
+                    drive("rdata", data)
+                    drive("rresp", response)
+                    drive("rlast", int(last))
+                    drive("rid", identifier)
+                    drive("rvalid", 1)
             if not offering:
-                signals["rvalid"].value = 0
+                drive("rvalid", 0)
             yield  # until it falls
             if self._in_reset():
                 yield  # until the clock rises
@@ -433,7 +446,7 @@ class AXIWritableMemory(AXIMemory):
         return OKAY
 
     def _serve_writes(self) -> Iterator[None]:
-        signals = self._signals
+        drive = _driver(self._signals)
         # A burst that was asked for, its beats so far, and those that wait for their answer.
         present: Transfer | None = None
         beats: list[int] = []
@@ -444,14 +457,14 @@ class AXIWritableMemory(AXIMemory):
         while True:
             go = [not self._pauses_now(pause) for pause in self._write_pauses]
             address_ready, data_ready = go[0] and present is None, go[1] and present is not None
-            signals["awready"].value = int(address_ready)
-            signals["wready"].value = int(data_ready)
+            drive("awready", int(address_ready))
+            drive("wready", int(data_ready))
             if not answering and done and go[2] and self.cycle >= done[0][2]:
                 transfer, words, _ = done.popleft()
-                signals["bresp"].value = self._answer(transfer, words)
+                drive("bresp", self._answer(transfer, words))
                 transfer.end = self.cycle
                 answering = True
-            signals["bvalid"].value = int(answering)
+            drive("bvalid", int(answering))
             yield  # until it falls
             if self._in_reset():
                 yield  # until the clock rises
@@ -670,7 +683,7 @@ class AXIWriteMemory:
         return OKAY
 
     def _run(self) -> Iterator[None]:
-        signals = self._signals
+        drive = _driver(self._signals)
         yield  # until the clock rises
         while True:
             go = [
@@ -679,12 +692,12 @@ class AXIWriteMemory:
             ]
             if self._data_first:
                 go[0] &= len(self._data) > 1
-            signals["awready"].value = int(go[0])
-            signals["wready"].value = int(go[1])
+            drive("awready", int(go[0]))
+            drive("wready", int(go[1]))
             if not self._answering and self._whole and go[2] and self.cycle >= self._whole[0][2]:
-                signals["bresp"].value = self._answer()
+                drive("bresp", self._answer())
                 self._answering = True
-            signals["bvalid"].value = int(self._answering)
+            drive("bvalid", int(self._answering))
             yield  # until it falls
             if self._rst_bits is not None and self._rst_bits() != "0":
                 yield  # until the clock rises
