@@ -475,6 +475,7 @@ class TB:
     async def clear(self):
         """Clear with no operation under way."""
         await self.finish_values()
+        await cycles(self.dut)  # So that the pulse is high at a falling edge.
         self.window.append(list(self.golden.storage.valid))
         self.golden.clear()
         self._changed()

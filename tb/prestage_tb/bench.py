@@ -700,6 +700,10 @@ class Stall:
         self.probability = probability
         self.burst = burst
 
+    def __repr__(self) -> str:
+        """The same in every run: benches make it a part of their seeds."""
+        return f"Stall({self.probability}, burst={self.burst})"
+
     def generate(self, generator: random.Random) -> Iterator[bool]:
         """Endless pauses (True) and goes (False)."""
         mean = sum(self.burst) / 2
