@@ -5,10 +5,7 @@ from dataclasses import dataclass, field
 
 from .mutation import Mutation
 
-__all__ = ["PROOFS", "VARIANTS", "Proof"]
-
-#: What is built of a proof: its instance, that of its covers, and its broken twin.
-VARIANTS = ("whole", "covers", "broken")
+__all__ = ["PROOFS", "Proof"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +48,11 @@ class Proof:
     cover_parameters: dict = field(default_factory=dict)
 
     def build(self, variant):
-        """The harness of a variant in :data:`VARIANTS`. Imports the RTL."""
+        """The harness: ``"whole"``, that of the ``"covers"``, or ``"broken"``. Imports the RTL."""
         module, _, name = self.harness.partition(":")
-        parameters = {"covers": self.cover_parameters, "broken": self.twin_parameters}
+        parameters = {"whole": {}, "covers": self.cover_parameters, "broken": self.twin_parameters}
         harness = getattr(importlib.import_module(f"{__package__}.{module}"), name)
-        return harness(**parameters.get(variant, {}))
+        return harness(**parameters[variant])
 
 
 DMA_INSTANCE = (

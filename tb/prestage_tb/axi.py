@@ -397,7 +397,6 @@ class AXIWritableMemory(AXIMemory):
         seed: object = None,
         **keywords: object,
     ) -> None:
-
         self._first = data
         self.words: dict[int, int] = {}
         self.failing_writes: list[tuple[int, int, int]] = []
@@ -570,7 +569,6 @@ class AXIWriteMemory:
         burst_beats: int = 256,
         seed: object = None,
     ) -> None:
-
         self._clk = dut.clk
         rst = getattr(dut, "rst", None)
         self._rst_bits = None if rst is None else bits_of(rst)
