@@ -5,6 +5,7 @@ import random
 import pytest
 
 from prestage_hw.contract import DeviceConfig, ModelConfig, preset
+from prestage_hw.contract.benefit import CONFIDENCE_STEPS
 from prestage_hw.contract.params import TINY_DEVICE
 from prestage_hw.contract.records import BufferCode, BufferOp, Policy, RescanCode, ValueKind
 from prestage_sim.model.buffer import BufferResult, ExpertBuffer
@@ -82,6 +83,48 @@ def test_a_rescan_finds_what_is_missing_and_worth_most():
     deaf = ExpertBuffer(SMALL)
     deaf.values(ValueKind.CHANCE, 0, 0, 0, [255] * lanes)
     assert look(deaf) is None
+
+
+def test_rescans_find_what_a_look_at_everything_finds():
+    rng = random.Random(5)
+    layers, experts = 4, 40
+    model = ModelConfig(name="wide", layers=layers, experts=experts, top_k=1)
+    buffer = ExpertBuffer(DeviceConfig(model=model, slots=24, expert_bytes=512), valued=True)
+    lanes = buffer.config.predictor_lanes
+    said = {layer: (ValueKind.CHANCE, [0] * experts) for layer in range(layers)}
+    current, found = -1, 0
+    for _ in range(1500):
+        layer, expert = rng.randrange(layers), rng.randrange(experts)
+        if rng.random() < 0.3:
+            current = layer
+            slot = buffer.request(DEMAND, layer=layer, expert=expert).slot
+            fill(buffer, slot)
+            buffer.request(RELEASE, layer=layer)
+        # Few values, so that they are often equal, or just enough.
+        kind = rng.choice((ValueKind.CHANCE, ValueKind.REUSE))
+        chosen = rng.sample((0, 1, 2, 3, 24, 25, 48, 49, 130, 200, 254, 255), 3)
+        values = rng.choices(chosen, k=experts)
+        said[layer] = kind, values
+        padded = values + [0] * (-experts % lanes)
+        for beat in range(len(padded) // lanes):
+            part = padded[beat * lanes : (beat + 1) * lanes]
+            buffer.values(kind, 0, layer, beat, part)
+        near, ahead = rng.random() < 0.7, rng.randrange(layers)
+        least, cutoff = rng.choice((1, 2, 24, 25, 200)), rng.choice((2, 255))
+        best = None
+        for distance in range(1 if near else 2, ahead + 1):
+            at = (current + distance) % layers
+            for e in range(experts if at < cutoff else 0):
+                value = said[at][1][e] // (2 if said[at][0] == ValueKind.REUSE else 1)
+                if value < least or buffer.directory.state[at * experts + e]:
+                    continue
+                steps = distance + CONFIDENCE_STEPS[value]
+                if best is None or (steps, distance, e) < best[:3]:
+                    best = steps, distance, e, at, value
+        wanted = None if best is None else (best[3], best[2], best[4], best[1])
+        assert look(buffer, near=near, ahead=ahead, least=least, cutoff_layer=cutoff) == wanted
+        found += wanted is not None
+    assert 300 < found < 1400
 
 
 def test_a_strict_prefetch_is_outbid_by_an_equal():
