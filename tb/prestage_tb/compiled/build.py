@@ -17,7 +17,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prestage_hw.contract import DeviceConfig
+from prestage_tb import verilated
 
 __all__ = ["ENGINES", "TOP", "BuildError", "build_library", "cache_directory"]
 
@@ -44,7 +44,7 @@ _HARNESS = ("harness.h", "harness.cpp", "engine_verilator.h", "engine_cxxrtl.h")
 _VERILATOR_FLAGS = (
     *("--cc", "--prefix", "Vtop", "--top-module", "top", "-O3", "--threads", "1"),
     *("--x-assign", "fast", "--x-initial", "0", "--noassert", "--no-timing"),
-    # Files of this size let two compilers work; smaller ones repeat too much of the header.
+    # Files of this size give each compiler about the same to do.
     *("--output-split", "8000", "--output-split-cfuncs", "4000"),
     # yosys writes Verilog of mixed widths, all of them meant.
     *("-Wno-fatal", "-Wno-lint", "-Wno-style"),
@@ -225,20 +225,18 @@ def _compile_verilated(
     )
     include = [f"-I{output}", f"-I{package / 'include'}", f"-I{package / 'include' / 'vltstd'}"]
     common = [*_compiler(), *_CXX_FLAGS, *_VERILATOR_DEFINES, *include]
-    makefile = (output / "Vtop_classes.mk").read_text()
-
-    def sources(name: str) -> list[str]:
-        (names,) = re.findall(rf"^{name} \+= \\\n((?:.*\\\n)*)", makefile, re.MULTILINE)
-        return [word for word in names.split() if word != "\\"]
-
     commands = [
         [*common, level, "-c", str(output / f"{name}.cpp"), "-o", str(work / f"{name}.o")]
-        for kind, level in (("FAST", _FAST), ("SLOW", _SLOW))
-        for name in sources(f"VM_CLASSES_{kind}") + sources(f"VM_SUPPORT_{kind}")
+        for level, names in (
+            (_FAST, verilated.merge(output, "fast", *verilated.FAST, parts=JOBS)),
+            (_SLOW, verilated.merge(output, "slow", *verilated.SLOW)),
+        )
+        for name in names
     ]
+    shared = verilated.listed(output, "VM_GLOBAL_FAST", "VM_GLOBAL_SLOW")
     # Verilator's own library is the same in every build and takes longer than a small design.
     runtime = root / "runtime" / _hash([json.dumps([common[: -len(include)], tools]).encode()])
-    for name in sources("VM_GLOBAL_FAST") + sources("VM_GLOBAL_SLOW"):
+    for name in shared:
         kept = runtime / f"{name}.o"
         if kept.is_file():
             shutil.copyfile(kept, work / kept.name)
@@ -251,11 +249,9 @@ def _compile_verilated(
     defines = [*_defines(config), *(["-DPRESTAGE_SINGLE_EVAL"] if single else [])]
     harness = [str(_HERE / "harness.cpp"), "-o", str(work / "harness.o")]
     commands.append([*common, *defines, _FAST, "-c", *harness])
-    # The longest first, so that both compilers end together.
-    commands.sort(key=lambda command: -Path(command[-3]).stat().st_size)
     _compile(commands, log, progress)
     runtime.mkdir(parents=True, exist_ok=True)
-    for name in sources("VM_GLOBAL_FAST") + sources("VM_GLOBAL_SLOW"):
+    for name in shared:
         if not (runtime / f"{name}.o").is_file():
             shutil.copyfile(work / f"{name}.o", work / "runtime.o")
             (work / "runtime.o").replace(runtime / f"{name}.o")
@@ -422,7 +418,7 @@ def _hash(parts: Sequence[bytes]) -> str:
 
 def _harness_sources() -> list[bytes]:
     paths = [_HERE / name for name in (*_HARNESS, "build.py", "elaborate.py")]
-    return [path.read_bytes() for path in paths]
+    return [path.read_bytes() for path in (*paths, Path(verilated.__file__))]
 
 
 def _rtl_sources(top: str) -> list[Path]:
