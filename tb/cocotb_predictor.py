@@ -46,6 +46,22 @@ _CALLS = {
 }
 
 
+class _Worth:
+    """Beats of values: those of reuse since they were compared, of chances the last of each."""
+
+    def __init__(self):
+        self.count = 0
+        self.reuse = []
+        self.chance = {}
+
+    def take(self, kind, *place, values):
+        self.count += 1
+        if kind == ValueKind.REUSE:
+            self.reuse.append((place, values))
+        else:
+            self.chance[place] = values
+
+
 class PredictorBench:
     """Drivers of all ports, and the golden model that follows them."""
 
@@ -85,6 +101,7 @@ class PredictorBench:
         self.expected = []
         self.expected_values = []
         self.expected_worth = []
+        self._worth = _Worth(), _Worth()
         self.cleared = False
 
     async def start(self):
@@ -174,19 +191,21 @@ class PredictorBench:
             self.expected_worth += self.golden.values()
 
     def _compare_worth(self):
-        """Compare reuse values in their order, and of chances those that hold in the end."""
-        received = [
-            (*(beat[name] for name in _VALUE_FIELDS), tuple(beat["values"]))
-            for beat in self.worth.received
-        ]
-        kinds = ((ValueKind.REUSE, list), (ValueKind.CHANCE, dict))
-        for kind, kept in kinds:
-            got, wanted = (
-                kept((beat[1:4], beat[4]) for beat in beats if beat[0] == kind)
-                for beats in (received, self.expected_worth)
-            )
-            assert got == wanted, f"{kind.name} values differ"
-        assert len(received) <= len(self.expected_worth), "values that nobody predicted"
+        """Compare reuse values in their order, and of chances those that hold in the end.
+
+        What came since the last comparison, that is: what came before is in ``_worth``.
+        """
+        received, expected = self.worth.received, self.expected_worth
+        ours, theirs = self._worth
+        for beat in received[ours.count :]:
+            ours.take(*(beat[name] for name in _VALUE_FIELDS), values=tuple(beat["values"]))
+        for *fields, values in expected[theirs.count :]:
+            theirs.take(*fields, values=values)
+        assert ours.reuse == theirs.reuse, "REUSE values differ"
+        assert ours.chance == theirs.chance, "CHANCE values differ"
+        ours.reuse.clear()
+        theirs.reuse.clear()
+        assert len(received) <= len(expected), "values that nobody predicted"
 
     async def _follow(self):
         falling, ports = FallingEdge(self.dut.clk), Signals(self.dut)

@@ -1514,9 +1514,10 @@ async def paced(tb, *, cycles_a_layer, layers):
 @cocotb.parametrize(budget=[0, 1, 4, 8, 15])
 async def drops_what_comes_late(dut, budget):
     """What would come late is dropped: by the budget, the deadline, and what is in flight."""
-    tb = TB(dut, latency=(100, 100))
+    latency = 40
+    tb = TB(dut, latency=(latency, latency))
     config = tb.config
-    pace = 100 * config.tiles * (config.model.top_k + 4)
+    pace = latency * config.tiles * (config.model.top_k + 4)
     await tb.reset()
     expert = config.model.experts - 1
     # Without a mean nothing is late.
@@ -1529,7 +1530,7 @@ async def drops_what_comes_late(dut, budget):
     assert tb.strobes["prefetch_late_dropped"] == 0 and tb.strobes["prefetch_issued"] == 1
     # All of it comes in time, some of it, none.
     eighths = -(-config.tiles * min(budget, 8) // 8)
-    for at in (pace // 2, pace - 100 * config.tiles * 3 // 4, pace - 20, pace + 50):
+    for at in (pace // 2, pace - latency * config.tiles * 3 // 4, pace - 20, pace + 50):
         tb.demand(0, 3, list(range(config.model.top_k)))
         tb.release(0, 3)
         await tb.commands.sent()
