@@ -1,12 +1,18 @@
 """Time with prefetching over time without."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from prestage_hw.contract.records import Policy
 from prestage_sim.evaluate.slower import SOURCES, main, time_of
-from prestage_sim.traces import Trace, save_trace
+from prestage_sim.traces import Trace, load_trace, save_trace
+
+ROOT = Path(__file__).parents[2]
+SHARED = Path(os.environ.get("PRESTAGE_TRACES", ROOT.parent / "shared" / "traces"))
 
 
 def _trace(tokens=120, *, sequences=4):
@@ -62,6 +68,25 @@ def test_the_throttle_stops_noise():
     }
     assert times["all"] > 1.08 * times["without"]
     assert times["throttled"] < 1.005 * times["without"]
+
+
+@pytest.mark.parametrize(
+    ("source", "policy", "residency", "rho", "most"),
+    [
+        # Gains where the link is the bottleneck come only if a good source stays switched on.
+        ("perceptron", Policy.NEXT_USE, 0.4, 12.0, 0.985),
+        ("st_moe", Policy.LRU, 0.1, 2.0, 0.95),
+        ("noise", Policy.LRU, 0.4, 12.0, 1.002),
+    ],
+)
+def test_never_slower_on_a_real_trace(source, policy, residency, rho, most):
+    path = SHARED / "gpt-oss-20b__business.npz"
+    if not path.exists():
+        pytest.skip(f"there is no {path}")
+    cell = {"source": source, "policy": policy, "residency": residency, "rho": rho}
+    trace = load_trace(path).first(150)
+    without, _ = time_of(trace, prefetch=False, **cell)
+    assert time_of(trace, **cell)[0] < most * without
 
 
 @pytest.mark.parametrize(

@@ -361,9 +361,9 @@ def test_hints(device):
     before = device.read_register("throttle")
     device.configure(settle=False, throttle=True, cancel=True)
     assert device.read_register("control") == 25
-    assert device.read_register("throttle") == before == 0x0A18_1818
+    assert device.read_register("throttle") == before == 0x0A18_0818
     device.configure(throttle={"floor": 100, "useful": 3})
-    assert device.read_register("throttle") == 0x0A64_1813
+    assert device.read_register("throttle") == 0x0A64_0813
     device.configure(throttle=False, cancel=False)
     assert device.read_register("control") == 1
     # Signed credits of -25, of hints -26 after one that has not been used; nothing is switched on.
