@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0x74d9afe8u
+#define PRESTAGE_REGISTER_HASH 0x60df3631u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of

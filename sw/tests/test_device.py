@@ -361,7 +361,7 @@ def test_hints(device):
     before = device.read_register("throttle")
     device.configure(settle=False, throttle=True, cancel=True)
     assert device.read_register("control") == 25
-    assert device.read_register("throttle") == before == 0x0A18_0818
+    assert device.read_register("throttle") == before == 0x0A10_0818
     device.configure(throttle={"floor": 100, "useful": 3})
     assert device.read_register("throttle") == 0x0A64_0813
     device.configure(throttle=False, cancel=False)

@@ -216,7 +216,7 @@ PROFILE_REGISTERS = (
 
 
 def _throttle_reset() -> int:
-    values = {"useful": 8, "price": 1, "pollution": 8, "wait": 0, "floor": 24, "probe": 10}
+    values = {"useful": 8, "price": 1, "pollution": 8, "wait": 0, "floor": 16, "probe": 10}
     return sum(values[name] << low for name, (low, _) in THROTTLE_FIELDS.items())
 
 
