@@ -273,7 +273,8 @@ def _layout() -> tuple[Register, ...]:
         "ro",
         None,
         "CRC-32 of the tiles of an expert of each layer, as 32-bit little-endian numbers, where"
-        " experts of different layers differ in size; else 0.",
+        " experts of different layers differ in size, or of the four numbers of the rows of each"
+        " part, as 64-bit ones, where parts have rows; else 0.",
     )
     add(
         0x10,
@@ -585,6 +586,15 @@ def register_hash() -> int:
     return zlib.crc32(text.encode())
 
 
+def _layout_checksum(config: DeviceConfig) -> int:
+    """Value of the register ``layer_sizes``."""
+    if config.layer_bytes:
+        return zlib.crc32(struct.pack(f"<{config.model.layers}I", *config.layer_tiles))
+    if config.rows:
+        return zlib.crc32(b"".join(struct.pack("<4Q", *rows) for rows in config.part_rows))
+    return 0
+
+
 def shape_registers(config: DeviceConfig) -> dict[str, int]:
     """Values of the read-only registers that describe a configuration."""
     return {
@@ -596,9 +606,7 @@ def shape_registers(config: DeviceConfig) -> dict[str, int]:
         "top_k": config.model.top_k,
         "slots": config.slots,
         "expert_bytes": config.expert_bytes,
-        "layer_sizes": zlib.crc32(struct.pack(f"<{config.model.layers}I", *config.layer_tiles))
-        if config.layer_bytes
-        else 0,
+        "layer_sizes": _layout_checksum(config),
         "tile_bytes": config.tile_bytes,
         "contexts": config.contexts,
         "predictor": config.PREDICTORS.index(config.predictor),
