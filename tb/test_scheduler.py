@@ -23,9 +23,9 @@ CONFIGS = {
     # Parts whose rows are shorter than a tile, longer, whole fractions of it, and none; those of
     # the first follow each other expert by expert.
     "rows": TINY_DEVICE.replace(
-        expert_bytes=5120,
-        parts=(1536, 1536, 1024, 1024),
-        rows=((96, 8 * 112, 112), (768, 1024), (64, 640, 12288), ()),
+        expert_bytes=6144,
+        parts=(3072, 1536, 1024, 512),
+        rows=((192, 8 * 208, 208), (768, 1024), (64, 640, 12288), ()),
     ),
     # Odd sizes, more contexts, more prefetches, a whole expert in one tile.
     "one-tile": DeviceConfig(
