@@ -102,7 +102,6 @@ def test_rows():
             "rows_wrap",
             "lockstep/stall=some/reorder=0.1",
             "aborts/stall=some",
-            "refused",
             "settings_refused",
             "launch_latency",
             "reset_in_flight",
