@@ -1324,15 +1324,14 @@ def test_top(shape):
 
 
 def test_parts():
-    """Experts that lie in three parts and have checksums: whole, or refused with their address.
+    """Experts that lie in two parts and have checksums: whole, or refused with their address.
 
-    The first part lies in one piece, the second in rows that tiles break, and those of the third
-    follow each other expert by expert.
+    Tiles break the rows of the first part; those of the second follow each other expert by expert.
     """
     config = TINY_DEVICE.replace(
-        expert_bytes=3072,
-        parts=(512, 1536, 1024),
-        rows=((), (96, 160), (64, 8 * 64, 64)),
+        expert_bytes=2048,
+        parts=(1536, 512),
+        rows=((96, 160), (64, 8 * 64, 64)),
         checksums=True,
     )
     run_bench(
