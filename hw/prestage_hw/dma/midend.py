@@ -100,6 +100,8 @@ class MidEnd(wiring.Component):
     -------
     active, lower_credits : ``In``
         As of :class:`Settings`.
+    urgent : ``In(config.dma_channels)``
+        Channels whose turn comes as if they were of the class demand.
     waiting, startable, null, first, first_aborted, first_empty : ``In``
         As of :class:`FrontEnd`.
     channel, pop : ``Out``
@@ -151,6 +153,7 @@ class MidEnd(wiring.Component):
             {
                 "active": In(data.ArrayLayout(ActiveLayout(config=config), channels)),
                 "lower_credits": In(5),
+                "urgent": In(channels),
                 "waiting": In(channels),
                 "startable": In(channels),
                 "null": In(channels),
@@ -258,7 +261,10 @@ class MidEnd(wiring.Component):
                         )
                     )
                 ),
-                arbiter.traffic[c].eq(settings.traffic),
+                # Its bursts go on counting as below demand, and so does their limit.
+                arbiter.traffic[c].eq(
+                    Mux(self.urgent[c], TrafficClass.DEMAND, settings.traffic)
+                ),
                 arbiter.weight[c].eq(settings.weight),
             ]
             m.d.sync += credit[c].eq(
