@@ -279,9 +279,7 @@ class Machine(Elaboratable):
             lemma(~(at("GIVE_UP") & spares) | (since <= 1)),
             lemma(scans <= config.inflight),
             lemma(~at("SCAN", "LOOKUP", "SCREEN") | (low >= 1)),
-            lemma(
-                ~at("GIVE_UP") | spares | (since <= 4 + 3 * (config.inflight - 1 - scans))
-            ),
+            lemma(~at("GIVE_UP") | spares | (since <= 4 + 3 * (config.inflight - 1 - scans))),
             lemma(~at("RETURN") | (since <= 4 + 3 * config.inflight)),
             lemma(~at("FILL") | (since <= 5 + 3 * config.inflight)),
             lemma(~at("SCREEN", "LOOKUP", "JUDGE") | (since <= 5 + 3 * config.inflight)),

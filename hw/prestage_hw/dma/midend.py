@@ -262,9 +262,7 @@ class MidEnd(wiring.Component):
                     )
                 ),
                 # Its bursts go on counting as below demand, and so does their limit.
-                arbiter.traffic[c].eq(
-                    Mux(self.urgent[c], TrafficClass.DEMAND, settings.traffic)
-                ),
+                arbiter.traffic[c].eq(Mux(self.urgent[c], TrafficClass.DEMAND, settings.traffic)),
                 arbiter.weight[c].eq(settings.weight),
             ]
             m.d.sync += credit[c].eq(
