@@ -70,8 +70,9 @@ class DMA(wiring.Component):
     abort_all : ``In(1)``
         Strobe: abort all tiles.
     urgent : ``In(config.dma_channels)``
-        Channels with a tile that a demand waits for by now: from the third cycle on their turn comes
-        as if they were of the class demand. ``lower_credits`` limits their bursts all the same.
+        Channels with a tile that a demand waits for by now: from the third cycle on their turn
+        comes as if they were of the class demand. ``lower_credits`` limits their bursts all the
+        same.
     timeout : ``In(24)``
         Cycles that a channel waits for memory before its open tiles fail, at least 4; 0 for ever.
     strobes : ``Out(ArrayLayout(ChannelStrobes(), config.dma_channels))``
