@@ -750,12 +750,15 @@ async def waits_for_its_turn(dut):
 
     async def saturate(until):
         nonlocal number
-        while not until():
+        for _ in range(20 * (most + config.tile_beats * bursts)):
+            if until():
+                return
             if tb.fetches.pending < 2:
                 address = tb.spread(number % 8 * config.tile_bytes, high)
                 tb.fetches.send(tb.fetch(address, channel=high))
                 number += 1
             await RisingEdge(dut.clk)
+        raise AssertionError("a channel has starved")
 
     def bursts_of(channel):
         return sum(burst[1] == channel for burst in tb.launched)

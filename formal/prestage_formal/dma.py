@@ -298,7 +298,7 @@ class _Classes:
             self.limit_two_before.eq(self.limit_before),
         ]
         credit = signal("midend.credit")
-        to_come = engine.burst & ~engine.read
+        to_come = engine.burst & ~engine.read & (engine.channel != 0)
         m.d.comb += lemma(~self.room | ~known | (self.live + to_come < self.limit_before))
         for c in channels[1:]:
             may = engine.choosing & credit[c]

@@ -326,7 +326,7 @@ PROOFS = (
                 old="directory.entry_write.eq(~found & ~further if copies else ~found)",
                 new="directory.entry_write.eq(0)",
                 depth=60,
-                parameters={"lru": True, "slots": 1, "contexts": 1, "layers": 1},
+                parameters={"lru": True, "slots": 2, "contexts": 1, "layers": 1},
             ),
         ),
     ),

@@ -235,7 +235,7 @@ class MidEnd(wiring.Component):
         all_outstanding = Signal(5)
         lower = Signal(len(channels))
         lower_room = Signal()
-        pending = Signal()
+        pending, lower_pending = Signal(), Signal()
         wants = Signal(len(channels))
         wants_null = Signal(len(channels))
         wants_turn = Signal(len(channels))
@@ -280,11 +280,15 @@ class MidEnd(wiring.Component):
                 & ~(step & (null | (self.channel == c)))
             )
         # A burst counts from its choice on, so that the next choice knows of it.
-        m.d.comb += pending.eq(read | (step & ~null & ~turn))
+        m.d.comb += [
+            pending.eq(read | (step & ~null & ~turn)),
+            # Not a demand's: bursts of demands back to back would leave an urgent channel no turn.
+            lower_pending.eq(pending & lower.bit_select(self.channel, 1)),
+        ]
         m.d.sync += [
             lower.eq(Cat(self.active[c].traffic != TrafficClass.DEMAND for c in channels)),
             lower_room.eq(
-                sum((Mux(lower[c], self.live[c], 0) for c in channels), pending)
+                sum((Mux(lower[c], self.live[c], 0) for c in channels), lower_pending)
                 < self.lower_credits
             ),
         ]
