@@ -480,7 +480,9 @@ def _random_message(config, rng):
         [4, 30, 25, 10, 3, 3, 14, 20, 4, 4, 6, 1],
     )[0]  # fmt: skip
     if kind == "BEGIN_TOKEN":
-        return _message(config, kind, ctx, rng.randrange(3), rng.randrange(1 << 32))
+        # 4 and 6 would be PREFILL and VERIFY in the two bits that the predictor gets.
+        phase = rng.choice([*Phase] * 4 + [3, 4, 6, rng.randrange(256)])
+        return _message(config, kind, ctx, phase, rng.randrange(1 << 32))
     if kind == "ROUTE":
         experts = rng.sample(range(model.experts), model.top_k)
         if rng.random() < 0.1:
@@ -961,7 +963,12 @@ async def refusals(dut):
     assert await _register(bench, "refusal") == expected
     assert await _register(bench, *kept) == before
     assert not bench.commits
-    assert len(bench.sinks["begin"].received) == 2, "a token starts all the same"
+    # A token starts all the same, as one of decoding: not of what the low bits of 4, 5, 6 say.
+    for phase in (4, 6, 255):
+        bench.send(*_message(config, "BEGIN_TOKEN", 0, phase, 5))
+    await bench.settle()
+    phases = [token["phase"] for token in bench.sinks["begin"].received]
+    assert phases == [Phase.DECODE] * 5
     hit("profiles.unknown_phase")
 
 

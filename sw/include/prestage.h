@@ -261,7 +261,7 @@ struct prestage_table_write {
 /* A token starts; its id is known before layer 0 runs. */
 struct prestage_begin_token {
     uint8_t ctx; /* Context (sequence) number. */
-    uint8_t phase; /* A Phase. */
+    uint8_t phase; /* A Phase; any other number counts as DECODE. */
     uint32_t token; /* Id of the input token, 0xFFFFFFFF where unknown. */
 };
 

@@ -437,7 +437,12 @@ RECORDS: dict[str, Record] = {
             description="A token starts; its id is known before layer 0 runs.",
             fields=(
                 _CTX,
-                Field(name="phase", kind=2, wire_bits=8, description="A Phase."),
+                Field(
+                    name="phase",
+                    kind=2,
+                    wire_bits=8,
+                    description="A Phase; any other number counts as DECODE.",
+                ),
                 Field(
                     name="token",
                     kind=32,

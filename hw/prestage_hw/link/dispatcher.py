@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract import MESSAGES
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import TABLE_BURST, ErrorCode, Source
+from prestage_hw.contract.records import TABLE_BURST, ErrorCode, Phase, Source
 from prestage_hw.contract.registers import register_by_name
 from prestage_hw.layouts import RecordLayout, body_bytes, body_fields
 
@@ -322,7 +322,9 @@ class Dispatcher(wiring.Component):
                 # Decisions, starts of tokens and hints travel on three streams: each waits until
                 # the others have been taken, so that the predictor sees them in the host's order.
                 with m.If(~self.phases.valid & ~self.decisions.valid & ~self.hints.valid):
-                    put(self.begin, token)
+                    # The field is wider on the wire: 4 must not become PREFILL.
+                    known = token["phase"] <= max(Phase)
+                    put(self.begin, {**token, "phase": Mux(known, token["phase"], Phase.DECODE)})
                     m.d.sync += [nexts[ctx_index].eq(0), self.strobes.tokens.eq(1)]
                     m.next = "BEGUN"
 
