@@ -94,6 +94,7 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_NOT_HELD = 20, /* The copy was not made, because the expert itself is not held. */
     PRESTAGE_ERROR_CODE_TIMEOUT = 21, /* The memory did not answer a read in time. */
     PRESTAGE_ERROR_CODE_ABORTED = 22, /* The host aborted the transfer. */
+    PRESTAGE_ERROR_CODE_ADDRESS = 23, /* The expert, or a row of it, would go past the top of the address space. */
 };
 
 enum prestage_traffic_class {

@@ -92,6 +92,7 @@ _FAILED_DEMAND = frozenset(
         ErrorCode.CHECKSUM,
         ErrorCode.TIMEOUT,
         ErrorCode.ABORTED,
+        ErrorCode.ADDRESS,
     }
 )
 _FAILED_COPY = _FAILED_DEMAND | {ErrorCode.NOT_HELD}

@@ -12,6 +12,7 @@ import prestage
 from prestage import opening
 from prestage.device import Device, Ready
 from prestage.errors import (
+    AddressError,
     ArgumentError,
     BadMessageError,
     BadReadError,
@@ -404,6 +405,21 @@ def test_bases_of_parts():
                 device.configure(part_bases=bases)
         with pytest.raises(ArgumentError, match="Base of part 0 must be given once"):
             device.configure(part_bases={0: 0}, expert_base=0)
+
+
+def test_rows_past_the_top():
+    # Experts fill the address space; the second row of a tile is 8 KiB after the first.
+    config = CONFIG.replace(expert_bytes=2048, address_bits=16)
+    with prestage.open("model://", config=config) as device:
+        rows = {"row_bytes": config.tile_bytes // 2, "row_stride": 8192}
+        device.configure(prefetch=False)
+        device.configure_profile(Phase.DECODE, channels={0: rows})
+        device.switch(Phase.DECODE)
+        device.route(0, 3, [2, 7])
+        with pytest.raises(AddressError, match="past the top of the address space") as caught:
+            list(device.wait_ready(0, 3))
+        assert caught.value.expert == 7 and caught.value.address == 0xF800
+        assert not caught.value.others
 
 
 SIZES = CONFIG.replace(expert_bytes=1536, layer_bytes=(512, 1536, 1024, 512))

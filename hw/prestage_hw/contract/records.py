@@ -238,6 +238,7 @@ class ErrorCode(IntEnum):
     NOT_HELD = 20
     TIMEOUT = 21
     ABORTED = 22
+    ADDRESS = 23
 
 
 #: One sentence for each error code, for messages and documents.
@@ -265,6 +266,7 @@ ERROR_TEXT = {
     ErrorCode.NOT_HELD: "The copy was not made, because the expert itself is not held.",
     ErrorCode.TIMEOUT: "The memory did not answer a read in time.",
     ErrorCode.ABORTED: "The host aborted the transfer.",
+    ErrorCode.ADDRESS: "The expert, or a row of it, would go past the top of the address space.",
 }
 
 
