@@ -115,6 +115,8 @@ enum prestage_refusal {
     PRESTAGE_REFUSAL_PROFILE = 8, /* No phase has that number. */
     PRESTAGE_REFUSAL_BUDGET = 9, /* A budget is at most 8 eighths. */
     PRESTAGE_REFUSAL_RESCAN = 10, /* A rescan needs a predictor that gives values, looks at most at all layers and at most at 127, and asks for a confidence of 1 to 255. */
+    PRESTAGE_REFUSAL_VALUE = 11, /* The register can't hold that value. */
+    PRESTAGE_REFUSAL_BASE = 12, /* The array that begins there must begin at a multiple of its step and end below the top of the address space, the device must have it, and the low half is written first. */
 };
 
 /* Register addresses, in 32-bit words. */
@@ -148,7 +150,7 @@ enum prestage_register {
     PRESTAGE_REG_TABLE_WORDS = 0x1b, /* ro: Words in the table that table_address selects. */
     PRESTAGE_REG_TOKEN_BASE_LOW = 0x1c, /* rw: Address of the predictor's token tables where they lie behind a memory port, bits 31..0: a multiple of 4096. */
     PRESTAGE_REG_TOKEN_BASE_HIGH = 0x1d, /* rw: The same, bits 63..32. */
-    PRESTAGE_REG_POLICY = 0x1e, /* rw: Which expert gives way to another: 0 LRU, 1 LFU, 2 NEXT_USE; 3 stands for 2 (bits 1..0). */
+    PRESTAGE_REG_POLICY = 0x1e, /* rw: Which expert gives way to another: 0 LRU, 1 LFU, 2 NEXT_USE. */
     PRESTAGE_REG_CYCLES_LOW = 0x20, /* ro: Clock cycles since reset, bits 31..0; latches the rest. */
     PRESTAGE_REG_CYCLES_HIGH = 0x21, /* ro: Clock cycles since reset, bits 63..32, as latched. */
     PRESTAGE_REG_THROTTLE = 0x22, /* rw: What the throttle reckons with. Bits 3..0: worth of a useful prefetch; 7..4: price of each prefetch, paid back when it is used; 11..8: cost of a demand that misses because of prefetches; 15..12: cost of a demand that waits for a prefetch's tile; 22..16: below minus that credit a kind is switched off, to be switched on again at 0; 27..24: binary logarithm of the most demand misses from one probe to the next, at least 4. */
@@ -163,7 +165,7 @@ enum prestage_register {
     PRESTAGE_REG_DMA_ROW_BYTES = 0x2b, /* rw: Bytes of a row if tiles are gathered from rows, else 0. */
     PRESTAGE_REG_DMA_ROW_STRIDE = 0x2c, /* rw: Bytes from the start of a row to the start of the next, below 16,777,216. */
     PRESTAGE_REG_REFUSAL = 0x2d, /* rw: What was wrong with the first write that was refused, which has changed nothing. Bit 31: a write was refused. Bits 23..8: address of its register. Bits 7..0: a Refusal. Any write clears it. */
-    PRESTAGE_REG_DMA_TIMEOUT = 0x2e, /* rw: Cycles that a DMA channel waits for the memory before its tiles fail, 4 or more (bits 23..0); 0: for ever. */
+    PRESTAGE_REG_DMA_TIMEOUT = 0x2e, /* rw: Cycles that a DMA channel waits for the memory before its tiles fail, 4 to 16,777,215; 0: for ever. */
     PRESTAGE_REG_DMA_ABORT = 0x2f, /* wo: A write aborts all tiles that the DMA engine was asked for: their experts' fetches fail. */
     PRESTAGE_REG_PART1_BASE_LOW = 0x30, /* rw: Address of part 1 of expert 0 of layer 0, bits 31..0. After reset the parts' arrays follow each other from address 0 on; 0 where experts have no such part. */
     PRESTAGE_REG_PART1_BASE_HIGH = 0x31, /* rw: Address of part 1 of expert 0 of layer 0, bits 63..32. */

@@ -330,6 +330,11 @@ def test_cutoff(device):
         ("dma_channel", 4, Refusal.CHANNEL, "has no such channel"),
         ("dma_shape", 0, Refusal.WEIGHT, "The weight is 0"),
         ("profile", 3, Refusal.PROFILE, "No phase has that number"),
+        ("cutoff_layer", 256, Refusal.VALUE, "can't hold that value"),
+        ("control", 1 << 6, Refusal.VALUE, "can't hold that value"),
+        ("dma_timeout", 1 << 24, Refusal.VALUE, "can't hold that value"),
+        ("expert_base_low", 8, Refusal.BASE, "must begin at a multiple of its step"),
+        ("slot_base_high", 1, Refusal.BASE, "the device must have it"),
     ],
 )
 def test_refusal(device, register, value, reason, text):
@@ -484,6 +489,8 @@ def test_an_error_in_a_part_tells_its_address():
 def test_slots_in_a_memory_of_their_own(device):
     with pytest.raises(ArgumentError, match="only for slots in a memory of their own"):
         device.configure(slot_base=0)
+    with pytest.raises(ArgumentError, match="only for token tables behind a memory port"):
+        device.configure(token_base=0)
     config = CONFIG.replace(slot_store="axi")
     with prestage.open("model://", config=config) as device:
         device.configure(slot_base=0x1_0000_3000)

@@ -193,6 +193,8 @@ class Refusal(IntEnum):
     PROFILE = 8
     BUDGET = 9
     RESCAN = 10
+    VALUE = 11
+    BASE = 12
 
 
 #: One sentence for each refusal, for messages and documents.
@@ -210,6 +212,9 @@ REFUSAL_TEXT = {
     Refusal.BUDGET: "A budget is at most 8 eighths.",
     Refusal.RESCAN: "A rescan needs a predictor that gives values, looks at most at all layers and"
     " at most at 127, and asks for a confidence of 1 to 255.",
+    Refusal.VALUE: "The register can't hold that value.",
+    Refusal.BASE: "The array that begins there must begin at a multiple of its step and end below"
+    " the top of the address space, the device must have it, and the low half is written first.",
 }
 
 
