@@ -699,11 +699,18 @@ def test_locks_end(device):
     # One slot is left for each demand at a time.
     for expert in range(4):
         device.lock(0, expert)
-    with pytest.raises(NoSlotError, match="layer 1, expert 0"):
+    with pytest.raises(ArgumentError, match="more than 4 slots, as .* expert 0 of layer 1"):
         device.lock(1, 0)
     device.configure(clear_buffer=True)
     assert device.locked == ()
     device.lock(1, 0)
+    # Routes have pinned all the others.
+    for layer in range(3):
+        device.route(0, layer, [3, 4])
+        list(device.wait_ready(0, layer))
+    device.lock(0, 5)
+    with pytest.raises(NoSlotError, match="layer 3, expert 7"):
+        device.lock(3, 7)
     with prestage.open("model://?error=0:1024", config=CONFIG) as other:
         with pytest.raises(BusError, match="layer 0, expert 0"):
             other.lock(0, 0)
