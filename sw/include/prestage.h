@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0x60df3631u
+#define PRESTAGE_REGISTER_HASH 0x5e4aaec0u
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -222,6 +222,7 @@ enum prestage_register {
     PRESTAGE_REG_LINK_REPLAYS = 0x64, /* ro: Times the link went back to resend. Stage 1. */
     PRESTAGE_REG_CHECKSUM_ERRORS = 0x65, /* ro: Experts that arrived whole but not with the checksum loaded for them. Stage 4. */
     PRESTAGE_REG_PREFETCH_LATE_DROPPED = 0x66, /* ro: Candidates of which less than the budget would have come in time. Stage 3. */
+    PRESTAGE_REG_ROUTES_OUT_OF_ORDER = 0x67, /* ro: Routing decisions, served all the same, for a layer below the last one that the context had routed in its token. Stage 1. */
     PRESTAGE_REG_CHANNEL_TILES = 0xa0, /* ro: Tiles that came whole. Of the channel that dma_channel names. Stage 4. */
     PRESTAGE_REG_CHANNEL_ERRORS = 0xa1, /* ro: Tiles that ended in an error, but for those aborted. Of the channel that dma_channel names. Stage 4. */
     PRESTAGE_REG_CHANNEL_ABORTED = 0xa2, /* ro: Tiles that were aborted. Of the channel that dma_channel names. Stage 4. */

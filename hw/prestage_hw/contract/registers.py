@@ -148,6 +148,12 @@ COUNTERS: tuple[Counter, ...] = (
         stage=3,
         description="Candidates of which less than the budget would have come in time.",
     ),
+    Counter(
+        name="routes_out_of_order",
+        stage=1,
+        description="Routing decisions, served all the same, for a layer below the last one that"
+        " the context had routed in its token.",
+    ),
 )
 
 

@@ -20,6 +20,9 @@ __all__ = ["Dispatcher", "RegisterRequestLayout", "RegisterResponseLayout"]
 #: shows in the next block's ``idle`` a cycle later.
 _IDLE_CYCLES = 4
 
+#: What is counted here.
+_COUNTERS = ("tokens", "routes", "routes_out_of_order", "releases", "hints", "rejected")
+
 
 class RegisterRequestLayout(data.StructLayout):
     """Access to one register."""
@@ -96,13 +99,12 @@ class Dispatcher(wiring.Component):
     busy : ``Out(1)``
         The dispatcher is clearing.
     strobes : ``Out(StructLayout)``
-        One bit a counter: tokens, routes, releases, hints, rejected.
+        One bit a counter: tokens, routes, routes_out_of_order, releases, hints, rejected.
     """
 
     def __init__(self, *, config):
         require_config(config)
         self.config = config
-        counters = ("tokens", "routes", "releases", "hints", "rejected")
 
         def record(name):
             return stream.Signature(RecordLayout(name, config=config))
@@ -133,7 +135,7 @@ class Dispatcher(wiring.Component):
                 "engine_idle": In(1),
                 "clear": In(1),
                 "busy": Out(1),
-                "strobes": Out(data.StructLayout(dict.fromkeys(counters, 1))),
+                "strobes": Out(data.StructLayout(dict.fromkeys(_COUNTERS, 1))),
             }
         )
 
@@ -232,7 +234,7 @@ class Dispatcher(wiring.Component):
             m.d.comb += self.messages.ready.eq(1)
             m.next = "NEXT"
 
-        for name in ("tokens", "routes", "releases", "hints", "rejected"):
+        for name in _COUNTERS:
             m.d.sync += self.strobes[name].eq(0)
         m.d.sync += self.boundary.eq(0)
 
@@ -388,6 +390,9 @@ class Dispatcher(wiring.Component):
                         repeat.eq(again),
                         nexts[ctx_index].eq(layer + 1),
                         self.strobes.routes.eq(1),
+                        # The model is right, whatever order it has: it is served, but what was
+                        # predicted, and hints, are for layers above.
+                        self.strobes.routes_out_of_order.eq(nexts[ctx_index] > layer + 1),
                     ]
                     m.next = "DEMAND"
 

@@ -250,6 +250,7 @@ class Dispatcher:
         # In a chunk of tokens a layer is routed several times before the next one; the stamp counts
         # it once.
         repeat = self._current[ctx] == layer
+        self._counters["routes_out_of_order"] += layer < self._current[ctx]
         if not repeat:
             self._stamp[ctx] = (self._stamp[ctx] + 1) % 256
         self._current[ctx] = layer
