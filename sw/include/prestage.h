@@ -139,7 +139,7 @@ enum prestage_register {
     PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its layer was routed. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are those of the profile that profile_select names. */
     PRESTAGE_REG_CLEAR = 0x11, /* wo: Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free, every layer released). Bit 2: counters. Bit 3: checksums of experts, so that none is checked. Waits until the engine is idle. */
     PRESTAGE_REG_HINT_THRESHOLD = 0x12, /* rw: Hints with a lower score are dropped (bits 7..0). */
-    PRESTAGE_REG_EXPERT_BASE_LOW = 0x13, /* rw: Address of (part 0 of) expert 0 of layer 0, bits 31..0. */
+    PRESTAGE_REG_EXPERT_BASE_LOW = 0x13, /* rw: Address of (part 0 of) expert 0 of layer 0, bits 31..0. Of each address the low half is written first, and where addresses have more than 32 bits it holds from the write of the high half on, with that. */
     PRESTAGE_REG_EXPERT_BASE_HIGH = 0x14, /* rw: Address of (part 0 of) expert 0 of layer 0, bits 63..32. */
     PRESTAGE_REG_PREFETCH_TILES = 0x15, /* rw: Prefetch tiles that the DMA may hold at once, 1 to 4. */
     PRESTAGE_REG_PREDICT_THRESHOLD = 0x16, /* rw: Least confidence of a candidate for the next layer, in 1/256 (bits 7..0). */

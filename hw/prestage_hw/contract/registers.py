@@ -319,7 +319,15 @@ def _layout() -> tuple[Register, ...]:
         " checked. Waits until the engine is idle.",
     )
     add(0x12, "hint_threshold", "rw", 128, "Hints with a lower score are dropped (bits 7..0).")
-    add(0x13, "expert_base_low", "rw", 0, "Address of (part 0 of) expert 0 of layer 0, bits 31..0.")
+    add(
+        0x13,
+        "expert_base_low",
+        "rw",
+        0,
+        "Address of (part 0 of) expert 0 of layer 0, bits 31..0. Of each address the low half is"
+        " written first, and where addresses have more than 32 bits it holds from the write of the"
+        " high half on, with that.",
+    )
     add(
         0x14,
         "expert_base_high",
