@@ -20,6 +20,7 @@ from prestage_hw.contract.records import (
     BufferCode,
     BufferOp,
     ErrorCode,
+    FetchReason,
     Policy,
     PrefetchKind,
     PrefetchOutcome,
@@ -147,7 +148,8 @@ class TB:
             dut.part_bases.value = sum(
                 each << at * config.address_bits for at, each in enumerate(self.bases[1:])
             )
-        self.broken = []  # Address ranges of the memory that fail.
+        self.broken = []  # Address ranges of the memory that fail, and why.
+        self.reason = FetchReason.BUS
         self.golden_dma = GoldenDMA(config)
         self.prefetch_tiles = 1
         dut.expert_base.value = self.bases[0]
@@ -641,7 +643,7 @@ class TB:
             "failed": int(failing),
             "address": address,
             "channel": fetch["channel"],
-            "reason": int(failing),
+            "reason": int(self.reason if failing else FetchReason.OK),
         }
         due = self.cycle + self.random.randint(*self.latency)
         if self.memory_queue:
@@ -1061,7 +1063,13 @@ class TB:
             self.due.append(Ready(ctx, entry.layer, entry.expert, entry.slot))
         else:
             self.due_events.append(
-                Event(ErrorCode.BUS, ctx, entry.layer, entry.expert, entry.failed_address)
+                Event(
+                    ErrorCode[self.reason.name],
+                    ctx,
+                    entry.layer,
+                    entry.expert,
+                    entry.failed_address,
+                )
             )
 
 
@@ -1769,15 +1777,17 @@ async def demand_waits_for_one_tile(dut):
 
 
 @cocotb.test()
-@cocotb.parametrize(fails=[False, True])
+@cocotb.parametrize(fails=["never", "BUS", "TIMEOUT", "ABORTED", "ADDRESS"])
 async def contexts_share_a_fetch(dut, fails):
     """All contexts that wait for an expert are answered, ascending, if it arrives or fails."""
     tb = TB(dut, latency=(3, 9))
+    if fails != "never":
+        tb.reason = FetchReason[fails]
     config = tb.config
     await tb.reset()
     tb.hold_memory = True
     address = tb.tile_address(1, 2, 0)
-    if fails:
+    if fails != "never":
         tb.broken.append((address + config.tile_bytes // 2, address + config.tile_bytes))
     for ctx in reversed(range(config.contexts)):
         tb.demand(ctx, 1, [2])
@@ -1786,8 +1796,8 @@ async def contexts_share_a_fetch(dut, fails):
     await tb.idle()
     assert [a.ctx for a in tb.answers] == list(range(config.contexts))
     assert tb.strobes["merged"] == config.contexts - 1
-    if fails:
-        assert all(a.code == ErrorCode.BUS for a in tb.answers)
+    if fails != "never":
+        assert all(a.code == ErrorCode[fails] for a in tb.answers)
         first = next(
             at
             for at, beats in GoldenDMA(config).bursts(address)
@@ -1795,6 +1805,7 @@ async def contexts_share_a_fetch(dut, fails):
         )
         assert all(a.address == first for a in tb.answers)
         assert tb.strobes["fill_errors"] == 1 and tb.strobes["fills"] == 0
+        hit("scheduler.reasons")
 
 
 @cocotb.test()

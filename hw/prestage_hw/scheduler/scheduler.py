@@ -1032,6 +1032,7 @@ class Scheduler(wiring.Component):
         if self.config.mover == "dma":
             code = Mux(reason == FetchReason.TIMEOUT, ErrorCode.TIMEOUT, code)
             code = Mux(reason == FetchReason.ABORTED, ErrorCode.ABORTED, code)
+            code = Mux(reason == FetchReason.ADDRESS, ErrorCode.ADDRESS, code)
         if self.config.slot_store == "axi":
             code = Mux(reason == FetchReason.WRITE, ErrorCode.SLOT_MEMORY, code)
         if self.config.checksums:
