@@ -136,7 +136,7 @@ enum prestage_register {
     PRESTAGE_REG_DATA_BYTES = 0x0c, /* ro: Width of the memory port, in bytes. */
     PRESTAGE_REG_MOVER = 0x0d, /* ro: Who moves experts into slots: 0 the DMA engine, 1 the host. */
     PRESTAGE_REG_LAYER_SIZES = 0x0e, /* ro: CRC-32 of the tiles of an expert of each layer, as 32-bit little-endian numbers, where experts of different layers differ in size; else 0. */
-    PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its layer was routed. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are those of the profile that profile_select names. */
+    PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its layer was routed, or for a demand that finds no slot. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are those of the profile that profile_select names. */
     PRESTAGE_REG_CLEAR = 0x11, /* wo: Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free, every layer released). Bit 2: counters. Bit 3: checksums of experts, so that none is checked. Waits until the engine is idle. */
     PRESTAGE_REG_HINT_THRESHOLD = 0x12, /* rw: Hints with a lower score are dropped (bits 7..0). */
     PRESTAGE_REG_EXPERT_BASE_LOW = 0x13, /* rw: Address of (part 0 of) expert 0 of layer 0, bits 31..0. Of each address the low half is written first, and where addresses have more than 32 bits it holds from the write of the high half on, with that. */
@@ -207,7 +207,7 @@ enum prestage_register {
     PRESTAGE_REG_PREFETCH_OUTBID = 0x55, /* ro: Candidates that were worth less than every expert that could give way. Stage 3. */
     PRESTAGE_REG_PREFETCH_OVERFLOW = 0x56, /* ro: Candidates lost to a full queue. Stage 3. */
     PRESTAGE_REG_PREFETCH_THROTTLED = 0x57, /* ro: Candidates of a kind that has cost more than it has saved. Stage 3. */
-    PRESTAGE_REG_PREFETCH_CANCELLED = 0x58, /* ro: Prefetches in flight that were given up because their layer was routed. Stage 3. */
+    PRESTAGE_REG_PREFETCH_CANCELLED = 0x58, /* ro: Prefetches in flight that were given up because their layer was routed, or for a demand that found no slot. Stage 3. */
     PRESTAGE_REG_USEFUL = 0x59, /* ro: Prefetched experts demanded or locked before eviction. Stage 5. */
     PRESTAGE_REG_USELESS = 0x5a, /* ro: Prefetched experts evicted without a demand. Stage 5. */
     PRESTAGE_REG_EVICTIONS = 0x5b, /* ro: Experts evicted. Stage 5. */
