@@ -122,8 +122,8 @@ COUNTERS: tuple[Counter, ...] = (
     Counter(
         name="prefetch_cancelled",
         stage=3,
-        description="Prefetches in flight that were given up because their layer was routed, or for a"
-        " demand that found no slot.",
+        description="Prefetches in flight that were given up because their layer was routed, or"
+        " for a demand that found no slot.",
     ),
     Counter(
         name="useful", stage=5, description="Prefetched experts demanded or locked before eviction."
@@ -307,8 +307,8 @@ def _layout() -> tuple[Register, ...]:
         " candidate waits until the predictor is at rest and nothing is in flight, so that what is"
         " evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it"
         " saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its"
-        " layer was routed, or for a demand that finds no slot. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are"
-        " those of the profile that profile_select names.",
+        " layer was routed, or for a demand that finds no slot. Bit 5: the phase of BEGIN_TOKEN"
+        " asks for its profile. Bits 0 and 1 are those of the profile that profile_select names.",
     )
     add(
         0x11,
