@@ -234,7 +234,7 @@ def test_rows_without_gaps_are_none():
             ((64, 128),),
             {"address_bits": 17},
             ValueError,
-            "Address width must span all rows of all experts (131584 bytes), but is 17 bits",
+            "Address width must span all rows of all experts (131520 bytes), but is 17 bits",
         ),
     ],
 )

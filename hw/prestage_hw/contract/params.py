@@ -470,8 +470,8 @@ class DeviceConfig:
         if self.part_rows == replace(self, rows=()).part_rows:
             object.__setattr__(self, "rows", ())
             return
-        # The engine takes a row in the last tile of the address space for one past its top.
-        total = self.memory_bytes + (self.tile_bytes if self.gathers else 0)
+        ends = zip(self.part_bases(), self.array_room, strict=True)
+        total = max(self.memory_bytes, *(base + room for base, room in ends))
         if total > 1 << self.address_bits:
             raise ValueError(
                 f"Address width must span all rows of all experts ({total} bytes),"
@@ -626,7 +626,9 @@ class DeviceConfig:
     @property
     def gathers(self) -> bool:
         """Whether a tile may lie in several rows."""
-        return any(rows.row_bytes % self.tile_bytes for rows in self.part_rows if self.rows)
+        if not self.rows:
+            return False
+        return any(rows.row_bytes % self.tile_bytes for rows in self.part_rows)
 
     @cached_property
     def array_bytes(self) -> tuple[int, ...]:
@@ -658,6 +660,20 @@ class DeviceConfig:
             + (size // rows.row_bytes - 1) * rows.row_stride
             + rows.row_bytes
             for size, rows in zip(self.part_bytes, self.part_rows, strict=True)
+        )
+
+    @property
+    def array_room(self) -> tuple[int, ...]:
+        """Bytes of memory that there must be from the base of the array of each part on.
+
+        Where tiles are gathered no row may lie in the last tile of the address space: the DMA
+        engine takes it for one past the top.
+        """
+        if self.layer_bytes:
+            return self.array_ends
+        return tuple(
+            end + (self.tile_bytes if rows.row_bytes % self.tile_bytes else 0)
+            for end, rows in zip(self.array_ends, self.part_rows, strict=True)
         )
 
     @property

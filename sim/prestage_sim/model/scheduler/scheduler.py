@@ -11,6 +11,7 @@ from prestage_hw.contract.records import (
     BufferCode,
     BufferOp,
     ErrorCode,
+    FetchReason,
     PrefetchKind,
     RescanCode,
     Source,
@@ -539,7 +540,10 @@ class Scheduler:
             # Only the address wrapped around, or tiles are gathered from rows.
             self.counters["fills"] += 1
             return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
-        return self._failed(entry, ErrorCode.BUS, completion.address)
+        wraps = completion.reason is FetchReason.ADDRESS
+        return self._failed(
+            entry, ErrorCode.ADDRESS if wraps else ErrorCode.BUS, completion.address
+        )
 
     def _mismatch(self, entry: Entry, spans: Sequence[tuple[int, int]]) -> list[Ready | Event]:
         """The last tile has come, but the expert has not its checksum."""
