@@ -364,7 +364,7 @@ class TB:
 
     def break_a_beat(self, fetch):
         """Let the memory answer an error for a random beat of the tile."""
-        bursts = self.golden.bursts(fetch["address"])
+        bursts = self.golden.bursts(fetch["address"], tile=fetch["tile"])
         if not bursts:
             return
         at, beats = self.random.choice(bursts)
@@ -533,7 +533,7 @@ async def rlast_in_the_wrong_place(dut, kind):
     channels = [tb.random.choice(tb.channels) for _ in range(16)]
     fetches = [tb.fetch(tb.spread(tb.address(), c), channel=c) for c in channels]
     for fetch in fetches[1::3]:
-        address, beats = tb.random.choice(tb.golden.bursts(fetch["address"]))
+        address, beats = tb.random.choice(tb.golden.bursts(fetch["address"], tile=fetch["tile"]))
         if kind == "missing" or beats > 2:
             broken.add(address)
     records = await tb.run(fetches)
@@ -598,12 +598,13 @@ async def rows(dut, stall):
     await reset(dut)
     config = tb.config
     for _ in range(4):
-        await tb.configure(
-            *(
-                row_settings(tb, c) if tb.random.random() < 0.8 else tb.channel_settings(c)
-                for c in tb.channels
+        if not config.rows:
+            await tb.configure(
+                *(
+                    row_settings(tb, c) if tb.random.random() < 0.8 else tb.channel_settings(c)
+                    for c in tb.channels
+                )
             )
-        )
         count = max(5, 400 // config.tile_beats)
         fetches = [tb.any_fetch() for _ in range(count)]
         for fetch in fetches:
@@ -611,7 +612,26 @@ async def rows(dut, stall):
             if tb.random.random() < 0.9:
                 fetch["address"] %= 1 << (config.address_bits - 1)
         await tb.run(fetches)
-    hit("dma.rows")
+    if not config.rows:
+        hit("dma.rows")
+        return
+    # Each tile of an expert over each channel, at its own address: the beats are the expert's.
+    whole = [
+        at
+        for start, size in config.expert_spans(1, 3)
+        for at in range(start, start + size, config.data_bytes)
+    ]
+    for channel in tb.channels:
+        for tile, address in enumerate(config.tile_addresses(1, 3)):
+            first = len(tb.launched)
+            await tb.run([{**tb.fetch(address, channel=channel), "tile": tile}])
+            beats = [
+                at + n * config.data_bytes
+                for _, _, at, count in tb.launched[first:]
+                for n in range(count)
+            ]
+            assert beats == whole[tile * config.tile_beats :][: config.tile_beats], tile
+    hit("dma.part_rows")
 
 
 @cocotb.test()
@@ -622,6 +642,25 @@ async def rows_wrap(dut):
     config = tb.config
     size = config.data_bytes
     top = 1 << config.address_bits
+    if config.rows:
+        # The last tile of the third part has rows behind each other as below.
+        tile = config.first_tiles[3] - 1
+        rows = config.part_rows[2]
+        for below in (1, 3):
+            fetch = {**tb.fetch(top - config.tile_bytes - below * rows.row_stride), "tile": tile}
+            first = len(tb.launched)
+            (record,) = await tb.run([fetch])
+            assert record["reason"] == FetchReason.ADDRESS
+            assert record["address"] == fetch["address"]
+            # The rows, and a beat of the last one again.
+            assert [b[3] for b in tb.launched[first:]] == [rows.row_bytes // size] * below + [1]
+        # A row that would begin below address 0 is none either.
+        tile = config.first_tiles[1] - 1
+        fetch = {**tb.fetch(0), "tile": tile}
+        (record,) = await tb.run([fetch])
+        assert record["reason"] == FetchReason.ADDRESS
+        hit("dma.part_rows_wrap")
+        return
     await tb.configure(tb.channel_settings(0, row_bytes=size * 2, row_stride=config.tile_bytes))
     for rows_below in range(1, 4):
         fetch = tb.fetch(top - (rows_below + 1) * config.tile_bytes)
@@ -825,6 +864,9 @@ async def settings_refused(dut):
     ]
     if config.dma_channels < 1 << config.bits("channel"):
         cases.append((SettingsRefusal.CHANNEL, {"channel": config.dma_channels}))
+    if config.rows:
+        # They are told twice.
+        cases.append((SettingsRefusal.ROWS, {"row_bytes": size}))
     for reason, change in cases:
         tb.settings.send({**good, **change})
         await tb.settings.sent()
@@ -838,7 +880,7 @@ async def settings_refused(dut):
         assert int(dut.refusal.value) == reason
     await tb.pulse("commit")
     await tb.run([tb.any_fetch() for _ in range(10)])
-    hit("dma.settings_refused")
+    hit("dma.rows_told_twice" if config.rows else "dma.settings_refused")
 
 
 @cocotb.test()

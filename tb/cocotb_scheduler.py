@@ -141,9 +141,8 @@ class TB:
         self.failing = failing
         self.base = base
         # The parts' arrays follow each other, the last part's first.
-        whole = config.model.layers * config.model.experts
-        sizes = config.part_bytes
-        self.bases = [base + whole * sum(sizes[part + 1 :]) for part in range(len(sizes))]
+        sizes = config.array_bytes
+        self.bases = [base + sum(sizes[part + 1 :]) for part in range(len(sizes))]
         if len(sizes) > 1:
             dut.part_bases.value = sum(
                 each << at * config.address_bits for at, each in enumerate(self.bases[1:])
@@ -464,9 +463,7 @@ class TB:
 
     def tile_address(self, layer, expert, tile):
         """Address of a tile of an expert."""
-        spans = self.config.expert_spans(layer, expert, bases=self.bases)
-        size = self.config.tile_bytes
-        return [at + offset for at, each in spans for offset in range(0, each, size)][tile]
+        return self.config.tile_addresses(layer, expert, bases=self.bases)[tile]
 
     def _taken(self, stream):
         """Payload of a stream if it is taken in this cycle."""
@@ -632,7 +629,7 @@ class TB:
         self.budget.fetched(now=self.cycle)
         failing = False
         address = fetch["address"]
-        for burst, beats in self.golden_dma.bursts(address):
+        for burst, beats in self.golden_dma.bursts(address, tile=fetch["tile"]):
             end = burst + beats * self.config.data_bytes
             if any(first < end and burst < last for first, last in self.broken):
                 failing, address = True, burst
@@ -1053,9 +1050,9 @@ class TB:
             layer=layer, expert=expert, slot=slot, demand=demand, ctx=ctx, cycle=self.cycle
         )
         if self.random.random() < self.failing:
-            beats = self.config.layer_tiles[layer] * self.config.tile_beats
-            tile, beat = divmod(self.random.randrange(beats), self.config.tile_beats)
-            first = self.tile_address(layer, expert, tile) + beat * self.config.data_bytes
+            spans = self.config.expert_spans(layer, expert, bases=self.bases)
+            at, size = self.random.choice(spans)
+            first = at + self.random.randrange(0, size, self.config.data_bytes)
             self.broken.append((first, first + self.config.data_bytes))
 
     def _answer(self, entry, ctx):
@@ -1229,6 +1226,8 @@ async def run_timed(dut, stall, latency, failing):
         hit("scheduler.parts")
     if config.layer_bytes:
         hit("scheduler.sizes")
+    if config.rows:
+        hit("scheduler.rows")
     dut._log.info("counters: %s", dict(tb.strobes))
     return tb
 

@@ -1217,6 +1217,41 @@ async def wrong_bits(dut):
 
 
 @cocotb.test()
+async def promoted_rows(dut):
+    """A demand takes over a prefetch: its tiles leave over two channels, with the rows of both."""
+    bench = _Bench(dut, latency=60)
+    config, rng, model, host = bench.config, bench.random, bench.config.model, bench.host
+    if not config.rows:
+        return
+    await bench.reset()
+    host.post("REGISTER_WRITE", register_by_name("control").address, 2)
+    promoted = 0
+    for token in range(model.layers * 2):
+        layer = token % model.layers
+        experts = [token // model.layers * 2, token // model.layers * 2 + 1]
+        before = len(bench.memory.transfers)
+        host.post("BEGIN_TOKEN", 0, Phase.DECODE, token)
+        host.post("HINT", 0, layer, experts[0], 255)
+        await cycles(dut, rng.randrange(80, config.expert_beats))
+        host.post("ROUTE", 0, layer, experts)
+        readies = []
+        while len(readies) < model.top_k:
+            answers = await host.wait(dut, until=MESSAGES["READY"].code)
+            readies += bench.readies(answers)
+        await bench.check_bytes(readies)
+        spans = config.expert_spans(layer, experts[0])
+        over = {
+            transfer.identifier
+            for transfer in bench.memory.transfers[before:]
+            if any(at <= transfer.address < at + size for at, size in spans)
+        }
+        promoted += over == {0, 1}
+        host.post("RELEASE", 0, layer)
+    assert promoted >= 3, promoted
+    hit("dma.part_rows_promoted")
+
+
+@cocotb.test()
 async def any_order(dut):
     """Layers in any order: every demand is served, and those out of order are counted."""
     bench = _Bench(dut, stall=0.1)
@@ -1323,8 +1358,16 @@ def test_top(shape):
 
 
 def test_parts():
-    """Experts that lie in three parts and have checksums: whole, or refused with their address."""
-    config = TINY_DEVICE.replace(expert_bytes=2048, parts=(512, 1024, 512), checksums=True)
+    """Experts that lie in two parts and have checksums: whole, or refused with their address.
+
+    Tiles break the rows of the first part; those of the second follow each other expert by expert.
+    """
+    config = TINY_DEVICE.replace(
+        expert_bytes=2048,
+        parts=(1536, 512),
+        rows=((96, 160), (64, 8 * 64, 64)),
+        checksums=True,
+    )
     run_bench(
         lambda: Top(config=config),
         module=__file__,
@@ -1334,6 +1377,7 @@ def test_parts():
             f"drained_pace/stall=0.3/policy={Policy.LRU.name}",
             "hints_and_errors",
             "wrong_bits",
+            "promoted_rows",
         ],
     )
 

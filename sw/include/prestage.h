@@ -110,7 +110,7 @@ enum prestage_refusal {
     PRESTAGE_REFUSAL_WEIGHT = 3, /* The weight is 0. */
     PRESTAGE_REFUSAL_BURST = 4, /* The burst length is no power of two, or longer than the longest burst. */
     PRESTAGE_REFUSAL_CREDITS = 5, /* A channel has no credit, or there are more credits than bursts outstanding. */
-    PRESTAGE_REFUSAL_ROWS = 6, /* Size or stride of a row is no whole number of beats, or too large. */
+    PRESTAGE_REFUSAL_ROWS = 6, /* Size or stride of a row is no whole number of beats, or too large; any size where the device's configuration says what rows experts have. */
     PRESTAGE_REFUSAL_ENABLE = 7, /* Channels 0 and 1, and the last of three or more, carry demands and prefetches and can't be disabled. */
     PRESTAGE_REFUSAL_PROFILE = 8, /* No phase has that number. */
     PRESTAGE_REFUSAL_BUDGET = 9, /* A budget is at most 8 eighths. */
@@ -135,7 +135,7 @@ enum prestage_register {
     PRESTAGE_REG_SUCCESSORS = 0x0b, /* ro: Entries in a row of the correlation table (K). */
     PRESTAGE_REG_DATA_BYTES = 0x0c, /* ro: Width of the memory port, in bytes. */
     PRESTAGE_REG_MOVER = 0x0d, /* ro: Who moves experts into slots: 0 the DMA engine, 1 the host. */
-    PRESTAGE_REG_LAYER_SIZES = 0x0e, /* ro: CRC-32 of the tiles of an expert of each layer, as 32-bit little-endian numbers, where experts of different layers differ in size; else 0. */
+    PRESTAGE_REG_LAYER_SIZES = 0x0e, /* ro: CRC-32 of the tiles of an expert of each layer, as 32-bit little-endian numbers, where experts of different layers differ in size, or of the four numbers of the rows of each part, as 64-bit ones, where parts have rows; else 0. */
     PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its layer was routed, or for a demand that finds no slot. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are those of the profile that profile_select names. */
     PRESTAGE_REG_CLEAR = 0x11, /* wo: Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free, every layer released). Bit 2: counters. Bit 3: checksums of experts, so that none is checked. Waits until the engine is idle. */
     PRESTAGE_REG_HINT_THRESHOLD = 0x12, /* rw: Hints with a lower score are dropped (bits 7..0). */

@@ -248,6 +248,9 @@ class Settings:
             elif name in _ROW_SETTINGS:
                 rule = f"must be a multiple of {config.data_bytes} from 0 to {most}"
                 fits = fits and value % config.data_bytes == 0
+            if name == "row_bytes" and config.rows:
+                rule = "must be 0 where the configuration says what rows experts have"
+                fits = value == 0
             if not fits:
                 raise ArgumentError(f"Setting {name} of DMA channel {channel} {rule}, not {value}")
 
@@ -332,8 +335,7 @@ class Settings:
         if not 0 <= operator.index(part) < len(parts):
             raise ArgumentError(f"Experts have parts 0 to {len(parts) - 1}, not {part}")
         what = f"Base of part {part}" if len(parts) > 1 else "Expert base"
-        array = self._config.memory_bytes * parts[part] // self._config.expert_bytes
-        most = (1 << self._config.address_bits) - array
+        most = (1 << self._config.address_bits) - self._config.array_room[part]
         if not 0 <= operator.index(base) <= most:
             raise ArgumentError(f"{what} must be between 0 and {most:#x}, not {base:#x}")
         if base % self._config.data_bytes:

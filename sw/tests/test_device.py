@@ -459,6 +459,54 @@ def test_memory_of_layers_of_different_sizes():
     pipe.close()
 
 
+#: Two parts: columns of a matrix, and rows with gaps that tiles break.
+ROWS = CONFIG.replace(expert_bytes=3072, parts=(1536, 1536), rows=((128, 512), (96, 112)))
+
+
+@pytest.mark.parametrize("over_link", [False, True])
+def test_experts_in_rows(over_link):
+    memory = expert_memory(ROWS)
+    # The same columns of another shard lie beside these.
+    end, shift = ROWS.array_ends[0], 128
+    memory[shift : shift + end] = memory[:end].copy()
+    with prestage.open("model://", config=ROWS, memory=memory) as device:
+        device.configure(expert_base=shift)
+        for layer in range(2):
+            device.route(0, layer, [2, 7])
+            for ready in device.wait_ready(0, layer):
+                whole = expert_pattern(layer, ready.expert, size=3072)
+                assert device.read(ready, over_link=over_link) == whole.tobytes()
+                assert device.pipe.compare([ready.slot], [layer], [ready.expert]) == []
+            device.release(0, layer)
+        top = 1 << ROWS.address_bits
+        for part, size in enumerate(ROWS.array_ends):
+            # The rows keep away from the last tile.
+            most = top - size - ROWS.tile_bytes
+            with pytest.raises(ArgumentError, match=f"part {part} must be between 0 and {most:#x}"):
+                device.configure(part_bases={part: most + 16})
+
+
+def test_an_error_in_a_row_tells_its_address():
+    at, _ = ROWS.expert_spans(0, 3)[7]
+    with prestage.open(f"model://?error={at + 16}:16", config=ROWS) as device:
+        device.route(0, 0, [3, 1])
+        with pytest.raises(BusError, match=f"{at:#x}"):
+            list(device.wait_ready(0, 0))
+
+
+def test_rows_are_told_once():
+    with prestage.open("model://", config=ROWS) as device:
+        with pytest.raises(ArgumentError, match="row_bytes of DMA channel 1 must be 0 where the"):
+            device.configure_profile(Phase.DECODE, channels={1: {"row_bytes": 64}})
+        device.write_register("dma_row_bytes", 64)
+        assert device.read_register("dma_row_bytes") == 0
+        assert device.read_register("refusal") & 0xFF == Refusal.ROWS
+    pipe = ModelPipe(ROWS, memory=expert_memory(ROWS))
+    with pytest.raises(MismatchError, match="Register layer_sizes must be .*, but the device has"):
+        Device(pipe, ROWS.replace(rows=((128, 512), (96, 128))))
+    pipe.close()
+
+
 def test_reads_behind_the_end_of_an_expert():
     with prestage.open("model://", config=SIZES) as device:
         device.route(0, 0, [2, 7])

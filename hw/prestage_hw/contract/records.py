@@ -205,7 +205,8 @@ REFUSAL_TEXT = {
     Refusal.WEIGHT: "The weight is 0.",
     Refusal.BURST: "The burst length is no power of two, or longer than the longest burst.",
     Refusal.CREDITS: "A channel has no credit, or there are more credits than bursts outstanding.",
-    Refusal.ROWS: "Size or stride of a row is no whole number of beats, or too large.",
+    Refusal.ROWS: "Size or stride of a row is no whole number of beats, or too large; any size"
+    " where the device's configuration says what rows experts have.",
     Refusal.ENABLE: "Channels 0 and 1, and the last of three or more, carry demands and prefetches"
     " and can't be disabled.",
     Refusal.PROFILE: "No phase has that number.",

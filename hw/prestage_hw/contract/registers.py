@@ -296,7 +296,8 @@ def _layout() -> tuple[Register, ...]:
         "ro",
         None,
         "CRC-32 of the tiles of an expert of each layer, as 32-bit little-endian numbers, where"
-        " experts of different layers differ in size; else 0.",
+        " experts of different layers differ in size, or of the four numbers of the rows of each"
+        " part, as 64-bit ones, where parts have rows; else 0.",
     )
     add(
         0x10,
@@ -616,18 +617,24 @@ def register_hash() -> int:
     return zlib.crc32(text.encode())
 
 
+def _layout_checksum(config: DeviceConfig) -> int:
+    """Value of the register ``layer_sizes``."""
+    if config.layer_bytes:
+        return zlib.crc32(struct.pack(f"<{config.model.layers}I", *config.layer_tiles))
+    if config.rows:
+        return zlib.crc32(b"".join(struct.pack("<4Q", *rows) for rows in config.part_rows))
+    return 0
+
+
 def base_limits(config: DeviceConfig) -> dict[str, tuple[int, int]]:
     """Step and greatest value of the address where each array begins, in bytes.
 
     By the names in :data:`BASES`; arrays that the device does not have are left out.
     """
-    experts = config.model.layers * config.model.experts
     steps = {
-        name: (experts * size, config.data_bytes)
-        for name, size in zip(BASES, config.part_bytes, strict=False)
+        name: (room, config.data_bytes)
+        for name, room in zip(BASES, config.array_room, strict=False)
     }
-    if config.layer_bytes:
-        steps["expert_base"] = (config.memory_bytes, config.data_bytes)
     if config.token_memory:
         steps["token_base"] = (TOKEN_BASE_BYTES, TOKEN_BASE_BYTES)
     if config.slot_store == "axi":
@@ -691,9 +698,7 @@ def shape_registers(config: DeviceConfig) -> dict[str, int]:
         "top_k": config.model.top_k,
         "slots": config.slots,
         "expert_bytes": config.expert_bytes,
-        "layer_sizes": zlib.crc32(struct.pack(f"<{config.model.layers}I", *config.layer_tiles))
-        if config.layer_bytes
-        else 0,
+        "layer_sizes": _layout_checksum(config),
         "tile_bytes": config.tile_bytes,
         "contexts": config.contexts,
         "predictor": config.PREDICTORS.index(config.predictor),

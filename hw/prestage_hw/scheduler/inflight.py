@@ -4,7 +4,7 @@ from amaranth import Array, Cat, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract.params import require_config
+from prestage_hw.contract.params import Rows, require_config
 from prestage_hw.layouts import RecordLayout
 
 __all__ = ["EntryLayout", "InflightTable"]
@@ -25,7 +25,7 @@ class EntryLayout(data.StructLayout):
                 "layer": unsigned(config.bits("layer")),
                 "expert": unsigned(config.bits("expert")),
                 "slot": unsigned(config.bits("slot")),
-                # Of each part, as if the tiles before it lay there, too.
+                # Of each part; without rows as if the tiles before it lay there, too.
                 "addresses": data.ArrayLayout(config.bits("address"), len(config.part_bytes)),
                 "ctx": unsigned(config.bits("ctx")),  # of a prefetch, as the next two
                 "deadline": unsigned(8),
@@ -353,6 +353,7 @@ class InflightTable(wiring.Component):
         if config.layer_bytes:
             prepared_last = Signal(config.bits("tile"))
             m.d.sync += prepared_last.eq(offer_read.data.last_tile)
+        prepared_offset = prepared_tile * config.tile_bytes
         prefetch_channel = Signal(config.bits("channel"))
         target = Signal(count)  # Entry that changes, one bit.
         ready = Signal()
@@ -379,6 +380,15 @@ class InflightTable(wiring.Component):
             prepared_demand.eq((chosen & demand).any()),
             ready.eq(chosen.any() & stands & ~changing & ~load),
         ]
+        if config.rows:
+            prepared_offset = self._follow_rows(
+                m,
+                tag=chosen_tag,
+                loaded=prepared_tag,
+                tile=prepared_tile,
+                part=prepared_part,
+                load=load,
+            )
         with m.If(self.fetches.ready):
             m.d.sync += self.fetches.valid.eq(0)
         with m.If(~self.fetches.valid):
@@ -388,9 +398,7 @@ class InflightTable(wiring.Component):
                 self.fetches.payload.channel.eq(Mux(prepared_demand, 0, prefetch_channel)),
                 self.fetches.payload.slot.eq(prepared_slot),
                 self.fetches.payload.tile.eq(prepared_tile),
-                self.fetches.payload.address.eq(
-                    prepared_address + prepared_tile * config.tile_bytes
-                ),
+                self.fetches.payload.address.eq(prepared_address + prepared_offset),
             ]
         m.d.comb += prefetch_channel.eq(min(1, config.dma_channels - 1))
         urgent_channel = 1 << min(1, config.dma_channels - 1)
@@ -502,3 +510,55 @@ class InflightTable(wiring.Component):
             with m.If(target[i] & self.complete):
                 m.d.sync += returned[i].eq(returned[i] + 1)
         return m
+
+    def _follow_rows(self, m, *, tag, loaded, tile, part, load):
+        """Where a tile lies in its part, in bytes, in the cycle after ``tag`` names its entry.
+
+        That of each entry's next tile is kept: rows may have any size, and a tile begin anywhere in
+        one. With ``load`` entry ``loaded`` goes on, whose ``tile`` of this ``part`` is offered.
+        """
+        config = self.config
+        low = config.data_bytes.bit_length() - 1
+        # All of them are counted in beats.
+        parts = [Rows(*(each >> low for each in rows)) for rows in config.part_rows]
+        ends = [
+            (size >> low) // rows.row_bytes * rows.row_stride
+            for size, rows in zip(config.part_bytes, parts, strict=True)
+        ]
+        place = data.StructLayout(
+            {
+                "offset": unsigned((max(ends) - 1).bit_length()),
+                "within": unsigned((max(rows.row_bytes for rows in parts) - 1).bit_length()),
+            }
+        )
+        m.submodules.places = places = memory.Memory(shape=place, depth=config.inflight, init=[])
+        write = places.write_port()
+        read = places.read_port(domain="comb")
+        now, following = Signal(place), Signal(place)
+        moved = Signal(len(now.within) + 1)
+        m.d.sync += now.eq(read.data)
+        m.d.comb += [
+            read.addr.eq(tag),
+            write.addr.eq(Mux(self.allocate, self.free_tag, loaded)),
+            write.data.eq(Mux(self.allocate, Const(0, place.size), following.as_value())),
+            write.en.eq(self.allocate | load),
+        ]
+        for number, rows in enumerate(parts):
+            whole, rest = divmod(config.tile_beats, rows.row_bytes)
+            step = whole * rows.row_stride + rest
+            gap = rows.row_stride - rows.row_bytes
+            with m.If(part == number):
+                m.d.comb += [
+                    moved.eq(now.within + rest),
+                    following.offset.eq(now.offset + step),
+                    following.within.eq(moved),
+                ]
+                with m.If(moved >= rows.row_bytes):
+                    m.d.comb += [
+                        following.offset.eq(now.offset + step + gap),
+                        following.within.eq(moved - rows.row_bytes),
+                    ]
+        for first in config.first_tiles[1:]:
+            with m.If(tile == first - 1):
+                m.d.comb += following.eq(0)
+        return now.offset << low

@@ -403,24 +403,34 @@ class Scheduler(wiring.Component):
 
         # Address of the expert that is served, three cycles after it is known: sooner than any
         # lookup ends. Of each further part the address that the expert would have if its tiles
-        # before the part lay there, too, so that a tile's number counts from 0 in all of them.
+        # before the part lay there, too, so that a tile's number counts from 0 in all of them. With
+        # rows the table counts in each part itself.
         number = Signal(range(config.model.layers * config.model.experts))
         m.d.sync += number.eq(layer * config.model.experts + expert)
         addresses = []
         if config.layer_bytes:
             last_tile = Signal(config.bits("tile"))
             addresses.append(self._address(m, layer=layer, expert=expert, last_tile=last_tile))
-        for part, size in enumerate(() if config.layer_bytes else config.part_bytes):
-            offset = Signal(
-                range(config.model.layers * config.model.experts * size), name=f"offset_{part}"
-            )
+        for part, rows in enumerate(() if config.layer_bytes else config.part_rows):
+            offset = Signal(range(config.array_bytes[part]), name=f"offset_{part}")
             address = Signal(config.bits("address"), name=f"address_{part}")
             start = self.expert_base
             if part:
                 start = Signal(config.bits("address"), name=f"start_{part}")
-                before = config.first_tiles[part] * config.tile_bytes
+                before = 0 if config.rows else config.first_tiles[part] * config.tile_bytes
                 m.d.sync += start.eq(self.part_bases[part - 1] - before)
-            m.d.sync += [offset.eq(number * size), address.eq(start + offset)]
+            if rows.layer_stride == config.model.experts * rows.expert_stride:
+                m.d.sync += offset.eq(number * rows.expert_stride)
+            else:
+                # Experts whose rows lie in turns.
+                of_layer = Signal(range(config.array_bytes[part]), name=f"of_layer_{part}")
+                of_expert = Signal(range(config.array_bytes[part]), name=f"of_expert_{part}")
+                m.d.sync += [
+                    of_layer.eq(layer * rows.layer_stride),
+                    of_expert.eq(expert * rows.expert_stride),
+                    offset.eq(of_layer + of_expert),
+                ]
+            m.d.sync += address.eq(start + offset)
             addresses.append(address)
 
         one_ctx = Signal(contexts)

@@ -510,7 +510,7 @@ class Scheduler:
         return self.channels[self._channel_number(entry)]
 
     def _fill_tiles(self, entry: Entry, spans: Sequence[tuple[int, int]]) -> list[Ready | Event]:
-        """Fetch tile by tile up to the first that fails; ``spans`` are the expert's parts.
+        """Fetch tile by tile up to the first that fails; ``spans`` are the expert's pieces.
 
         The RTL may have later tiles under way by then; they are never read and not counted.
         """
@@ -518,11 +518,11 @@ class Scheduler:
         slot = entry.slot
         data = bytearray()
         assert isinstance(self.memory, Memory)
-        addresses = [
-            address + at for address, size in spans for at in range(0, size, config.tile_bytes)
-        ]
+        addresses = config.tile_addresses(entry.layer, entry.expert, bases=self.bases)
         for tile, address in enumerate(addresses):
-            completion, tile_data = self._dma.transfer(address, self.memory, self._channel(entry))
+            completion, tile_data = self._dma.transfer(
+                address, self.memory, self._channel(entry), tile=tile
+            )
             data += tile_data
             failed = completion.failed
             if tile == len(addresses) - 1 and not failed:
