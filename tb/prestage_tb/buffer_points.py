@@ -247,7 +247,7 @@ class BufferPoints:
             )
             if differs(state):
                 self.see("no_values")
-        if self.open("values_any_time"):
+        if self.valued and self.open("values_any_time"):
             if late is not None and differs(late):
                 self.see("values_any_time", "last cycle")
             if later is not None and self.exact:
@@ -293,15 +293,16 @@ class BufferPoints:
             state = _copied(was)
             state.slots[:, LOCKED] &= ~BY_LOCK
             # Of those that the lock alone keeps.
-            other = self._again(state, op, fields)[1]
-            if other != slot and was.slots[other, LOCKED] & BY_LOCK:
+            other, at = self._again(state, op, fields)
+            if other == ALLOCATED and was.slots[at, LOCKED] & BY_LOCK:
                 self.see("lock", policy.name)
         if self.open("pins_of_contexts"):
             shared = [each for each in self._shared if was.slots[each, PINS]]
             if shared:
                 state = _copied(was)
                 state.slots[shared, PINS] = 0
-                if self._again(state, op, fields)[1] in shared:
+                other, at = self._again(state, op, fields)
+                if other == ALLOCATED and at in shared:
                     self.see("pins_of_contexts", "held")
             if slot in self._left:
                 self.see("pins_of_contexts", "taken")
@@ -516,7 +517,8 @@ class BufferPoints:
         if some and len(allowed) > 1 and not all(valid for _, valid in allowed):
             self.see("reads_meet_writes", "valid" if ok else "invalid")
         if not some and slot in self._short:
-            if not self.golden.storage.valid[slot] >> beat // self.config.tile_beats & 1:
+            tile = beat // self.config.tile_beats
+            if tile < self.config.tiles and not self.golden.storage.valid[slot] >> tile & 1:
                 self.see("sizes", "invalid")
         if ok and self.open("copy") and self.golden.state.copies[slot, NUMBER]:
             self.see("copy", "bytes")
