@@ -1075,7 +1075,10 @@ async def copies_timed(dut):
         [ready, _] = await host.wait(dut, until=MESSAGES["SYNCED"].code)
         await bench.check_bytes(bench.readies([ready]))
         assert ready[0] == MESSAGES["READY"].code
-    hit("buffer.copies_timed")
+    host.post("REGISTER_READ", register_by_name("prefetch_cancelled").address)
+    (*_, (_, body)) = await host.wait(dut, until=MESSAGES["REGISTER_VALUE"].code)
+    if RECORDS["RegisterValue"].unpack(config, body)["value"]:
+        hit("buffer.copies_timed")
 
 
 @cocotb.test()
@@ -1116,7 +1119,13 @@ async def tables_and_reads(dut):
                     for code, body in got
                     if code == MESSAGES["DATA"].code
                 ] == [1, 0]
-                await bench.drained(golden, "READ", ready["slot"], config.expert_beats - 1, 2)
+                refused = await bench.drained(
+                    golden, "READ", ready["slot"], config.expert_beats - 1, 2
+                )
+                events = bench.records(refused, "EVENT")
+                assert [event["code"] for event in events] == [ErrorCode.BAD_READ]
+                # Through the consumer port, too.
+                await bench.check_bytes([ready])
                 hit("buffer.sizes_device")
     if config.model.layers * config.model.experts * config.successors <= 1024:
         await bench.compare_tables(golden)
