@@ -20,7 +20,6 @@ from prestage.errors import (
 )
 from prestage_hw.contract import MESSAGES, DeviceConfig, preset
 from prestage_hw.contract.records import HOST_MESSAGES, ErrorCode
-from prestage_sim.model.link.mover import HostCopies
 from prestage_sim.model.pipe import ModelPipe, open_pipe
 from prestage_sim.model.top import Top
 from prestage_tb.coverage import hit
@@ -259,7 +258,7 @@ def test_golden_top():
     with pytest.raises(TypeError, match="Memory must be a callable that copies tiles"):
         Top(CONFIG, EMPTY)
     with pytest.raises(TypeError, match="Copier must be callable, not 3"):
-        HostCopies(CONFIG, 3)
+        Top(CONFIG, 3)
     pipe = ModelPipe(CONFIG, memory=EMPTY)
 
     def broken(code, body):
