@@ -14,6 +14,7 @@ from prestage.errors import (
     ArgumentError,
     BadFetchedError,
     BusError,
+    DeviceTimeoutError,
     LinkError,
     MismatchError,
     OverrunError,
@@ -185,6 +186,56 @@ def test_errors_of_the_device(code, kind, text):
         device._on_event(code, 0, 0, 3, 9)
         with pytest.raises(kind, match=text):
             device.drain()
+
+
+class LateWire:
+    """A wire that isn't simulated: what the device says comes some exchanges later."""
+
+    def __init__(self, config, *, late):
+        self.model = ModelPipe(config, memory=EMPTY)
+        self.late = late
+        self.answers = []  # with the exchange in which each comes
+        self.now = 0
+
+    def exchange(self, data, *, frames=1, limit=None):
+        self.now += 1
+        answer = self.model.exchange(data, frames=0)
+        if answer:
+            self.answers.append((self.now + self.late, answer))
+        due = [answer for when, answer in self.answers if when <= self.now]
+        self.answers = [each for each in self.answers if each[0] > self.now]
+        return b"".join(due)
+
+    def close(self):
+        self.model.close()
+
+
+def test_slow_wires_are_heard_while_a_prefetch_is_copied():
+    """What a layer waits for comes late, but before a copy that nobody waits for."""
+    never = []
+
+    def copier(layer, expert, slot, tile, nbytes, demand):
+        future = Future()
+        if demand:
+            future.set_result(None)
+        else:
+            never.append(future)
+        return future
+
+    wire = LateWire(CONFIG, late=0)
+    with Device(wire, CONFIG, copier=copier) as device:
+        device.configure(hints=True, prefetch=False)
+        device.hint(0, 2, 5)
+        device.flush()
+        assert device.copying == 1
+        wire.late = 7
+        device.route(0, 0, [1, 2])
+        assert {ready.expert for ready in device.wait_ready(0, 0)} == {1, 2}
+        assert device.copying == 1 and not never[0].done()
+        with pytest.raises(DeviceTimeoutError):
+            device.route(0, 2, [5, 1])
+            list(device.wait_ready(0, 2, timeout=50_000))
+        hit("mover.overlap")
 
 
 def _exchange(pipe, *messages):
