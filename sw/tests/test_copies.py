@@ -20,7 +20,8 @@ from prestage.errors import (
     OverrunError,
 )
 from prestage_hw.contract import MESSAGES, DeviceConfig, preset
-from prestage_hw.contract.records import HOST_MESSAGES, ErrorCode
+from prestage_hw.contract.records import HOST_MESSAGES, LINK_ACK, ErrorCode
+from prestage_hw.contract.wire import decode_frame, encode_frame
 from prestage_sim.model.pipe import ModelPipe, open_pipe
 from prestage_sim.model.top import Top
 from prestage_tb.coverage import hit
@@ -200,11 +201,14 @@ class LateWire:
     def exchange(self, data, *, frames=1, limit=None):
         self.now += 1
         answer = self.model.exchange(data, frames=0)
-        if answer:
+        if answer and self.late:
+            # That the messages have come is heard at once.
             self.answers.append((self.now + self.late, answer))
+            *_, acknowledge, _ = decode_frame(answer.split(b"\0")[0])
+            return encode_frame(LINK_ACK, sequence=0, acknowledge=acknowledge)
         due = [answer for when, answer in self.answers if when <= self.now]
         self.answers = [each for each in self.answers if each[0] > self.now]
-        return b"".join(due)
+        return b"".join(due) + answer
 
     def close(self):
         self.model.close()
