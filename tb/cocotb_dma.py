@@ -118,7 +118,10 @@ class TB:
             fault=fault,
             reorder=reorder,
         )
-        for name in ("commit", "abort", "abort_all", "abort_tag", "timeout", "lower_credits"):
+        for name in (
+            *("commit", "abort", "abort_all", "abort_tag", "timeout", "lower_credits"),
+            "urgent",
+        ):
             getattr(dut, name).value = 0
         self.check_rows = True  # Settings of rows hold for all that is inside.
         self.cycle = 0
@@ -716,6 +719,71 @@ async def time_out(dut):
         return
     tb.writes.stall = Stall(0.8, burst=(limit, 2 * limit))
     await tb.run(again[:2])
+
+
+@cocotb.test()
+async def waits_for_its_turn(dut):
+    """A tile that higher classes leave no turn is not late, for as long as memory answers them;
+    an urgent channel gets its turn.
+    """
+    tb = TB(dut, latency=3)
+    await reset(dut)
+    config = tb.config
+    burst_beats = min(config.longest_burst, max(1, config.tile_beats // 8))
+    bursts = config.tile_beats // burst_beats
+    if config.dma_channels < 2 or bursts < 4 or config.outstanding_bursts < 2:
+        return
+    low, high = config.dma_channels - 1, 0
+    # So that the memory always has bursts of the demands to answer.
+    await tb.configure(
+        tb.channel_settings(high, traffic=TrafficClass.DEMAND, burst_beats=burst_beats),
+        tb.channel_settings(low, traffic=TrafficClass.STREAM, burst_beats=burst_beats),
+        lower_credits=1,
+    )
+    limit = 40 + 8 * config.tile_beats
+    dut.timeout.value = limit
+    _, most = bounds(limit)
+    tb.fetches.send(tb.fetch(tb.spread(0x10000, low), channel=low))
+    while not any(burst[1] == low for burst in tb.launched):
+        await RisingEdge(dut.clk)
+    number = 0
+
+    async def saturate(until):
+        nonlocal number
+        for _ in range(20 * (most + config.tile_beats * bursts)):
+            if until():
+                return
+            if tb.fetches.pending < 2:
+                address = tb.spread(number % 8 * config.tile_bytes, high)
+                tb.fetches.send(tb.fetch(address, channel=high))
+                number += 1
+            await RisingEdge(dut.clk)
+        raise AssertionError("a channel has starved")
+
+    def bursts_of(channel):
+        return sum(burst[1] == channel for burst in tb.launched)
+
+    await saturate(lambda: number > 2 * config.dma_queue_depth)
+    begun, start = bursts_of(low), tb.cycle
+    assert begun < bursts, "the tile has its last burst out"
+    await saturate(lambda: tb.cycle - start > 2 * most)
+    assert bursts_of(low) == begun, "a lower class was given a turn"
+    assert not [c for c in tb.completed if c[2]["channel"] == low]
+    hit("dma.waits_for_its_turn")
+    # From now on somebody waits for it: the channels of the class take turns.
+    dut.urgent.value = 1 << low
+    await cycles(dut, 8)
+    first = len(tb.launched)
+    await saturate(lambda: any(c[2]["channel"] == low for c in tb.completed))
+    served = [burst[1] for burst in tb.launched[first:]]
+    last = max(at for at, channel in enumerate(served) if channel == low)
+    assert served[: last + 1].count(low) == bursts - begun
+    # With one burst below demand at a time, each waits for the one before to come.
+    assert last + 1 <= (bursts - begun + 1) * (config.outstanding_bursts + 1)
+    dut.urgent.value = 0
+    await tb.done(number + 1)
+    assert all(record["reason"] == FetchReason.OK for _, _, record in tb.completed)
+    hit("dma.urgent")
 
 
 @cocotb.test()

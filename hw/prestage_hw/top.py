@@ -196,6 +196,7 @@ class Top(wiring.Component):
                 if config.gives_values
             ),
             scheduler.streaming.eq(chunks.streaming),
+            scheduler.gathering.eq(chunks.gathering),
             scheduler.clear.eq(registers.clear.buffer),
             scheduler.clear_statistics.eq(registers.clear.counters),
         ]

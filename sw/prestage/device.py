@@ -96,6 +96,7 @@ _FAILED_DEMAND = frozenset(
         ErrorCode.CHECKSUM,
         ErrorCode.TIMEOUT,
         ErrorCode.ABORTED,
+        ErrorCode.ADDRESS,
     }
 )
 _FAILED_COPY = _FAILED_DEMAND | {ErrorCode.NOT_HELD}
@@ -580,16 +581,17 @@ class Device:
         Raises
         ------
         ArgumentError
-            If a number is out of range, or a route of the context still waits for this expert, or
-            for copies of it.
+            If a number is out of range, a route of the context still waits for this expert, or for
+            copies of it, or as many slots are locked or hold copies as may.
         NoSlotError
-            If no slot may be taken, or no more experts may be locked.
+            If no slot may be taken.
         BusError
             If the expert can't be read; it is not locked then.
         DeviceTimeoutError
             If nothing arrives in time.
         """
         self._check_unawaited(ctx, layer, expert, "locked")
+        self._check_lockable(layer, expert)
         key = (ctx, layer, expert)
         self._lock_errors.pop(key, None)
         self._post("LOCK", ctx, layer, expert, 1)
@@ -625,6 +627,18 @@ class Device:
     def locked(self) -> tuple[Ready, ...]:
         """The experts that are locked, in the order in which they were."""
         return tuple(self._locked.values())
+
+    def _check_lockable(self, layer: int, expert: int) -> None:
+        """Refuse a lock for which the device has no more slots, and that would hold up demands."""
+        kept = {ready.slot for ready in self._locked.values()}
+        kept.update(ready.slot for copies in self._held.values() for ready in copies.values())
+        most = self.config.lockable
+        counted = (layer, expert) in self._locked or (layer, expert) in self._held
+        if len(kept) >= most and not counted:
+            raise ArgumentError(
+                f"Locked experts and copies must not take more than {most} slots, as they would"
+                f" with expert {expert} of layer {layer}"
+            )
 
     def _check_unawaited(self, ctx: int, layer: int, expert: int, what: str) -> None:
         """Refuse what would make the answers for an expert ambiguous."""

@@ -14,6 +14,7 @@ from prestage_hw.contract.registers import (
     SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
     TIMEOUT_BITS,
+    TOKEN_BASE_BYTES,
 )
 
 from .errors import ArgumentError
@@ -71,8 +72,8 @@ class Settings:
 
     def written(self, name: str, value: int) -> None:
         """A register was written: what the device makes of it from now on."""
-        if name == "control":
-            self._control = value & (_CONTROL_FOLLOW * 2 - 1) & ~_CONTROL_PROFILE
+        if name == "control" and value < _CONTROL_FOLLOW * 2:
+            self._control = value & ~_CONTROL_PROFILE
             self._flags[self._selected] = value & _CONTROL_PROFILE
         elif name == "profile" and value in list(Phase):
             self._profile = Phase(value)
@@ -285,10 +286,12 @@ class Settings:
             writes.append((f"{name}_low", base & 0xFFFFFFFF))
             writes.append((f"{name}_high", base >> 32))
         if token_base is not None:
-            most = (1 << self._config.address_bits) - 4096
-            if not 0 <= operator.index(token_base) <= most or token_base % 4096:
+            if not self._config.token_memory:
+                raise ArgumentError("Token base is only for token tables behind a memory port")
+            most = (1 << self._config.address_bits) - TOKEN_BASE_BYTES
+            if not 0 <= operator.index(token_base) <= most or token_base % TOKEN_BASE_BYTES:
                 raise ArgumentError(
-                    f"Token base must be a multiple of 4096 from 0 to {most:#x},"
+                    f"Token base must be a multiple of {TOKEN_BASE_BYTES} from 0 to {most:#x},"
                     f" not {token_base:#x}"
                 )
             writes.append(("token_base_low", token_base & 0xFFFFFFFF))

@@ -12,6 +12,7 @@ import prestage
 from prestage import opening
 from prestage.device import Device, Ready
 from prestage.errors import (
+    AddressError,
     ArgumentError,
     BadMessageError,
     BadReadError,
@@ -329,6 +330,11 @@ def test_cutoff(device):
         ("dma_channel", 4, Refusal.CHANNEL, "has no such channel"),
         ("dma_shape", 0, Refusal.WEIGHT, "The weight is 0"),
         ("profile", 3, Refusal.PROFILE, "No phase has that number"),
+        ("cutoff_layer", 256, Refusal.VALUE, "can't hold that value"),
+        ("control", 1 << 6, Refusal.VALUE, "can't hold that value"),
+        ("dma_timeout", 1 << 24, Refusal.VALUE, "can't hold that value"),
+        ("expert_base_low", 8, Refusal.BASE, "must begin at a multiple of its step"),
+        ("slot_base_high", 1, Refusal.BASE, "the device must have it"),
     ],
 )
 def test_refusal(device, register, value, reason, text):
@@ -406,6 +412,21 @@ def test_bases_of_parts():
             device.configure(part_bases={0: 0}, expert_base=0)
 
 
+def test_rows_past_the_top():
+    # Experts fill the address space; the second row of a tile is 8 KiB after the first.
+    config = CONFIG.replace(expert_bytes=2048, address_bits=16)
+    with prestage.open("model://", config=config) as device:
+        rows = {"row_bytes": config.tile_bytes // 2, "row_stride": 8192}
+        device.configure(prefetch=False)
+        device.configure_profile(Phase.DECODE, channels={0: rows})
+        device.switch(Phase.DECODE)
+        device.route(0, 3, [2, 7])
+        with pytest.raises(AddressError, match="past the top of the address space") as caught:
+            list(device.wait_ready(0, 3))
+        assert caught.value.expert == 7 and caught.value.address == 0xF800
+        assert not caught.value.others
+
+
 SIZES = CONFIG.replace(expert_bytes=1536, layer_bytes=(512, 1536, 1024, 512))
 
 
@@ -468,6 +489,8 @@ def test_an_error_in_a_part_tells_its_address():
 def test_slots_in_a_memory_of_their_own(device):
     with pytest.raises(ArgumentError, match="only for slots in a memory of their own"):
         device.configure(slot_base=0)
+    with pytest.raises(ArgumentError, match="only for token tables behind a memory port"):
+        device.configure(token_base=0)
     config = CONFIG.replace(slot_store="axi")
     with prestage.open("model://", config=config) as device:
         device.configure(slot_base=0x1_0000_3000)
@@ -676,11 +699,18 @@ def test_locks_end(device):
     # One slot is left for each demand at a time.
     for expert in range(4):
         device.lock(0, expert)
-    with pytest.raises(NoSlotError, match="layer 1, expert 0"):
+    with pytest.raises(ArgumentError, match="more than 4 slots, as .* expert 0 of layer 1"):
         device.lock(1, 0)
     device.configure(clear_buffer=True)
     assert device.locked == ()
     device.lock(1, 0)
+    # Routes have pinned all the others.
+    for layer in range(3):
+        device.route(0, layer, [3, 4])
+        list(device.wait_ready(0, layer))
+    device.lock(0, 5)
+    with pytest.raises(NoSlotError, match="layer 3, expert 7"):
+        device.lock(3, 7)
     with prestage.open("model://?error=0:1024", config=CONFIG) as other:
         with pytest.raises(BusError, match="layer 0, expert 0"):
             other.lock(0, 0)

@@ -193,6 +193,8 @@ class Refusal(IntEnum):
     PROFILE = 8
     BUDGET = 9
     RESCAN = 10
+    VALUE = 11
+    BASE = 12
 
 
 #: One sentence for each refusal, for messages and documents.
@@ -210,6 +212,9 @@ REFUSAL_TEXT = {
     Refusal.BUDGET: "A budget is at most 8 eighths.",
     Refusal.RESCAN: "A rescan needs a predictor that gives values, looks at most at all layers and"
     " at most at 127, and asks for a confidence of 1 to 255.",
+    Refusal.VALUE: "The register can't hold that value.",
+    Refusal.BASE: "The array that begins there must begin at a multiple of its step and end below"
+    " the top of the address space, the device must have it, and the low half is written first.",
 }
 
 
@@ -238,6 +243,7 @@ class ErrorCode(IntEnum):
     NOT_HELD = 20
     TIMEOUT = 21
     ABORTED = 22
+    ADDRESS = 23
 
 
 #: One sentence for each error code, for messages and documents.
@@ -265,6 +271,7 @@ ERROR_TEXT = {
     ErrorCode.NOT_HELD: "The copy was not made, because the expert itself is not held.",
     ErrorCode.TIMEOUT: "The memory did not answer a read in time.",
     ErrorCode.ABORTED: "The host aborted the transfer.",
+    ErrorCode.ADDRESS: "The expert, or a row of it, would go past the top of the address space.",
 }
 
 
@@ -437,7 +444,12 @@ RECORDS: dict[str, Record] = {
             description="A token starts; its id is known before layer 0 runs.",
             fields=(
                 _CTX,
-                Field(name="phase", kind=2, wire_bits=8, description="A Phase."),
+                Field(
+                    name="phase",
+                    kind=2,
+                    wire_bits=8,
+                    description="A Phase; any other number counts as DECODE.",
+                ),
                 Field(
                     name="token",
                     kind=32,

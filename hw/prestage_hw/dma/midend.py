@@ -100,6 +100,8 @@ class MidEnd(wiring.Component):
     -------
     active, lower_credits : ``In``
         As of :class:`Settings`.
+    urgent : ``In(config.dma_channels)``
+        Channels whose turn comes as if they were of the class demand.
     waiting, startable, null, first, first_aborted, first_empty : ``In``
         As of :class:`FrontEnd`.
     channel, pop : ``Out``
@@ -151,6 +153,7 @@ class MidEnd(wiring.Component):
             {
                 "active": In(data.ArrayLayout(ActiveLayout(config=config), channels)),
                 "lower_credits": In(5),
+                "urgent": In(channels),
                 "waiting": In(channels),
                 "startable": In(channels),
                 "null": In(channels),
@@ -232,7 +235,7 @@ class MidEnd(wiring.Component):
         all_outstanding = Signal(5)
         lower = Signal(len(channels))
         lower_room = Signal()
-        pending = Signal()
+        pending, lower_pending = Signal(), Signal()
         wants = Signal(len(channels))
         wants_null = Signal(len(channels))
         wants_turn = Signal(len(channels))
@@ -258,7 +261,8 @@ class MidEnd(wiring.Component):
                         )
                     )
                 ),
-                arbiter.traffic[c].eq(settings.traffic),
+                # Its bursts go on counting as below demand, and so does their limit.
+                arbiter.traffic[c].eq(Mux(self.urgent[c], TrafficClass.DEMAND, settings.traffic)),
                 arbiter.weight[c].eq(settings.weight),
             ]
             m.d.sync += credit[c].eq(
@@ -276,11 +280,15 @@ class MidEnd(wiring.Component):
                 & ~(step & (null | (self.channel == c)))
             )
         # A burst counts from its choice on, so that the next choice knows of it.
-        m.d.comb += pending.eq(read | (step & ~null & ~turn))
+        m.d.comb += [
+            pending.eq(read | (step & ~null & ~turn)),
+            # Not a demand's: bursts of demands back to back would leave an urgent channel no turn.
+            lower_pending.eq(pending & lower.bit_select(self.channel, 1)),
+        ]
         m.d.sync += [
             lower.eq(Cat(self.active[c].traffic != TrafficClass.DEMAND for c in channels)),
             lower_room.eq(
-                sum((Mux(lower[c], self.live[c], 0) for c in channels), pending)
+                sum((Mux(lower[c], self.live[c], 0) for c in channels), lower_pending)
                 < self.lower_credits
             ),
         ]

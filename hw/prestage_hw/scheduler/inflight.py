@@ -1,6 +1,6 @@
 """Table of the experts that are being fetched, and the choice of the next tile."""
 
-from amaranth import Array, Const, Module, Mux, Signal, unsigned
+from amaranth import Array, Cat, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -87,14 +87,26 @@ class InflightTable(wiring.Component):
         Entry ``tag`` was cancelled, and is no demand; tiles that came back.
     row_idle, row_disposable : ``Out``
         None of the tiles of entry ``tag`` is on its way; it is a prefetch with tiles left.
+    row_shared : ``Out``
+        Candidates of several decisions were for entry ``tag``.
+    spare, spare_tag : ``Out``
+        There is a prefetch with tiles left, and the one that was allocated last, a cycle after that
+        changed.
+    cancelling : ``Out(1)``
+        An entry was cancelled and is there still, a cycle after that changed.
     left : ``Out``
         Tiles of all entries that did not come back and will, two cycles after they changed.
+    urgent : ``Out(config.dma_channels)``
+        Channel whose tiles on their way were requested for a prefetch and are waited for by now:
+        its entry became a demand.
     waits, waits_kind : ``Out``
         A prefetch's tile is on its way; kind of the one that left last.
     wait : ``In(1)``
         Add ``waiters`` and make the entry a demand.
     cancel : ``In(1)``
         No more tiles of the entry.
+    share : ``In(1)``
+        Another candidate was for the entry.
     complete : ``In(1)``
         Tile ``tile`` came back, ``failed`` or not, with ``address`` and ``reason``.
     tile, failed, address, reason : ``In``
@@ -144,11 +156,17 @@ class InflightTable(wiring.Component):
                 "row_returned": Out(range(config.tiles + 1)),
                 "row_idle": Out(1),
                 "row_disposable": Out(1),
+                "row_shared": Out(1),
+                "spare": Out(1),
+                "spare_tag": Out(tag_bits),
+                "cancelling": Out(1),
                 "left": Out(range(config.inflight * config.tiles + 1)),
+                "urgent": Out(config.dma_channels),
                 "waits": Out(1),
                 "waits_kind": Out(2),
                 "wait": In(1),
                 "cancel": In(1),
+                "share": In(1),
                 "complete": In(1),
                 "tile": In(config.bits("tile")),
                 "failed": In(1),
@@ -171,6 +189,7 @@ class InflightTable(wiring.Component):
         demand = Signal(count)
         failed = Signal(count)
         cancelled = Signal(count)
+        shared = Signal(count)
         more = Signal(count)  # Tiles are left to offer.
         # older[i][j]: entry j took its place in the order before entry i.
         older = [Signal(count, name=f"older_{i}") for i in range(count)]
@@ -181,7 +200,8 @@ class InflightTable(wiring.Component):
         part = [Signal(range(parts), name=f"part_{i}") for i in range(count)]
         waiters = [Signal(config.contexts, name=f"waiters_{i}") for i in range(count)]
         prefetches = Signal(range(count + 1))  # Entries of the class prefetch.
-        under_way = Signal(3)  # Prefetch tiles offered.
+        under_way = Signal(3)  # Prefetch tiles offered,
+        taken_over = Signal(3)  # those among them whose entry is a demand's by now.
 
         # Written when an entry starts.
         m.submodules.entries = entries = memory.Memory(
@@ -244,11 +264,28 @@ class InflightTable(wiring.Component):
             self.row_last.eq(self.row_idle & ~row_more),
             self.row_cancelled.eq(cancelled.bit_select(self.tag, 1)),
             self.row_returned.eq(row_returned),
+            self.row_shared.eq(shared.bit_select(self.tag, 1)),
             self.row_disposable.eq(
                 valid.bit_select(self.tag, 1) & row_more & ~self.row_demand & ~self.row_cancelled
             ),
             self.waits.eq(under_way != 0),
             self.complete_demand.eq(self.tile >= promotion_read.data),
+        ]
+
+        # --- what could be given up ---
+        # The youngest: it has got the least so far, and of those that waited together the best went
+        # first.
+        may_go = Signal(count)
+        spare_tag = Signal(config.bits("tag"))
+        m.d.comb += may_go.eq(valid & more & ~demand & ~cancelled)
+        for i in range(count):
+            younger = Cat(older[j][i] for j in range(count))
+            with m.If(may_go[i] & ~(may_go & younger).any()):
+                m.d.comb += spare_tag.eq(i)
+        m.d.sync += [
+            self.spare.eq(may_go.any()),
+            self.spare_tag.eq(spare_tag),
+            self.cancelling.eq((valid & cancelled).any()),
         ]
 
         # --- tiles yet to come ---
@@ -356,7 +393,10 @@ class InflightTable(wiring.Component):
                 ),
             ]
         m.d.comb += prefetch_channel.eq(min(1, config.dma_channels - 1))
+        urgent_channel = 1 << min(1, config.dma_channels - 1)
         if config.dma_channels > 2:
+            # Tiles that are on their way are of one channel.
+            urgent_channel = Mux(streaming, 1 << config.stream_channel, urgent_channel)
             prepared_stream = Signal()
             m.d.sync += prepared_stream.eq((chosen & streams).any())
             with m.If(prepared_stream):
@@ -392,6 +432,8 @@ class InflightTable(wiring.Component):
                 with m.If(prepared[i]):
                     m.d.sync += [issued[i].eq(prepared_tile + 1), part[i].eq(next_part)]
 
+        m.d.sync += self.urgent.eq(Mux(taken_over != 0, urgent_channel, 0))
+
         # --- changes ---
         m.d.comb += [
             target.eq(1 << Mux(self.allocate, self.free_tag, self.tag)),
@@ -414,6 +456,7 @@ class InflightTable(wiring.Component):
                 demand.eq(Mux(self.demand, demand | target, demand & ~target)),
                 failed.eq(failed & ~target),
                 cancelled.eq(cancelled & ~target),
+                shared.eq(shared & ~target),
                 more.eq(more | target),
                 prefetches.eq(prefetches + ~self.demand),
             ]
@@ -422,7 +465,12 @@ class InflightTable(wiring.Component):
             with m.If(self.row_cancelled & (row_issued != row_tiles) & ~self.row_failed):
                 m.d.sync += more.eq(more | target)
             with m.If(~self.row_demand):
-                m.d.sync += prefetches.eq(prefetches - 1)
+                m.d.sync += [
+                    prefetches.eq(prefetches - 1),
+                    taken_over.eq(taken_over + (row_issued - row_returned)[:3]),
+                ]
+        with m.If(self.share):
+            m.d.sync += shared.eq(shared | target)
         with m.If(self.cancel):
             m.d.sync += [cancelled.eq(cancelled | target), more.eq(more & ~target)]
         with m.If(self.complete):
@@ -430,6 +478,8 @@ class InflightTable(wiring.Component):
                 m.d.sync += [failed.eq(failed | target), more.eq(more & ~target)]
             with m.If(~self.complete_demand):
                 m.d.sync += under_way.eq(under_way - 1)
+                with m.If(self.row_demand):
+                    m.d.sync += taken_over.eq(taken_over - 1)
         with m.If(self.free):
             m.d.sync += valid.eq(valid & ~target)
             with m.If(~self.row_demand):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from prestage_hw.contract.params import DeviceConfig
-from prestage_hw.contract.records import MESSAGES, RECORDS, TABLE_BURST, ErrorCode, Source
+from prestage_hw.contract.records import MESSAGES, RECORDS, TABLE_BURST, ErrorCode, Phase, Source
 from prestage_hw.contract.registers import register_by_name
 
 from ..dma.checksum import Checksums
@@ -83,6 +83,7 @@ class Scheduler(Protocol):
     throttle: Throttle
     statistics: PrefetchStatistics
     streaming: list[bool]
+    gathering: list[bool]
     rescan_ahead: int
     rescan_least: int
     alone: bool
@@ -241,6 +242,8 @@ class Dispatcher:
         self._current[ctx] = -1
         self._accuracy.begin(ctx)
         self._registers.begin(phase)
+        if phase > max(Phase):
+            phase = int(Phase.DECODE)
         self._chunks.begin(ctx, phase)
         self._configure()
         self._propose(ctx, self._predictor.begin(ctx, token, phase))
@@ -259,6 +262,7 @@ class Dispatcher:
         self._scheduler.prefetch_tiles = registers["prefetch_tiles"]
         self._scheduler.channels = registers.profiles.dma.active
         self._scheduler.streaming = self._chunks.streaming
+        self._scheduler.gathering = self._chunks.gathering
         self._scheduler.throttle.enable = bool(registers["control"] & 8)
         self._scheduler.throttle.register = registers["throttle"]
         self._buffer.policy = registers["policy"]
@@ -298,6 +302,7 @@ class Dispatcher:
         # In a chunk of tokens a layer is routed several times before the next one; the stamp counts
         # it once.
         repeat = self._current[ctx] == layer
+        self._counters["routes_out_of_order"] += layer < self._current[ctx]
         if not repeat:
             self._stamp[ctx] = (self._stamp[ctx] + 1) % 256
         self._current[ctx] = layer

@@ -143,8 +143,8 @@ class SchedulerBase:
         Drops candidates of kinds that cost more than they save.
     statistics : :class:`PrefetchStatistics`
         What became of prefetches, by layer and kind.
-    streaming : list of :class:`bool`
-        Contexts that go through a prefill chunk.
+    streaming, gathering : list of :class:`bool`
+        Contexts that go through a prefill chunk; through any chunk.
 
     Raises
     ------
@@ -175,6 +175,7 @@ class SchedulerBase:
         self.throttle = Throttle(config)
         self.statistics = PrefetchStatistics(config)
         self.streaming = [False] * config.contexts
+        self.gathering = [False] * config.contexts
         self.channel_counters = ChannelCounters(config)
         self._routes = [0] * config.contexts
         self._queue = CandidateQueue(config, routes=self._routes)
@@ -276,6 +277,8 @@ class SchedulerBase:
             counters["prefetch_outbid"] += 1
         elif result.code != BufferCode.ALLOCATED:
             counters["prefetch_redundant"] += 1
+            if result.code == BufferCode.FILLING:
+                self._share(result.slot, ctx, deadline)
         if result.code != BufferCode.ALLOCATED:
             return None
         counters["prefetch_issued"] += 1
@@ -299,6 +302,9 @@ class SchedulerBase:
             deadline=deadline,
             kind=kind,
         )
+
+    def _share(self, slot: int, ctx: int, deadline: int) -> None:
+        """A candidate finds its expert in flight."""
 
     def _unlock(self, ctx: int, layer: int, expert: int) -> list[Ready | Event | Copy]:
         """Unlock an expert, and give the answer, if any."""

@@ -41,8 +41,8 @@ class HostScheduler(SchedulerBase):
     Commands wait for an entry, for a slot, and behind a demand that waits; a candidate for an
     entry and, with ``alone``, until nothing is in flight. A demand for an expert in flight waits
     with it, and turns a prefetch into a demand. With ``cancel_enable`` a prefetch whose layer was
-    routed without it gets no more tiles; its slot is free when the last of those under way has
-    come.
+    routed without it, or whose slot a demand needs, gets no more tiles; its slot is free when the
+    last of those under way has come.
 
     With ``alone``, and tiles that end before the next message comes, all results are those of
     :class:`Scheduler`.
@@ -238,6 +238,7 @@ class HostScheduler(SchedulerBase):
             result = self.buffer.request(op, layer=layer, expert=expert)
         if result.code == BufferCode.NO_SLOT and len(table):
             self._waiting, self._retry = command, False
+            self._spare()
             return
         if demands:
             self.counters["demands"] += 1
@@ -300,14 +301,32 @@ class HostScheduler(SchedulerBase):
             self._begin(entry)
         return awake
 
+    def _share(self, slot: int, ctx: int, deadline: int) -> None:
+        entry = self._table.filling(slot)
+        if (entry.ctx, entry.deadline) != (ctx, deadline):
+            entry.shared = True
+
     def _scan(self, tag: int) -> None:
-        """Give up a prefetch whose deadline has come; what is under way of it comes first."""
+        """Give up a prefetch whose deadline has come, unless another decision wants it, or other
+        tokens of its chunk may.
+        """
         if tag not in self._table:
             return
         entry = self._table[tag]
+        age = (self._routes[entry.ctx] - entry.deadline) % 256
+        if age < 128 and not (self.gathering[entry.ctx] and age == 0) and not entry.shared:
+            self._give_up(tag)
+
+    def _spare(self) -> None:
+        """A demand finds no slot: it waits for a tile of a prefetch, not for an expert."""
+        spare = self._table.spare
+        if spare is not None and self.cancel_enable and not self._table.cancelling:
+            self._give_up(spare)
+
+    def _give_up(self, tag: int) -> None:
+        """No more tiles of a prefetch; what is under way of it comes first."""
+        entry = self._table[tag]
         if entry.demand or entry.copy or not entry.more:
-            return
-        if not stale(entry.deadline, routes=self._routes[entry.ctx]):
             return
         entry.cancelled = True
         if not entry.under_way:
@@ -317,7 +336,7 @@ class HostScheduler(SchedulerBase):
     def _end(self, tag: int, entry: Entry) -> None:
         """Nothing more comes of a fetch: answer who waits for it."""
         self._table.free(tag)
-        self._copy_waits = False
+        self._copy_waits, self._retry = False, True
         waiters = list(entry.waiters)
         if self._held is not None and self._held[0] is entry:
             waiters.append(self._held[1])

@@ -50,6 +50,8 @@ class Entry:
         Tiles below this number were requested for a prefetch.
     cancelled : :class:`bool`
         It gets no more tiles, unless a demand comes.
+    shared : :class:`bool`
+        Candidates of several decisions were for it.
     failure : pair of :class:`int` and :class:`FetchReason`, or None
         The first tile that failed, and why.
     """
@@ -70,6 +72,7 @@ class Entry:
     returned: int = 0
     promoted: int = 0
     cancelled: bool = False
+    shared: bool = False
     failure: tuple[int, FetchReason] | None = None
 
     @property
@@ -145,6 +148,19 @@ class InflightTable:
     def waits_for(self) -> PrefetchKind | None:
         """Kind of the prefetch tile that left last, if one is under way."""
         return self._waits_kind if self._prefetch_tiles else None
+
+    @property
+    def cancelling(self) -> bool:
+        """Whether an entry was cancelled and is there still."""
+        return any(entry.cancelled for entry in self._entries.values())
+
+    @property
+    def spare(self) -> int | None:
+        """The prefetch with tiles left that was begun last, None for none: what has got the least
+        so far.
+        """
+        spares = [t for t in self._order if self._entries[t].more and not self._entries[t].demand]
+        return spares[-1] if spares else None
 
     def begin(self, entry: Entry) -> None:
         """Begin a fetch, as the lowest entry that is free."""

@@ -6,7 +6,7 @@ from collections.abc import MutableMapping, Sequence
 
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode
+from prestage_hw.contract.records import BufferCode, BufferOp, ErrorCode, FetchReason
 
 from ..dma.axi import BusError, Memory
 from ..dma.checksum import Checksums
@@ -278,7 +278,10 @@ class Scheduler(SchedulerBase):
             # Only the address wrapped around, or tiles are gathered from rows.
             self.counters["fills"] += 1
             return [Ready(ctx, entry.layer, entry.expert, slot) for ctx in entry.waiters]
-        return self._failed(entry, ErrorCode.BUS, completion.address)
+        wraps = completion.reason is FetchReason.ADDRESS
+        return self._failed(
+            entry, ErrorCode.ADDRESS if wraps else ErrorCode.BUS, completion.address
+        )
 
     def _mismatch(self, entry: Entry, spans: Sequence[tuple[int, int]]) -> list[Ready | Event]:
         """The last tile has come, but the expert has not its checksum."""
