@@ -208,6 +208,56 @@ def test_failed_and_given_up():
     host.finish()
 
 
+def test_slot_is_given_up_for_a_demand():
+    """A demand that finds no slot waits for a tile of a prefetch, not for the expert."""
+    host = Host(CONFIG.replace(slots=4))
+    host.write("control", 2 | 16)
+    host.route(1, 0, [1, 2])
+    host.route(0, 0, [1, 3])
+    while host.asked:
+        host.copy(host.asked[0])
+    host.post("HINT", 0, 3, 6, 255)
+    (tile,) = host.asked
+    host.route(0, 1, [0, 4])
+    assert host.asked == [tile]
+    host.copy(tile)
+    assert [(f["expert"], f["slot"], f["demand"]) for f in host.asked] == [(0, tile["slot"], 1)] * 3
+    assert host.top.counters["prefetch_cancelled"] == 1
+    while host.asked:
+        host.copy(host.asked[0])
+    assert host.settle_answers() == {ErrorCode.NO_SLOT: 1}
+    host.finish()
+
+
+@pytest.mark.parametrize("why", ["nobody", "context", "chunk"])
+def test_what_others_want_is_not_given_up(why):
+    """A prefetch that another context's candidate was for, too, or that a chunk may want."""
+    host = Host()
+    host.write("control", 2 | 16)
+    if why == "chunk":
+        host.post("BEGIN_TOKEN", 0, Phase.PREFILL, 1)
+    host.post("HINT", 0, 0, 3, 255)
+    if why == "context":
+        host.post("HINT", 1, 0, 3, 255)
+    host.route(0, 0, [5, 6])
+    host.copy(host.asked[0])
+    while host.asked:
+        host.copy(host.asked[-1])
+    rest = [f for f in host.fetches if (f["layer"], f["expert"]) == (0, 3)]
+    assert len(rest) == (1 if why == "nobody" else 3)
+    assert host.top.counters["prefetch_cancelled"] == (why == "nobody")
+    if why == "chunk":
+        host.post("HINT", 0, 1, 3, 255)
+        (tile,) = host.asked
+        host.post("RELEASE", 0, 0)
+        del host.held[0, 0]
+        host.route(0, 1, [5, 6])
+        host.route(0, 2, [5, 6])
+        host.copy(tile)
+        assert host.top.counters["prefetch_cancelled"] == 1
+    host.finish()
+
+
 def test_commands_wait_behind_one_that_waits():
     """Messages that bring more commands than there is room for wait, and all come in order."""
     host = Host()
