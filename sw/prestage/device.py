@@ -63,6 +63,10 @@ _ANSWERS = 8
 #: Longest wait for a message, in the pipe's unit of time, while copies of the host's are under way.
 _COPY_PATIENCE = 2_000
 
+#: Longest wait for the end of a copy, in seconds, before a device that isn't simulated is heard
+#: again: it may still have something to say.
+_COPY_PAUSE = 0.001
+
 #: Clock cycles that a simulated device runs at once before its fetches are served.
 _SERVED_CYCLES = 500
 
@@ -1411,17 +1415,22 @@ class Device:
             except OSError as error:
                 raise self._unreachable(error) from error
         fetch = MESSAGES["FETCH"].code
+        # A prefetch that is copied at once may hold up a demand that is still to be posted, or to
+        # come: so none is begun before the device was heard, and had nothing to say.
+        quiet = False
         while True:
-            self._copy(copies, prefetch=True)
+            self._copy(copies, prefetch=quiet)
             wanted = min(messages, 0 if copies.waiting else 1)
             limit = timeout
             if copies.under_way:
                 limit = _COPY_PATIENCE if timeout is None else min(timeout, _COPY_PATIENCE)
             arrived = self._poll(wanted, limit)
+            quiet = not arrived
             if any(code != fetch for code, _ in arrived):
                 # Demands don't wait for the host to come back.
                 self._copy(copies, prefetch=False)
-                self._poll(0, None)
+                while self._poll(0, None):
+                    self._copy(copies, prefetch=False)
                 if messages:
                     return True
             if arrived or copies.waiting:
@@ -1431,7 +1440,11 @@ class Device:
             if not copies.under_way:
                 return False
             rest = None if end is None else end - time.monotonic()
-            if rest is not None and rest <= 0 or not copies.wait(rest):
+            if rest is not None and rest <= 0:
+                return False
+            if self._simulated is None:
+                copies.wait(_COPY_PAUSE if rest is None else min(rest, _COPY_PAUSE))
+            elif not copies.wait(rest):
                 return False
 
     def _copy(self, copies: CopyServer, *, prefetch: bool) -> None:
