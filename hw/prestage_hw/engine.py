@@ -82,7 +82,9 @@ def connect_engine(m, *, scheduler, dma, buffer, values, policy):
             m.d.comb += getattr(checksums, name).eq(getattr(scheduler, name))
     else:
         wiring.connect(m, dma.completions, scheduler.completions)
-    if config.stores_slots:
+    if config.host_writes:
+        wiring.connect(m, dma.writes, buffer.host_writes)
+    elif config.stores_slots:
         wiring.connect(m, dma.writes, buffer.writes)
     wiring.connect(m, scheduler.buffer_requests, buffer.requests)
     wiring.connect(m, buffer.results, scheduler.buffer_results)

@@ -144,6 +144,12 @@ COUNTERS: tuple[Counter, ...] = (
         stage=3,
         description="Candidates of which less than the budget would have come in time.",
     ),
+    Counter(
+        name="writes_refused",
+        stage=5,
+        description="Beats that the host wrote to no tile that it was asked for, and that changed"
+        " nothing.",
+    ),
 )
 
 
@@ -498,7 +504,8 @@ def _layout() -> tuple[Register, ...]:
         "ro",
         None,
         "What the device has. Bit 0: slots are in a memory behind an AXI4 write port. Bit 1:"
-        " checksums of experts. Bits 15..8: copies that an expert may have beside itself.",
+        " checksums of experts. Bit 2: the host writes slots. Bits 15..8: copies that an expert may"
+        " have beside itself.",
     )
     add(
         0x3D,
@@ -610,6 +617,7 @@ def shape_registers(config: DeviceConfig) -> dict[str, int]:
         },
         "features": (config.slot_store == "axi")
         | config.checksums << 1
+        | config.host_writes << 2
         | (config.replicas - 1) << 8,
         "mover": config.MOVERS.index(config.mover),
     }

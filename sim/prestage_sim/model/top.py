@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from prestage_hw.contract.crc import CHECKSUM_TABLE
 from prestage_hw.contract.params import DeviceConfig
+from prestage_hw.contract.records import MESSAGES
 from prestage_hw.contract.statistics import STATISTICS_TABLE
 
 from .buffer.buffer import ExpertBuffer
@@ -78,7 +79,7 @@ class Top:
     memory : array of uint8, callable or :class:`Copies`
         Bytes of the memory that holds the experts, expert 0 of layer 0 at ``expert_base``. With a
         host mover who copies: a callable that takes a :class:`Fetch`, copies that tile and returns
-        whether it could.
+        whether it could; with ``config.host_writes`` it hands WRITEs to :meth:`handle` before.
 
     Raises
     ------
@@ -92,6 +93,9 @@ class Top:
         self.predictor = create_predictor(config)
         self.buffer = ExpertBuffer(config)
         self.memory = _source(config, memory)
+        self._gate = None if isinstance(self.memory, Memory) else self.memory.gate
+        if self._gate is not None:
+            self._gate.connect(self.buffer.storage.write_beat, self._refuse_write)
         self.scheduler = Scheduler(
             config, buffer=self.buffer, memory=self.memory, counters=self.counters
         )
@@ -114,7 +118,13 @@ class Top:
 
     def handle(self, code: int, body: bytes) -> list[Answer]:
         """Answers to one message, in an order that the device could give."""
+        if self._gate is not None and code == MESSAGES["WRITE"].code:
+            self._gate.receive(body)
+            return []
         return self._dispatcher.handle(code, body)
+
+    def _refuse_write(self) -> None:
+        self.counters["writes_refused"] += 1
 
 
 def _source(config: DeviceConfig, memory: NDArray[np.uint8] | Copier | Copies) -> Memory | Copies:

@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 from prestage_hw.contract.params import DeviceConfig, require_config
 from prestage_hw.contract.records import HOST_MESSAGES, MESSAGES, RECORDS, ErrorCode
 
+from .gate import WriteGate
+
 __all__ = ["Copier", "Copies", "Fetch", "HostCopies", "HostMover"]
 
 #: Frame type and body of a message for the host.
@@ -33,6 +35,9 @@ Copier = Callable[[Fetch], bool]
 class Copies(Protocol):
     """Who copies tiles, as the scheduler sees it."""
 
+    #: What the host's writes go through, where slots are in the device.
+    gate: WriteGate | None
+
     def begin(self, layer: int, expert: int, slot: int, *, demand: bool) -> None:
         """An expert is wanted; its tiles may be copied from now on."""
 
@@ -53,7 +58,13 @@ class HostCopies:
     config : :class:`DeviceConfig`
         Device.
     copier : callable
-        Takes a :class:`Fetch` and returns whether the tile is in its slot.
+        Takes a :class:`Fetch` and returns whether the tile is in its slot. With
+        ``config.host_writes`` it writes all beats of the tile through ``gate`` before.
+
+    Members
+    -------
+    gate : :class:`WriteGate` or None
+        What the host's writes go through; only with ``config.host_writes``.
 
     Raises
     ------
@@ -67,6 +78,7 @@ class HostCopies:
             raise TypeError(f"Copier must be callable, not {copier!r}")
         self._tiles = config.layer_tiles
         self._copier = copier
+        self.gate = WriteGate(config) if config.host_writes else None
 
     def begin(self, layer: int, expert: int, slot: int, *, demand: bool) -> None:
         """Nothing: copies come when their results are wanted."""
@@ -77,7 +89,14 @@ class HostCopies:
         """Tile, whether it failed, and whether nothing more of the expert is to come."""
         tiles = self._tiles[layer]
         for tile in range(tiles):
-            failed = not self._copier(Fetch(layer, expert, slot, tile, demand))
+            fetch = Fetch(layer, expert, slot, tile, demand)
+            if self.gate is not None:
+                self.gate.open(slot, tile)
+            failed = not self._copier(fetch)
+            if self.gate is not None:
+                if not failed and not self.gate.whole(slot, tile):
+                    raise ValueError(f"Tile must be written before it is reported: {fetch}")
+                self.gate.close(slot, tile)
             yield tile, failed, failed or tile == tiles - 1
             if failed:
                 return
@@ -109,10 +128,16 @@ class HostMover:
     ----------
     config : :class:`DeviceConfig`
         Device, with the mover ``"host"``.
+
+    Members
+    -------
+    gate : :class:`WriteGate` or None
+        What the host's writes go through; only with ``config.host_writes``.
     """
 
     def __init__(self, config: DeviceConfig) -> None:
         require_config(config)
+        self.gate = WriteGate(config) if config.host_writes else None
         self._config = config
         self._handle: Callable[[int, bytes], list[Answer]] | None = None
         self._reject: Callable[[], None] | None = None
@@ -149,6 +174,8 @@ class HostMover:
         """Take a message of the host; returns all that is for the host now."""
         if code == MESSAGES["FETCHED"].code:
             self._fetched(body)
+        elif self.gate is not None and code == MESSAGES["WRITE"].code:
+            self.gate.receive(body)
         elif len(self._waiting) >= HOST_MESSAGES:
             self._refuse(ErrorCode.OVERRUN, address=code)
         else:
@@ -164,6 +191,7 @@ class HostMover:
         """
         for entry in self._entries.values():
             for tile in sorted(entry.outstanding):
+                self._close(entry.slot, tile)
                 entry.arrived.append((tile, True))
             entry.outstanding.clear()
         self._run()
@@ -185,8 +213,16 @@ class HostMover:
         if entry is None or entry.serial != serial or tile not in entry.outstanding:
             self._refuse(ErrorCode.BAD_FETCHED, expert=tag, address=tile)
             return
+        if not failed and self.gate is not None and not self.gate.whole(entry.slot, tile):
+            self._refuse(ErrorCode.BAD_FETCHED, expert=tag, address=tile)
+            return
+        self._close(entry.slot, tile)
         entry.outstanding.remove(tile)
         entry.arrived.append((tile, bool(failed)))
+
+    def _close(self, slot: int, tile: int) -> None:
+        if self.gate is not None:
+            self.gate.close(slot, tile)
 
     def _refuse(self, code: ErrorCode, *, expert: int = 0, address: int = 0) -> None:
         assert self._reject is not None
@@ -249,6 +285,8 @@ class HostMover:
             tiles = self._config.layer_tiles[layer]
             self._entries[tag] = _Entry(tag, self._serial, slot, tiles)
             for tile in range(tiles):
+                if self.gate is not None:
+                    self.gate.open(slot, tile)
                 self._answer("FETCH", tag, self._serial, int(demand), layer, expert, slot, tile)
 
     def results(
