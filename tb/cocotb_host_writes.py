@@ -46,6 +46,11 @@ class _Writer(_Host):
         self.jobs = []  # (writes that were queued by its end, FETCHED) of what the port is to take
         self.queued = 0
         self.times = Counter()  # that each tile was copied
+        self.arrived = 0  # experts that were ready
+
+    def take(self, code, body):
+        super().take(code, body)
+        self.arrived += code == _READY
 
     def content(self, place):
         """Bytes of a tile as they are copied this time, and what is written of one that fails."""
@@ -79,10 +84,10 @@ class _Writer(_Host):
         if self.random.random() < 0.3:
             for beat in beats:
                 self.post("WRITE", *beat)
-            self.post("FETCHED", *fetched)
         else:
             self.write(*beats)
-            self.jobs.append((self.queued, fetched))
+        # In the order of the fetches: how many bytes of one that fails are counted hangs on it.
+        self.jobs.append((self.queued, fetched))
 
     def report(self):
         """Report what the port has taken."""
@@ -218,22 +223,23 @@ async def any_order(dut, stall):
     host.post("REGISTER_WRITE", register_by_name("control").address, 1 | 1 << 4)
     layers = [0] * config.contexts
     held = {}  # (ctx, layer): experts that are awaited, slots of those that came
+    leaving = set()  # of them, those that are read no more
     written = {}  # (slot, beat): data
     looked = []  # what beats that were asked for must be
     bad = answered = checked = 0
     open_tiles = []  # [fetch, beats that are left, over the link, writes queued after the last]
-    for step in range(9000):
+    for step in range(10_000):
         await RisingEdge(dut.clk)
         host.poll()
         for fetch in host.asked:
             data = rng.randbytes(config.tile_bytes)
             beats = list(host.beats_of(fetch["slot"], fetch["tile"], data))
             rng.shuffle(beats)
-            open_tiles.append([fetch, beats, rng.random() < 0.2, 0])
+            open_tiles.append([fetch, beats, rng.random() < 0.06, 0])
             written.update({beat[:2]: beat[2] for beat in beats})
             host.slots[fetch["slot"], fetch["tile"]] = fetch["layer"], fetch["expert"]
         host.asked.clear()
-        ready = [s for (_, layer), (_, there) in held.items() for s in there]
+        ready = [key for key, (_, there) in held.items() if there and key not in leaving]
         for _, (_, there) in held.items():
             if there and host.port.pending < 4 and rng.random() < 0.05:
                 slot = rng.choice(there)
@@ -265,7 +271,7 @@ async def any_order(dut, stall):
             answered += 1
         host.answers.clear()
         if ready and host.reads.pending < 4:
-            key = rng.choice([key for key, (_, there) in held.items() if there])
+            key = rng.choice(ready)
             slot = rng.choice(held[key][1])
             beat = rng.randrange(config.layer_tiles[key[1]] * config.tile_beats)
             host.reads.send({"slot": slot, "beat": beat})
@@ -276,12 +282,13 @@ async def any_order(dut, stall):
             assert (bytes(beat["data"]), beat["ok"]) == (looked[0][2], 1), looked[0]
             looked.pop(0)
         busy = {slot for slot, _, _ in looked}
-        for key in [key for key, (awaited, _) in held.items() if not awaited]:
-            if rng.random() < 0.01 and not busy & set(held[key][1]):
-                host.post("RELEASE", *key)
-                del held[key]
+        leaving |= {k for k, (awaited, _) in held.items() if not awaited and rng.random() < 0.02}
+        for key in [key for key in leaving if not busy & set(held[key][1])]:
+            host.post("RELEASE", *key)
+            leaving.remove(key)
+            del held[key]
         ctx = rng.randrange(config.contexts)
-        if step < 8000 and rng.random() < 0.02 and not any(key[0] == ctx for key in held):
+        if step < 9000 and rng.random() < 0.02 and not any(key[0] == ctx for key in held):
             layer = layers[ctx]
             if layer == 0:
                 host.post("BEGIN_TOKEN", ctx, Phase.DECODE, rng.randrange(50))
@@ -289,7 +296,7 @@ async def any_order(dut, stall):
             host.post("ROUTE", ctx, layer, experts)
             held[ctx, layer] = set(experts), []
             layers[ctx] = (layer + 1) % model.layers
-    assert answered > 30 and checked > 1000 and bad > 30, (answered, checked, bad)
+    assert answered > 20 and checked > 1000 and bad > 30, (answered, checked, bad)
     await host.port.sent()
     host.post("SYNC", 2)
     while open_tiles:
@@ -315,10 +322,14 @@ async def early(dut):
 
     async def fetches(experts):
         host.fetches.clear()
-        host.asked.clear()
+        host.answers.clear()
+        host.arrived = 0
+        # All of them are to be fetched.
+        host.post("REGISTER_WRITE", register_by_name("clear").address, 2)
         host.post("ROUTE", 0, layer, experts)
         while len(host.fetches) < model.top_k * tiles:
             await host.step(serve=False)
+        host.asked.clear()
         return sorted(host.fetches, key=lambda f: (f["expert"], f["tile"]))
 
     async def rest(fetches):
@@ -327,6 +338,8 @@ async def early(dut):
         await host.step()
         while host.jobs:
             await host.step()
+        await host.rx.sent()
+        await cycles(dut, 100)
 
     # One beat is missing, through the port or over the link.
     for round_, over_link in enumerate((False, True, False)):
@@ -335,6 +348,7 @@ async def early(dut):
         fields = first["tag"], first["serial"], first["tile"]
         data = rng.randbytes(config.tile_bytes)
         beats = list(host.beats_of(first["slot"], first["tile"], data))
+        host.slots[first["slot"], first["tile"]] = layer, first["expert"]
         rng.shuffle(beats)
         for beat in beats[1:]:
             host.post("WRITE", *beat) if over_link else host.write(beat)
@@ -350,15 +364,13 @@ async def early(dut):
         host.post("WRITE", *beats[0]) if over_link else host.write(beats[0])
         await host.port.sent()
         host.post("FETCHED", *fields, 0)
-        host.slots[first["slot"], first["tile"]] = layer, first["expert"]
         # It takes nothing more. The same bytes over the link wait for nothing but the FETCHED.
         for slot, beat, _ in beats[:4]:
             host.post("WRITE", slot, beat, rng.randbytes(config.data_bytes))
             refused += 1
-        answers = await host.wait(_READY)
-        while sum(code == _READY for code, _ in answers) < model.top_k:
-            answers += await host.wait(_READY)
-        assert all(code == _READY for code, _ in answers)
+        while host.arrived < model.top_k:
+            await host.step(serve=False)
+        assert all(code == _READY for code, _ in host.answers)
         for beat in beats[4:8]:
             host.write((*beat[:2], rng.randbytes(config.data_bytes)))
             refused += 1
@@ -375,7 +387,6 @@ async def early(dut):
     # A tile is readable, and closed, while others of its expert are still open.
     first, second, *others = await fetches(rng.sample(range(model.experts), model.top_k))
     await rest([first, *others])
-    await cycles(dut, 200)
     data, numbers = rng.randbytes(config.tile_bytes), range(config.tile_beats)
     host.write(*host.beats_of(first["slot"], first["tile"], data))
     refused += config.tile_beats

@@ -338,6 +338,22 @@ def test_model_is_validated(changes, kind, text):
             ValueError,
             "Expert size must be a whole number of 1000-byte tiles, not 2048 bytes",
         ),
+        (
+            {"host_writes": 1, "mover": "host"},
+            TypeError,
+            "Host writes must be True or False, not 1",
+        ),
+        ({"host_writes": True}, ValueError, "Host writes need the mover 'host', not 'dma'"),
+        (
+            {"host_writes": True, "mover": "host", "tile_bytes": 1536, "expert_bytes": 1536},
+            ValueError,
+            "Tile size in bytes must be a power of two, not 1536",
+        ),
+        (
+            {"host_writes": True, "mover": "host", "slot_store": "axi"},
+            ValueError,
+            "Slot store must be 'internal' with a host mover, who keeps experts, not 'axi'",
+        ),
         ({"victim_samples": -1}, ValueError, "Victim sample count must be between 0 and 8, not -1"),
         ({"victim_samples": 9}, ValueError, "Victim sample count must be between 0 and 8, not 9"),
         ({"replicas": 0}, ValueError, "Replica count must be between 1 and 4, not 0"),

@@ -344,7 +344,7 @@ class DeviceConfig:
             ):
                 if value != only:
                     raise ValueError(
-                        f"{name} must be {only!r} with a host mover, who keeps slots and experts,"
+                        f"{name} must be {only!r} with a host mover, who keeps experts,"
                         f" not {value!r}"
                     )
         if self.slot_store not in self.SLOT_STORES:
