@@ -523,3 +523,29 @@ def test_layers_go_on_while_prefetches_never_end(whole):
     assert stats["late"] > 10 and stats["prefetch_issued"] > 20
     assert stats["hits"] + stats["misses"] + stats["late"] + stats["merged"] == stats["demands"]
     hit("mover.overlap")
+
+
+@pytest.mark.soak
+def test_slots_in_the_device():
+    """What the copier gives back is what the consumer port and the link read."""
+    config = CONFIG.replace(host_writes=True)
+    host = Host(config)
+
+    def copier(layer, expert, slot, tile, nbytes, demand):
+        return host.weights[layer, expert, tile * nbytes : (tile + 1) * nbytes]
+
+    for url in DEVICES:
+        with prestage.open(url, config=config, copier=copier) as device:
+            for token in range(4):
+                device.begin_token(0, token)
+                for layer in range(4):
+                    device.route(0, layer, [(token + layer) % 8, (token + 5) % 8])
+                    for ready in device.wait_ready(0, layer):
+                        whole = host.weights[layer, ready.expert].tobytes()
+                        assert device.read(ready) == whole
+                        assert device.read(ready, over_link=True) == whole
+                    device.release(0, layer)
+            device.drain()
+            stats = device.stats()
+            assert stats["fills"] > 10 and stats["writes_refused"] == stats["rejected"] == 0
+    hit("mover.driver_writes")

@@ -176,7 +176,9 @@ class Device:
         methods, which it must not call, and either returns when the copy is done or returns a
         :class:`concurrent.futures.Future` that is done then. If it raises, or the future ends with
         an exception, the expert's fetch has failed: who waits for it gets a :class:`BusError` with
-        that exception as its cause.
+        that exception as its cause. With ``config.host_writes`` it, or the future, may give the
+        tile's bytes back, which are then written into the device's slot over the link; None means
+        that it has written them through the device's port.
 
     Members
     -------
@@ -480,7 +482,7 @@ class Device:
         DataError
             If a tile of the slot isn't valid.
         """
-        if self._copies is not None:
+        if self._copies is not None and not self.config.stores_slots:
             raise ArgumentError(
                 f"Slots are the host's: slot {ready.slot}, with expert {ready.expert} of layer"
                 f" {ready.layer}, must be read where the copier has put it"
@@ -1450,9 +1452,12 @@ class Device:
     def _copy(self, copies: CopyServer, *, prefetch: bool) -> None:
         """Begin copies, and tell the device of those that have ended."""
         code, pack = self._pack["FETCHED"]
+        write_code, write_pack = self._pack["WRITE"]
         copies.begin(prefetch=prefetch)
-        for values in copies.ended():
+        for beats, values in copies.ended():
             try:
+                for slot, beat, data in beats:
+                    self._link.post(write_code, write_pack(slot, beat, *data))
                 self._link.post(code, pack(*values))
             except OSError as error:
                 raise self._unreachable(error) from error
@@ -1514,6 +1519,9 @@ class Device:
             del self._copying[key]
 
     def _on_event(self, code: int, ctx: int, layer: int, expert: int, address: int) -> None:
+        if self._copies is not None and code == ErrorCode.BAD_FETCHED:
+            if self._copies.refused(expert, address):
+                return
         error = device_error(code, ctx=ctx, layer=layer, expert=expert, address=address)
         if isinstance(error, LinkError):
             raise error

@@ -156,9 +156,11 @@ class ModelPipe:
         Raises
         ------
         OSError
-            If slots are the host's.
+            If slots or experts are the host's.
         """
         self._check_slots()
+        if self.config.mover == "host":
+            raise OSError("experts are the host's")
         storage = self.top.buffer.storage
         bases = self.top.registers.bases
         wrong = []
@@ -176,7 +178,7 @@ class ModelPipe:
         return wrong
 
     def _check_slots(self) -> None:
-        if self.config.mover == "host":
+        if self.config.mover == "host" and not self.config.stores_slots:
             raise OSError("slots are the host's")
 
     def transfers(self) -> NDArray[np.void]:

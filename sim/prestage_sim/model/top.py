@@ -7,12 +7,13 @@ from numpy.typing import NDArray
 
 from prestage_hw.contract.crc import CHECKSUM_TABLE
 from prestage_hw.contract.params import DeviceConfig
-from prestage_hw.contract.records import FetchReason
+from prestage_hw.contract.records import MESSAGES, FetchReason
 from prestage_hw.contract.statistics import STATISTICS_TABLE
 
 from .buffer.buffer import ExpertBuffer
 from .dma.checksum import Checksums
 from .link.dispatcher import Answer, Dispatcher
+from .link.gate import WriteGate
 from .link.mover import Copier, Fetch, HostMover
 from .predictor import Predictor, create_predictor
 from .scheduler.host import HostScheduler
@@ -83,7 +84,8 @@ class Top:
     memory : array of uint8, callable or :class:`HostMover`
         Bytes of the memory that holds the experts, expert 0 of layer 0 at ``expert_base``. With a
         host mover who copies: a callable that takes a :class:`Fetch`, copies that tile and returns
-        whether it could, or the mover that is to ask the host.
+        whether it could, or the mover that is to ask the host. With ``config.host_writes`` a
+        callable hands the tile's beats to ``gate`` before, or WRITEs to :meth:`handle`.
 
     Raises
     ------
@@ -121,6 +123,12 @@ class Top:
                 self._copier = memory
             else:
                 raise TypeError(f"Copier must be callable, not {memory!r}")
+        #: What the host's writes go through, where it writes slots of the device.
+        self.gate: WriteGate | None = None
+        self._places: dict[tuple[int, int], int] = {}  # slots of tiles that the host was asked for
+        if config.host_writes:
+            self.gate = WriteGate(config)
+            self.gate.connect(self.buffer.storage.write_beat, self._refuse_write)
         tables = Tables(self.predictor, self.scheduler.checksums, self.scheduler.statistics)
         self.registers = RegisterBank(
             config,
@@ -143,11 +151,17 @@ class Top:
 
         Behind a :class:`HostMover` those that are due now, to whatever.
         """
+        if self.gate is not None and code == MESSAGES["WRITE"].code:
+            self.gate.receive(body)
+            return []
         answers = self._dispatcher.handle(code, body)
         if self._copier is not None:
             while (wanted := self.next_fetch()) is not None:
                 tag, fetch = wanted
-                reason = FetchReason.OK if self._copier(fetch) else FetchReason.BUS
+                copied = self._copier(fetch)
+                if copied and not self.written(tag, fetch.tile):
+                    raise ValueError(f"Tile must be written before it is reported: {fetch}")
+                reason = FetchReason.OK if copied else FetchReason.BUS
                 answers += self.complete(tag, fetch.tile, reason)
         return answers
 
@@ -161,11 +175,25 @@ class Top:
         if wanted is None:
             return None
         tag, entry, tile = wanted
+        if self.gate is not None:
+            self._places[tag, tile] = entry.slot
+            self.gate.open(entry.slot, tile)
         return tag, Fetch(entry.layer, entry.expert, entry.slot, tile, entry.demand)
+
+    def written(self, tag: int, tile: int) -> bool:
+        """With a host mover, whether a tile may be reported: all its beats were written, where
+        that is the host's to do.
+        """
+        return self.gate is None or self.gate.whole(self._places[tag, tile], tile)
 
     def complete(self, tag: int, tile: int, reason: FetchReason) -> list[Answer]:
         """With a host mover, a tile has ended; what is to be answered now."""
+        if self.gate is not None:
+            self.gate.close(self._places.pop((tag, tile)), tile)
         return self._dispatcher.scheduled(self._host.complete(tag, tile, reason))
+
+    def _refuse_write(self) -> None:
+        self.counters["writes_refused"] += 1
 
     def reject(self) -> None:
         """Count a message that is refused."""

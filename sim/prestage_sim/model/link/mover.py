@@ -41,6 +41,9 @@ class Device(Protocol):
     def next_fetch(self) -> tuple[int, Fetch] | None:
         """Take the tile that the host is to copy next, with the entry that it is of."""
 
+    def written(self, tag: int, tile: int) -> bool:
+        """Whether the host may say of a tile of an entry that it is in its slot."""
+
     def complete(self, tag: int, tile: int, reason: FetchReason) -> list[Answer]:
         """A tile of an entry has ended; what is to be answered now."""
 
@@ -75,6 +78,9 @@ class HostMover:
         answers: list[Answer] = []
         if code == MESSAGES["FETCHED"].code:
             self._fetched(body, answers)
+        elif self._config.host_writes and code == MESSAGES["WRITE"].code:
+            assert self._device is not None
+            answers += self._device.handle(code, body)
         elif len(self._waiting) >= HOST_MESSAGES:
             self._refuse(ErrorCode.OVERRUN, answers, address=code)
         else:
@@ -95,9 +101,11 @@ class HostMover:
         return answers
 
     def _fetched(self, body: bytes, answers: list[Answer]) -> None:
+        assert self._device is not None
         tag, serial, tile, failed = RECORDS["Fetched"].unpack(self._config, body).values()
         assert isinstance(tag, int) and isinstance(tile, int)
-        if self._serials.get(tag) == serial and tile in self._asked.get(tag, ()):
+        known = self._serials.get(tag) == serial and tile in self._asked.get(tag, ())
+        if known and (failed or self._device.written(tag, tile)):
             self._complete(tag, tile, FetchReason.BUS if failed else FetchReason.OK, answers)
         else:
             self._refuse(ErrorCode.BAD_FETCHED, answers, expert=tag, address=tile)
