@@ -214,6 +214,7 @@ class TB:
         self.fill_queue = deque()  # Completions taken whose FILL has not come.
         self.shown = 0
         self.channels = set()  # of the DMA engine that were used
+        self.whole = set()  # Tiles of experts that came whole.
 
     async def reset(self):
         self.forget()
@@ -751,6 +752,7 @@ class TB:
                     expected["prefetch_cancelled"] += 1
                 else:
                     expected["fills"] += 1
+                    self.whole.add(self.tiles(entry))
                 prefetch = not entry.demand and entry.copy is None
                 if prefetch and (entry.failed_at is not None or entry.given_up):
                     self._dropped(entry.slot)
@@ -1181,10 +1183,12 @@ async def run_timed(dut, stall, latency, failing):
     for name in names:
         assert tb.strobes[name], f"the workload has no {name}"
     await tb.check_statistics()
-    if len(config.part_bytes) > 1:
-        hit("scheduler.parts")
-    if config.layer_bytes:
-        hit("scheduler.sizes")
+    if tb.strobes["fill_errors"] and config.contexts > 1:
+        hit("scheduler.timed")
+        if len(config.part_bytes) > 1 and tb.whole:
+            hit("scheduler.parts")
+        if config.layer_bytes and tb.whole == set(config.layer_tiles):
+            hit("scheduler.sizes")
     dut._log.info("counters: %s", dict(tb.strobes))
     return tb
 
@@ -1212,8 +1216,11 @@ async def drained(dut, stall, failing, full):
 async def copies_drained(dut, stall, failing):
     """The same with copies between the decisions."""
     if parameters()["config"].replicas > 1:
-        await run_drained(dut, stall, failing, False)
-        hit("scheduler.copies_drained")
+        tb = await run_drained(dut, stall, failing, False)
+        for code in ("ALLOCATED_1", "RESIDENT_0"):
+            assert tb.expected[f"copy_{code}"], f"the workload has no {code}"
+        if failing and tb.strobes["prefetch_throttled"]:
+            hit("scheduler.copies_drained")
 
 
 async def run_drained(dut, stall, failing, full):
@@ -1312,6 +1319,24 @@ async def run_drained(dut, stall, failing, full):
     for name in ("state", "pins", "evicted_by_prefetch"):
         ours = getattr(tb.buffer.directory, name)
         assert ours == getattr(golden_buffer.directory, name), name
+    hit("scheduler.drained", *seen_drained(tb), of=DRAINED)
+    return tb
+
+
+#: What runs at drained pace have to differ in.
+DRAINED = (*Policy, "throttle off", "throttled", "failing")
+
+
+def seen_drained(tb):
+    """Those of :data:`DRAINED` that a run has shown."""
+    seen = [tb.policy] if tb.strobes["evictions"] else []
+    if not tb.throttle_enable:
+        seen.append("throttle off")
+    if tb.strobes["prefetch_throttled"] and tb.strobes["prefetch_issued"]:
+        seen.append("throttled")
+    if tb.strobes["fill_errors"]:
+        seen.append("failing")
+    return seen
 
 
 def check_order(answers, expected):
@@ -1347,13 +1372,14 @@ async def latencies(dut):
     tb.log.clear()
     tb.demand(0, 0, [3])
     await tb.idle()
-    hit = passed("command", "ready") - b
-    dut._log.info("latency without the buffer's: hit %d, miss %d, fill %d", hit, miss, fill)
-    assert (hit, miss, fill) == (
+    resident = passed("command", "ready") - b
+    dut._log.info("latency without the buffer's: hit %d, miss %d, fill %d", resident, miss, fill)
+    assert (resident, miss, fill) == (
         Scheduler.hit_latency,
         Scheduler.miss_latency,
         Scheduler.fill_latency,
     )
+    hit("scheduler.latencies")
 
 
 @cocotb.test()
@@ -1382,6 +1408,9 @@ async def demand_promotes_a_prefetch(dut):
         "fills": 1,
         **({"demand_bytes": tiles - 1} if tiles > 1 else {}),
     }
+    if tiles > 1:
+        assert tb.channels == {0, 1}
+        hit("scheduler.promote")
 
 
 @cocotb.test()
@@ -1420,9 +1449,14 @@ async def routed_layer_gives_up(dut, tiles_out, wanted):
     assert len(tb.answers) == config.model.top_k + int(wanted)
     assert all(isinstance(answer, Ready) for answer in tb.answers)
     # It may be fetched anew.
-    tb.candidate(0, 2, config.model.experts - 1)
+    again = 2 if wanted else 1
+    tb.candidate(0, again, config.model.experts - 1)
     await tb.idle()
     assert tb.strobes["prefetch_issued"] == 2
+    if wanted:
+        hit("scheduler.give_up_wanted")
+    else:
+        hit("scheduler.give_up", tiles_out, of=(0, 1))
 
 
 @cocotb.test()
@@ -1498,6 +1532,7 @@ async def throttle_switches_off_and_on(dut):
     tb.throttle.clear()
     await cycles(dut, 6)
     assert int(dut.throttle_state.value) == tb.throttle.state
+    hit("scheduler.throttle")
 
 
 async def paced(tb, *, cycles_a_layer, layers):
@@ -1510,8 +1545,12 @@ async def paced(tb, *, cycles_a_layer, layers):
             await cycles(tb.dut, cycles_a_layer)
 
 
+#: In eighths of an expert; what is more counts as a whole one.
+BUDGETS = [0, 1, 4, 8, 15]
+
+
 @cocotb.test()
-@cocotb.parametrize(budget=[0, 1, 4, 8, 15])
+@cocotb.parametrize(budget=BUDGETS)
 async def drops_what_comes_late(dut, budget):
     """What would come late is dropped: by the budget, the deadline, and what is in flight."""
     latency = 40
@@ -1562,7 +1601,7 @@ async def drops_what_comes_late(dut, budget):
     tb.candidate(0, 1, expert - 3, deadline=tb.routes[0] + 1)
     await tb.idle()
     assert tb.strobes["prefetch_late_dropped"] == 0
-    hit("scheduler.budget")
+    hit("scheduler.budget", budget, of=BUDGETS)
 
 
 @cocotb.test()
@@ -1573,7 +1612,7 @@ async def statistics_by_layer(dut):
     experts = config.model.experts
     await tb.reset()
     near, hint = PrefetchKind.NEAR, PrefetchKind.HINT
-    # Useful in time; useful but late, as a hint; of no use.
+    # Useful in time; useful but late, as a hint; of no use, since it fails.
     tb.candidate(0, 1, experts - 1, deadline=1)
     await tb.idle()
     tb.demand(0, 1, [experts - 1])
@@ -1585,7 +1624,13 @@ async def statistics_by_layer(dut):
     await cycles(dut, 40)
     tb.hold_memory = False
     await tb.idle()
+    address = tb.tile_address(3, experts - 1, 0)
+    tb.broken.append((address, address + config.data_bytes))
+    tb.candidate(0, 3, experts - 1)
+    await tb.idle()
+    tb.broken.clear()
     count = tb.statistics.count
+    assert count(3, near, PrefetchOutcome.ISSUED) == count(3, near, PrefetchOutcome.USELESS) == 1
     assert count(1, near, PrefetchOutcome.ISSUED) == count(1, near, PrefetchOutcome.USEFUL) == 1
     assert count(2, hint, PrefetchOutcome.USEFUL) == count(2, hint, PrefetchOutcome.LATE) == 1
     assert not count(1, near, PrefetchOutcome.LATE) and not count(1, near, PrefetchOutcome.USELESS)
@@ -1597,6 +1642,21 @@ async def statistics_by_layer(dut):
     assert str(dut.idle.value) == "0"
     tb.statistics.clear()
     await tb.idle()
+    await tb.check_statistics()
+    # One that evicts what is demanded next.
+    await tb.reset()
+    count = tb.statistics.count
+    for number in range(config.slots):
+        layer, expert = divmod(number, experts)
+        tb.demand(0, layer, [expert])
+        tb.release(0, layer)
+        await tb.idle()
+    last = config.model.layers - 1
+    tb.candidate(0, last, experts - 1)
+    await tb.idle()
+    tb.demand(0, 0, [0])
+    await tb.idle()
+    assert count(last, near, PrefetchOutcome.POLLUTING) == 1
     await tb.check_statistics()
     hit("scheduler.statistics")
 
@@ -1625,7 +1685,8 @@ async def chunks_use_the_stream_channel(dut):
     tb.hold_memory = False
     await tb.idle()
     assert tb.channels == {0, 1, config.stream_channel}
-    hit("scheduler.stream")
+    if config.stream_channel > 1:
+        hit("scheduler.stream")
 
 
 @cocotb.test()
@@ -1649,6 +1710,8 @@ async def promoted_prefetch_goes_behind_earlier_demands(dut):
     )
     tb.hold_memory = False
     await tb.idle()
+    if tiles > 1:
+        hit("scheduler.order")
 
 
 @cocotb.test()
@@ -1670,6 +1733,7 @@ async def demand_waits_for_one_tile(dut):
     )
     tb.hold_memory = False
     await tb.idle()
+    hit("scheduler.one_tile")
 
 
 @cocotb.test()
@@ -1699,6 +1763,8 @@ async def contexts_share_a_fetch(dut, fails):
         )
         assert all(a.address == first for a in tb.answers)
         assert tb.strobes["fill_errors"] == 1 and tb.strobes["fills"] == 0
+    if config.contexts > 1:
+        hit("scheduler.merge", "fails" if fails else "comes", of=("comes", "fails"))
 
 
 @cocotb.test()
@@ -1715,6 +1781,7 @@ async def routed_again_while_in_flight(dut):
     await tb.idle()
     assert [a[:3] for a in tb.answers] == [(0, 1, 2)] * 2
     assert tb.strobes["merged"] == 1 and tb.strobes["misses"] == 1
+    hit("scheduler.again")
 
 
 def places(config):
@@ -1755,6 +1822,7 @@ async def demand_waits_for_a_slot(dut):
     assert tb.answers[-1][:3] == (0, layer, model.experts - 2)
     assert tb.expected["waits"] == config.layer_tiles[layer]
     assert tb.strobes["refused"] == 0
+    hit("scheduler.no_slot", "waits", of=("waits", "refused"))
 
 
 @cocotb.test()
@@ -1780,6 +1848,7 @@ async def every_slot_pinned(dut):
         Event(ErrorCode.NO_SLOT, 0, layer, expert, 0) for expert in range(model.top_k)
     ]
     assert tb.strobes["refused"] == model.top_k
+    hit("scheduler.no_slot", "refused", of=("waits", "refused"))
 
 
 @cocotb.test()
@@ -1808,6 +1877,7 @@ async def queue_overflows(dut):
         tb.strobes[n] for n in ("prefetch_issued", "prefetch_redundant", "prefetch_no_slot")
     )
     assert served == places
+    hit("scheduler.overflow")
 
 
 @cocotb.test()
@@ -1823,6 +1893,7 @@ async def enable_low(dut):
     assert tb.strobes["prefetch_issued"] == 2
     assert [key for op, key, _ in tb.lookups if op == BufferOp.PREFETCH] == [(0, 1, 1), (0, 1, 3)]
     dut.enable.value = 1
+    hit("scheduler.enable")
 
 
 @cocotb.test()
@@ -1873,6 +1944,8 @@ async def stale_candidates(dut):
             )
             await tb.idle()
             assert tb.strobes["prefetch_stale"] - before == (ahead <= 0)
+    assert any(tb.routes[ctx] + 128 > 255 for ctx in range(config.contexts)), "no count wraps"
+    hit("scheduler.stale")
 
 
 async def _rescan_while_busy(tb, *, proposals, budgets=(0,)):
@@ -2023,7 +2096,7 @@ async def rescans_drained(dut, stall):
     for name in ("state", "pins", "evicted_by_prefetch"):
         ours = getattr(tb.buffer.directory, name)
         assert ours == getattr(golden_buffer.directory, name), name
-    hit("scheduler.rescans_drained")
+    hit("scheduler.rescans_drained", *seen_drained(tb), of=DRAINED)
 
 
 @cocotb.test()
@@ -2033,6 +2106,7 @@ async def reset_in_flight(dut):
     config = tb.config
     await tb.reset()
     work = Workload(tb)
+    busy = 0
     for _ in range(10):
         for _ in range(3):
             ctx = tb.random.randrange(config.contexts)
@@ -2040,8 +2114,11 @@ async def reset_in_flight(dut):
             for target, expert in work.candidates(ctx, layer):
                 tb.candidate(ctx, target, expert)
         await cycles(dut, tb.random.randrange(1, 200))
+        busy += bool(tb.inflight)
         await tb.reset()
         work = Workload(tb)
         work.step(0)
         await tb.idle()
         assert len(tb.answers) == config.model.top_k
+    assert busy > 2, "resets came when hardly anything was in flight"
+    hit("scheduler.reset")

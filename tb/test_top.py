@@ -581,6 +581,8 @@ async def rescans_drained(dut, policy):
         await write("refusal", 0)
     await bench.compare_registers(golden)
     if not config.gives_values:
+        # The least that a device with values takes was refused.
+        hit("scheduler.rescans_device", "no values", of=(*Policy, "refused", "no values"))
         return
     await _settle(bench, golden, policy=policy, hints=True)
     found = Counter()
@@ -612,7 +614,7 @@ async def rescans_drained(dut, policy):
     await write("clear", 2)
     await write("rescan_ahead", 0)
     await bench.compare_registers(golden)
-    hit("scheduler.rescans_device")
+    hit("scheduler.rescans_device", policy, "refused", of=(*Policy, "refused", "no values"))
 
 
 @cocotb.test()
@@ -663,7 +665,7 @@ async def locks_drained(dut, policy):
     assert counters["locks"] > counters["lock_misses"] > 0, counters
     assert codes[ErrorCode.NOT_LOCKED] and codes[ErrorCode.NO_SLOT], codes
     await bench.compare_registers(golden)
-    hit("scheduler.locks")
+    hit("scheduler.locks", policy, of=(Policy.LRU, Policy.NEXT_USE))
 
 
 @cocotb.test()
@@ -1211,7 +1213,8 @@ async def wrong_bits(dut):
         await bench.drained(golden, "ROUTE", 0, layer, experts)
         await bench.drained(golden, "RELEASE", 0, layer)
     assert golden.counters["checksum_errors"] == before
-    hit("checksum.device")
+    where = config.slot_store if len(config.part_bytes) == 1 else "parts"
+    hit("checksum.device", where, of=("internal", "axi", "parts"))
     if config.layer_bytes:
         hit("checksum.device_sizes")
 
@@ -1429,6 +1432,7 @@ def test_top_tinymoe_sizes():
     _run_trace(path, preset="tinymoe", tokens=6, sizes=(1024, 512, 1536))
 
 
+@pytest.mark.extra
 def test_top_gpt_oss():
     """A large model's trace."""
     path = _ROOT.parent / "shared/traces/gpt-oss-20b__cs.npz"
