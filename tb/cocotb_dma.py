@@ -794,8 +794,7 @@ async def settings_refused(dut):
         assert int(dut.refusal.value) == reason
     await tb.pulse("commit")
     await tb.run([tb.any_fetch() for _ in range(10)])
-    reasons = {reason.name for reason, _ in cases}
-    hit("dma.settings_refused", *reasons, of=[reason.name for reason in SettingsRefusal])
+    hit("dma.settings_refused", *(reason for reason, _ in cases), of=SettingsRefusal)
 
 
 @cocotb.test()

@@ -177,6 +177,7 @@ def test_whole_runs():
         {"stepwise": True},
         {"collectonly": True},
         {"setupplan": True},
+        {"override_ini": ["testpaths=tests"]},
     ):
         assert not check(**options).whole(), options
 

@@ -18,6 +18,7 @@ import sys
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -86,8 +87,8 @@ def hit(name: str, *parts: object, of: Iterable[object] = ()) -> None:
     name : :class:`str`
         Testpoint.
     parts : object
-        What of it was, where one test reaches it in part only; their text counts. All parts may
-        come from different processes.
+        What of it was, where one test reaches it in part only: text, numbers or members of an
+        enumeration. They may come from different processes.
     of : iterable of object
         All its parts.
 
@@ -98,7 +99,7 @@ def hit(name: str, *parts: object, of: Iterable[object] = ()) -> None:
     """
     if name not in testpoints():
         raise ValueError(f"Testpoint must be in a page of docs/testplan, not {name!r}")
-    told, all_parts = {str(part) for part in parts}, {str(part) for part in of}
+    told, all_parts = ({_text(part) for part in each} for each in (parts, of))
     if told - all_parts:
         raise ValueError(
             f"Part of {name} must be one of {sorted(all_parts)}, not {min(told - all_parts)!r}"
@@ -119,6 +120,10 @@ def hit(name: str, *parts: object, of: Iterable[object] = ()) -> None:
         json.dumps({n: [sorted(each.parts), sorted(each.of)] for n, each in _mine.items()})
     )
     temporary.replace(path)
+
+
+def _text(part: object) -> str:
+    return part.name if isinstance(part, Enum) else str(part)
 
 
 @cache

@@ -23,7 +23,8 @@ EXTRA = "extra"
 #: Options that leave tests out, or run none.
 _PARTIAL = (
     *("keyword", "deselect", "ignore", "ignore_glob", "lf", "stepwise", "collectonly"),
-    *("setuponly", "setupplan"),
+    # Settings of the command line may stand for any of them.
+    *("setuponly", "setupplan", "override_ini"),
 )
 
 
