@@ -2019,8 +2019,8 @@ async def rescans_drained(dut, stall):
     if tb.rescans is None:
         return
     config, rng = tb.config, tb.random
-    # How often a demand that waits for a slot asks again hangs on time.
-    tb.policy = Policy.LRU if failing else rng.choice(list(Policy))
+    # LRU where fetches fail: how often a demand that waits for a slot asks again hangs on time.
+    tb.policy = {"none": Policy.NEXT_USE, "some": Policy.LRU, "long": Policy.LFU}[stall]
     if stall == "long":
         tb.throttled_at_random()
     dut.cancel_enable.value = 1
