@@ -27,6 +27,8 @@ CONFIG = DeviceConfig(
     model=preset("tiny"), slots=8, expert_bytes=1024, contexts=2, mover="host", predictor="st_moe"
 )
 DEVICES = ("model://", "sim://")
+#: How futures end on which device.
+FUTURES = [f"{how} {url}" for how in ("threads", "reverse", "cancelled") for url in DEVICES]
 COMPARED = [c.name for c in COUNTERS if not c.name.startswith("link_")]
 
 
@@ -106,7 +108,7 @@ def test_same_on_either_device(broken):
     counters, errors = outcomes[0]
     assert counters["fills"] > 30 and counters["prefetch_issued"] > 10 and counters["hits"] > 10
     assert bool(errors) == bool(broken) == bool(counters["fill_errors"])
-    hit("mover.same")
+    hit("mover.same", "broken" if broken else "good", of=("good", "broken"))
 
 
 @pytest.mark.parametrize("url", DEVICES)
@@ -140,7 +142,7 @@ def test_futures_that_end_in_any_order(url):
     assert errors and most > 1
     assert stats["rejected"] == 0
     assert stats["hits"] + stats["misses"] + stats["late"] + stats["merged"] == stats["demands"]
-    hit("mover.futures")
+    hit("mover.futures", f"threads {url}", of=FUTURES)
 
 
 @pytest.mark.parametrize("url", DEVICES)
@@ -168,6 +170,7 @@ def test_one_copy_holds_up_no_other(url):
         assert order == [5, 3]
         device.release(0, 0)
         device.drain()
+    hit("mover.futures", f"reverse {url}", of=FUTURES)
 
 
 @pytest.mark.parametrize("url", DEVICES)
@@ -193,7 +196,7 @@ def test_cancelled_future(url):
         device.release(0, 1)
         device.route(0, 1, [4, 6])
         assert not arrive(device, host, 0, 1)
-        hit("mover.futures")
+    hit("mover.futures", f"cancelled {url}", of=FUTURES)
 
 
 @pytest.mark.parametrize("url", DEVICES)
@@ -216,7 +219,7 @@ def test_many_messages_without_waiting(url):
         assert device.stats()["rejected"] == 0
         assert device.unclaimed == ()
     assert any(not demand for *_, demand in host.calls)
-    hit("mover.driver_flood")
+    hit("mover.driver_flood", url, of=DEVICES)
 
 
 def test_prefetches_while_a_clock_runs():

@@ -10,6 +10,7 @@
 """
 
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import cocotb
@@ -852,6 +853,7 @@ async def boundaries(dut, stall):
     asked = phase = Phase.DECODE
     pending = follow = False
     switches = 0
+    tokens = Counter()  # Starts that asked for a profile, and that would have if they counted.
     expected = {"commands": [], "begin": []}  # Active phase with each.
     current = [None] * config.contexts
     for _ in range(150):
@@ -878,8 +880,10 @@ async def boundaries(dut, stall):
             _write(bench, "control", follow << 5 | flags)
         elif kind == "BEGIN":
             token = rng.choice([*Phase, 3])
-            if follow and token != asked and token in list(Phase):
-                asked, pending = Phase(token), True
+            if token != asked and token in list(Phase):
+                tokens["follow" if follow else "ignored"] += 1
+                if follow:
+                    asked, pending = Phase(token), True
             # An unknown phase asks for nothing; a token's start is a boundary all the same.
             switches += pending
             phase, pending = (asked, False) if pending else (phase, False)
@@ -911,6 +915,8 @@ async def boundaries(dut, stall):
         found = [_phase_of(own, bench.active_at(cycle)) for _, cycle in moved]
         assert found == phases, name
     assert len(bench.commits) == switches > 10
+    hit("profiles.boundary")
+    hit("profiles.follow", *tokens, of=("follow", "ignored"))
     if pending:
         phase = asked
     # Without a boundary a switch waits until the engine is idle.
@@ -922,17 +928,30 @@ async def boundaries(dut, stall):
     asked = rng.choice([each for each in Phase if each is not phase])
     _write(bench, "profile", asked)
     assert await _register(bench, "profile", "profile_active") == [asked, phase]
+    # What is written meanwhile is part of it.
+    channel = rng.randrange(config.dma_channels)
+    stride = channels[asked][channel].row_stride + config.data_bytes
+    for name, number in (
+        ("profile_select", asked), ("dma_channel", channel), ("dma_row_stride", stride)
+    ):  # fmt: skip
+        _write(bench, name, number)
+        golden.registers.write(register_by_name(name).address, number)
+    await bench.settle()
+    assert channels[asked][channel].row_stride == stride
     assert bench.active == own[phase]
     dut.engine_idle.value = 1
     await cycles(dut, 8)
     assert bench.active == own[asked]
     assert await _register(bench, "profile_active") == asked
     assert bench.dma.active == channels[asked]
+    hit("profiles.edited")
     lower = own[asked]["dma_lower_credits"]
     assert bench.dma.lower_credits == (lower or config.lower_credits)
+    # With nothing under way at once.
+    _write(bench, "profile", phase)
+    assert await _register(bench, "profile_active") == phase
+    assert bench.active == own[phase]
     hit("profiles.idle")
-    for name in ("boundary", "edited", "follow"):
-        hit(f"profiles.{name}")
 
 
 @cocotb.test()

@@ -230,7 +230,7 @@ async def drained_pace(dut, stall, policy):
     assert [body[0] for _, body in answers] == [ErrorCode.BAD_READ]
     hit("mover.reads")
     await host.compare_registers(golden)
-    hit("mover.drained")
+    hit("mover.drained", policy, of=list(Policy))
 
 
 @cocotb.test()

@@ -30,6 +30,7 @@ from prestage_tb.coverage import hit
 PLAIN = DeviceConfig(model=preset("tiny"), slots=8, expert_bytes=1024, contexts=2)
 CONFIG = PLAIN.replace(mover="host")
 EMPTY = np.zeros(0, np.uint8)
+ERRORS = ("arguments", "reads", "call", "coroutine", "asyncio")
 
 
 def nothing(*fetch):
@@ -60,7 +61,7 @@ def test_what_goes_together():
         ModelPipe(CONFIG, memory=np.zeros(9, np.uint8))
     with pytest.raises(ValueError, match="Memory must be empty where the host moves experts"):
         open_pipe(CONFIG, memory=EMPTY, options={"error": "0:4"})
-    hit("mover.driver_errors")
+    hit("mover.driver_errors", "arguments", of=ERRORS)
 
 
 def test_sizes():
@@ -99,6 +100,7 @@ def test_slots_are_the_hosts():
         device._post("READ", 0, 0, 1)
         with pytest.raises(prestage.errors.BadReadError, match="or slots are the host's"):
             device.drain()
+    hit("mover.driver_errors", "reads", of=ERRORS)
 
 
 async def _never():
@@ -128,7 +130,7 @@ def test_copiers_that_are_wrong(what):
         assert isinstance(cause, ArgumentError) and "must not call the device" in str(cause)
     else:
         assert isinstance(cause, TypeError) and "must return a concurrent.futures" in str(cause)
-    hit("mover.driver_errors")
+    hit("mover.driver_errors", what, of=ERRORS)
 
 
 def test_interrupts_are_not_the_copiers():
