@@ -121,7 +121,10 @@ class TB:
             fault=fault,
             reorder=reorder,
         )
-        for name in ("commit", "abort", "abort_all", "abort_tag", "timeout", "lower_credits"):
+        for name in (
+            *("commit", "abort", "abort_all", "abort_tag", "timeout", "lower_credits"),
+            "urgent",
+        ):
             getattr(dut, name).value = 0
         self.check_rows = True  # Settings of rows hold for all that is inside.
         self.cycle = 0
@@ -372,7 +375,7 @@ class TB:
 
     def break_a_beat(self, fetch):
         """Let the memory answer an error for a random beat of the tile."""
-        bursts = self.golden.bursts(fetch["address"])
+        bursts = self.golden.bursts(fetch["address"], tile=fetch["tile"])
         if not bursts:
             return
         at, beats = self.random.choice(bursts)
@@ -546,7 +549,7 @@ async def rlast_in_the_wrong_place(dut, kind):
     channels = [tb.random.choice(tb.channels) for _ in range(16)]
     fetches = [tb.fetch(tb.spread(tb.address(), c), channel=c) for c in channels]
     for fetch in fetches[1::3]:
-        address, beats = tb.random.choice(tb.golden.bursts(fetch["address"]))
+        address, beats = tb.random.choice(tb.golden.bursts(fetch["address"], tile=fetch["tile"]))
         if kind == "missing" or beats > 2:
             broken.add(address)
     records = await tb.run(fetches)
@@ -616,7 +619,8 @@ async def rows(dut, stall):
             row_settings(tb, c) if tb.random.random() < 0.8 else tb.channel_settings(c)
             for c in tb.channels
         ]
-        await tb.configure(*settings)
+        if not config.rows:
+            await tb.configure(*settings)
         count = max(5, 400 // config.tile_beats)
         fetches = [tb.any_fetch() for _ in range(count)]
         for fetch in fetches:
@@ -625,11 +629,30 @@ async def rows(dut, stall):
                 fetch["address"] %= 1 << (config.address_bits - 1)
         first = len(tb.completed)
         await tb.run(fetches)
-        for _, transfer, record in tb.completed[first:]:
+        for _, transfer, record in () if config.rows else tb.completed[first:]:
             row = settings[transfer.channel]["row_bytes"] // config.data_bytes
             if row and record["reason"] == FetchReason.OK and transfer.beats > row:
                 seen.add("broken" if transfer.beats % row else "whole")
-    hit("dma.rows", *seen, of=("whole", "broken"))
+    if not config.rows:
+        hit("dma.rows", *seen, of=("whole", "broken"))
+        return
+    # Each tile of an expert over each channel, at its own address: the beats are the expert's.
+    whole = [
+        at
+        for start, size in config.expert_spans(1, 3)
+        for at in range(start, start + size, config.data_bytes)
+    ]
+    for channel in tb.channels:
+        for tile, address in enumerate(config.tile_addresses(1, 3)):
+            first = len(tb.launched)
+            await tb.run([{**tb.fetch(address, channel=channel), "tile": tile}])
+            beats = [
+                at + n * config.data_bytes
+                for _, _, at, count in tb.launched[first:]
+                for n in range(count)
+            ]
+            assert beats == whole[tile * config.tile_beats :][: config.tile_beats], tile
+    hit("dma.part_rows")
 
 
 @cocotb.test()
@@ -640,6 +663,25 @@ async def rows_wrap(dut):
     config = tb.config
     size = config.data_bytes
     top = 1 << config.address_bits
+    if config.rows:
+        # The last tile of the third part has rows behind each other as below.
+        tile = config.first_tiles[3] - 1
+        rows = config.part_rows[2]
+        for below in (1, 3):
+            fetch = {**tb.fetch(top - config.tile_bytes - below * rows.row_stride), "tile": tile}
+            first = len(tb.launched)
+            (record,) = await tb.run([fetch])
+            assert record["reason"] == FetchReason.ADDRESS
+            assert record["address"] == fetch["address"]
+            # The rows, and a beat of the last one again.
+            assert [b[3] for b in tb.launched[first:]] == [rows.row_bytes // size] * below + [1]
+        # A row that would begin below address 0 is none either.
+        tile = config.first_tiles[1] - 1
+        fetch = {**tb.fetch(0), "tile": tile}
+        (record,) = await tb.run([fetch])
+        assert record["reason"] == FetchReason.ADDRESS
+        hit("dma.part_rows_wrap")
+        return
     await tb.configure(tb.channel_settings(0, row_bytes=size * 2, row_stride=config.tile_bytes))
     for rows_below in range(1, 4):
         fetch = tb.fetch(top - (rows_below + 1) * config.tile_bytes)
@@ -743,6 +785,71 @@ async def time_out(dut):
 
 
 @cocotb.test()
+async def waits_for_its_turn(dut):
+    """A tile that higher classes leave no turn is not late, for as long as memory answers them;
+    an urgent channel gets its turn.
+    """
+    tb = TB(dut, latency=3)
+    await reset(dut)
+    config = tb.config
+    burst_beats = min(config.longest_burst, max(1, config.tile_beats // 8))
+    bursts = config.tile_beats // burst_beats
+    if config.dma_channels < 2 or bursts < 4 or config.outstanding_bursts < 2:
+        return
+    low, high = config.dma_channels - 1, 0
+    # So that the memory always has bursts of the demands to answer.
+    await tb.configure(
+        tb.channel_settings(high, traffic=TrafficClass.DEMAND, burst_beats=burst_beats),
+        tb.channel_settings(low, traffic=TrafficClass.STREAM, burst_beats=burst_beats),
+        lower_credits=1,
+    )
+    limit = 40 + 8 * config.tile_beats
+    dut.timeout.value = limit
+    _, most = bounds(limit)
+    tb.fetches.send(tb.fetch(tb.spread(0x10000, low), channel=low))
+    while not any(burst[1] == low for burst in tb.launched):
+        await RisingEdge(dut.clk)
+    number = 0
+
+    async def saturate(until):
+        nonlocal number
+        for _ in range(20 * (most + config.tile_beats * bursts)):
+            if until():
+                return
+            if tb.fetches.pending < 2:
+                address = tb.spread(number % 8 * config.tile_bytes, high)
+                tb.fetches.send(tb.fetch(address, channel=high))
+                number += 1
+            await RisingEdge(dut.clk)
+        raise AssertionError("a channel has starved")
+
+    def bursts_of(channel):
+        return sum(burst[1] == channel for burst in tb.launched)
+
+    await saturate(lambda: number > 2 * config.dma_queue_depth)
+    begun, start = bursts_of(low), tb.cycle
+    assert begun < bursts, "the tile has its last burst out"
+    await saturate(lambda: tb.cycle - start > 2 * most)
+    assert bursts_of(low) == begun, "a lower class was given a turn"
+    assert not [c for c in tb.completed if c[2]["channel"] == low]
+    hit("dma.waits_for_its_turn")
+    # From now on somebody waits for it: the channels of the class take turns.
+    dut.urgent.value = 1 << low
+    await cycles(dut, 8)
+    first = len(tb.launched)
+    await saturate(lambda: any(c[2]["channel"] == low for c in tb.completed))
+    served = [burst[1] for burst in tb.launched[first:]]
+    last = max(at for at, channel in enumerate(served) if channel == low)
+    assert served[: last + 1].count(low) == bursts - begun
+    # With one burst below demand at a time, each waits for the one before to come.
+    assert last + 1 <= (bursts - begun + 1) * (config.outstanding_bursts + 1)
+    dut.urgent.value = 0
+    await tb.done(number + 1)
+    assert all(record["reason"] == FetchReason.OK for _, _, record in tb.completed)
+    hit("dma.urgent")
+
+
+@cocotb.test()
 async def address_stuck(dut):
     """``arready`` stays low past the time-out."""
     tb = TB(dut, latency=3)
@@ -781,6 +888,9 @@ async def settings_refused(dut):
     ]
     if config.dma_channels < 1 << config.bits("channel"):
         cases.append((SettingsRefusal.CHANNEL, {"channel": config.dma_channels}))
+    if config.rows:
+        # They are told twice.
+        cases.append((SettingsRefusal.ROWS, {"row_bytes": size}))
     for reason, change in cases:
         tb.settings.send({**good, **change})
         await tb.settings.sent()
@@ -794,7 +904,10 @@ async def settings_refused(dut):
         assert int(dut.refusal.value) == reason
     await tb.pulse("commit")
     await tb.run([tb.any_fetch() for _ in range(10)])
-    hit("dma.settings_refused", *(reason for reason, _ in cases), of=SettingsRefusal)
+    if config.rows:
+        hit("dma.rows_told_twice")
+    else:
+        hit("dma.settings_refused", *(reason for reason, _ in cases), of=SettingsRefusal)
 
 
 @cocotb.test()

@@ -20,6 +20,7 @@ from prestage_hw.contract.records import (
     BufferCode,
     BufferOp,
     ErrorCode,
+    FetchReason,
     Policy,
     PrefetchKind,
     PrefetchOutcome,
@@ -80,6 +81,8 @@ class Entry:
         self.tag = None
         self.kind = None  # Of a prefetch.
         self.stream = False  # It is one of a prefill chunk's.
+        self.shared = False  # Candidates of several decisions were for it.
+        self.starving = 0  # Demands that found no slot while it was in flight.
         self.given_up = False
         self.copy = None  # Context and number of the copy that it is fetched for.
         self.again = []  # A context that waits twice: its layer was released and routed again.
@@ -138,14 +141,14 @@ class TB:
         self.failing = failing
         self.base = base
         # The parts' arrays follow each other, the last part's first.
-        whole = config.model.layers * config.model.experts
-        sizes = config.part_bytes
-        self.bases = [base + whole * sum(sizes[part + 1 :]) for part in range(len(sizes))]
+        sizes = config.array_bytes
+        self.bases = [base + sum(sizes[part + 1 :]) for part in range(len(sizes))]
         if len(sizes) > 1:
             dut.part_bases.value = sum(
                 each << at * config.address_bits for at, each in enumerate(self.bases[1:])
             )
-        self.broken = []  # Address ranges of the memory that fail.
+        self.broken = []  # Address ranges of the memory that fail, and why.
+        self.reason = FetchReason.BUS
         self.golden_dma = GoldenDMA(config)
         self.prefetch_tiles = 1
         dut.expert_base.value = self.bases[0]
@@ -162,6 +165,7 @@ class TB:
         dut.clear.value = 0
         dut.clear_statistics.value = 0
         dut.streaming.value = 0
+        dut.gathering.value = 0
         dut.budget.value = 0
         self.table = StreamSource(
             dut, "statistics_requests", RecordLayout("TableRequest", config=config), stall=stall
@@ -214,6 +218,7 @@ class TB:
         self.fill_queue = deque()  # Completions taken whose FILL has not come.
         self.shown = 0
         self.channels = set()  # of the DMA engine that were used
+        self.urgent_off = 0  # Cycles for which ``urgent`` has not been what it must become.
         self.whole = set()  # Tiles of experts that came whole.
 
     async def reset(self):
@@ -459,9 +464,7 @@ class TB:
 
     def tile_address(self, layer, expert, tile):
         """Address of a tile of an expert."""
-        spans = self.config.expert_spans(layer, expert, bases=self.bases)
-        size = self.config.tile_bytes
-        return [at + offset for at, each in spans for offset in range(0, each, size)][tile]
+        return self.config.tile_addresses(layer, expert, bases=self.bases)[tile]
 
     def _taken(self, stream):
         """Payload of a stream if it is taken in this cycle."""
@@ -485,6 +488,7 @@ class TB:
                         self._decided()
             self._watch_idle()
             self._watch_offer()
+            self._watch_urgent()
             self.held_for = self.held_for + 1 if self.ports.high("hold") else 0
             if not self.requests.offers:
                 self.shown = self.cycle + 1  # The cycle in which a request shows next.
@@ -604,11 +608,29 @@ class TB:
             self.last_kind = entry.kind
         entry.offered += 1
 
+    def _watch_urgent(self):
+        """A channel is urgent while a tile of a prefetch is on its way that a demand waits for."""
+        tiles = [f for f, *_ in self.memory_queue]
+        if self.offered_now is not None:
+            tiles.append(self.offered_now)
+        wanted = 0
+        for fetch in tiles:
+            entry = self.inflight[fetch["slot"]]
+            if not fetch["demand"] and entry.demand:
+                wanted |= 1 << fetch["channel"]
+        urgent = self.ports.number("urgent")
+        # It follows from what the table knows: a result, or a completion, some cycles later.
+        self.urgent_off = 0 if urgent == wanted else self.urgent_off + 1
+        if self.urgent_off:
+            assert self.urgent_off <= 2 * SLACK + OUTCOME, f"urgent is {urgent:b}, not {wanted:b}"
+        elif wanted:
+            self.expected["urgent"] += 1
+
     def _fetched(self, fetch):
         self.budget.fetched(now=self.cycle)
         failing = False
         address = fetch["address"]
-        for burst, beats in self.golden_dma.bursts(address):
+        for burst, beats in self.golden_dma.bursts(address, tile=fetch["tile"]):
             end = burst + beats * self.config.data_bytes
             if any(first < end and burst < last for first, last in self.broken):
                 failing, address = True, burst
@@ -619,7 +641,7 @@ class TB:
             "failed": int(failing),
             "address": address,
             "channel": fetch["channel"],
-            "reason": int(failing),
+            "reason": int(self.reason if failing else FetchReason.OK),
         }
         due = self.cycle + self.random.randint(*self.latency)
         if self.memory_queue:
@@ -815,6 +837,10 @@ class TB:
                 expected["prefetch_outbid"] += 1
             else:
                 expected["prefetch_redundant"] += 1
+                if code == BufferCode.FILLING:
+                    entry = self.inflight[slot]
+                    decision = self.candidate_looked_up["ctx"], self.candidate_looked_up["deadline"]
+                    entry.shared |= decision != (entry.ctx, entry.deadline)
             return
         self.tried.update(range(self.config.contexts))
         expected["useful"] += result["prefetched"]
@@ -831,6 +857,8 @@ class TB:
             self.retrying = (ctx, layer, expert)
             self.retrying_index = request["index"]
             expected["waits"] += 1
+            for entry in self.inflight.values():
+                entry.starving += 1
             return
         expected["demands"] += 1
         if code == BufferCode.RESIDENT:
@@ -1006,7 +1034,11 @@ class TB:
         assert str(self.dut.cancel_enable.value) == "1"
         assert entry.copy is None, "a copy is never given up"
         assert not entry.demand and entry.completed == entry.offered < self.tiles(entry)
-        assert (self.routes[entry.ctx] - entry.deadline) % 256 < 128, "given up too early"
+        age = (self.routes[entry.ctx] - entry.deadline) % 256
+        gathering = self.ports.number("gathering") >> entry.ctx & 1
+        if age >= 128 or entry.shared or (gathering and age == 0):
+            assert entry.starving, "given up too early"
+            self.expected["spared"] += 1
 
     def _waits_for(self):
         """Kind of the prefetch tile that a demand finds before it, once a decision."""
@@ -1020,9 +1052,9 @@ class TB:
             layer=layer, expert=expert, slot=slot, demand=demand, ctx=ctx, cycle=self.cycle
         )
         if self.random.random() < self.failing:
-            beats = self.config.layer_tiles[layer] * self.config.tile_beats
-            tile, beat = divmod(self.random.randrange(beats), self.config.tile_beats)
-            first = self.tile_address(layer, expert, tile) + beat * self.config.data_bytes
+            spans = self.config.expert_spans(layer, expert, bases=self.bases)
+            at, size = self.random.choice(spans)
+            first = at + self.random.randrange(0, size, self.config.data_bytes)
             self.broken.append((first, first + self.config.data_bytes))
 
     def _answer(self, entry, ctx):
@@ -1030,7 +1062,13 @@ class TB:
             self.due.append(Ready(ctx, entry.layer, entry.expert, entry.slot))
         else:
             self.due_events.append(
-                Event(ErrorCode.BUS, ctx, entry.layer, entry.expert, entry.failed_address)
+                Event(
+                    ErrorCode[self.reason.name],
+                    ctx,
+                    entry.layer,
+                    entry.expert,
+                    entry.failed_address,
+                )
             )
 
 
@@ -1146,6 +1184,7 @@ async def run_timed(dut, stall, latency, failing):
         # What is given up is known to the scoreboard only when it ends.
         dut.budget.value = tb.random.randrange(1, 9)
     dut.streaming.value = tb.random.randrange(1 << config.contexts)
+    dut.gathering.value = tb.random.randrange(1 << config.contexts)
     await tb.reset()
     work = Workload(tb, hold=1)
     for step in range(60):
@@ -1183,12 +1222,16 @@ async def run_timed(dut, stall, latency, failing):
     for name in names:
         assert tb.strobes[name], f"the workload has no {name}"
     await tb.check_statistics()
+    if tb.expected["urgent"]:
+        hit("scheduler.urgent")
     if tb.strobes["fill_errors"] and config.contexts > 1:
         hit("scheduler.timed")
         if len(config.part_bytes) > 1 and tb.whole:
             hit("scheduler.parts")
         if config.layer_bytes and tb.whole == set(config.layer_tiles):
             hit("scheduler.sizes")
+        if config.rows and tb.whole:
+            hit("scheduler.rows")
     dut._log.info("counters: %s", dict(tb.strobes))
     return tb
 
@@ -1457,6 +1500,66 @@ async def routed_layer_gives_up(dut, tiles_out, wanted):
         hit("scheduler.give_up_wanted")
     else:
         hit("scheduler.give_up", tiles_out, of=(0, 1))
+
+
+@cocotb.test()
+async def a_chunk_keeps_its_prefetches(dut):
+    """A layer's first route leaves them to the chunk's other tokens; the next layer's does not."""
+    tb = TB(dut, latency=(5, 5))
+    config = tb.config
+    if config.layer_tiles[1] < 2:
+        return
+    ctx = config.contexts - 1
+    dut.cancel_enable.value = 1
+    dut.gathering.value = 1 << ctx
+    await tb.reset()
+    experts = list(range(config.model.top_k))
+    # So that no demand waits for memory.
+    for layer in range(1, 4):
+        tb.demand(ctx, layer, experts)
+        tb.release(ctx, layer)
+        await tb.idle()
+    for late in (False, True):
+        tb.hold_memory = True
+        before = tb.strobes["prefetch_cancelled"]
+        layer = 2 if late else 1
+        tb.candidate(ctx, layer, config.model.experts - 1)
+        await cycles(dut, 60)
+        tb.demand(ctx, layer, experts)
+        tb.release(ctx, layer)
+        await cycles(dut, 200)
+        tb.demand(ctx, layer + late, experts, repeat=int(not late))
+        tb.release(ctx, layer + late)
+        await cycles(dut, 300)
+        tb.hold_memory = False
+        await tb.idle()
+        assert tb.strobes["prefetch_cancelled"] - before == late
+    hit("scheduler.chunk_keeps")
+
+
+@cocotb.test()
+async def candidates_share_a_fetch(dut):
+    """What two contexts are predicted to choose comes, though one of them does not."""
+    tb = TB(dut, latency=(5, 5))
+    config = tb.config
+    if config.contexts < 2 or config.layer_tiles[1] < 2:
+        return
+    dut.cancel_enable.value = 1
+    for shared in (False, True):
+        await tb.reset()
+        tb.hold_memory = True
+        tb.candidate(0, 1, config.model.experts - 1)
+        await cycles(dut, 60)
+        # The same decision's once more changes nothing.
+        tb.candidate(int(shared), 1, config.model.experts - 1)
+        await cycles(dut, 60)
+        assert tb.strobes["prefetch_redundant"] == 1
+        tb.demand(0, 1, list(range(config.model.top_k)))
+        await cycles(dut, 200)
+        tb.hold_memory = False
+        await tb.idle()
+        assert tb.strobes["prefetch_cancelled"] == (not shared)
+    hit("scheduler.candidates_share")
 
 
 @cocotb.test()
@@ -1737,15 +1840,17 @@ async def demand_waits_for_one_tile(dut):
 
 
 @cocotb.test()
-@cocotb.parametrize(fails=[False, True])
+@cocotb.parametrize(fails=["never", "BUS", "TIMEOUT", "ABORTED", "ADDRESS"])
 async def contexts_share_a_fetch(dut, fails):
     """All contexts that wait for an expert are answered, ascending, if it arrives or fails."""
     tb = TB(dut, latency=(3, 9))
+    if fails != "never":
+        tb.reason = FetchReason[fails]
     config = tb.config
     await tb.reset()
     tb.hold_memory = True
     address = tb.tile_address(1, 2, 0)
-    if fails:
+    if fails != "never":
         tb.broken.append((address + config.tile_bytes // 2, address + config.tile_bytes))
     for ctx in reversed(range(config.contexts)):
         tb.demand(ctx, 1, [2])
@@ -1754,8 +1859,8 @@ async def contexts_share_a_fetch(dut, fails):
     await tb.idle()
     assert [a.ctx for a in tb.answers] == list(range(config.contexts))
     assert tb.strobes["merged"] == config.contexts - 1
-    if fails:
-        assert all(a.code == ErrorCode.BUS for a in tb.answers)
+    if fails != "never":
+        assert all(a.code == ErrorCode[fails] for a in tb.answers)
         first = next(
             at
             for at, beats in GoldenDMA(config).bursts(address)
@@ -1763,6 +1868,7 @@ async def contexts_share_a_fetch(dut, fails):
         )
         assert all(a.address == first for a in tb.answers)
         assert tb.strobes["fill_errors"] == 1 and tb.strobes["fills"] == 0
+        hit("scheduler.reasons")
     if config.contexts > 1:
         hit("scheduler.merge", "fails" if fails else "comes", of=("comes", "fails"))
 
@@ -1793,10 +1899,12 @@ def places(config):
 
 
 @cocotb.test()
-async def demand_waits_for_a_slot(dut):
+@cocotb.parametrize(cancel=[False, True])
+async def demand_waits_for_a_slot(dut, cancel):
     """With every slot pinned or filling a demand waits, then takes the slot of a prefetch."""
     tb = TB(dut, latency=(3, 9))
     config = tb.config
+    dut.cancel_enable.value = int(cancel)
     await tb.reset()
     model = config.model
     left = config.slots - 1
@@ -1820,9 +1928,50 @@ async def demand_waits_for_a_slot(dut):
     tb.hold_memory = False
     await tb.idle()
     assert tb.answers[-1][:3] == (0, layer, model.experts - 2)
-    assert tb.expected["waits"] == config.layer_tiles[layer]
+    tiles = config.layer_tiles[layer]
+    assert tb.expected["waits"] == (1 if cancel else tiles)
+    assert tb.strobes["prefetch_cancelled"] == (cancel and tiles > 1)
     assert tb.strobes["refused"] == 0
     hit("scheduler.no_slot", "waits", of=("waits", "refused"))
+    if cancel and tiles > 1:
+        hit("scheduler.spares_a_slot")
+
+
+@cocotb.test()
+async def demand_takes_the_slot_of_the_youngest(dut):
+    """Of several prefetches the one that was begun last goes, and at once if no tile is out."""
+    tb = TB(dut, latency=(3, 9))
+    config = tb.config
+    model = config.model
+    layer = model.layers - 1
+    if config.layer_tiles[layer] < 2 or config.prefetch_inflight < 2:
+        return
+    dut.cancel_enable.value = 1
+    await tb.reset()
+    left = config.slots - 2
+    for at, ctx, experts in places(config):
+        tb.demand(ctx, at, experts[:left])
+        left -= len(experts[:left])
+        await tb.idle()
+        if not left:
+            break
+    assert tb.taken_slots() == config.slots - 2 and at < layer
+    tb.hold_memory = True
+    deadline = (tb.routes[0] + 1) % 256
+    for expert in (model.experts - 1, model.experts - 2):
+        tb.candidate(0, layer, expert, deadline=deadline)
+        await cycles(dut, 60)
+    assert len(tb.inflight) == 2
+    tb.demand(0, layer, [model.experts - 3])
+    await cycles(dut, 200)
+    # The second one had no tile with the memory, which answers nothing: its slot is free at once.
+    assert tb.expected["waits"] == 1 and tb.retrying is None
+    assert {e.expert for e in tb.inflight.values()} == {model.experts - 1, model.experts - 3}
+    assert tb.strobes["prefetch_cancelled"] == 1
+    tb.hold_memory = False
+    await tb.idle()
+    assert tb.answers[-1][:3] == (0, layer, model.experts - 3)
+    hit("scheduler.spares_the_youngest")
 
 
 @cocotb.test()

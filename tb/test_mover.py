@@ -663,6 +663,8 @@ def test_parameters():
     with pytest.raises(ValueError, match="Engine must have a DMA engine, not the mover 'host'"):
         Engine(config=config)
     assert set(Top(config=config).signature.members) == {"rx", "tx", "idle"}
+    ports = {"rx", "tx", "idle", "host_writes", "reads", "beats"}
+    assert set(Top(config=config.replace(host_writes=True)).signature.members) == ports
     with pytest.raises(TypeError, match="Queue depth must be an integer, not 'x'"):
         HostMover(config=config, depth="x")
     with pytest.raises(ValueError, match="Queue depth must be a positive integer, not 0"):

@@ -83,6 +83,7 @@ class _Bench:
         dut.throttle_weights.value = register_by_name("throttle").reset
         dut.prefetch_tiles.value = tiles
         dut.streaming.value = 1
+        dut.gathering.value = 1
         self.routes = 0
 
     async def reset(self):

@@ -431,8 +431,8 @@ async def memory_falls_silent(dut, how):
         return found
 
     write("control", 0)
-    write("dma_timeout", 2)
-    assert await read("dma_timeout") == 4
+    write("dma_timeout", 3)
+    assert await read("dma_timeout") == 0, "no time-out is so short"
     write("dma_timeout", 300 if how == "timeout" else 0)
     layer, experts = 1, bench.random.sample(range(config.model.experts), k)
     bench.memory.silent.append((0, 1 << config.address_bits))
@@ -1084,7 +1084,10 @@ async def copies_timed(dut):
         [ready, _] = await host.wait(dut, until=MESSAGES["SYNCED"].code)
         await bench.check_bytes(bench.readies([ready]))
         assert ready[0] == MESSAGES["READY"].code
-    hit("buffer.copies_timed")
+    host.post("REGISTER_READ", register_by_name("prefetch_cancelled").address)
+    (*_, (_, body)) = await host.wait(dut, until=MESSAGES["REGISTER_VALUE"].code)
+    if RECORDS["RegisterValue"].unpack(config, body)["value"]:
+        hit("buffer.copies_timed")
 
 
 @cocotb.test()
@@ -1125,7 +1128,13 @@ async def tables_and_reads(dut):
                     for code, body in got
                     if code == MESSAGES["DATA"].code
                 ] == [1, 0]
-                await bench.drained(golden, "READ", ready["slot"], config.expert_beats - 1, 2)
+                refused = await bench.drained(
+                    golden, "READ", ready["slot"], config.expert_beats - 1, 2
+                )
+                events = bench.records(refused, "EVENT")
+                assert [event["code"] for event in events] == [ErrorCode.BAD_READ]
+                # Through the consumer port, too.
+                await bench.check_bytes([ready])
                 hit("buffer.sizes_device")
     if config.model.layers * config.model.experts * config.successors <= 1024:
         await bench.compare_tables(golden)
@@ -1227,6 +1236,75 @@ async def wrong_bits(dut):
 
 
 @cocotb.test()
+async def promoted_rows(dut):
+    """A demand takes over a prefetch: its tiles leave over two channels, with the rows of both."""
+    bench = _Bench(dut, latency=60)
+    config, rng, model, host = bench.config, bench.random, bench.config.model, bench.host
+    if not config.rows:
+        return
+    await bench.reset()
+    host.post("REGISTER_WRITE", register_by_name("control").address, 2)
+    promoted = 0
+    for token in range(model.layers * 2):
+        layer = token % model.layers
+        experts = [token // model.layers * 2, token // model.layers * 2 + 1]
+        before = len(bench.memory.transfers)
+        host.post("BEGIN_TOKEN", 0, Phase.DECODE, token)
+        host.post("HINT", 0, layer, experts[0], 255)
+        await cycles(dut, rng.randrange(80, config.expert_beats))
+        host.post("ROUTE", 0, layer, experts)
+        readies = []
+        while len(readies) < model.top_k:
+            answers = await host.wait(dut, until=MESSAGES["READY"].code)
+            readies += bench.readies(answers)
+        await bench.check_bytes(readies)
+        spans = config.expert_spans(layer, experts[0])
+        over = {
+            transfer.identifier
+            for transfer in bench.memory.transfers[before:]
+            if any(at <= transfer.address < at + size for at, size in spans)
+        }
+        promoted += over == {0, 1}
+        host.post("RELEASE", 0, layer)
+    assert promoted >= 3, promoted
+    hit("dma.part_rows_promoted")
+
+
+@cocotb.test()
+async def any_order(dut):
+    """Layers in any order: every demand is served, and those out of order are counted."""
+    bench = _Bench(dut, stall=0.1)
+    config, rng, model = bench.config, bench.random, bench.config.model
+    golden = GoldenTop(config, bench.image)
+    await bench.reset()
+    await _settle(bench, golden, policy=Policy.NEXT_USE, hints=True)
+    last = [-1] * config.contexts
+    below = 0
+    for step in range(60):
+        ctx = rng.randrange(config.contexts)
+        if rng.random() < 0.15:
+            await bench.drained(golden, "BEGIN_TOKEN", ctx, rng.choice(list(Phase)), step)
+            last[ctx] = -1
+        layer = rng.randrange(model.layers)
+        below += layer < last[ctx]
+        last[ctx] = layer
+        experts = rng.sample(range(model.experts), model.top_k)
+        answers = await bench.drained(golden, "ROUTE", ctx, layer, experts)
+        readies = bench.readies(answers)
+        assert sorted(ready["expert"] for ready in readies) == sorted(experts)
+        if step % 8 == 0:
+            await bench.check_bytes(readies)
+        if layer < model.layers - 1:
+            above = rng.randrange(layer + 1, model.layers)
+            await bench.drained(golden, "HINT", ctx, above, rng.randrange(model.experts), 200)
+        await bench.drained(golden, "RELEASE", ctx, layer)
+    assert golden.counters["routes_out_of_order"] == below > 10
+    await bench.compare_registers(golden)
+    await bench.compare_tables(golden)
+    hit("input.order_device")
+
+
+@cocotb.test()
 async def slot_memory_fails(dut):
     """A slot that can't be written is never ready; the error names the expert and where."""
     bench = _Bench(dut, stall=0.1)
@@ -1235,7 +1313,7 @@ async def slot_memory_fails(dut):
     config, rng, model = bench.config, bench.random, bench.config.model
     await bench.reset()
     bench.slot_base = 0x5000
-    for name, value in (("slot_base_low", 0x5FFF), ("slot_base_high", 0)):
+    for name, value in (("slot_base_low", 0x5000), ("slot_base_high", 0)):
         bench.host.post("REGISTER_WRITE", register_by_name(name).address, value)
     bad = {}
     for slot in rng.sample(range(config.slots), 3):
@@ -1299,8 +1377,16 @@ def test_top(shape):
 
 
 def test_parts():
-    """Experts that lie in three parts and have checksums: whole, or refused with their address."""
-    config = TINY_DEVICE.replace(expert_bytes=2048, parts=(512, 1024, 512), checksums=True)
+    """Experts that lie in two parts and have checksums: whole, or refused with their address.
+
+    Tiles break the rows of the first part; those of the second follow each other expert by expert.
+    """
+    config = TINY_DEVICE.replace(
+        expert_bytes=2048,
+        parts=(1536, 512),
+        rows=((96, 160), (64, 8 * 64, 64)),
+        checksums=True,
+    )
     run_bench(
         lambda: Top(config=config),
         module=__file__,
@@ -1310,6 +1396,7 @@ def test_parts():
             f"drained_pace/stall=0.3/policy={Policy.LRU.name}",
             "hints_and_errors",
             "wrong_bits",
+            "promoted_rows",
         ],
     )
 

@@ -7,6 +7,7 @@ from prestage_hw.contract.records import ERROR_TEXT, ErrorCode
 __all__ = [
     "DEVICE_ERRORS",
     "AbortedError",
+    "AddressError",
     "ArgumentError",
     "BadContextError",
     "BadCopiesError",
@@ -274,6 +275,14 @@ class AbortedError(_AddressError):
     code = ErrorCode.ABORTED
 
 
+class AddressError(_AddressError):
+    """The expert, or a row of it, would go past the top of the address space; ``address`` is that
+    of the tile.
+    """
+
+    code = ErrorCode.ADDRESS
+
+
 #: The exception of each error code.
 DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
     kind.code: kind
@@ -300,6 +309,7 @@ DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
         NotHeldError,
         MemoryTimeoutError,
         AbortedError,
+        AddressError,
     )
 }
 
