@@ -219,6 +219,7 @@ class TB:
         self.shown = 0
         self.channels = set()  # of the DMA engine that were used
         self.urgent_off = 0  # Cycles for which ``urgent`` has not been what it must become.
+        self.whole = set()  # Tiles of experts that came whole.
 
     async def reset(self):
         self.forget()
@@ -773,6 +774,7 @@ class TB:
                     expected["prefetch_cancelled"] += 1
                 else:
                     expected["fills"] += 1
+                    self.whole.add(self.tiles(entry))
                 prefetch = not entry.demand and entry.copy is None
                 if prefetch and (entry.failed_at is not None or entry.given_up):
                     self._dropped(entry.slot)
@@ -1222,12 +1224,14 @@ async def run_timed(dut, stall, latency, failing):
     await tb.check_statistics()
     if tb.expected["urgent"]:
         hit("scheduler.urgent")
-    if len(config.part_bytes) > 1:
-        hit("scheduler.parts")
-    if config.layer_bytes:
-        hit("scheduler.sizes")
-    if config.rows:
-        hit("scheduler.rows")
+    if tb.strobes["fill_errors"] and config.contexts > 1:
+        hit("scheduler.timed")
+        if len(config.part_bytes) > 1 and tb.whole:
+            hit("scheduler.parts")
+        if config.layer_bytes and tb.whole == set(config.layer_tiles):
+            hit("scheduler.sizes")
+        if config.rows and tb.whole:
+            hit("scheduler.rows")
     dut._log.info("counters: %s", dict(tb.strobes))
     return tb
 
@@ -1255,8 +1259,11 @@ async def drained(dut, stall, failing, full):
 async def copies_drained(dut, stall, failing):
     """The same with copies between the decisions."""
     if parameters()["config"].replicas > 1:
-        await run_drained(dut, stall, failing, False)
-        hit("scheduler.copies_drained")
+        tb = await run_drained(dut, stall, failing, False)
+        for code in ("ALLOCATED_1", "RESIDENT_0"):
+            assert tb.expected[f"copy_{code}"], f"the workload has no {code}"
+        if failing and tb.strobes["prefetch_throttled"]:
+            hit("scheduler.copies_drained")
 
 
 async def run_drained(dut, stall, failing, full):
@@ -1355,6 +1362,24 @@ async def run_drained(dut, stall, failing, full):
     for name in ("state", "pins", "evicted_by_prefetch"):
         ours = getattr(tb.buffer.directory, name)
         assert ours == getattr(golden_buffer.directory, name), name
+    hit("scheduler.drained", *seen_drained(tb), of=DRAINED)
+    return tb
+
+
+#: What runs at drained pace have to differ in.
+DRAINED = (*Policy, "throttle off", "throttled", "failing")
+
+
+def seen_drained(tb):
+    """Those of :data:`DRAINED` that a run has shown."""
+    seen = [tb.policy] if tb.strobes["evictions"] else []
+    if not tb.throttle_enable:
+        seen.append("throttle off")
+    if tb.strobes["prefetch_throttled"] and tb.strobes["prefetch_issued"]:
+        seen.append("throttled")
+    if tb.strobes["fill_errors"]:
+        seen.append("failing")
+    return seen
 
 
 def check_order(answers, expected):
@@ -1390,13 +1415,14 @@ async def latencies(dut):
     tb.log.clear()
     tb.demand(0, 0, [3])
     await tb.idle()
-    hit = passed("command", "ready") - b
-    dut._log.info("latency without the buffer's: hit %d, miss %d, fill %d", hit, miss, fill)
-    assert (hit, miss, fill) == (
+    resident = passed("command", "ready") - b
+    dut._log.info("latency without the buffer's: hit %d, miss %d, fill %d", resident, miss, fill)
+    assert (resident, miss, fill) == (
         Scheduler.hit_latency,
         Scheduler.miss_latency,
         Scheduler.fill_latency,
     )
+    hit("scheduler.latencies")
 
 
 @cocotb.test()
@@ -1425,6 +1451,9 @@ async def demand_promotes_a_prefetch(dut):
         "fills": 1,
         **({"demand_bytes": tiles - 1} if tiles > 1 else {}),
     }
+    if tiles > 1:
+        assert tb.channels == {0, 1}
+        hit("scheduler.promote")
 
 
 @cocotb.test()
@@ -1463,9 +1492,14 @@ async def routed_layer_gives_up(dut, tiles_out, wanted):
     assert len(tb.answers) == config.model.top_k + int(wanted)
     assert all(isinstance(answer, Ready) for answer in tb.answers)
     # It may be fetched anew.
-    tb.candidate(0, 2, config.model.experts - 1)
+    again = 2 if wanted else 1
+    tb.candidate(0, again, config.model.experts - 1)
     await tb.idle()
     assert tb.strobes["prefetch_issued"] == 2
+    if wanted:
+        hit("scheduler.give_up_wanted")
+    else:
+        hit("scheduler.give_up", tiles_out, of=(0, 1))
 
 
 @cocotb.test()
@@ -1601,6 +1635,7 @@ async def throttle_switches_off_and_on(dut):
     tb.throttle.clear()
     await cycles(dut, 6)
     assert int(dut.throttle_state.value) == tb.throttle.state
+    hit("scheduler.throttle")
 
 
 async def paced(tb, *, cycles_a_layer, layers):
@@ -1613,8 +1648,12 @@ async def paced(tb, *, cycles_a_layer, layers):
             await cycles(tb.dut, cycles_a_layer)
 
 
+#: In eighths of an expert; what is more counts as a whole one.
+BUDGETS = [0, 1, 4, 8, 15]
+
+
 @cocotb.test()
-@cocotb.parametrize(budget=[0, 1, 4, 8, 15])
+@cocotb.parametrize(budget=BUDGETS)
 async def drops_what_comes_late(dut, budget):
     """What would come late is dropped: by the budget, the deadline, and what is in flight."""
     latency = 40
@@ -1665,7 +1704,7 @@ async def drops_what_comes_late(dut, budget):
     tb.candidate(0, 1, expert - 3, deadline=tb.routes[0] + 1)
     await tb.idle()
     assert tb.strobes["prefetch_late_dropped"] == 0
-    hit("scheduler.budget")
+    hit("scheduler.budget", budget, of=BUDGETS)
 
 
 @cocotb.test()
@@ -1676,7 +1715,7 @@ async def statistics_by_layer(dut):
     experts = config.model.experts
     await tb.reset()
     near, hint = PrefetchKind.NEAR, PrefetchKind.HINT
-    # Useful in time; useful but late, as a hint; of no use.
+    # Useful in time; useful but late, as a hint; of no use, since it fails.
     tb.candidate(0, 1, experts - 1, deadline=1)
     await tb.idle()
     tb.demand(0, 1, [experts - 1])
@@ -1688,7 +1727,13 @@ async def statistics_by_layer(dut):
     await cycles(dut, 40)
     tb.hold_memory = False
     await tb.idle()
+    address = tb.tile_address(3, experts - 1, 0)
+    tb.broken.append((address, address + config.data_bytes))
+    tb.candidate(0, 3, experts - 1)
+    await tb.idle()
+    tb.broken.clear()
     count = tb.statistics.count
+    assert count(3, near, PrefetchOutcome.ISSUED) == count(3, near, PrefetchOutcome.USELESS) == 1
     assert count(1, near, PrefetchOutcome.ISSUED) == count(1, near, PrefetchOutcome.USEFUL) == 1
     assert count(2, hint, PrefetchOutcome.USEFUL) == count(2, hint, PrefetchOutcome.LATE) == 1
     assert not count(1, near, PrefetchOutcome.LATE) and not count(1, near, PrefetchOutcome.USELESS)
@@ -1700,6 +1745,21 @@ async def statistics_by_layer(dut):
     assert str(dut.idle.value) == "0"
     tb.statistics.clear()
     await tb.idle()
+    await tb.check_statistics()
+    # One that evicts what is demanded next.
+    await tb.reset()
+    count = tb.statistics.count
+    for number in range(config.slots):
+        layer, expert = divmod(number, experts)
+        tb.demand(0, layer, [expert])
+        tb.release(0, layer)
+        await tb.idle()
+    last = config.model.layers - 1
+    tb.candidate(0, last, experts - 1)
+    await tb.idle()
+    tb.demand(0, 0, [0])
+    await tb.idle()
+    assert count(last, near, PrefetchOutcome.POLLUTING) == 1
     await tb.check_statistics()
     hit("scheduler.statistics")
 
@@ -1728,7 +1788,8 @@ async def chunks_use_the_stream_channel(dut):
     tb.hold_memory = False
     await tb.idle()
     assert tb.channels == {0, 1, config.stream_channel}
-    hit("scheduler.stream")
+    if config.stream_channel > 1:
+        hit("scheduler.stream")
 
 
 @cocotb.test()
@@ -1752,6 +1813,8 @@ async def promoted_prefetch_goes_behind_earlier_demands(dut):
     )
     tb.hold_memory = False
     await tb.idle()
+    if tiles > 1:
+        hit("scheduler.order")
 
 
 @cocotb.test()
@@ -1773,6 +1836,7 @@ async def demand_waits_for_one_tile(dut):
     )
     tb.hold_memory = False
     await tb.idle()
+    hit("scheduler.one_tile")
 
 
 @cocotb.test()
@@ -1805,6 +1869,8 @@ async def contexts_share_a_fetch(dut, fails):
         assert all(a.address == first for a in tb.answers)
         assert tb.strobes["fill_errors"] == 1 and tb.strobes["fills"] == 0
         hit("scheduler.reasons")
+    if config.contexts > 1:
+        hit("scheduler.merge", "fails" if fails else "comes", of=("comes", "fails"))
 
 
 @cocotb.test()
@@ -1821,6 +1887,7 @@ async def routed_again_while_in_flight(dut):
     await tb.idle()
     assert [a[:3] for a in tb.answers] == [(0, 1, 2)] * 2
     assert tb.strobes["merged"] == 1 and tb.strobes["misses"] == 1
+    hit("scheduler.again")
 
 
 def places(config):
@@ -1865,6 +1932,7 @@ async def demand_waits_for_a_slot(dut, cancel):
     assert tb.expected["waits"] == (1 if cancel else tiles)
     assert tb.strobes["prefetch_cancelled"] == (cancel and tiles > 1)
     assert tb.strobes["refused"] == 0
+    hit("scheduler.no_slot", "waits", of=("waits", "refused"))
     if cancel and tiles > 1:
         hit("scheduler.spares_a_slot")
 
@@ -1929,6 +1997,7 @@ async def every_slot_pinned(dut):
         Event(ErrorCode.NO_SLOT, 0, layer, expert, 0) for expert in range(model.top_k)
     ]
     assert tb.strobes["refused"] == model.top_k
+    hit("scheduler.no_slot", "refused", of=("waits", "refused"))
 
 
 @cocotb.test()
@@ -1957,6 +2026,7 @@ async def queue_overflows(dut):
         tb.strobes[n] for n in ("prefetch_issued", "prefetch_redundant", "prefetch_no_slot")
     )
     assert served == places
+    hit("scheduler.overflow")
 
 
 @cocotb.test()
@@ -1972,6 +2042,7 @@ async def enable_low(dut):
     assert tb.strobes["prefetch_issued"] == 2
     assert [key for op, key, _ in tb.lookups if op == BufferOp.PREFETCH] == [(0, 1, 1), (0, 1, 3)]
     dut.enable.value = 1
+    hit("scheduler.enable")
 
 
 @cocotb.test()
@@ -2022,6 +2093,8 @@ async def stale_candidates(dut):
             )
             await tb.idle()
             assert tb.strobes["prefetch_stale"] - before == (ahead <= 0)
+    # Deadlines that far apart lie on either side of where counts wrap.
+    hit("scheduler.stale")
 
 
 async def _rescan_while_busy(tb, *, proposals, budgets=(0,)):
@@ -2095,8 +2168,8 @@ async def rescans_drained(dut, stall):
     if tb.rescans is None:
         return
     config, rng = tb.config, tb.random
-    # How often a demand that waits for a slot asks again hangs on time.
-    tb.policy = Policy.LRU if failing else rng.choice(list(Policy))
+    # LRU where fetches fail: how often a demand that waits for a slot asks again hangs on time.
+    tb.policy = {"none": Policy.NEXT_USE, "some": Policy.LRU, "long": Policy.LFU}[stall]
     if stall == "long":
         tb.throttled_at_random()
     dut.cancel_enable.value = 1
@@ -2172,7 +2245,7 @@ async def rescans_drained(dut, stall):
     for name in ("state", "pins", "evicted_by_prefetch"):
         ours = getattr(tb.buffer.directory, name)
         assert ours == getattr(golden_buffer.directory, name), name
-    hit("scheduler.rescans_drained")
+    hit("scheduler.rescans_drained", *seen_drained(tb), of=DRAINED)
 
 
 @cocotb.test()
@@ -2182,6 +2255,7 @@ async def reset_in_flight(dut):
     config = tb.config
     await tb.reset()
     work = Workload(tb)
+    busy = 0
     for _ in range(10):
         for _ in range(3):
             ctx = tb.random.randrange(config.contexts)
@@ -2189,8 +2263,11 @@ async def reset_in_flight(dut):
             for target, expert in work.candidates(ctx, layer):
                 tb.candidate(ctx, target, expert)
         await cycles(dut, tb.random.randrange(1, 200))
+        busy += bool(tb.inflight)
         await tb.reset()
         work = Workload(tb)
         work.step(0)
         await tb.idle()
         assert len(tb.answers) == config.model.top_k
+    assert busy > 2, "resets came when hardly anything was in flight"
+    hit("scheduler.reset")

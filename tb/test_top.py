@@ -581,6 +581,8 @@ async def rescans_drained(dut, policy):
         await write("refusal", 0)
     await bench.compare_registers(golden)
     if not config.gives_values:
+        # The least that a device with values takes was refused.
+        hit("scheduler.rescans_device", "no values", of=(*Policy, "refused", "no values"))
         return
     await _settle(bench, golden, policy=policy, hints=True)
     found = Counter()
@@ -612,7 +614,7 @@ async def rescans_drained(dut, policy):
     await write("clear", 2)
     await write("rescan_ahead", 0)
     await bench.compare_registers(golden)
-    hit("scheduler.rescans_device")
+    hit("scheduler.rescans_device", policy, "refused", of=(*Policy, "refused", "no values"))
 
 
 @cocotb.test()
@@ -663,7 +665,7 @@ async def locks_drained(dut, policy):
     assert counters["locks"] > counters["lock_misses"] > 0, counters
     assert codes[ErrorCode.NOT_LOCKED] and codes[ErrorCode.NO_SLOT], codes
     await bench.compare_registers(golden)
-    hit("scheduler.locks")
+    hit("scheduler.locks", policy, of=(Policy.LRU, Policy.NEXT_USE))
 
 
 @cocotb.test()
@@ -849,12 +851,14 @@ async def timed_pace(dut, profiles):
     routes = 0
     locked = []  # Experts that were asked to be locked, and not unlocked since.
     locks = Counter()  # Answers to that which have not come, by (context, layer, expert).
+    met = 0  # Locks of experts that routes waited for.
     waiting = {}  # (ctx, layer) -> experts that are not answered yet
     seen = 0
     ready_layers = []
 
     def lock():
         """Lock an expert, or unlock one, without waiting for anything."""
+        nonlocal met
         if locked and rng.random() < 0.4:
             host.post("LOCK", 0, *locked.pop(0), 0)
         elif len(locked) < config.slots - config.contexts * model.top_k:
@@ -862,7 +866,11 @@ async def timed_pace(dut, profiles):
                 rng.randrange(config.contexts),
                 (rng.randrange(model.layers), rng.randrange(model.experts)),
             )
+            under_way = sorted((at, e) for (_, at), experts in waiting.items() for e in experts)
+            if under_way and rng.random() < 0.5:
+                place = rng.choice(under_way)
             if place not in locked and not failing(*place):
+                met += place in under_way
                 host.post("LOCK", ctx, *place, 1)
                 locked.append(place)
                 locks[ctx, *place] += 1
@@ -952,7 +960,8 @@ async def timed_pace(dut, profiles):
     ended = c["fills"] + c["fill_errors"] + c["prefetch_cancelled"]
     assert ended == c["misses"] + c["lock_misses"] + c["prefetch_issued"]
     assert c["locks"] >= c["lock_misses"] > 0
-    hit("scheduler.locks_timed")
+    if met:
+        hit("scheduler.locks_timed")
     assert c["useful"] + c["useless"] <= c["prefetch_issued"]
     assert c["demand_bytes"] + c["prefetch_bytes"] >= c["fills"] * min(config.layer_sizes)
     assert c["link_errors"] == c["link_replays"] == c["rejected"] == 0
@@ -1075,7 +1084,10 @@ async def copies_timed(dut):
         [ready, _] = await host.wait(dut, until=MESSAGES["SYNCED"].code)
         await bench.check_bytes(bench.readies([ready]))
         assert ready[0] == MESSAGES["READY"].code
-    hit("buffer.copies_timed")
+    host.post("REGISTER_READ", register_by_name("prefetch_cancelled").address)
+    (*_, (_, body)) = await host.wait(dut, until=MESSAGES["REGISTER_VALUE"].code)
+    if RECORDS["RegisterValue"].unpack(config, body)["value"]:
+        hit("buffer.copies_timed")
 
 
 @cocotb.test()
@@ -1116,7 +1128,13 @@ async def tables_and_reads(dut):
                     for code, body in got
                     if code == MESSAGES["DATA"].code
                 ] == [1, 0]
-                await bench.drained(golden, "READ", ready["slot"], config.expert_beats - 1, 2)
+                refused = await bench.drained(
+                    golden, "READ", ready["slot"], config.expert_beats - 1, 2
+                )
+                events = bench.records(refused, "EVENT")
+                assert [event["code"] for event in events] == [ErrorCode.BAD_READ]
+                # Through the consumer port, too.
+                await bench.check_bytes([ready])
                 hit("buffer.sizes_device")
     if config.model.layers * config.model.experts * config.successors <= 1024:
         await bench.compare_tables(golden)
@@ -1211,7 +1229,8 @@ async def wrong_bits(dut):
         await bench.drained(golden, "ROUTE", 0, layer, experts)
         await bench.drained(golden, "RELEASE", 0, layer)
     assert golden.counters["checksum_errors"] == before
-    hit("checksum.device")
+    where = config.slot_store if len(config.part_bytes) == 1 else "parts"
+    hit("checksum.device", where, of=("internal", "axi", "parts"))
     if config.layer_bytes:
         hit("checksum.device_sizes")
 
@@ -1279,7 +1298,7 @@ async def any_order(dut):
             above = rng.randrange(layer + 1, model.layers)
             await bench.drained(golden, "HINT", ctx, above, rng.randrange(model.experts), 200)
         await bench.drained(golden, "RELEASE", ctx, layer)
-    assert golden.counters["routes_out_of_order"] == below > 10
+    assert golden.counters["routes_out_of_order"] == below > 5
     await bench.compare_registers(golden)
     await bench.compare_tables(golden)
     hit("input.order_device")
@@ -1507,6 +1526,7 @@ def test_top_tinymoe_sizes():
     _run_trace(path, preset="tinymoe", tokens=6, sizes=(1024, 512, 1536))
 
 
+@pytest.mark.extra
 def test_top_gpt_oss():
     """A large model's trace."""
     path = _ROOT.parent / "shared/traces/gpt-oss-20b__cs.npz"

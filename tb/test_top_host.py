@@ -10,6 +10,7 @@
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import cocotb
 import pytest
@@ -229,7 +230,7 @@ async def drained_pace(dut, stall, policy):
     assert [body[0] for _, body in answers] == [ErrorCode.BAD_READ]
     hit("mover.reads")
     await host.compare_registers(golden)
-    hit("mover.drained")
+    hit("mover.drained", policy, of=list(Policy))
 
 
 @cocotb.test()
@@ -491,4 +492,24 @@ def test_top_host(shape):
         name="top_host",
         parameters={"config": config},
         testcase=None if shape == "tiny" else _SOME,
+    )
+
+
+def test_host_writes():
+    """Slots in the device, which the host writes; nothing is a power of two."""
+    config = DeviceConfig(
+        model=ModelConfig(name="odd", layers=3, experts=12, top_k=3),
+        slots=11,
+        expert_bytes=1536,
+        layer_bytes=(1024, 1536, 512),
+        contexts=2,
+        address_bits=32,
+        mover="host",
+        host_writes=True,
+    )
+    run_bench(
+        lambda: Top(config=config),
+        module=Path(__file__).with_name("cocotb_host_writes.py"),
+        name="top_host",
+        parameters={"config": config},
     )

@@ -84,7 +84,9 @@ def connect_engine(m, *, scheduler, dma, buffer, values, policy):
         wiring.connect(m, dma.completions, scheduler.completions)
     if config.mover == "dma":
         m.d.comb += dma.urgent.eq(scheduler.urgent)
-    if config.stores_slots:
+    if config.host_writes:
+        wiring.connect(m, dma.writes, buffer.host_writes)
+    elif config.stores_slots:
         wiring.connect(m, dma.writes, buffer.writes)
     wiring.connect(m, scheduler.buffer_requests, buffer.requests)
     wiring.connect(m, buffer.results, scheduler.buffer_results)

@@ -5,11 +5,12 @@
     rx ─▶ 1 link ─▶ dispatcher ─▶ 2 predictor ─▶ 3 scheduler ─▶ 4 dma ─▶ 5 buffer ─▶ beats
     tx ◀─────┘         └─ 6 register bank, counters    bus ◀─────┘
 
-With a host mover fetches leave over the link, and the slots are the host's::
+With a host mover fetches leave over the link, and the slots are the host's, or it writes them::
 
-    rx ─▶ 1 link ─▶ mover ─▶ dispatcher ─▶ 2 predictor ─▶ 3 scheduler ─▶ 5 buffer
-    tx ◀─────┘       ▲ └────────────────── completions ──────▲ │
-                     └──────────────────── fetches ────────────┘
+    rx ─▶ 1 link ─▶ mover ─▶ dispatcher ─▶ 2 predictor ─▶ 3 scheduler ─▶ 5 buffer ─▶ beats
+    tx ◀─────┘      ▲ ▲ └────────────────── completions ──────▲ │           ▲
+       host_writes ─┘ └──────────────────── fetches ────────────┘           │
+                       └─────────────────── writes ─────────────────────────┘
 """
 
 from amaranth import Cat, Module
@@ -56,6 +57,8 @@ class Top(wiring.Component):
     reads, beats : ``In(stream of ReadRequest)``, ``Out(stream of Beat)``
         Consumer port of the expert buffer; only with ``config.stores_slots``. Arrays with a port a
         bank where experts may have copies.
+    host_writes : ``In(stream of BufferWrite)``
+        Beats that the host writes into slots; only with ``config.host_writes``.
     slot_bus : ``Out(AXI4WriteSignature(...))``
         Memory that holds the slots; only with ``config.slot_store`` "axi".
     tokens : ``Out(AXI4Signature(...))``
@@ -87,6 +90,7 @@ class Top(wiring.Component):
         if config.replicas > 1:
             reads, beats = reads.array(config.replicas), beats.array(config.replicas)
         consumer = {"reads": reads, "beats": beats}
+        writes = {"host_writes": In(stream.Signature(RecordLayout("BufferWrite", config=config)))}
         slots = {
             "slot_bus": Out(
                 AXI4WriteSignature(address_bits=config.address_bits, data_bits=config.bits("data"))
@@ -99,6 +103,7 @@ class Top(wiring.Component):
                 "tx": Out(stream.Signature(8)),
                 **(bus if config.mover == "dma" else {}),
                 **(consumer if config.stores_slots else {}),
+                **(writes if config.host_writes else {}),
                 **(slots if config.slot_store == "axi" else {}),
                 "idle": Out(1),
             }
@@ -116,7 +121,7 @@ class Top(wiring.Component):
             m.submodules.mover = dma = HostMover(config=config)
         else:
             m.submodules.dma = dma = DMA(config=config)
-        m.submodules.buffer = buffer = ExpertBuffer(config=config)
+        m.submodules.buffer = buffer = ExpertBuffer(config=config, host_writes=config.host_writes)
         m.submodules.counters = counters = Counters(config=config)
         m.submodules.accuracy = accuracy = Accuracy(config=config)
         m.submodules.registers = registers = RegisterBank(config=config)
@@ -205,6 +210,9 @@ class Top(wiring.Component):
         # 4 dma
         if config.mover == "host":
             m.d.comb += registers.settings.ready.eq(1)  # Its registers can be written in vain.
+            if config.host_writes:
+                wiring.connect(m, wiring.flipped(self.host_writes), dma.host_writes)
+                m.d.comb += counters.strobes.writes_refused.eq(dma.refused)
         else:
             wiring.connect(m, dma.bus, wiring.flipped(self.bus))
             wiring.connect(m, registers.settings, dma.settings)

@@ -227,7 +227,7 @@ def test_rows_without_gaps_are_none():
             ((64, 128),),
             {"mover": "host"},
             ValueError,
-            "Rows must be () with a host mover, who keeps slots and experts, not"
+            "Rows must be () with a host mover, who keeps experts, not"
             " (Rows(row_bytes=64, row_stride=128, expert_stride=0, layer_stride=0),)",
         ),
         (
@@ -493,6 +493,22 @@ def test_model_is_validated(changes, kind, text):
             {"mover": "host", "tile_bytes": 1000, "expert_bytes": 2048},
             ValueError,
             "Expert size must be a whole number of 1000-byte tiles, not 2048 bytes",
+        ),
+        (
+            {"host_writes": 1, "mover": "host"},
+            TypeError,
+            "Host writes must be True or False, not 1",
+        ),
+        ({"host_writes": True}, ValueError, "Host writes need the mover 'host', not 'dma'"),
+        (
+            {"host_writes": True, "mover": "host", "tile_bytes": 1536, "expert_bytes": 1536},
+            ValueError,
+            "Tile size in bytes must be a power of two, not 1536",
+        ),
+        (
+            {"host_writes": True, "mover": "host", "slot_store": "axi"},
+            ValueError,
+            "Slot store must be 'internal' with a host mover, who keeps experts, not 'axi'",
         ),
         ({"victim_samples": -1}, ValueError, "Victim sample count must be between 0 and 8, not -1"),
         ({"victim_samples": 9}, ValueError, "Victim sample count must be between 0 and 8, not 9"),

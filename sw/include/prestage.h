@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0x5e4aaec0u
+#define PRESTAGE_REGISTER_HASH 0x5e85392cu
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -46,6 +46,7 @@ enum prestage_message {
     PRESTAGE_LOCK = 0x16, /* to the device */
     PRESTAGE_FETCHED = 0x17, /* to the device */
     PRESTAGE_REPLICATE = 0x18, /* to the device */
+    PRESTAGE_WRITE = 0x19, /* to the device */
     PRESTAGE_LINK_RESET = 0x7c, /* to the device */
     PRESTAGE_LINK_RESET_DONE = 0x7d, /* to the host */
     PRESTAGE_LINK_ACK = 0x7e, /* both ways */
@@ -88,7 +89,7 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_NOT_LOCKED = 14, /* The expert was unlocked without having been locked. */
     PRESTAGE_ERROR_CODE_SLOT_MEMORY = 15, /* The slots' memory answered a write with an error. */
     PRESTAGE_ERROR_CODE_CHECKSUM = 16, /* The expert's bytes do not have the checksum that was loaded for it. */
-    PRESTAGE_ERROR_CODE_BAD_FETCHED = 17, /* The host reported a tile that it was not asked for, or twice. */
+    PRESTAGE_ERROR_CODE_BAD_FETCHED = 17, /* The host reported a tile that it was not asked for, or twice, or did not write whole. */
     PRESTAGE_ERROR_CODE_OVERRUN = 18, /* More messages wait than the device has room for; this one was dropped. */
     PRESTAGE_ERROR_CODE_BAD_COPIES = 19, /* The number of copies is 0 or more than the device has banks. */
     PRESTAGE_ERROR_CODE_NOT_HELD = 20, /* The copy was not made, because the expert itself is not held. */
@@ -179,7 +180,7 @@ enum prestage_register {
     PRESTAGE_REG_PART3_BYTES = 0x39, /* ro: Size of part 3 of an expert, in bytes, 0 if there is none. */
     PRESTAGE_REG_SLOT_BASE_LOW = 0x3a, /* rw: Address of slot 0 where slots are in a memory behind an AXI4 write port, bits 31..0: a multiple of 4096. */
     PRESTAGE_REG_SLOT_BASE_HIGH = 0x3b, /* rw: The same, bits 63..32. */
-    PRESTAGE_REG_FEATURES = 0x3c, /* ro: What the device has. Bit 0: slots are in a memory behind an AXI4 write port. Bit 1: checksums of experts. Bits 15..8: copies that an expert may have beside itself. */
+    PRESTAGE_REG_FEATURES = 0x3c, /* ro: What the device has. Bit 0: slots are in a memory behind an AXI4 write port. Bit 1: checksums of experts. Bit 2: the host writes slots. Bits 15..8: copies that an expert may have beside itself. */
     PRESTAGE_REG_BUDGET = 0x3d, /* rw: Eighths of a prefetch's tiles that must be expected before its deadline, 1 to 8, or it is dropped; 0: none is. No effect while control bit 2 is set. */
     PRESTAGE_REG_LAYER_TIME = 0x3e, /* ro: Cycles from one routing decision of a context to the next: a mean with the weight 1/8 for the last one; 0 before there are two, and 16,777,216 or more do not count. */
     PRESTAGE_REG_TILE_TIME = 0x3f, /* ro: Cycles that the DMA engine, or the host, takes for a tile while it has any: a mean like that; 0 before there is one. */
@@ -223,6 +224,7 @@ enum prestage_register {
     PRESTAGE_REG_CHECKSUM_ERRORS = 0x65, /* ro: Experts that arrived whole but not with the checksum loaded for them. Stage 4. */
     PRESTAGE_REG_PREFETCH_LATE_DROPPED = 0x66, /* ro: Candidates of which less than the budget would have come in time. Stage 3. */
     PRESTAGE_REG_ROUTES_OUT_OF_ORDER = 0x67, /* ro: Routing decisions, served all the same, for a layer below the last one that the context had routed in its token. Stage 1. */
+    PRESTAGE_REG_WRITES_REFUSED = 0x68, /* ro: Beats that the host wrote to no tile that it was asked for, and that changed nothing. Stage 5. */
     PRESTAGE_REG_CHANNEL_TILES = 0xa0, /* ro: Tiles that came whole. Of the channel that dma_channel names. Stage 4. */
     PRESTAGE_REG_CHANNEL_ERRORS = 0xa1, /* ro: Tiles that ended in an error, but for those aborted. Of the channel that dma_channel names. Stage 4. */
     PRESTAGE_REG_CHANNEL_ABORTED = 0xa2, /* ro: Tiles that were aborted. Of the channel that dma_channel names. Stage 4. */
@@ -324,6 +326,13 @@ struct prestage_replicate {
     uint8_t layer; /* MoE layer, from 0. */
     uint16_t expert; /* Expert within the layer. */
     uint8_t copies; /* 1 to the device's replicas. From 2 on the expert itself is held, too, and each of them is answered by a Copy or an Event of this context; 1 gives all of them back, without an answer. */
+};
+
+/* One beat of an arriving expert. */
+/* Followed by uint8_t data[data_bytes]. */
+struct prestage_buffer_write_head {
+    uint16_t slot; /* Slot of the expert buffer. */
+    uint32_t beat; /* Beat within the slot. */
 };
 
 /* A register's value. */

@@ -40,7 +40,9 @@ class CopyServer:
         Device whose fetches are served.
     copier : callable
         Copies a tile and returns, or returns a :class:`concurrent.futures.Future` that is done once
-        the tile is in its slot. What it raises, or the future ends with, means that it is not.
+        the tile is in its slot. What it raises, or the future ends with, means that it is not. With
+        ``config.host_writes`` the tile's bytes may be what it, or the future, gives back: they are
+        then written over the link; None means that they were written through the device's port.
 
     Raises
     ------
@@ -56,10 +58,16 @@ class CopyServer:
         self._demands: deque[_Fetch] = deque()
         self._prefetches: deque[_Fetch] = deque()
         self._futures: dict[tuple[int, int, int], Future[object]] = {}
-        self._done: queue.SimpleQueue[tuple[_Fetch, BaseException | None]] = queue.SimpleQueue()
-        self._reported: deque[tuple[_Fetch, BaseException | None]] = deque()
+        self._done: queue.SimpleQueue[tuple[_Fetch, BaseException | None, object]] = (
+            queue.SimpleQueue()
+        )
+        self._reported: deque[tuple[_Fetch, BaseException | None, memoryview | None]] = deque()
+        self._good: dict[tuple[int, int], _Fetch] = {}  # by entry and tile
         self._errors: dict[tuple[int, int], BaseException] = {}
         self._calling = False
+        # Whether the copier has returned a future lately: for a prefetch, if there was one.
+        self._prompt: bool | None = None
+        self._demand_prompt = False
 
     @property
     def calling(self) -> bool:
@@ -95,12 +103,21 @@ class CopyServer:
             raise LinkError(f"Device asked for a tile that there isn't: {fetch}")
         (self._demands if fetch.demand else self._prefetches).append(fetch)
 
+    @property
+    def prompt(self) -> bool:
+        """Whether prefetches are begun at once: the copier doesn't copy them within the call."""
+        return self._demand_prompt if self._prompt is None else self._prompt
+
     def begin(self, *, prefetch: bool) -> None:
-        """Begin the copies of all demands that wait, and that of one prefetch."""
+        """Begin the copies of all demands that wait, and that of one prefetch.
+
+        Without ``prefetch`` that of none, unless it takes no time: those are all begun.
+        """
         while self._demands:
             self._call(self._demands.popleft())
-        if prefetch and self._prefetches:
+        while self._prefetches and (prefetch or self.prompt):
             self._call(self._prefetches.popleft())
+            prefetch = False
 
     def _call(self, fetch: _Fetch) -> None:
         if fetch.tile == 0:
@@ -115,6 +132,10 @@ class CopyServer:
                 self._config.tile_bytes,
                 bool(fetch.demand),
             )
+            if fetch.demand:
+                self._demand_prompt = isinstance(result, Future)
+            else:
+                self._prompt = isinstance(result, Future)
             if isinstance(result, Future):
                 self._watch(fetch, result)
             elif inspect.isawaitable(result):
@@ -125,9 +146,9 @@ class CopyServer:
                     f" {result!r}"
                 )
             else:
-                self._reported.append((fetch, None))
+                self._reported.append((fetch, None, self._bytes(result)))
         except BaseException as error:
-            self._reported.append((fetch, error))
+            self._reported.append((fetch, error, None))
             if not isinstance(error, Exception):
                 raise  # Ctrl-C is not the copier's; the device is told all the same.
         finally:
@@ -138,7 +159,7 @@ class CopyServer:
 
         def done(future: Future[object]) -> None:
             error = CancelledError() if future.cancelled() else future.exception()
-            self._done.put((fetch, error))
+            self._done.put((fetch, error, None if error is not None else future.result()))
 
         future.add_done_callback(done)
 
@@ -152,22 +173,69 @@ class CopyServer:
             return False
         return True
 
-    def ended(self) -> Iterator[tuple[int, int, int, int]]:
-        """Fields of the FETCHED of each copy that has ended since the last call."""
+    def ended(self) -> Iterator[tuple[list[tuple[int, int, bytes]], tuple[int, int, int, int]]]:
+        """Of each copy that has ended since the last call its WRITEs and its FETCHED, as fields."""
         while True:
             try:
                 self._end(*self._done.get_nowait())
             except queue.Empty:
                 break
         while self._reported:
-            fetch, error = self._reported.popleft()
+            fetch, error, data = self._reported.popleft()
             if error is not None:
                 self._errors[fetch.layer, fetch.expert] = error
-            yield fetch.tag, fetch.serial, fetch.tile, int(error is not None)
+            elif self._config.host_writes:
+                self._good[fetch.tag, fetch.tile] = fetch
+            beats = [] if data is None else self._beats(fetch, data)
+            yield beats, (fetch.tag, fetch.serial, fetch.tile, int(error is not None))
 
-    def _end(self, fetch: _Fetch, error: BaseException | None) -> None:
+    def _end(self, fetch: _Fetch, error: BaseException | None, result: object) -> None:
         self._futures.pop((fetch.tag, fetch.serial, fetch.tile), None)
-        self._reported.append((fetch, error))
+        data = None
+        if error is None:
+            try:
+                data = self._bytes(result)
+            except (ArgumentError, TypeError) as wrong:
+                error = wrong
+        self._reported.append((fetch, error, data))
+
+    def _bytes(self, result: object) -> memoryview | None:
+        """What a copier has given back for the device to write, if it is to."""
+        if result is None or not self._config.host_writes:
+            return None
+        try:
+            data = memoryview(result).cast("B")  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(
+                f"Copier must return a tile's bytes in one piece, a Future or None, not {result!r}"
+            ) from None
+        size = self._config.tile_bytes
+        if len(data) != size:
+            raise ArgumentError(f"Tile must be {size} bytes, but the copier returned {len(data)}")
+        return data
+
+    def _beats(self, fetch: _Fetch, data: memoryview) -> list[tuple[int, int, bytes]]:
+        """Slot, number and bytes of each beat of a tile."""
+        width, first = self._config.data_bytes, fetch.tile * self._config.tile_beats
+        return [
+            (fetch.slot, first + at, bytes(data[at * width : (at + 1) * width]))
+            for at in range(self._config.tile_beats)
+        ]
+
+    def refused(self, tag: int, tile: int) -> bool:
+        """The device has refused a FETCHED: False if it isn't one of a tile that it has slots for.
+
+        Else the tile was not written whole, and is reported as one that failed.
+        """
+        fetch = self._good.pop((tag, tile), None)
+        if fetch is None:
+            return False
+        error = ArgumentError(
+            f"Copier must write a tile whole, or return its bytes: tile {tile} of expert"
+            f" {fetch.expert}, layer {fetch.layer}, was not"
+        )
+        self._reported.append((fetch, error, None))
+        return True
 
     def error_of(self, layer: int, expert: int) -> BaseException | None:
         """Why the last copy of an expert failed; it is forgotten then."""

@@ -63,6 +63,10 @@ _ANSWERS = 8
 #: Longest wait for a message, in the pipe's unit of time, while copies of the host's are under way.
 _COPY_PATIENCE = 2_000
 
+#: Longest wait for the end of a copy, in seconds, before a device that isn't simulated is heard
+#: again: it may still have something to say.
+_COPY_PAUSE = 0.001
+
 #: Clock cycles that a simulated device runs at once before its fetches are served.
 _SERVED_CYCLES = 500
 
@@ -172,7 +176,9 @@ class Device:
         methods, which it must not call, and either returns when the copy is done or returns a
         :class:`concurrent.futures.Future` that is done then. If it raises, or the future ends with
         an exception, the expert's fetch has failed: who waits for it gets a :class:`BusError` with
-        that exception as its cause.
+        that exception as its cause. With ``config.host_writes`` it, or the future, may give the
+        tile's bytes back, which are then written into the device's slot over the link; None means
+        that it has written them through the device's port.
 
     Members
     -------
@@ -476,7 +482,7 @@ class Device:
         DataError
             If a tile of the slot isn't valid.
         """
-        if self._copies is not None:
+        if self._copies is not None and not self.config.stores_slots:
             raise ArgumentError(
                 f"Slots are the host's: slot {ready.slot}, with expert {ready.expert} of layer"
                 f" {ready.layer}, must be read where the copier has put it"
@@ -1411,17 +1417,22 @@ class Device:
             except OSError as error:
                 raise self._unreachable(error) from error
         fetch = MESSAGES["FETCH"].code
+        # A prefetch that is copied at once may hold up a demand that is still to be posted, or to
+        # come: so none is begun before the device was heard, and had nothing to say.
+        quiet = False
         while True:
-            self._copy(copies, prefetch=True)
+            self._copy(copies, prefetch=quiet)
             wanted = min(messages, 0 if copies.waiting else 1)
             limit = timeout
             if copies.under_way:
                 limit = _COPY_PATIENCE if timeout is None else min(timeout, _COPY_PATIENCE)
             arrived = self._poll(wanted, limit)
+            quiet = not arrived
             if any(code != fetch for code, _ in arrived):
                 # Demands don't wait for the host to come back.
                 self._copy(copies, prefetch=False)
-                self._poll(0, None)
+                while self._poll(0, None):
+                    self._copy(copies, prefetch=False)
                 if messages:
                     return True
             if arrived or copies.waiting:
@@ -1431,15 +1442,22 @@ class Device:
             if not copies.under_way:
                 return False
             rest = None if end is None else end - time.monotonic()
-            if rest is not None and rest <= 0 or not copies.wait(rest):
+            if rest is not None and rest <= 0:
+                return False
+            if self._simulated is None:
+                copies.wait(_COPY_PAUSE if rest is None else min(rest, _COPY_PAUSE))
+            elif not copies.wait(rest):
                 return False
 
     def _copy(self, copies: CopyServer, *, prefetch: bool) -> None:
         """Begin copies, and tell the device of those that have ended."""
         code, pack = self._pack["FETCHED"]
+        write_code, write_pack = self._pack["WRITE"]
         copies.begin(prefetch=prefetch)
-        for values in copies.ended():
+        for beats, values in copies.ended():
             try:
+                for slot, beat, data in beats:
+                    self._link.post(write_code, write_pack(slot, beat, *data))
                 self._link.post(code, pack(*values))
             except OSError as error:
                 raise self._unreachable(error) from error
@@ -1501,6 +1519,9 @@ class Device:
             del self._copying[key]
 
     def _on_event(self, code: int, ctx: int, layer: int, expert: int, address: int) -> None:
+        if self._copies is not None and code == ErrorCode.BAD_FETCHED:
+            if self._copies.refused(expert, address):
+                return
         error = device_error(code, ctx=ctx, layer=layer, expert=expert, address=address)
         if isinstance(error, LinkError):
             raise error

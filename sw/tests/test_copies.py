@@ -1,6 +1,7 @@
 """A copier in the driver, on the golden model and on devices that misbehave."""
 
 import asyncio
+import re
 from collections import Counter
 from concurrent.futures import Future
 
@@ -14,13 +15,14 @@ from prestage.errors import (
     ArgumentError,
     BadFetchedError,
     BusError,
+    DeviceTimeoutError,
     LinkError,
     MismatchError,
     OverrunError,
 )
-from prestage_hw.contract import MESSAGES, DeviceConfig, preset
-from prestage_hw.contract.records import HOST_MESSAGES, ErrorCode
-from prestage_sim.model.link.mover import HostCopies
+from prestage_hw.contract import MESSAGES, RECORDS, DeviceConfig, preset
+from prestage_hw.contract.records import HOST_MESSAGES, LINK_ACK, ErrorCode
+from prestage_hw.contract.wire import decode_frame, encode_frame
 from prestage_sim.model.pipe import ModelPipe, open_pipe
 from prestage_sim.model.top import Top
 from prestage_tb.coverage import hit
@@ -28,6 +30,7 @@ from prestage_tb.coverage import hit
 PLAIN = DeviceConfig(model=preset("tiny"), slots=8, expert_bytes=1024, contexts=2)
 CONFIG = PLAIN.replace(mover="host")
 EMPTY = np.zeros(0, np.uint8)
+ERRORS = ("arguments", "reads", "call", "coroutine", "asyncio")
 
 
 def nothing(*fetch):
@@ -58,7 +61,7 @@ def test_what_goes_together():
         ModelPipe(CONFIG, memory=np.zeros(9, np.uint8))
     with pytest.raises(ValueError, match="Memory must be empty where the host moves experts"):
         open_pipe(CONFIG, memory=EMPTY, options={"error": "0:4"})
-    hit("mover.driver_errors")
+    hit("mover.driver_errors", "arguments", of=ERRORS)
 
 
 def test_sizes():
@@ -97,6 +100,7 @@ def test_slots_are_the_hosts():
         device._post("READ", 0, 0, 1)
         with pytest.raises(prestage.errors.BadReadError, match="or slots are the host's"):
             device.drain()
+    hit("mover.driver_errors", "reads", of=ERRORS)
 
 
 async def _never():
@@ -126,7 +130,7 @@ def test_copiers_that_are_wrong(what):
         assert isinstance(cause, ArgumentError) and "must not call the device" in str(cause)
     else:
         assert isinstance(cause, TypeError) and "must return a concurrent.futures" in str(cause)
-    hit("mover.driver_errors")
+    hit("mover.driver_errors", what, of=ERRORS)
 
 
 def test_interrupts_are_not_the_copiers():
@@ -186,6 +190,59 @@ def test_errors_of_the_device(code, kind, text):
         device._on_event(code, 0, 0, 3, 9)
         with pytest.raises(kind, match=text):
             device.drain()
+
+
+class LateWire:
+    """A wire that isn't simulated: what the device says comes some exchanges later."""
+
+    def __init__(self, config, *, late):
+        self.model = ModelPipe(config, memory=EMPTY)
+        self.late = late
+        self.answers = []  # with the exchange in which each comes
+        self.now = 0
+
+    def exchange(self, data, *, frames=1, limit=None):
+        self.now += 1
+        answer = self.model.exchange(data, frames=0)
+        if answer and self.late:
+            # That the messages have come is heard at once.
+            self.answers.append((self.now + self.late, answer))
+            *_, acknowledge, _ = decode_frame(answer.split(b"\0")[0])
+            return encode_frame(LINK_ACK, sequence=0, acknowledge=acknowledge)
+        due = [answer for when, answer in self.answers if when <= self.now]
+        self.answers = [each for each in self.answers if each[0] > self.now]
+        return b"".join(due) + answer
+
+    def close(self):
+        self.model.close()
+
+
+def test_slow_wires_are_heard_while_a_prefetch_is_copied():
+    """What a layer waits for comes late, but before a copy that nobody waits for."""
+    never = []
+
+    def copier(layer, expert, slot, tile, nbytes, demand):
+        future = Future()
+        if demand:
+            future.set_result(None)
+        else:
+            never.append(future)
+        return future
+
+    wire = LateWire(CONFIG, late=0)
+    with Device(wire, CONFIG, copier=copier) as device:
+        device.configure(hints=True, prefetch=False)
+        device.hint(0, 2, 5)
+        device.flush()
+        assert device.copying == 1
+        wire.late = 7
+        device.route(0, 0, [1, 2])
+        assert {ready.expert for ready in device.wait_ready(0, 0)} == {1, 2}
+        assert device.copying == 1 and not never[0].done()
+        with pytest.raises(DeviceTimeoutError):
+            device.route(0, 2, [5, 1])
+            list(device.wait_ready(0, 2, timeout=50_000))
+        hit("mover.overlap")
 
 
 def _exchange(pipe, *messages):
@@ -259,7 +316,7 @@ def test_golden_top():
     with pytest.raises(TypeError, match="Memory must be a callable that copies tiles"):
         Top(CONFIG, EMPTY)
     with pytest.raises(TypeError, match="Copier must be callable, not 3"):
-        HostCopies(CONFIG, 3)
+        Top(CONFIG, 3)
     pipe = ModelPipe(CONFIG, memory=EMPTY)
 
     def broken(code, body):
@@ -294,3 +351,96 @@ def test_layers_of_different_sizes():
     copies.take(0, 1, 1, 0, 0, 5, 2)
     with pytest.raises(LinkError, match="Device asked for a tile that there isn't"):
         copies.take(0, 1, 1, 1, 0, 5, 1)
+
+
+WRITTEN = CONFIG.replace(host_writes=True)
+
+
+def _tile(layer, expert, tile):
+    return np.random.default_rng((layer, expert, tile)).bytes(512)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "array", "future"])
+def test_bytes_for_slots_in_the_device(kind):
+    """What the copier gives back is what is read; what is no whole tile has failed."""
+    wrong = {(1, 2): b"abc", (1, 3): None, (1, 4): 7}
+
+    def copier(layer, expert, slot, tile, nbytes, demand):
+        assert nbytes == 512
+        result = wrong.get((layer, expert), _tile(layer, expert, tile))
+        if kind == "array" and len(result) == 512:
+            return np.frombuffer(result, np.uint16)
+        if kind == "future":
+            future = Future()
+            future.set_result(result)
+            return future
+        return result
+
+    with prestage.open("model://", config=WRITTEN, copier=copier) as device:
+        device.configure(prefetch=False)
+        for token in range(3):
+            device.begin_token(0, token)
+            for layer in (0, 3):
+                device.route(0, layer, [2 + token, 7])
+                for ready in device.wait_ready(0, layer):
+                    whole = _tile(layer, ready.expert, 0) + _tile(layer, ready.expert, 1)
+                    assert device.read(ready) == whole
+                    assert device.read(ready, over_link=True) == whole
+                    assert device.simulated.read_slot(ready.slot, size=512) == whole[:512]
+                device.release(0, layer)
+        with pytest.raises(OSError, match="experts are the host's"):
+            device.simulated.compare([0], [0], [0])
+        if kind != "array":
+            for expert, text in (
+                (2, "Tile must be 512 bytes, but the copier returned 3"),
+                (3, "Copier must write a tile whole, or return its bytes: tile . of expert 3"),
+                (4, "Copier must return a tile's bytes in one piece, a Future or None, not 7"),
+            ):
+                device.route(0, 1, [expert, 6])
+                with pytest.raises(BusError) as caught:
+                    for ready in device.wait_ready(0, 1):
+                        assert ready.expert == 6
+                assert re.search(text, str(caught.value.__cause__))
+                device.release(0, 1)
+        device.drain()
+        # Of the two tiles that were not written the device says so itself.
+        stats = device.stats()
+        assert stats["rejected"] == (2 if kind != "array" else 0)
+        assert stats["writes_refused"] == 0
+    hit("mover.driver_writes")
+
+
+def test_model_refuses_writes_where_nothing_was_asked_for():
+    pipe = ModelPipe(WRITTEN, memory=EMPTY)
+    pipe.top.scheduler.enable = False
+    fetches = _exchange(pipe, message("ROUTE", 0, 0, [1, 2]))
+    (_, body), *_ = fetches
+    fetch = RECORDS["Fetch"].unpack(WRITTEN, body)
+    slot, beats = fetch["slot"], WRITTEN.tile_beats
+    good, bad = [7] * 16, [9] * 16
+    places = [(slot, at) for at in range(beats)]
+    writes = [message("WRITE", *place, good) for place in places]
+    early = message("EVENT", ErrorCode.BAD_FETCHED, 0, 0, fetch["tag"], 0)
+    fetched = message("FETCHED", fetch["tag"], fetch["serial"], 0, 0)
+    assert _exchange(pipe, *writes[:-1], fetched) == [early]
+    assert _exchange(pipe, writes[-1], fetched) == []
+    # Neither the tile that was reported nor what there is not.
+    for place in ((slot, 0), (slot, 2 * beats), (8, 0), (65535, 0xFFFFFFFF), (7, 0)):
+        assert _exchange(pipe, message("WRITE", *place, bad)) == []
+    assert pipe.top.counters["writes_refused"] == 5
+    assert pipe.top.buffer.storage.data[slot, :512].tobytes() == bytes(good * beats)
+    # Nor what was open when the link restarted.
+    pipe._mover.restart()
+    assert _exchange(pipe, message("WRITE", slot, beats, bad)) == []
+    assert pipe.top.counters["writes_refused"] == 6
+    pipe.close()
+    # Others do not know the message.
+    pipe = ModelPipe(CONFIG, memory=EMPTY)
+    code = MESSAGES["WRITE"].code
+    assert _exchange(pipe, message("WRITE", 0, 0, bad)) == [
+        message("EVENT", ErrorCode.BAD_MESSAGE, 0, 0, 0, code)
+    ]
+    pipe.close()
+    top = Top(WRITTEN, lambda fetch: True)
+    with pytest.raises(ValueError, match="Tile must be written before it is reported"):
+        top.handle(*message("ROUTE", 0, 0, [1, 2]))

@@ -192,11 +192,11 @@ class DeviceConfig:
         Experts that the buffer holds (S), at least ``contexts * model.top_k``, at most 65,535.
     expert_bytes : :class:`int`
         Size of one expert in the device's memory and in a slot, in bytes: a whole number of tiles,
-        at most 16 MiB, with a host mover 1 GiB. It may be scaled down from ``model.expert_bytes``.
-        Of experts of different sizes the greatest.
+        at most 16 MiB, where slots are the host's 1 GiB. It may be scaled down from
+        ``model.expert_bytes``. Of experts of different sizes the greatest.
     tile_bytes : :class:`int`
-        Unit of transfer, in bytes: a power of two from 512 to 16,384; with a host mover anything
-        from 512 up to ``expert_bytes``.
+        Unit of transfer, in bytes: a power of two from 512 to 16,384; where slots are the host's
+        anything from 512 up to ``expert_bytes``.
     contexts : :class:`int`
         Sequences decoded side by side (C), 1 to 8.
     predictor : :class:`str`
@@ -251,7 +251,10 @@ class DeviceConfig:
         Whether experts are compared with checksums as they arrive, where some were loaded.
     mover : :class:`str`
         Who moves experts into slots: ``"dma"``, the device from a memory of its own, or ``"host"``,
-        which then keeps the slots and is asked for tiles over the link.
+        which is asked for tiles over the link and keeps the slots, unless ``host_writes``.
+    host_writes : :class:`bool`
+        Whether slots are in the device all the same with a host mover, who writes tiles into them
+        through a port, or over the link.
     replicas : :class:`int`
         Most copies of an expert, and banks of slots: 1, 2 or 4. Slot s is in bank s mod replicas;
         of slots in the device each bank has a consumer port of its own.
@@ -294,6 +297,7 @@ class DeviceConfig:
     mover: str = "dma"
     replicas: int = 1
     victim_samples: int = 0
+    host_writes: bool = False
 
     PREDICTORS = ("none", "st_moe", "perceptron")
     SLOT_STORES = ("internal", "axi")
@@ -311,7 +315,11 @@ class DeviceConfig:
             )
         if self.mover not in self.MOVERS:
             raise ValueError(f"Mover must be one of {', '.join(self.MOVERS)}, not {self.mover!r}")
-        if self.mover == "host":
+        if not isinstance(self.host_writes, bool):
+            raise TypeError(f"Host writes must be True or False, not {self.host_writes!r}")
+        if self.host_writes and self.mover != "host":
+            raise ValueError(f"Host writes need the mover 'host', not {self.mover!r}")
+        if self.mover == "host" and not self.host_writes:
             require_integer("Tile size in bytes", self.tile_bytes, low=512, high=1 << 30)
             require_integer("Expert size in bytes", self.expert_bytes, low=512, high=1 << 30)
         else:
@@ -373,7 +381,7 @@ class DeviceConfig:
             ):
                 if value != only:
                     raise ValueError(
-                        f"{name} must be {only!r} with a host mover, who keeps slots and experts,"
+                        f"{name} must be {only!r} with a host mover, who keeps experts,"
                         f" not {value!r}"
                     )
         if self.slot_store not in self.SLOT_STORES:
@@ -557,7 +565,7 @@ class DeviceConfig:
     @property
     def stores_slots(self) -> bool:
         """Whether the slots' bytes are in the device."""
-        return self.mover == "dma" and self.slot_store == "internal"
+        return self.slot_store == "internal" and (self.mover == "dma" or self.host_writes)
 
     @property
     def bank_bits(self) -> int:

@@ -266,7 +266,8 @@ ERROR_TEXT = {
     ErrorCode.NOT_LOCKED: "The expert was unlocked without having been locked.",
     ErrorCode.SLOT_MEMORY: "The slots' memory answered a write with an error.",
     ErrorCode.CHECKSUM: "The expert's bytes do not have the checksum that was loaded for it.",
-    ErrorCode.BAD_FETCHED: "The host reported a tile that it was not asked for, or twice.",
+    ErrorCode.BAD_FETCHED: "The host reported a tile that it was not asked for, or twice, or did"
+    " not write whole.",
     ErrorCode.OVERRUN: "More messages wait than the device has room for; this one was dropped.",
     ErrorCode.BAD_COPIES: "The number of copies is 0 or more than the device has banks.",
     ErrorCode.NOT_HELD: "The copy was not made, because the expert itself is not held.",
@@ -995,8 +996,9 @@ class Message:
         True from host to device.
     name : :class:`str`
         Name in UPPER_CASE.
-    replicas : :class:`bool`
-        Whether only devices whose experts may have copies have it; others take it for unknown.
+    replicas, host_writes : :class:`bool`
+        Whether only devices whose experts may have copies, or whose slots the host writes, have it;
+        others take it for unknown.
     """
 
     code: int
@@ -1004,10 +1006,13 @@ class Message:
     to_device: bool
     record: Record | None = None
     replicas: bool = False
+    host_writes: bool = False
 
     def known(self, config: DeviceConfig) -> bool:
         """Whether the device has it."""
-        return config.replicas > 1 or not self.replicas
+        return (config.replicas > 1 or not self.replicas) and (
+            config.host_writes or not self.host_writes
+        )
 
     def body_bytes(self, config: DeviceConfig) -> int:
         """Length of the body, in bytes."""
@@ -1039,6 +1044,13 @@ MESSAGES: dict[str, Message] = {
             to_device=True,
             record=RECORDS["Replicate"],
             replicas=True,
+        ),
+        Message(
+            code=0x19,
+            name="WRITE",
+            to_device=True,
+            record=RECORDS["BufferWrite"],
+            host_writes=True,
         ),
         Message(code=LINK_RESET, name="LINK_RESET", to_device=True),
         Message(code=LINK_RESET_DONE, name="LINK_RESET_DONE", to_device=False),

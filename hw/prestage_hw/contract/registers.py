@@ -155,6 +155,12 @@ COUNTERS: tuple[Counter, ...] = (
         description="Routing decisions, served all the same, for a layer below the last one that"
         " the context had routed in its token.",
     ),
+    Counter(
+        name="writes_refused",
+        stage=5,
+        description="Beats that the host wrote to no tile that it was asked for, and that changed"
+        " nothing.",
+    ),
 )
 
 
@@ -530,7 +536,8 @@ def _layout() -> tuple[Register, ...]:
         "ro",
         None,
         "What the device has. Bit 0: slots are in a memory behind an AXI4 write port. Bit 1:"
-        " checksums of experts. Bits 15..8: copies that an expert may have beside itself.",
+        " checksums of experts. Bit 2: the host writes slots. Bits 15..8: copies that an expert may"
+        " have beside itself.",
     )
     add(
         0x3D,
@@ -710,6 +717,7 @@ def shape_registers(config: DeviceConfig) -> dict[str, int]:
         },
         "features": (config.slot_store == "axi")
         | config.checksums << 1
+        | config.host_writes << 2
         | (config.replicas - 1) << 8,
         "mover": config.MOVERS.index(config.mover),
     }

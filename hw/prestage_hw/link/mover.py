@@ -1,6 +1,6 @@
 """Fetches that leave over the link, for a host that copies experts itself."""
 
-from amaranth import Cat, Module, Mux, Signal, unsigned
+from amaranth import Cat, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -10,6 +10,7 @@ from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import HOST_MESSAGES, ErrorCode, FetchReason
 from prestage_hw.layouts import RecordLayout, body_bytes, body_fields
 
+from .gate import WriteGate
 from .layouts import MessageLayout
 
 __all__ = ["HostMover"]
@@ -39,6 +40,11 @@ class HostMover(wiring.Component):
 
     EVENTs go before FETCHes and answers, which take turns.
 
+    With ``config.host_writes`` the host writes tiles into the device's slots, from a port or with
+    WRITE, which overtakes other messages as FETCHED does. :class:`WriteGate` says which beats reach
+    a slot: those of a tile from its FETCH on until it is reported. A FETCHED that says that a tile
+    is there, of which not all beats were taken before, is refused as one of no tile at all.
+
     Parameters
     ----------
     config : :class:`DeviceConfig`
@@ -62,6 +68,12 @@ class HostMover(wiring.Component):
         Expert that ``fetches`` offers a tile of.
     completions : ``Out(stream.Signature(RecordLayout("Completion", config=config)))``
         One for each fetch. The address is that of the tile.
+    host_writes : ``In(stream.Signature(RecordLayout("BufferWrite", config=config)))``
+        Beats of the host's own bus; only with ``config.host_writes``, as the next two.
+    writes : ``Out(stream.Signature(RecordLayout("BufferWrite", config=config)))``
+        Beats for the buffer.
+    refused : ``Out(1)``
+        A strobe for each beat that was dropped.
     resets : ``In(1)``
         A strobe: the link was restarted.
     rejected : ``Out(1)``
@@ -77,7 +89,8 @@ class HostMover(wiring.Component):
     fetch_latency : :class:`int`
         Cycles from a fetch being taken to its reply being offered, with nothing else to send.
     fetched_latency : :class:`int`
-        Cycles from a FETCHED being offered to its completion being offered.
+        Cycles from a FETCHED being offered to its completion being offered. With
+        ``config.host_writes`` at most, if no beats wait.
     message_latency : :class:`int`
         Cycles from another message being taken to its being offered to the dispatcher.
 
@@ -103,12 +116,19 @@ class HostMover(wiring.Component):
             raise ValueError(f"Queue depth must be a positive integer, not {depth}")
         self.config = config
         self.depth = depth
+        if config.host_writes:
+            self.fetched_latency = 6
         to_device = stream.Signature(MessageLayout(config=config, to_device=True))
         to_host = stream.Signature(MessageLayout(config=config, to_device=False))
 
         def record(name):
             return stream.Signature(RecordLayout(name, config=config))
 
+        writes = {
+            "host_writes": In(record("BufferWrite")),
+            "writes": Out(record("BufferWrite")),
+            "refused": Out(1),
+        }
         super().__init__(
             {
                 "messages": In(to_device),
@@ -119,6 +139,7 @@ class HostMover(wiring.Component):
                 "fetch_layer": In(config.bits("layer")),
                 "fetch_expert": In(config.bits("expert")),
                 "completions": Out(record("Completion")),
+                **(writes if config.host_writes else {}),
                 "resets": In(1),
                 "rejected": Out(1),
                 "others_rejected": In(1),
@@ -140,7 +161,10 @@ class HostMover(wiring.Component):
         )
         asked_read, asked_write = asked.read_port(), asked.write_port()
         # What an entry's tiles have in common, written with the first of them.
-        subject_layout = data.StructLayout({"serial": 16, "address": address_bits})
+        common = {"serial": 16, "address": address_bits}
+        if config.host_writes:
+            common["slot"] = config.bits("slot")
+        subject_layout = data.StructLayout(common)
         m.submodules.subjects = subjects = Memory(
             shape=subject_layout, depth=1 << tag_bits, init=[]
         )
@@ -189,6 +213,8 @@ class HostMover(wiring.Component):
             subject_write.data.serial.eq(serial + 1),
             subject_write.data.address.eq(fetch.address),
         ]
+        if config.host_writes:
+            m.d.comb += subject_write.data.slot.eq(fetch.slot)
 
         def load(name, values):
             m.d.sync += self.replies.p.code.eq(MESSAGES[name].code)
@@ -294,6 +320,24 @@ class HostMover(wiring.Component):
         tile_fits = fetched["tile"] < config.tiles
         fits = Signal()
         same = Signal()  # of the fetch that the host means
+        failed = fetched["failed"] != 0
+        reports, looked = fits & same & was_asked, "JUDGE"
+        cleared = Const(1)
+        if config.host_writes:
+            m.submodules.gate = gate = WriteGate(config=config)
+            is_write = self._connect_gate(m, gate, message)
+            looked, cleared = "WRITTEN", ~gate.clearing
+            whole = Signal()
+            reports &= whole | failed
+            # Tiles are open as long as they are outstanding.
+            m.d.comb += [
+                gate.changes.eq(asked_write.en),
+                gate.opens.eq(asked_write.data),
+                gate.slot.eq(Mux(gate.opens, fetch.slot, subject.slot)),
+                gate.tile.eq(asked_write.addr),
+                gate.asked_slot.eq(subject.slot),
+                gate.asked_tile.eq(looked_up),
+            ]
 
         with m.FSM(init="CLEAR") as fsm:
             with m.State("CLEAR"):
@@ -303,7 +347,7 @@ class HostMover(wiring.Component):
                     asked_write.data.eq(0),
                 ]
                 m.d.sync += sweep.eq(sweep + 1)
-                with m.If(sweep.all()):
+                with m.If(sweep.all() & cleared):
                     m.next = "IDLE"
 
             with m.State("IDLE"):
@@ -312,6 +356,10 @@ class HostMover(wiring.Component):
                 # What came before a restart is heard before it takes effect.
                 with m.If(self.messages.valid & is_fetched):
                     m.next = "LOOK"
+                if config.host_writes:
+                    with m.Elif(self.messages.valid & is_write):
+                        m.d.comb += may_send.eq(~self.resets & ~restarted)
+                        self._take_write(m, gate, message)
                 with m.Elif(restarted):
                     m.d.sync += [sweep.eq(0), restarted.eq(0)]
                     m.next = "SWEEP"
@@ -330,12 +378,19 @@ class HostMover(wiring.Component):
                     fits.eq(tag_fits & tile_fits),
                     same.eq(fetched["serial"] == subject_read.data.serial),
                 ]
-                m.next = "JUDGE"
+                m.next = looked
+
+            if config.host_writes:
+                with m.State("WRITTEN"):
+                    m.d.comb += gate.asks.eq(1)
+                    m.d.sync += whole.eq(gate.whole)
+                    with m.If(gate.told):
+                        m.next = "JUDGE"
 
             with m.State("JUDGE"):
-                with m.If(fits & same & was_asked):
+                with m.If(reports):
                     with m.If(may_complete):
-                        complete(fetched["failed"] != 0)
+                        complete(failed)
                         m.d.comb += self.messages.ready.eq(1)
                         m.next = "IDLE"
                 with m.Elif(may_reject):
@@ -373,6 +428,7 @@ class HostMover(wiring.Component):
             ]
         m.d.comb += self.idle.eq(
             fsm.ongoing("IDLE")
+            & (gate.idle if config.host_writes else 1)
             & ~self.messages.valid
             & ~queue.r_rdy
             & (queue.level == 0)
@@ -383,6 +439,35 @@ class HostMover(wiring.Component):
             & ~restarted
         )
         return m
+
+    def _connect_gate(self, m, gate, message):
+        """Lead beats of the port and of the link through the gate; whether a message is a WRITE."""
+        wiring.connect(m, wiring.flipped(self.host_writes), gate.port)
+        wiring.connect(m, gate.o, wiring.flipped(self.writes))
+        is_write = Signal()
+        with m.If(gate.link.ready):
+            m.d.sync += gate.link.valid.eq(0)
+        m.d.comb += [
+            is_write.eq(message.code == MESSAGES["WRITE"].code),
+            self.refused.eq(gate.refused),
+        ]
+        return is_write
+
+    def _take_write(self, m, gate, message):
+        """Hand a WRITE to the gate as soon as that has taken the one before."""
+        fields = body_fields("BufferWrite", config=self.config, body=message.body)
+        config = self.config
+        with m.If(~gate.link.valid):
+            m.d.comb += self.messages.ready.eq(1)
+            m.d.sync += [
+                gate.link.valid.eq(1),
+                gate.astray.eq(
+                    (fields["slot"] >= config.slots) | (fields["beat"] >= config.expert_beats)
+                ),
+                gate.link.payload.slot.eq(fields["slot"]),
+                gate.link.payload.beat.eq(fields["beat"]),
+                gate.link.payload.data.eq(Cat(fields["data"])),
+            ]
 
     def _place_of_reply(self, *, tile_bits, tag_bits):
         """Tile and entry of the FETCH in ``replies``."""

@@ -193,10 +193,11 @@ class RegisterBank(wiring.Component):
             for name, low in low_bits.items()
         }
         bases = {name: Cat(Const(0, low), held[name]) for name, low in low_bits.items()}
-        # The low half that was written last, and of which base, if addresses have two.
+        # The low half that was written last, and of which base, if addresses have two. None is
+        # left once half of one was refused, so that its high half does not come to another.
         two_halves = config.address_bits > 32
         low_half = Signal(32)
-        low_of = Signal(range(len(BASES)))
+        low_of = Signal(range(len(BASES) + 1))
         table_address = Signal(32)
         cycles = Signal(64)
         high = Signal(32)
@@ -304,6 +305,8 @@ class RegisterBank(wiring.Component):
                 m.d.sync += wait.eq(0)
                 with m.If(refused.valid):
                     m.d.sync += refused.valid.eq(0)
+                    with m.If(refused.reason == Refusal.BASE):
+                        m.d.sync += low_of.eq(len(BASES))
                     respond(1)
                 with m.Elif(of_profiles):
                     m.next = "PROFILE"

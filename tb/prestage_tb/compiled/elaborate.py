@@ -102,20 +102,20 @@ class WithTokenMemory(wiring.Component):
         return m
 
 
-class WithoutSlots(wiring.Component):
-    """A device whose slots are the host's, with the ports that it lacks.
+class WithHostMover(wiring.Component):
+    """A device whose experts are the host's, with the ports that it lacks.
 
     Parameters
     ----------
     device : :class:`amaranth.lib.wiring.Component`
-        Device without ``bus``, ``reads`` and ``beats``.
+        Device without ``bus``, perhaps without ``reads`` and ``beats``.
 
     Members
     -------
     bus, reads, beats
-        Nothing ever moves.
+        Nothing ever moves through those that the device lacks.
     ...
-        The device's members.
+        The device's members but ``host_writes``, through which nothing comes.
     """
 
     def __init__(self, device):
@@ -123,7 +123,7 @@ class WithoutSlots(wiring.Component):
         config = device.config
         super().__init__(
             {
-                **device.signature.members,
+                **self._members(),
                 "bus": Out(
                     AXI4ReadSignature(
                         address_bits=config.address_bits,
@@ -136,10 +136,15 @@ class WithoutSlots(wiring.Component):
             }
         )
 
+    def _members(self):
+        members = dict(self.device.signature.members)
+        members.pop("host_writes", None)
+        return members
+
     def elaborate(self, platform):
         m = Module()
         m.submodules.device = device = self.device
-        for name, member in device.signature.members.items():
+        for name, member in self._members().items():
             outer, inner = getattr(self, name), getattr(device, name)
             if member.is_signature:
                 wiring.connect(m, wiring.flipped(outer), inner)
@@ -227,10 +232,10 @@ def main(arguments):
     device = getattr(importlib.import_module(module), name)(config=config)
     if "tokens" in device.signature.members:
         device = WithTokenMemory(device)
-    if config.mover == "host":
-        device = WithoutSlots(device)
-    elif config.replicas > 1:
+    if config.replicas > 1 and config.stores_slots:
         device = WithOnePort(device)
+    if config.mover == "host":
+        device = WithHostMover(device)
     design = Registered(device)
     # Without source locations the text, and so the cache's key, changes only if the hardware does.
     with without_zero_memories():

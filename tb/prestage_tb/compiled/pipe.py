@@ -292,6 +292,8 @@ class CompiledPipe:
             if not 0 <= layer < model.layers or not 0 <= expert < model.experts:
                 raise ValueError(f"Model has no expert {expert} in layer {layer}")
             addresses.append(self.config.expert_address(int(layer), int(expert)))
+        if self.config.mover == "host" and self.config.stores_slots:
+            raise OSError("Experts are the host's")
         if len(self.config.part_bytes) > 1 or self.config.rows:
             return self._compare_parts(slots, layers, experts)
         sizes = [self.config.layer_sizes[layer] for layer in layers]
@@ -362,7 +364,7 @@ class CompiledPipe:
         self, slots: Sequence[int], addresses: Sequence[int], sizes: Sequence[int]
     ) -> bytes:
         handle = self._open()
-        if self.config.mover == "host":
+        if not self.config.stores_slots:
             raise OSError("Slots are the host's")
         for slot in slots:
             if not 0 <= slot < self.config.slots:

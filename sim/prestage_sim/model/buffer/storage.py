@@ -23,14 +23,16 @@ class Storage:
     Attributes
     ----------
     data : array of uint8, slots x expert_bytes
-        All bytes; none with a host mover, who keeps the slots.
+        All bytes; none where slots are the host's.
     valid : list of :class:`int`
         Tile-valid bits of each slot, tile 0 lowest.
     """
 
     def __init__(self, config: DeviceConfig) -> None:
         self.config = config
-        size = config.expert_bytes if config.mover == "dma" else 0
+        # Those behind an AXI4 write port are kept here, too: nobody else models that memory.
+        kept = config.mover == "dma" or config.stores_slots
+        size = config.expert_bytes if kept else 0
         self.data = np.zeros((config.slots, size), dtype=np.uint8)
         self.valid = [0] * config.slots
 

@@ -49,7 +49,7 @@ class ChunkUnion:
         self._target[ctx] = layer + 1
 
     def offer(self, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-        """What reaches the scheduler: all that passes, then one expert at a time."""
+        """What reaches the scheduler: all that passes, then one expert at a time, in turn."""
         passed = []
         due: dict[int, int] = {}
         for candidate in candidates:
@@ -63,7 +63,7 @@ class ChunkUnion:
                 before, sent = 0, False
             self._rows[ctx][expert] = min(before + max(score, 1), _MOST), deadline, sent
             due[ctx] = deadline
-        offered = [passed] if passed else []
+        offered = [passed]
         for ctx, deadline in due.items():
             rows = self._rows[ctx]
             waiting = [e for e, (_, whose, sent) in rows.items() if whose == deadline and not sent]

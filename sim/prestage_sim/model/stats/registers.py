@@ -238,6 +238,7 @@ class RegisterBank:
             ok = value == 0
         if not ok:
             self.profiles.refuse(f"{name}_{half}", Refusal.BASE)
+            self._low_half = ("", 0)
         elif wide and half == "low":
             self._low_half = name, value
         else:
