@@ -78,6 +78,14 @@ def test_extra():
     pytest.skip("no trace")
 """
 
+# Nothing that may hit.
+OTHERS = """
+import pytest
+
+def test_other():
+    pytest.skip("nothing to do")
+"""
+
 
 @pytest.fixture
 def project(tmp_path):
@@ -87,6 +95,7 @@ def project(tmp_path):
         ("pytest.ini", SETTINGS),
         ("plans/a.md", PLAN),
         ("checks/test_all.py", CHECKS),
+        ("checks/test_others.py", OTHERS),
         ("build/coverage/hits-1-old.json", json.dumps({"a.one": [[], []], "a.long": [[], []]})),
     ):
         path = tmp_path / name
@@ -124,19 +133,20 @@ def test_missed_ones_fail_and_are_named(project):
     assert "0 of 2 testpoints were hit" in text
     assert "missed  a.one\nmissed  a.parts (y)\n" in text
     assert "FAILED docs/testplan - Testpoints must all be hit" in text
-    assert "1 failed, 4 passed, 1 skipped" in text
+    assert "1 failed, 4 passed, 2 skipped" in text
 
 
 @pytest.mark.parametrize(
     ("do", "reason"), [("miss fail", "tests failed"), ("miss skip", "tests were skipped: ")]
 )
 def test_excuses(project, do, reason):
-    """What may be why is told; a test marked extra is none."""
+    """What may be why is told; a test marked extra, or that can't hit, is none."""
     status, text, kept = run(project, do=do)
     assert (status, kept) == ("fail" in do, False), text
     assert f"that is no failure, since {reason}" in text
     assert "FAILED docs/testplan" not in text
-    assert "test_extra" not in text.partition("since")[2].partition("\n")[0]
+    told = text.partition("since")[2].partition("\n")[0]
+    assert "test_extra" not in told and "test_other" not in told
 
 
 def test_part_of_the_tests(project):

@@ -359,7 +359,6 @@ def test_named():
     assert Trace(experts=routing()).model == "unknown"
 
 
-@pytest.mark.extra
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real traces in {SHARED}")
 def test_real_traces(tmp_path):
     for path in sorted(SHARED.glob("*.npz")):

@@ -20,6 +20,9 @@ __all__ = ["TestplanCheck"]
 #: Marker of tests that need what the project doesn't ship, and hit nothing that others don't.
 EXTRA = "extra"
 
+#: What a module of tests that may hit something has to import.
+_PACKAGE = __name__.partition(".")[0]
+
 #: Options that leave tests out, or run none.
 _PARTIAL = (
     *("keyword", "deselect", "ignore", "ignore_glob", "lf", "stepwise", "collectonly"),
@@ -34,8 +37,8 @@ class TestplanCheck:
     A run of all tests has no paths and no option that chooses tests, but ``-m soak``, which adds
     its hits to what is there and is held to the testpoints that only it hits, or ``-m ""`` for all.
     Nothing is held against a run in which a test failed, or that was cut short, in which a test was
-    skipped that is not marked ``extra``, or whose random seed was given: what is rare may not come
-    then. It says so instead.
+    skipped that may hit something and is not marked ``extra``, or whose random seed was given: what
+    is rare may not come then. It says so instead.
     """
 
     __test__ = False  # For pytest no class of tests.
@@ -66,8 +69,10 @@ class TestplanCheck:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note who is skipped, unless nothing hangs on it."""
-        expected = hasattr(report, "wasxfail")
-        if report.skipped and not expected and EXTRA not in report.keywords:
+        if not report.skipped or hasattr(report, "wasxfail") or EXTRA in report.keywords:
+            return
+        module = self.config.rootpath / report.nodeid.partition("::")[0]
+        if _PACKAGE in module.read_text():
             self.skipped.append(report.nodeid)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
