@@ -126,7 +126,6 @@ class HostMover(wiring.Component):
         self.depth = depth
         if config.host_writes:
             self.fetched_latency = 6
-        self._gate = WriteGate(config=config) if config.host_writes else None
         to_device = stream.Signature(MessageLayout(config=config, to_device=True))
         to_host = stream.Signature(MessageLayout(config=config, to_device=False))
 
@@ -376,10 +375,11 @@ class HostMover(wiring.Component):
         same = Signal()  # of the fetch that the host means
         failed = fetched["failed"] != 0
         reports, looked = fits & same & was_asked, "JUDGE"
-        is_write, cleared = Const(0), Const(1)
+        cleared = Const(1)
         if config.host_writes:
-            m.submodules.gate = gate = self._gate
-            is_write, looked, cleared = self._connect_gate(m, message), "WRITTEN", ~gate.clearing
+            m.submodules.gate = gate = WriteGate(config=config)
+            is_write = self._connect_gate(m, gate, message)
+            looked, cleared = "WRITTEN", ~gate.clearing
             whole = Signal()
             reports &= whole | failed
             # Tiles are open as long as they are outstanding.
@@ -409,9 +409,10 @@ class HostMover(wiring.Component):
                 # What came before a restart is heard before it takes effect.
                 with m.If(self.messages.valid & is_fetched):
                     m.next = "LOOK"
-                with m.Elif(self.messages.valid & is_write):
-                    m.d.comb += may_send.eq(~self.resets & ~restarted)
-                    self._take_write(m, message)
+                if config.host_writes:
+                    with m.Elif(self.messages.valid & is_write):
+                        m.d.comb += may_send.eq(~self.resets & ~restarted)
+                        self._take_write(m, gate, message)
                 with m.Elif(restarted):
                     m.d.sync += [sweep.eq(0), restarted.eq(0)]
                     m.next = "SWEEP"
@@ -485,7 +486,7 @@ class HostMover(wiring.Component):
             ]
         m.d.comb += self.idle.eq(
             fsm.ongoing("IDLE")
-            & (self._gate.idle if config.host_writes else 1)
+            & (gate.idle if config.host_writes else 1)
             & ~self.messages.valid
             & ~queue.r_rdy
             & (queue.level == 0)
@@ -497,9 +498,8 @@ class HostMover(wiring.Component):
         )
         return m
 
-    def _connect_gate(self, m, message):
+    def _connect_gate(self, m, gate, message):
         """Lead beats of the port and of the link through the gate; whether a message is a WRITE."""
-        gate = self._gate
         wiring.connect(m, wiring.flipped(self.host_writes), gate.port)
         wiring.connect(m, gate.o, wiring.flipped(self.writes))
         is_write = Signal()
@@ -511,10 +511,10 @@ class HostMover(wiring.Component):
         ]
         return is_write
 
-    def _take_write(self, m, message):
+    def _take_write(self, m, gate, message):
         """Hand a WRITE to the gate as soon as that has taken the one before."""
         fields = body_fields("BufferWrite", config=self.config, body=message.body)
-        config, gate = self.config, self._gate
+        config = self.config
         with m.If(~gate.link.valid):
             m.d.comb += self.messages.ready.eq(1)
             m.d.sync += [
