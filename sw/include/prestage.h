@@ -93,7 +93,7 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_OVERRUN = 18, /* More messages wait than the device has room for; this one was dropped. */
     PRESTAGE_ERROR_CODE_BAD_COPIES = 19, /* The number of copies is 0 or more than the device has banks. */
     PRESTAGE_ERROR_CODE_NOT_HELD = 20, /* The copy was not made, because the expert itself is not held. */
-    PRESTAGE_ERROR_CODE_TIMEOUT = 21, /* The memory did not answer a read in time. */
+    PRESTAGE_ERROR_CODE_TIMEOUT = 21, /* The memory did not answer a read in time, or the host a fetch. */
     PRESTAGE_ERROR_CODE_ABORTED = 22, /* The host aborted the transfer. */
     PRESTAGE_ERROR_CODE_ADDRESS = 23, /* The expert, or a row of it, would go past the top of the address space. */
 };
