@@ -321,6 +321,9 @@ async def quiet_pace(dut, throttle):
                 await post("BEGIN_TOKEN", ctx, rng.choice((0, 0, 1)), 5)
             held[ctx] = ctx, layers[ctx]
             chosen = rng.sample(range(model.experts), model.top_k)
+            coming = [f["expert"] for f in ours.values() if f["layer"] == layers[ctx]]
+            if coming and coming[0] not in chosen and rng.random() < 0.7:
+                chosen[-1] = coming[0]
             experts[held[ctx]] = set(chosen)
             await post("ROUTE", *held[ctx], chosen)
             layers[ctx] = (layers[ctx] + 1) % model.layers
@@ -328,8 +331,8 @@ async def quiet_pace(dut, throttle):
         await copy(False)
     await host.compare_registers(golden)
     counters = golden.counters
-    for name in ("late", "merged", "prefetch_cancelled", "prefetch_issued", "fills"):
-        assert counters[name] or throttle or name == "merged", name
+    for name in ("late", "prefetch_cancelled", "prefetch_issued", "fills"):
+        assert counters[name] or throttle, name
     hit("mover.quiet")
 
 
@@ -508,6 +511,7 @@ async def times_out(dut):
             host.copy(fetch)
     host.post("SYNC", 3)
     left = [(f["tag"], f["serial"], f["tile"]) for f in host.asked]
+    host.asked.clear()
     answers = await host.wait(MESSAGES["SYNCED"].code, serve=False, limit=20 * timeout)
     events = [RECORDS["Event"].unpack(config, body) for code, body in answers if code == _EVENT]
     assert {e["expert"] for e in events} == set(experts) and len(events) == model.top_k
@@ -519,7 +523,6 @@ async def times_out(dut):
         await host.refused(*fetched)
     assert await host.read("fill_errors") == model.top_k + 1
     # The device goes on; a host that answers is never too late.
-    host.asked.clear()
     host.post("RELEASE", 0, 1)
     host.post("ROUTE", 0, 1, experts)
     for _ in experts:
