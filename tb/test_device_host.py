@@ -552,3 +552,25 @@ def test_slots_in_the_device():
             stats = device.stats()
             assert stats["fills"] > 10 and stats["writes_refused"] == stats["rejected"] == 0
     hit("mover.driver_writes")
+
+
+def test_copies_that_take_too_long():
+    """A copy fails in time; when it ends after all, nothing is changed and nobody complains."""
+    with gated("sim://", timeout=20_000) as (device, gate, host):
+        hint(device, gate, 1, 6)
+        device.route(0, 1, [6, 4])
+        arrived = device.wait_ready(0, 1)
+        assert next(arrived).expert == 4
+        until(device, lambda: len(gate.tiles(1, 6)) == CONFIG.tiles)
+        for _ in range(6):
+            device.run(5000)
+        with pytest.raises(prestage.errors.MemoryTimeoutError, match="expert 6 of layer 1"):
+            next(device.wait_ready(0, 1))
+        gate.open()
+        until(device, lambda: not device.copying)
+        device.release(0, 1)
+        device.drain()
+        assert device.counters("rejected", "fill_errors") == (1, 1)
+        device.route(0, 1, [6, 4])
+        assert not arrive(device, host, 0, 1)
+        hit("mover.timeout")

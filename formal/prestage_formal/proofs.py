@@ -523,8 +523,8 @@ PROOFS = (
             Twin(
                 name="the host may report a tile that it was not asked for",
                 module="prestage_hw.link.mover",
-                old="with m.If(fits & same & was_asked):",
-                new="with m.If(fits & same):",
+                old="fits & same & was_asked,",
+                new="fits & same,",
                 depth=18,
             ),
         ),

@@ -131,6 +131,7 @@ class Top(wiring.Component):
         wiring.connect(m, link.tx, wiring.flipped(self.tx))
         if config.mover == "host":
             self._connect_mover(m, mover=dma, link=link, dispatcher=dispatcher, scheduler=scheduler)
+            m.d.comb += dma.timeout.eq(registers.control.dma_timeout)
         else:
             wiring.connect(m, link.messages, dispatcher.messages)
             wiring.connect(m, dispatcher.replies, link.replies)

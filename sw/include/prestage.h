@@ -93,7 +93,7 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_OVERRUN = 18, /* More messages wait than the device has room for; this one was dropped. */
     PRESTAGE_ERROR_CODE_BAD_COPIES = 19, /* The number of copies is 0 or more than the device has banks. */
     PRESTAGE_ERROR_CODE_NOT_HELD = 20, /* The copy was not made, because the expert itself is not held. */
-    PRESTAGE_ERROR_CODE_TIMEOUT = 21, /* The memory did not answer a read in time. */
+    PRESTAGE_ERROR_CODE_TIMEOUT = 21, /* The memory did not answer a read in time, or the host a fetch. */
     PRESTAGE_ERROR_CODE_ABORTED = 22, /* The host aborted the transfer. */
     PRESTAGE_ERROR_CODE_ADDRESS = 23, /* The expert, or a row of it, would go past the top of the address space. */
 };
@@ -166,7 +166,7 @@ enum prestage_register {
     PRESTAGE_REG_DMA_ROW_BYTES = 0x2b, /* rw: Bytes of a row if tiles are gathered from rows, else 0. */
     PRESTAGE_REG_DMA_ROW_STRIDE = 0x2c, /* rw: Bytes from the start of a row to the start of the next, below 16,777,216. */
     PRESTAGE_REG_REFUSAL = 0x2d, /* rw: What was wrong with the first write that was refused, which has changed nothing. Bit 31: a write was refused. Bits 23..8: address of its register. Bits 7..0: a Refusal. Any write clears it. */
-    PRESTAGE_REG_DMA_TIMEOUT = 0x2e, /* rw: Cycles that a DMA channel waits for the memory before its tiles fail, 4 to 16,777,215; 0: for ever. */
+    PRESTAGE_REG_DMA_TIMEOUT = 0x2e, /* rw: Cycles that a DMA channel waits for the memory, or a fetch for the host, before its tiles fail, 4 to 16,777,215; 0: for ever. */
     PRESTAGE_REG_DMA_ABORT = 0x2f, /* wo: A write aborts all tiles that the DMA engine was asked for: their experts' fetches fail. */
     PRESTAGE_REG_PART1_BASE_LOW = 0x30, /* rw: Address of part 1 of expert 0 of layer 0, bits 31..0. After reset the parts' arrays follow each other from address 0 on; 0 where experts have no such part. */
     PRESTAGE_REG_PART1_BASE_HIGH = 0x31, /* rw: Address of part 1 of expert 0 of layer 0, bits 63..32. */

@@ -65,6 +65,7 @@ class CopyServer:
         self._good: dict[tuple[int, int], _Fetch] = {}  # by entry and tile
         self._errors: dict[tuple[int, int], BaseException] = {}
         self._calling = False
+        self._told: set[tuple[int, int]] = set()
         # Whether the copier has returned a future lately: for a prefetch, if there was one.
         self._prompt: bool | None = None
         self._demand_prompt = False
@@ -188,6 +189,10 @@ class CopyServer:
                 self._good[fetch.tag, fetch.tile] = fetch
             beats = [] if data is None else self._beats(fetch, data)
             yield beats, (fetch.tag, fetch.serial, fetch.tile, int(error is not None))
+
+    def was_told(self, tag: int, tile: int) -> bool:
+        """Whether the device was ever told the end of that tile of an entry, which it asked for."""
+        return (tag, tile) in self._told
 
     def _end(self, fetch: _Fetch, error: BaseException | None, result: object) -> None:
         self._futures.pop((fetch.tag, fetch.serial, fetch.tile), None)

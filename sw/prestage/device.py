@@ -199,6 +199,7 @@ class Device:
         require_config(config)
         check_mover(config, copier)
         self._copies = None if copier is None else CopyServer(config, copier)
+        self._expires = False  # Copies may take too long.
         self._untaken = 0  # messages that no answer has shown to be taken, at most
         self._asked: deque[bool] = deque()  # registers asked for: is it only to hear an answer?
         self._heard = 0
@@ -872,7 +873,10 @@ class Device:
         timeout : :class:`int` or None
             Clock cycles that a channel of the DMA engine waits for the memory before its tiles
             fail, 4 to 16,777,215; 0 (after reset) for ever. Choose a time longer than the memory
-            takes for all that may be outstanding.
+            takes for all that may be outstanding. With a host mover, cycles without any end of an
+            expert's copies before those that are outstanding fail; what ends later changes nothing,
+            but may still write to a slot that is another's by then. Refused on ``model://``, which
+            has no clock: a copier's future can end with an exception there.
         prefetch_tiles : :class:`int` or None
             Prefetch tiles that may be under way at once, 1 to 4. A demand waits behind at most so
             many.
@@ -916,6 +920,8 @@ class Device:
         tables : mapping of :class:`int` to arrays of uint32, or None
             Predictor tables to load after clearing, as :meth:`snapshot` gives them.
         """
+        if timeout is not None:
+            self._check_timeout(timeout)
         writes = self._settings.writes(
             settle=settle,
             throttle=throttle,
@@ -964,6 +970,16 @@ class Device:
             self._current = [-1] * self._contexts
         for number, values in loads:
             self._load_table(number, values)
+
+    def _check_timeout(self, timeout: int) -> None:
+        """Refuse a time-out of copies where there is no clock."""
+        clockless = self._simulated is not None and not self._simulated.clocked
+        if timeout and self._copies is not None and clockless:
+            raise ArgumentError(
+                f"Time-out must be 0 for copies of a device without a clock, not {timeout}: end the"
+                f" copier's future with an exception"
+            )
+        self._expires = timeout != 0
 
     def configure_profile(
         self,
@@ -1522,6 +1538,9 @@ class Device:
         if self._copies is not None and code == ErrorCode.BAD_FETCHED:
             if self._copies.refused(expert, address):
                 return
+        late = self._expires and code == ErrorCode.BAD_FETCHED and self._copies is not None
+        if late and self._copies is not None and self._copies.was_told(expert, address):
+            return  # It had failed already, with TIMEOUT.
         error = device_error(code, ctx=ctx, layer=layer, expert=expert, address=address)
         if isinstance(error, LinkError):
             raise error

@@ -264,7 +264,9 @@ class NotHeldError(_ExpertError):
 
 
 class MemoryTimeoutError(_AddressError):
-    """The memory did not answer a read in time; ``address`` is that of the tile or burst."""
+    """The memory did not answer a read in time, or the host a fetch; ``address`` is that of the
+    tile or burst.
+    """
 
     code = ErrorCode.TIMEOUT
 

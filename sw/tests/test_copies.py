@@ -192,6 +192,14 @@ def test_errors_of_the_device(code, kind, text):
             device.drain()
 
 
+def test_no_time_out_without_a_clock():
+    with prestage.open("model://", config=CONFIG, copier=nothing) as device:
+        with pytest.raises(ArgumentError, match="Time-out must be 0 for copies of a device with"):
+            device.configure(timeout=1000)
+        device.configure(timeout=0)
+        hit("mover.driver_errors")
+
+
 class LateWire:
     """A wire that isn't simulated: what the device says comes some exchanges later."""
 

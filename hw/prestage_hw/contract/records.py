@@ -271,7 +271,7 @@ ERROR_TEXT = {
     ErrorCode.OVERRUN: "More messages wait than the device has room for; this one was dropped.",
     ErrorCode.BAD_COPIES: "The number of copies is 0 or more than the device has banks.",
     ErrorCode.NOT_HELD: "The copy was not made, because the expert itself is not held.",
-    ErrorCode.TIMEOUT: "The memory did not answer a read in time.",
+    ErrorCode.TIMEOUT: "The memory did not answer a read in time, or the host a fetch.",
     ErrorCode.ABORTED: "The host aborted the transfer.",
     ErrorCode.ADDRESS: "The expert, or a row of it, would go past the top of the address space.",
 }

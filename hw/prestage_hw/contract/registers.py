@@ -492,8 +492,8 @@ def _layout() -> tuple[Register, ...]:
         "dma_timeout",
         "rw",
         0,
-        "Cycles that a DMA channel waits for the memory before its tiles fail, 4 to"
-        f" {(1 << TIMEOUT_BITS) - 1:,}; 0: for ever.",
+        "Cycles that a DMA channel waits for the memory, or a fetch for the host, before its tiles"
+        f" fail, 4 to {(1 << TIMEOUT_BITS) - 1:,}; 0: for ever.",
     )
     add(
         0x2F,

@@ -1039,8 +1039,8 @@ class Scheduler(wiring.Component):
     def _error(self, reason):
         """Code of the event for a fetch that failed."""
         code = Const(ErrorCode.BUS, self.events.payload.code.shape())
+        code = Mux(reason == FetchReason.TIMEOUT, ErrorCode.TIMEOUT, code)
         if self.config.mover == "dma":
-            code = Mux(reason == FetchReason.TIMEOUT, ErrorCode.TIMEOUT, code)
             code = Mux(reason == FetchReason.ABORTED, ErrorCode.ABORTED, code)
             code = Mux(reason == FetchReason.ADDRESS, ErrorCode.ADDRESS, code)
         if self.config.slot_store == "axi":

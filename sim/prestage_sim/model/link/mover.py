@@ -100,6 +100,17 @@ class HostMover:
         self._serve(answers)
         return answers
 
+    def expire(self, tag: int) -> list[Answer]:
+        """Nothing was heard of an entry for the time of the register ``dma_timeout``.
+
+        The RTL's doing: the model has no clock, so that nothing expires by itself.
+        """
+        answers: list[Answer] = []
+        for tile in sorted(self._asked.get(tag, ())):
+            self._complete(tag, tile, FetchReason.TIMEOUT, answers)
+        self._serve(answers)
+        return answers
+
     def _fetched(self, body: bytes, answers: list[Answer]) -> None:
         assert self._device is not None
         tag, serial, tile, failed = RECORDS["Fetched"].unpack(self._config, body).values()

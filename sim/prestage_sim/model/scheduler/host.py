@@ -365,9 +365,10 @@ class HostScheduler(SchedulerBase):
         """Answer to who waits for an entry that has ended."""
         if entry.failure is None:
             return Ready(ctx, entry.layer, entry.expert, entry.slot)
-        tile, _ = entry.failure
+        tile, reason = entry.failure
+        code = ErrorCode.TIMEOUT if reason is FetchReason.TIMEOUT else ErrorCode.BUS
         address = (entry.address + tile * self.config.tile_bytes) % (1 << self.config.address_bits)
-        return Event(ErrorCode.BUS, ctx, entry.layer, entry.expert, address)
+        return Event(code, ctx, entry.layer, entry.expert, address)
 
     # Copies.
 
