@@ -187,6 +187,7 @@ class CopyServer:
                 self._errors[fetch.layer, fetch.expert] = error
             elif self._config.host_writes:
                 self._good[fetch.tag, fetch.tile] = fetch
+            self._told.add((fetch.tag, fetch.tile))
             beats = [] if data is None else self._beats(fetch, data)
             yield beats, (fetch.tag, fetch.serial, fetch.tile, int(error is not None))
 
