@@ -8,7 +8,7 @@ FORM ?= lite
 
 export SIM
 
-.PHONY: help setup demo test soak sim formal lint docs verilog bitstream area bench coverage clean
+.PHONY: help setup demo test soak sim formal lint docs verilog bitstream area bench coverage testplan clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r t s; do printf '%-10s %s\n' "$$t" "$$s"; done
@@ -19,7 +19,7 @@ setup: ## Install everything for development into .venv.
 demo: ## Replay 1024 tokens of the shipped model on the simulated RTL and write build/demo.html.
 	@scripts/setup.sh sim && mkdir -p build && .venv/bin/prestage replay models/tinymoe/traces/tinymoe__code.npz --device sim:// --first 1024 --report build/demo.html
 
-test: ## Run all tests and benches.
+test: ## Run all tests and benches; a testpoint that none of them hit fails it.
 	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2
 
 soak: ## Run the benches that make test leaves out: more shapes of blocks that it has shown already.
@@ -51,6 +51,9 @@ bench: ## Measure the DMA engine, the buffer's searches and whole devices; write
 
 coverage: ## Measure the line coverage of the golden model, the driver and the contract.
 	@scripts/setup.sh test && $(PYTHON_ENV) -m pytest -n 2 --cov --cov-report=term-missing --cov-fail-under=90
+
+testplan: ## Print which testpoints of docs/testplan the last runs have hit: PAGE=dma.
+	@scripts/setup.sh test && $(PYTHON_ENV) -m prestage_tb.coverage $(if $(PAGE),--page $(PAGE))
 
 clean: ## Remove what was built; .venv stays.
 	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*

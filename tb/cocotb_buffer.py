@@ -38,6 +38,7 @@ from prestage_tb.bench import (
     reset,
     start_clock,
 )
+from prestage_tb.buffer_points import BufferPoints
 
 DEMAND, PREFETCH, FILL, RELEASE, CANCEL, LOCK, UNLOCK, COPY = BufferOp
 RESIDENT, FILLING, ALLOCATED, NO_SLOT, OUTBID, REFUSED, INVALID = BufferCode
@@ -71,6 +72,7 @@ class TB:
         self.exact_cycles = stall == 0.0
         self.seen = {}
         self.passes = []
+        self.points = BufferPoints(self.golden, passes=self.buffer.passes, exact=self.exact_cycles)
         start_clock(dut)
 
         def layout(name):
@@ -96,6 +98,7 @@ class TB:
         self.drivers += [self.values, *self.reads, *self.beats]
         self.rescans_on = False
         self.rescan_seen = Counter()
+        self.resets, self.clears = Counter(), Counter()
         if valued:
             self.rescans = StreamSource(dut, "rescans", layout("RescanRequest"), stall=stall)
             self.rescanned = StreamSink(dut, "rescanned", layout("RescanResult"), stall=stall)
@@ -117,7 +120,8 @@ class TB:
         """Know of no work under way."""
         self.forgotten += 1
         # A rescan under way: its request, the cycle in which it was taken, its answer unless it is
-        # disturbed, the cycle in which it was, and whether the buffer was cleared meanwhile.
+        # disturbed, the cycle in which it was, whether the buffer was cleared meanwhile, and what
+        # else there is to say of it.
         self.rescan = None
         self.window = []  # tile-valid bits that reads may still see
         # Reads of each bank: (slot, beat, allowed (ok, data))
@@ -160,14 +164,20 @@ class TB:
             await cycles(self.dut)
         TB.left_data = self.golden.storage.data.copy()
 
-    async def reset(self):
-        """Reset at any time."""
+    async def reset(self, *, at_work=False):
+        """Reset at any time; ``at_work`` says that something was begun."""
         await RisingEdge(self.dut.clk)
         await ReadWrite()  # The drivers have counted the beats of that edge.
         self.settle_writes()
+        if at_work:
+            # Values wait for nothing else.
+            searches = self.ports.bits("values__ready") == "0"
+            self.resets["in a search" if searches else "elsewhere"] += 1
+            self.resets["rescan"] += self.rescan is not None
         rescans, self.rescans_on = self.rescans_on, False
         self.forget()
         self.golden.clear()
+        self.points.forget()
         await reset(self.dut, drivers=self.drivers)
         await FallingEdge(self.dut.clk)
         waited = 0
@@ -225,10 +235,12 @@ class TB:
                 {"kind": kind, "ctx": ctx, "layer": layer, "beat": beat, "values": values}
             )
 
-    def settle_values(self):
-        """Tell the golden model of the values that were taken."""
-        while self.valued_count < self.values.sent_count:
-            self.golden.values(*self.queued_values.popleft())
+    def settle_values(self, count=None):
+        """Tell the golden model of the values that were taken, or of so many."""
+        while self.valued_count < (self.values.sent_count if count is None else count):
+            beat = self.queued_values.popleft()
+            self.golden.values(*beat)
+            self.points.values(beat)
             self.valued_count += 1
 
     async def finish_values(self):
@@ -274,13 +286,15 @@ class TB:
             cleared = self.ports.high("clear")
             if self.rescan is not None:
                 assert not self.ports.high("idle"), "idle with a rescan"
-                disturbs = self.values.moves
+                disturbs = {"by a value"} if self.values.moves else set()
                 if self.requests.moves:
                     request = self.requests.payload_now()
                     filled = request["op"] == FILL and not request["failed"]
-                    disturbs |= not filled and request["op"] not in harmless
+                    if not filled and request["op"] not in harmless:
+                        disturbs.add("by an operation")
                 if disturbs and self.rescan[3] is None:
                     self.rescan[3] = cycle
+                    self.rescan[5] = disturbs
                 self.rescan[4] |= cleared
             if self.rescans.moves:
                 request = self.rescans.payload_now()
@@ -290,11 +304,20 @@ class TB:
                 if self.forgotten != forgotten:
                     continue  # A reset came at that edge.
                 self.settle_values()
-                self.rescan = [request, cycle, self.golden.rescan(**request), None, cleared]
+                answer = self.golden.rescan(**request)
+                parts = set()
+                if self.points.open("rescan"):
+                    for part, field, value in (
+                        ("cut off", "cutoff_layer", 255),
+                        ("least", "least", 1),
+                    ):
+                        if self.golden.rescan(**{**request, field: value}) != answer:
+                            parts.add(part)
+                self.rescan = [request, cycle, answer, None, cleared, parts]
 
     def _rescanned(self, got, cycle):
         """An answer is offered."""
-        request, taken, answer, disturbed, cleared = self.rescan
+        request, taken, answer, disturbed, cleared, parts = self.rescan
         self.rescan = None
         code = RescanCode(got["code"])
         self.rescan_seen[code.name] += 1
@@ -308,6 +331,14 @@ class TB:
             assert got == expected, f"{request}: {got}, not {expected}"
             assert cycle - taken <= self.longest(request["ahead"])
             self.rescan_seen["far"] += got["ahead"] > 1
+            if got["ahead"] > 1:
+                parts.add("far")
+        elif disturbed is None:
+            parts = {"by a clear"}
+        # A value and an operation at once say nothing of either.
+        if code != RescanCode.DISTURBED or len(parts) == 1:
+            for part in (*parts, f"{code.name}, {'timed' if self.exact_cycles else 'stalled'}"):
+                self.points.see("rescan", part)
 
     async def rest(self):
         """Wait until nothing is looked for, and begin nothing."""
@@ -340,6 +371,7 @@ class TB:
                 assert got in allowed, f"slot {slot} beat {number}: {got}, not in {allowed}"
             else:
                 assert not all(ok for _, ok in allowed), f"slot {slot} beat {number} is not ok"
+            self.points.read(slot, number, allowed, got[1])
 
     # --- operations ---
 
@@ -400,19 +432,20 @@ class TB:
         return self._walk_cycles(buffer.lookup_latency + 3, op=COPY, bank=self.bank(first + value))
 
     def _golden(self, op, fields):
-        """Answer of the golden model and the cycles that it takes."""
+        """Answer of the golden model, its cycles, and whether it searches by value."""
         before = self.golden.victims
         try:
             took = self.expected_cycles(op, fields)
             answer = self.golden.request(op, **fields)
         except ValueError:
-            return BufferResult(INVALID), 2
-        if took is None:
+            return BufferResult(INVALID), 2, False
+        searched = took is None
+        if searched:
             took = self.buffer.search_latency + (before.passes - 1) * self.buffer.pass_cycles
             took += 2 * (op == COPY and fields["value"] != 0)
             took -= 2 * (answer.code in (NO_SLOT, OUTBID))
             self.passes.append(before.passes)
-        return answer, took
+        return answer, took, searched
 
     async def operate(self, op, *, clear=False, **fields):
         """Do one operation, and clear just after it was taken if wanted."""
@@ -433,14 +466,26 @@ class TB:
         await self.requests.sent()
         taken = self.requests.cycle
         self.dut.clear.value = clear
+        rescans = self.rescan is not None
         await cycles(self.dut)
         self.dut.clear.value = 0
-        await cycles(self.dut, 2)
+        early = self.points.open("values_any_time") and self.golden.policy == NEXT_USE
+        late = None
+        await cycles(self.dut)
+        if early:
+            await ReadWrite()
+            early = self.values.sent_count
+        await cycles(self.dut)
         await ReadWrite()
         # Values count up to three cycles after the request's, and no operation changes what is read
         # before.
+        if early and early < self.values.sent_count:
+            self.settle_values(early)
+            late = self.points.before()
         self.settle_values()
-        answer, expected_cycles = self._golden(op, fields)
+        was, valid = self.points.before(), self.window[-1]
+        later = self.queued_values[0] if self.queued_values else None
+        answer, expected_cycles, searched = self._golden(op, fields)
         self._changed()
         if clear:
             self.window.append(list(self.golden.storage.valid))
@@ -452,7 +497,23 @@ class TB:
         if self.exact_cycles:
             took = self.results.arrival[-1] - taken
             assert took == expected_cycles, f"{op} {fields}: {took}, not {expected_cycles}"
+            if rescans:
+                self.points.see("rescan", "beside an operation")
+        if not clear:
+            self.points.after(
+                op,
+                fields,
+                answer,
+                was=was,
+                valid=valid,
+                searched=searched,
+                cycles=expected_cycles,
+                late=late,
+                later=later,
+            )
         if clear:
+            self.points.forget()
+            self.clears["under an operation"] += 1
             await self.until_idle()
         self.window.clear()
         name = BufferOp(op).name
@@ -478,6 +539,8 @@ class TB:
         await cycles(self.dut)  # So that the pulse is high at a falling edge.
         self.window.append(list(self.golden.storage.valid))
         self.golden.clear()
+        self.points.forget()
+        self.clears["idle"] += 1
         self._changed()
         self.dut.clear.value = 1
         await cycles(self.dut)
@@ -649,8 +712,8 @@ class Scheduler:
             for slot, (_, _, wait, _) in self.filling.items()
             if wait is not None and wait[0].sent_count >= wait[1]
         ]
-        if not there:
-            await cycles(tb.dut)
+        if not there or self.random.random() < 0.05:
+            await self._fill_idle()
             return
         slot = self.random.choice(there)
         entry = self.filling[slot]
@@ -665,6 +728,21 @@ class Scheduler:
         await tb.operate(FILL, slot=slot, tile=tile, last=last, failed=failed, clear=clear)
         if clear:
             self.forget()
+
+    async def _fill_idle(self):
+        """Fill what isn't filling, which changes nothing."""
+        config = self.tb.config
+        slots = [slot for slot in range(config.slots) if slot not in self.filling]
+        if not slots:
+            await cycles(self.tb.dut)
+            return
+        await self.tb.operate(
+            FILL,
+            slot=self.random.choice(slots),
+            tile=self.random.randrange(config.tiles),
+            last=self.random.random() < 0.8,
+            failed=self.random.random() < 0.5,
+        )
 
     async def _cancel(self):
         """Cancel a fill that waits for no write, or what is no fill at all."""
@@ -774,7 +852,7 @@ class Scheduler:
         for _ in range(4):
             self._read()
         await cycles(tb.dut, self.random.choice([self.random.randrange(9), 40]))
-        await tb.reset()
+        await tb.reset(at_work=True)
         self.forget()
 
     async def release_all(self):
@@ -805,6 +883,15 @@ async def keeps_in_step(dut, stall):
     await scheduler.run(parameters()["steps"])
     await scheduler.release_all()
     await tb.compare_all()
+    points = tb.points
+    if stall == "none":
+        return
+    part = {"light": "light stalls", "bursts": "bursts of stalls"}[stall]
+    ops = set(BufferOp) - ({COPY} if tb.config.replicas == 1 else set())
+    if points.done == ops and points.policies == set(Policy) and len(points.kinds) > 1:
+        points.see("lockstep", part)
+    if tb.seen.get(("FURTHER COPY", "ALLOCATED")):
+        points.see("copy", part)
 
 
 @cocotb.test()
@@ -817,6 +904,15 @@ async def clears_and_resets_at_any_time(dut, stall):
     scheduler.clear = scheduler.reset = 0.0
     await scheduler.release_all()
     await tb.compare_all()
+    for name in tb.clears:
+        tb.points.see("clear", name)
+    for name in ("in a search", "elsewhere"):
+        if tb.resets[name]:
+            tb.points.see("reset", name)
+    if tb.resets["rescan"]:
+        tb.points.see("rescan", "reset")
+    if tb.clears and tb.resets and tb.seen.get(("FURTHER COPY", "ALLOCATED")):
+        tb.points.see("copy", "clears")
 
 
 @cocotb.test()
@@ -844,6 +940,8 @@ async def lasts(dut):
         codes = (RESIDENT, FILLING, ALLOCATED, NO_SLOT, REFUSED)
         expected |= {(name, code.name) for name in ("COPY", "FURTHER COPY") for code in codes}
     assert tb.seen.keys() >= expected, expected - tb.seen.keys()
+    if tb.points.policies == set(Policy):
+        tb.points.see("cycles")
     if parameters()["valued"]:
         expected = {code.name for code in RescanCode}
         if tb.config.model.layers > 1:
@@ -878,6 +976,8 @@ async def strobes_with_every_refusal(dut):
     expected["cancelled"] = tb.seen.get(("CANCEL", "RESIDENT"), 0)
     assert counts == expected
     assert expected["refused"] > 0
+    if all(expected.values()):
+        tb.points.see("strobes")
     await scheduler.release_all()
     await tb.finish()
 
@@ -895,6 +995,84 @@ async def cancels_nothing_that_is_locked(dut):
     if free:
         await tb.fetch(answer.slot)
         await tb.operate(UNLOCK, layer=0, expert=1)
+    await tb.finish()
+
+
+@cocotb.test()
+async def locks_as_many_as_may_be(dut):
+    """One lock or copy more is refused, and every demand still finds a slot."""
+    tb = TB(dut)
+    config, model = tb.config, tb.config.model
+    experts = [(layer, expert) for layer in range(model.layers) for expert in range(model.experts)]
+    tb.random.shuffle(experts)
+    if len(experts) <= config.lockable + 2 or config.lockable == 0:
+        return
+    await tb.start()
+    tb.set_policy(tb.random.choice(list(Policy)))
+    missing, fetched = ({"layer": layer, "expert": expert} for layer, expert in experts[:2])
+    answer = await tb.operate(PREFETCH, **fetched)
+    await tb.fetch(answer.slot, beats=1)
+    for layer, expert in experts[2:][: config.lockable]:
+        answer = await tb.operate(LOCK, layer=layer, expert=expert)
+        assert answer.code == ALLOCATED
+    for which in (missing, fetched):
+        answer = await tb.operate(LOCK, **which)
+        assert answer.code == NO_SLOT
+        if config.replicas > 1:
+            answer = await tb.operate(COPY, **which, value=0, last=True)
+            assert answer.code == NO_SLOT
+    for ctx in range(config.contexts):
+        for index in range(model.top_k):
+            layer = ctx % model.layers
+            # Of any other context's route, too.
+            expert = (ctx // model.layers * model.top_k + index) % model.experts
+            answer = await tb.operate(DEMAND, ctx=ctx, layer=layer, expert=expert, index=index)
+            assert answer.code != NO_SLOT
+    await tb.finish()
+
+
+@cocotb.test()
+async def keeps_prefetches_by_their_confidence(dut):
+    """Until they are demanded, or a route of their layer has begun."""
+    tb = TB(dut)
+    config, model = tb.config, tb.config.model
+    experts = [
+        (layer, expert) for layer in range(1, model.layers) for expert in range(model.experts)
+    ]
+    if config.slots < 4 or len(experts) < config.slots + 4:
+        return
+    await tb.start()
+    tb.random.shuffle(experts)
+
+    async def prefetch(layer, expert, value, *, last=False):
+        answer = await tb.operate(PREFETCH, layer=layer, expert=expert, value=value, last=last)
+        if answer.code == ALLOCATED:
+            await tb.operate(FILL, slot=answer.slot, tile=0, last=1, failed=0)
+        return answer
+
+    # By policy LRU every slot is taken, wherever a search would look.
+    early = [(await prefetch(0, expert, 80)).slot for expert in range(2)]
+    for _ in range(config.slots - 2):
+        answer = await prefetch(*experts.pop(), 40)
+        assert answer.code == ALLOCATED and not answer.evicted
+    tb.set_policy(LFU)
+    assert (await prefetch(*experts[-1], 39)).code == OUTBID
+    assert (await prefetch(*experts[-1], 40, last=True)).code == OUTBID
+    answer = await prefetch(*experts.pop(), 40)
+    assert answer.code == ALLOCATED and answer.evicted_unused and answer.slot not in early
+    # Layer 0 passes, and one of its experts is used.
+    answer = await tb.operate(DEMAND, ctx=0, layer=0, expert=0, index=0)
+    assert answer.code == RESIDENT and answer.prefetched
+    await tb.operate(RELEASE, ctx=0, layer=0)
+    taken = set()
+    for _ in early:
+        for _ in range(tb.buffer.passes + 1):  # until the search has come round to them
+            answer = await prefetch(*experts[-1], 20, last=True)
+            if answer.code == ALLOCATED:
+                break
+        taken.add(answer.slot)
+        experts.pop()
+    assert taken == set(early)
     await tb.finish()
 
 
@@ -928,15 +1106,27 @@ async def finds_a_victim_in_bounded_cycles(dut):
         assert answer.code == ALLOCATED
         filling.append(answer.slot)
     assert sorted(filling) == sorted(set(filling))
+    waiting = False
     if experts and len(filling) == config.slots:
         layer, expert = experts.pop()
+        for _ in range(12):
+            tb.send_values()
         refused = await tb.operate(PREFETCH, layer=layer, expert=expert)
         assert refused.code == NO_SLOT
         assert tb.passes[-1] == buffer.passes
+        # More were queued than it takes before it searches.
+        waiting = tb.values.pending > 0
+        await tb.finish_values()
         await tb.operate(CANCEL, slot=filling.pop())
         await tb.operate(PREFETCH, layer=layer, expert=expert)
     bound = buffer.search_latency + (buffer.passes - 1) * buffer.pass_cycles
     assert 0 < longest < bound
+    if (
+        waiting
+        and parameters()["valued"]
+        and longest >= (buffer.passes - 1) * buffer.pass_cycles > 0
+    ):
+        tb.points.see("values_bounded")
     # Within 50 cycles of its beginning where one slot of the pass may be taken.
     assert config.contexts > 2 or buffer.search_latency - buffer.lookup_latency <= 50
     cocotb.log.info(f"victim after {buffer.search_latency} cycles, at most {bound}")
@@ -954,6 +1144,7 @@ async def reads_a_beat_in_every_cycle(dut):
     beats = tb.config.expert_beats
     # Writes go on in another slot meanwhile.
     other = await tb.operate(PREFETCH, layer=0, expert=0)
+    before = sum(writer.sent_count for writer in tb.writers)
     if other.code == ALLOCATED:
         for tile in range(tb.config.tiles):
             tb.write_tile(other.slot, tile)
@@ -963,11 +1154,14 @@ async def reads_a_beat_in_every_cycle(dut):
         await cycles(dut)
     await tb.reads[bank].sent()
     last = tb.reads[bank].cycle
+    written = sum(writer.sent_count for writer in tb.writers) - before
     while tb.pending:
         await cycles(dut)
     start = last - (beats - 1) + tb.buffer.read_latency
     assert tb.beats[bank].arrival == list(range(start, start + beats))
     assert all(beat["ok"] for beat in tb.beats[bank].received)
+    if written > beats // 2:
+        tb.points.see("reads_sustained")
     await tb.finish()
 
 
@@ -978,14 +1172,20 @@ async def holds_beats_under_backpressure(dut):
     await tb.start()
     answer = await tb.operate(DEMAND, ctx=0, layer=0, expert=1, index=0)
     await tb.fetch(answer.slot)
+    beats, held = tb.beats[tb.bank(answer.slot)], 0
+    got = len(beats.received)
     for wait in range(12):
-        tb.beats[tb.bank(answer.slot)].paused = True
+        beats.paused = True
         for beat in range(8):
             tb.read(answer.slot, (beat * 5 + wait) % tb.config.expert_beats)
         await cycles(dut, wait + 1)
-        tb.beats[tb.bank(answer.slot)].paused = False
+        held += beats.offers
+        beats.paused = False
         await cycles(dut, 1 + wait % 3)
     await tb.finish()
+    assert len(beats.received) == got + 12 * 8
+    if held:
+        tb.points.see("reads_held")
 
 
 @cocotb.test()
@@ -1008,16 +1208,169 @@ async def reads_out_of_range_are_not_ok(dut):
     await tb.finish()
     expected = got + len(places) + config.replicas - 1
     assert sum(len(beats.received) for beats in tb.beats) == expected
+    if places and places[0][0] and places[-1][1]:
+        # Slots and beats, of which either may have no such numbers.
+        tb.points.see("reads_out_of_range")
+
+
+@cocotb.test()
+async def refuses_what_is_out_of_range(dut):
+    """Every number that is too great, in every operation that uses it, changes nothing."""
+    tb = TB(dut)
+    await tb.start()
+    scheduler = Scheduler(tb)
+    await scheduler.run(40)
+    await tb.finish_values()
+    config, model, rng = tb.config, tb.config.model, tb.random
+    limits = {
+        "ctx": config.contexts,
+        "layer": model.layers,
+        "expert": model.experts,
+        "index": model.top_k,
+        "slot": config.slots,
+        "tile": config.tiles,
+    }
+    uses = {
+        DEMAND: ("ctx", "layer", "expert", "index"),
+        PREFETCH: ("layer", "expert"),
+        FILL: ("slot", "tile"),
+        RELEASE: ("ctx", "layer"),
+        CANCEL: ("slot",),
+        LOCK: ("layer", "expert"),
+        UNLOCK: ("layer", "expert"),
+        COPY: ("layer", "expert"),
+    }
+    others = {COPY: {"value": 0, "last": 1}, FILL: {"last": 1, "failed": 1}}
+    tried = set()
+    valid = list(tb.golden.storage.valid)
+    for op, fields in uses.items():
+        cases = [
+            {name: number}
+            for name in fields
+            # All of them, or the first and the last few.
+            for number in sorted(
+                {*range(limits[name], 1 << config.bits(name))[:2]}
+                | {*range(limits[name], 1 << config.bits(name))[-2:]}
+            )
+        ]
+        if op == COPY:
+            # Where nothing has copies there is no such operation.
+            cases = [*cases, {"value": config.replicas}, {"value": 255}]
+            cases += [{}] if config.replicas == 1 else []
+        for case in cases:
+            used = {name: rng.randrange(limits[name]) for name in fields}
+            was = tb.points.before()
+            answer = await tb.operate(op, **{**used, **others.get(op, {}), **case})
+            assert answer.code == INVALID, f"{op.name} {case}"
+            assert tb.points.same(was) and tb.golden.storage.valid == valid
+            tried |= {(op, name) for name in case or {"op": 0}}
+    wanted = {(op, name) for op, fields in uses.items() for name in fields}
+    if config.replicas == 1:
+        wanted = {each for each in wanted if each[0] != COPY} | {(COPY, "op")}
+    # What it may have changed would be seen.
+    await scheduler.run(40)
+    await scheduler.release_all()
+    await tb.finish()
+    if tried >= {each for each in wanted if each[0] != COPY}:
+        tb.points.see("out_of_range")
+    if config.replicas > 1 and tried >= {each for each in wanted if each[0] == COPY} | {
+        (COPY, "value")
+    }:
+        tb.points.see("copy_out_of_range")
+
+
+@cocotb.test()
+async def takes_writes_of_both_ports(dut):
+    """Beats of the host wait for those of the DMA, which never do."""
+    tb = TB(dut)
+    config = tb.config
+    if tb.host_writes is None:
+        return
+    await tb.start()
+    slots = []
+    for expert in range(2):
+        answer = await tb.operate(PREFETCH, layer=0, expert=expert)
+        assert answer.code == ALLOCATED
+        slots.append(answer.slot)
+    beats = config.expert_beats
+    sent = [writer.sent_count for writer in tb.writers]
+    for slot, writer in zip(slots, tb.writers, strict=True):
+        for beat in range(beats):
+            data = tb.random.randbytes(config.data_bytes)
+            tb.queued[writer].append((slot, beat, data))
+            writer.send({"slot": slot, "beat": beat, "data": data})
+            tb.queued_count[writer] += 1
+    # The host's come last, each in a cycle of its own.
+    await cycles(dut, 2 + beats)
+    await ReadWrite()
+    assert tb.writes.pending == 0, "beats of the DMA have waited"
+    waited = tb.host_writes.pending
+    await cycles(dut, waited + 1)
+    await ReadWrite()
+    assert tb.host_writes.pending == 0
+    assert [writer.sent_count - was for writer, was in zip(tb.writers, sent, strict=True)] == [
+        beats
+    ] * 2
+    for slot in slots:
+        for tile in range(config.tiles):
+            await tb.operate(FILL, slot=slot, tile=tile, last=tile == config.tiles - 1, failed=0)
+    for slot in slots:
+        for beat in range(beats):
+            tb.read(slot, beat)
+            assert tb.pending_of[tb.bank(slot)][-1][2][0][1]
+    await tb.finish()
+    if waited >= beats - 2:
+        tb.points.see("host_writes")
+
+
+@cocotb.test()
+async def refuses_copies_without_room(dut):
+    """No slot of a copy's bank may be taken, or as many as may be are locked; others are free."""
+    tb = TB(dut)
+    config = tb.config
+    if config.replicas == 1:
+        return
+    await tb.start()
+    experts = [
+        (layer, expert)
+        for layer in range(config.model.layers)
+        for expert in range(config.model.experts)
+    ]
+    for policy in Policy:
+        tb.set_policy(policy)
+        layer, expert = experts[0]
+        first = await tb.operate(COPY, layer=layer, expert=expert, value=0, last=True)
+        await tb.fetch(first.slot, beats=1)
+        filling = []
+        for layer, expert in experts[1:]:
+            answer = await tb.operate(PREFETCH, layer=layer, expert=expert)
+            if answer.code == NO_SLOT:
+                break
+            filling.append(answer.slot)
+        for slot in filling:
+            if tb.bank(slot) == tb.bank(first.slot):
+                await tb.operate(CANCEL, slot=slot)
+        layer, expert = experts[0]
+        answer = await tb.operate(COPY, layer=layer, expert=expert, value=1, last=True)
+        assert answer.code == NO_SLOT
+        for slot in filling:
+            if tb.bank(slot) != tb.bank(first.slot):
+                await tb.operate(CANCEL, slot=slot)
+        answer = await tb.operate(COPY, layer=layer, expert=expert, value=1, last=True)
+        assert answer.code == ALLOCATED
+        await tb.fetch(answer.slot, beats=1)
+        await tb.clear()
+    await tb.finish()
 
 
 @cocotb.test()
 async def reads_all_banks_in_the_same_cycle(dut):
     """Every copy of an expert has its bytes, and each bank gives a beat in every cycle."""
     tb = TB(dut)
-    await tb.start()
     config, buffer = tb.config, tb.buffer
     if config.replicas == 1:
         return
+    await tb.start()
     slots = []
     for number in range(config.replicas):
         answer = await tb.operate(COPY, layer=0, expert=1, value=number, last=True)
@@ -1037,6 +1390,14 @@ async def reads_all_banks_in_the_same_cycle(dut):
     start = arrivals[0][0]
     assert arrivals == [list(range(start, start + config.expert_beats))] * config.replicas
     assert all(beat["ok"] for beats in tb.beats for beat in beats.received)
+    # No port gives the beats of other banks.
+    for slot in slots:
+        for bank in range(config.replicas):
+            if bank != tb.bank(slot):
+                tb.pending_of[bank].append((slot, 0, [(b"", False)]))
+                tb.reads[bank].send({"slot": slot, "beat": 0})
+    await tb.finish()
+    tb.points.see("banks_read")
     # One copy fewer: its slot is nobody's, and the others stay.
     gone = config.replicas - 1
     await tb.operate(COPY, layer=0, expert=1, value=gone, last=False)
@@ -1052,10 +1413,10 @@ async def reads_all_banks_in_the_same_cycle(dut):
 async def copies_come_and_go(dut):
     """Most slots may be taken, so that the bank and the policy choose among many."""
     tb = TB(dut)
-    await tb.start()
     config, rng = tb.config, tb.random
     if config.replicas == 1:
         return
+    await tb.start()
     chosen = set()
     for step in range(parameters()["steps"] // 2):
         if step % 8 == 0:

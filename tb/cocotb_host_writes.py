@@ -148,7 +148,7 @@ class _GoldenWriter(_GoldenHost):
         data, numbers = self.host.content(place)
         self.host.times[place] += 1
         for beat in self.host.beats_of(fetch.slot, fetch.tile, data, numbers):
-            assert self.golden.memory.gate.write(*beat)
+            assert self.golden.gate.write(*beat)
         return super().__call__(fetch)
 
 
@@ -175,10 +175,10 @@ async def drained_pace(dut):
         # Nothing is open: nothing that is written changes anything.
         for _ in range(rng.randrange(6)):
             beat = host.stray()
-            assert not golden.memory.gate.write(*beat)
+            assert not golden.gate.write(*beat)
             host.write(beat) if rng.random() < 0.7 else host.post("WRITE", *beat)
         far = host.far()
-        assert not golden.memory.gate.write(*far)
+        assert not golden.gate.write(*far)
         host.post("WRITE", *far)
         await host.port.sent()
         compared += await host.compare(golden)

@@ -20,6 +20,7 @@ from prestage_hw.contract.records import (
     BufferCode,
     BufferOp,
     ErrorCode,
+    FetchReason,
     Policy,
     PrefetchKind,
     PrefetchOutcome,
@@ -80,6 +81,8 @@ class Entry:
         self.tag = None
         self.kind = None  # Of a prefetch.
         self.stream = False  # It is one of a prefill chunk's.
+        self.shared = False  # Candidates of several decisions were for it.
+        self.starving = 0  # Demands that found no slot while it was in flight.
         self.given_up = False
         self.copy = None  # Context and number of the copy that it is fetched for.
         self.again = []  # A context that waits twice: its layer was released and routed again.
@@ -138,14 +141,14 @@ class TB:
         self.failing = failing
         self.base = base
         # The parts' arrays follow each other, the last part's first.
-        whole = config.model.layers * config.model.experts
-        sizes = config.part_bytes
-        self.bases = [base + whole * sum(sizes[part + 1 :]) for part in range(len(sizes))]
+        sizes = config.array_bytes
+        self.bases = [base + sum(sizes[part + 1 :]) for part in range(len(sizes))]
         if len(sizes) > 1:
             dut.part_bases.value = sum(
                 each << at * config.address_bits for at, each in enumerate(self.bases[1:])
             )
-        self.broken = []  # Address ranges of the memory that fail.
+        self.broken = []  # Address ranges of the memory that fail, and why.
+        self.reason = FetchReason.BUS
         self.golden_dma = GoldenDMA(config)
         self.prefetch_tiles = 1
         dut.expert_base.value = self.bases[0]
@@ -162,6 +165,7 @@ class TB:
         dut.clear.value = 0
         dut.clear_statistics.value = 0
         dut.streaming.value = 0
+        dut.gathering.value = 0
         dut.budget.value = 0
         self.table = StreamSource(
             dut, "statistics_requests", RecordLayout("TableRequest", config=config), stall=stall
@@ -214,6 +218,8 @@ class TB:
         self.fill_queue = deque()  # Completions taken whose FILL has not come.
         self.shown = 0
         self.channels = set()  # of the DMA engine that were used
+        self.urgent_off = 0  # Cycles for which ``urgent`` has not been what it must become.
+        self.whole = set()  # Tiles of experts that came whole.
 
     async def reset(self):
         self.forget()
@@ -458,9 +464,7 @@ class TB:
 
     def tile_address(self, layer, expert, tile):
         """Address of a tile of an expert."""
-        spans = self.config.expert_spans(layer, expert, bases=self.bases)
-        size = self.config.tile_bytes
-        return [at + offset for at, each in spans for offset in range(0, each, size)][tile]
+        return self.config.tile_addresses(layer, expert, bases=self.bases)[tile]
 
     def _taken(self, stream):
         """Payload of a stream if it is taken in this cycle."""
@@ -484,6 +488,7 @@ class TB:
                         self._decided()
             self._watch_idle()
             self._watch_offer()
+            self._watch_urgent()
             self.held_for = self.held_for + 1 if self.ports.high("hold") else 0
             if not self.requests.offers:
                 self.shown = self.cycle + 1  # The cycle in which a request shows next.
@@ -603,11 +608,29 @@ class TB:
             self.last_kind = entry.kind
         entry.offered += 1
 
+    def _watch_urgent(self):
+        """A channel is urgent while a tile of a prefetch is on its way that a demand waits for."""
+        tiles = [f for f, *_ in self.memory_queue]
+        if self.offered_now is not None:
+            tiles.append(self.offered_now)
+        wanted = 0
+        for fetch in tiles:
+            entry = self.inflight[fetch["slot"]]
+            if not fetch["demand"] and entry.demand:
+                wanted |= 1 << fetch["channel"]
+        urgent = self.ports.number("urgent")
+        # It follows from what the table knows: a result, or a completion, some cycles later.
+        self.urgent_off = 0 if urgent == wanted else self.urgent_off + 1
+        if self.urgent_off:
+            assert self.urgent_off <= 2 * SLACK + OUTCOME, f"urgent is {urgent:b}, not {wanted:b}"
+        elif wanted:
+            self.expected["urgent"] += 1
+
     def _fetched(self, fetch):
         self.budget.fetched(now=self.cycle)
         failing = False
         address = fetch["address"]
-        for burst, beats in self.golden_dma.bursts(address):
+        for burst, beats in self.golden_dma.bursts(address, tile=fetch["tile"]):
             end = burst + beats * self.config.data_bytes
             if any(first < end and burst < last for first, last in self.broken):
                 failing, address = True, burst
@@ -618,7 +641,7 @@ class TB:
             "failed": int(failing),
             "address": address,
             "channel": fetch["channel"],
-            "reason": int(failing),
+            "reason": int(self.reason if failing else FetchReason.OK),
         }
         due = self.cycle + self.random.randint(*self.latency)
         if self.memory_queue:
@@ -751,6 +774,7 @@ class TB:
                     expected["prefetch_cancelled"] += 1
                 else:
                     expected["fills"] += 1
+                    self.whole.add(self.tiles(entry))
                 prefetch = not entry.demand and entry.copy is None
                 if prefetch and (entry.failed_at is not None or entry.given_up):
                     self._dropped(entry.slot)
@@ -813,6 +837,10 @@ class TB:
                 expected["prefetch_outbid"] += 1
             else:
                 expected["prefetch_redundant"] += 1
+                if code == BufferCode.FILLING:
+                    entry = self.inflight[slot]
+                    decision = self.candidate_looked_up["ctx"], self.candidate_looked_up["deadline"]
+                    entry.shared |= decision != (entry.ctx, entry.deadline)
             return
         self.tried.update(range(self.config.contexts))
         expected["useful"] += result["prefetched"]
@@ -829,6 +857,8 @@ class TB:
             self.retrying = (ctx, layer, expert)
             self.retrying_index = request["index"]
             expected["waits"] += 1
+            for entry in self.inflight.values():
+                entry.starving += 1
             return
         expected["demands"] += 1
         if code == BufferCode.RESIDENT:
@@ -1004,7 +1034,11 @@ class TB:
         assert str(self.dut.cancel_enable.value) == "1"
         assert entry.copy is None, "a copy is never given up"
         assert not entry.demand and entry.completed == entry.offered < self.tiles(entry)
-        assert (self.routes[entry.ctx] - entry.deadline) % 256 < 128, "given up too early"
+        age = (self.routes[entry.ctx] - entry.deadline) % 256
+        gathering = self.ports.number("gathering") >> entry.ctx & 1
+        if age >= 128 or entry.shared or (gathering and age == 0):
+            assert entry.starving, "given up too early"
+            self.expected["spared"] += 1
 
     def _waits_for(self):
         """Kind of the prefetch tile that a demand finds before it, once a decision."""
@@ -1018,9 +1052,9 @@ class TB:
             layer=layer, expert=expert, slot=slot, demand=demand, ctx=ctx, cycle=self.cycle
         )
         if self.random.random() < self.failing:
-            beats = self.config.layer_tiles[layer] * self.config.tile_beats
-            tile, beat = divmod(self.random.randrange(beats), self.config.tile_beats)
-            first = self.tile_address(layer, expert, tile) + beat * self.config.data_bytes
+            spans = self.config.expert_spans(layer, expert, bases=self.bases)
+            at, size = self.random.choice(spans)
+            first = at + self.random.randrange(0, size, self.config.data_bytes)
             self.broken.append((first, first + self.config.data_bytes))
 
     def _answer(self, entry, ctx):
@@ -1028,7 +1062,13 @@ class TB:
             self.due.append(Ready(ctx, entry.layer, entry.expert, entry.slot))
         else:
             self.due_events.append(
-                Event(ErrorCode.BUS, ctx, entry.layer, entry.expert, entry.failed_address)
+                Event(
+                    ErrorCode[self.reason.name],
+                    ctx,
+                    entry.layer,
+                    entry.expert,
+                    entry.failed_address,
+                )
             )
 
 
@@ -1144,6 +1184,7 @@ async def run_timed(dut, stall, latency, failing):
         # What is given up is known to the scoreboard only when it ends.
         dut.budget.value = tb.random.randrange(1, 9)
     dut.streaming.value = tb.random.randrange(1 << config.contexts)
+    dut.gathering.value = tb.random.randrange(1 << config.contexts)
     await tb.reset()
     work = Workload(tb, hold=1)
     for step in range(60):
@@ -1181,10 +1222,16 @@ async def run_timed(dut, stall, latency, failing):
     for name in names:
         assert tb.strobes[name], f"the workload has no {name}"
     await tb.check_statistics()
-    if len(config.part_bytes) > 1:
-        hit("scheduler.parts")
-    if config.layer_bytes:
-        hit("scheduler.sizes")
+    if tb.expected["urgent"]:
+        hit("scheduler.urgent")
+    if tb.strobes["fill_errors"] and config.contexts > 1:
+        hit("scheduler.timed")
+        if len(config.part_bytes) > 1 and tb.whole:
+            hit("scheduler.parts")
+        if config.layer_bytes and tb.whole == set(config.layer_tiles):
+            hit("scheduler.sizes")
+        if config.rows and tb.whole:
+            hit("scheduler.rows")
     dut._log.info("counters: %s", dict(tb.strobes))
     return tb
 
@@ -1212,8 +1259,11 @@ async def drained(dut, stall, failing, full):
 async def copies_drained(dut, stall, failing):
     """The same with copies between the decisions."""
     if parameters()["config"].replicas > 1:
-        await run_drained(dut, stall, failing, False)
-        hit("scheduler.copies_drained")
+        tb = await run_drained(dut, stall, failing, False)
+        for code in ("ALLOCATED_1", "RESIDENT_0"):
+            assert tb.expected[f"copy_{code}"], f"the workload has no {code}"
+        if failing and tb.strobes["prefetch_throttled"]:
+            hit("scheduler.copies_drained")
 
 
 async def run_drained(dut, stall, failing, full):
@@ -1312,6 +1362,24 @@ async def run_drained(dut, stall, failing, full):
     for name in ("state", "pins", "evicted_by_prefetch"):
         ours = getattr(tb.buffer.directory, name)
         assert ours == getattr(golden_buffer.directory, name), name
+    hit("scheduler.drained", *seen_drained(tb), of=DRAINED)
+    return tb
+
+
+#: What runs at drained pace have to differ in.
+DRAINED = (*Policy, "throttle off", "throttled", "failing")
+
+
+def seen_drained(tb):
+    """Those of :data:`DRAINED` that a run has shown."""
+    seen = [tb.policy] if tb.strobes["evictions"] else []
+    if not tb.throttle_enable:
+        seen.append("throttle off")
+    if tb.strobes["prefetch_throttled"] and tb.strobes["prefetch_issued"]:
+        seen.append("throttled")
+    if tb.strobes["fill_errors"]:
+        seen.append("failing")
+    return seen
 
 
 def check_order(answers, expected):
@@ -1347,13 +1415,14 @@ async def latencies(dut):
     tb.log.clear()
     tb.demand(0, 0, [3])
     await tb.idle()
-    hit = passed("command", "ready") - b
-    dut._log.info("latency without the buffer's: hit %d, miss %d, fill %d", hit, miss, fill)
-    assert (hit, miss, fill) == (
+    resident = passed("command", "ready") - b
+    dut._log.info("latency without the buffer's: hit %d, miss %d, fill %d", resident, miss, fill)
+    assert (resident, miss, fill) == (
         Scheduler.hit_latency,
         Scheduler.miss_latency,
         Scheduler.fill_latency,
     )
+    hit("scheduler.latencies")
 
 
 @cocotb.test()
@@ -1382,6 +1451,9 @@ async def demand_promotes_a_prefetch(dut):
         "fills": 1,
         **({"demand_bytes": tiles - 1} if tiles > 1 else {}),
     }
+    if tiles > 1:
+        assert tb.channels == {0, 1}
+        hit("scheduler.promote")
 
 
 @cocotb.test()
@@ -1420,9 +1492,74 @@ async def routed_layer_gives_up(dut, tiles_out, wanted):
     assert len(tb.answers) == config.model.top_k + int(wanted)
     assert all(isinstance(answer, Ready) for answer in tb.answers)
     # It may be fetched anew.
-    tb.candidate(0, 2, config.model.experts - 1)
+    again = 2 if wanted else 1
+    tb.candidate(0, again, config.model.experts - 1)
     await tb.idle()
     assert tb.strobes["prefetch_issued"] == 2
+    if wanted:
+        hit("scheduler.give_up_wanted")
+    else:
+        hit("scheduler.give_up", tiles_out, of=(0, 1))
+
+
+@cocotb.test()
+async def a_chunk_keeps_its_prefetches(dut):
+    """A layer's first route leaves them to the chunk's other tokens; the next layer's does not."""
+    tb = TB(dut, latency=(5, 5))
+    config = tb.config
+    if config.layer_tiles[1] < 2:
+        return
+    ctx = config.contexts - 1
+    dut.cancel_enable.value = 1
+    dut.gathering.value = 1 << ctx
+    await tb.reset()
+    experts = list(range(config.model.top_k))
+    # So that no demand waits for memory.
+    for layer in range(1, 4):
+        tb.demand(ctx, layer, experts)
+        tb.release(ctx, layer)
+        await tb.idle()
+    for late in (False, True):
+        tb.hold_memory = True
+        before = tb.strobes["prefetch_cancelled"]
+        layer = 2 if late else 1
+        tb.candidate(ctx, layer, config.model.experts - 1)
+        await cycles(dut, 60)
+        tb.demand(ctx, layer, experts)
+        tb.release(ctx, layer)
+        await cycles(dut, 200)
+        tb.demand(ctx, layer + late, experts, repeat=int(not late))
+        tb.release(ctx, layer + late)
+        await cycles(dut, 300)
+        tb.hold_memory = False
+        await tb.idle()
+        assert tb.strobes["prefetch_cancelled"] - before == late
+    hit("scheduler.chunk_keeps")
+
+
+@cocotb.test()
+async def candidates_share_a_fetch(dut):
+    """What two contexts are predicted to choose comes, though one of them does not."""
+    tb = TB(dut, latency=(5, 5))
+    config = tb.config
+    if config.contexts < 2 or config.layer_tiles[1] < 2:
+        return
+    dut.cancel_enable.value = 1
+    for shared in (False, True):
+        await tb.reset()
+        tb.hold_memory = True
+        tb.candidate(0, 1, config.model.experts - 1)
+        await cycles(dut, 60)
+        # The same decision's once more changes nothing.
+        tb.candidate(int(shared), 1, config.model.experts - 1)
+        await cycles(dut, 60)
+        assert tb.strobes["prefetch_redundant"] == 1
+        tb.demand(0, 1, list(range(config.model.top_k)))
+        await cycles(dut, 200)
+        tb.hold_memory = False
+        await tb.idle()
+        assert tb.strobes["prefetch_cancelled"] == (not shared)
+    hit("scheduler.candidates_share")
 
 
 @cocotb.test()
@@ -1498,6 +1635,7 @@ async def throttle_switches_off_and_on(dut):
     tb.throttle.clear()
     await cycles(dut, 6)
     assert int(dut.throttle_state.value) == tb.throttle.state
+    hit("scheduler.throttle")
 
 
 async def paced(tb, *, cycles_a_layer, layers):
@@ -1510,8 +1648,12 @@ async def paced(tb, *, cycles_a_layer, layers):
             await cycles(tb.dut, cycles_a_layer)
 
 
+#: In eighths of an expert; what is more counts as a whole one.
+BUDGETS = [0, 1, 4, 8, 15]
+
+
 @cocotb.test()
-@cocotb.parametrize(budget=[0, 1, 4, 8, 15])
+@cocotb.parametrize(budget=BUDGETS)
 async def drops_what_comes_late(dut, budget):
     """What would come late is dropped: by the budget, the deadline, and what is in flight."""
     latency = 40
@@ -1562,7 +1704,7 @@ async def drops_what_comes_late(dut, budget):
     tb.candidate(0, 1, expert - 3, deadline=tb.routes[0] + 1)
     await tb.idle()
     assert tb.strobes["prefetch_late_dropped"] == 0
-    hit("scheduler.budget")
+    hit("scheduler.budget", budget, of=BUDGETS)
 
 
 @cocotb.test()
@@ -1573,7 +1715,7 @@ async def statistics_by_layer(dut):
     experts = config.model.experts
     await tb.reset()
     near, hint = PrefetchKind.NEAR, PrefetchKind.HINT
-    # Useful in time; useful but late, as a hint; of no use.
+    # Useful in time; useful but late, as a hint; of no use, since it fails.
     tb.candidate(0, 1, experts - 1, deadline=1)
     await tb.idle()
     tb.demand(0, 1, [experts - 1])
@@ -1585,7 +1727,13 @@ async def statistics_by_layer(dut):
     await cycles(dut, 40)
     tb.hold_memory = False
     await tb.idle()
+    address = tb.tile_address(3, experts - 1, 0)
+    tb.broken.append((address, address + config.data_bytes))
+    tb.candidate(0, 3, experts - 1)
+    await tb.idle()
+    tb.broken.clear()
     count = tb.statistics.count
+    assert count(3, near, PrefetchOutcome.ISSUED) == count(3, near, PrefetchOutcome.USELESS) == 1
     assert count(1, near, PrefetchOutcome.ISSUED) == count(1, near, PrefetchOutcome.USEFUL) == 1
     assert count(2, hint, PrefetchOutcome.USEFUL) == count(2, hint, PrefetchOutcome.LATE) == 1
     assert not count(1, near, PrefetchOutcome.LATE) and not count(1, near, PrefetchOutcome.USELESS)
@@ -1597,6 +1745,21 @@ async def statistics_by_layer(dut):
     assert str(dut.idle.value) == "0"
     tb.statistics.clear()
     await tb.idle()
+    await tb.check_statistics()
+    # One that evicts what is demanded next.
+    await tb.reset()
+    count = tb.statistics.count
+    for number in range(config.slots):
+        layer, expert = divmod(number, experts)
+        tb.demand(0, layer, [expert])
+        tb.release(0, layer)
+        await tb.idle()
+    last = config.model.layers - 1
+    tb.candidate(0, last, experts - 1)
+    await tb.idle()
+    tb.demand(0, 0, [0])
+    await tb.idle()
+    assert count(last, near, PrefetchOutcome.POLLUTING) == 1
     await tb.check_statistics()
     hit("scheduler.statistics")
 
@@ -1625,7 +1788,8 @@ async def chunks_use_the_stream_channel(dut):
     tb.hold_memory = False
     await tb.idle()
     assert tb.channels == {0, 1, config.stream_channel}
-    hit("scheduler.stream")
+    if config.stream_channel > 1:
+        hit("scheduler.stream")
 
 
 @cocotb.test()
@@ -1649,6 +1813,8 @@ async def promoted_prefetch_goes_behind_earlier_demands(dut):
     )
     tb.hold_memory = False
     await tb.idle()
+    if tiles > 1:
+        hit("scheduler.order")
 
 
 @cocotb.test()
@@ -1670,18 +1836,21 @@ async def demand_waits_for_one_tile(dut):
     )
     tb.hold_memory = False
     await tb.idle()
+    hit("scheduler.one_tile")
 
 
 @cocotb.test()
-@cocotb.parametrize(fails=[False, True])
+@cocotb.parametrize(fails=["never", "BUS", "TIMEOUT", "ABORTED", "ADDRESS"])
 async def contexts_share_a_fetch(dut, fails):
     """All contexts that wait for an expert are answered, ascending, if it arrives or fails."""
     tb = TB(dut, latency=(3, 9))
+    if fails != "never":
+        tb.reason = FetchReason[fails]
     config = tb.config
     await tb.reset()
     tb.hold_memory = True
     address = tb.tile_address(1, 2, 0)
-    if fails:
+    if fails != "never":
         tb.broken.append((address + config.tile_bytes // 2, address + config.tile_bytes))
     for ctx in reversed(range(config.contexts)):
         tb.demand(ctx, 1, [2])
@@ -1690,8 +1859,8 @@ async def contexts_share_a_fetch(dut, fails):
     await tb.idle()
     assert [a.ctx for a in tb.answers] == list(range(config.contexts))
     assert tb.strobes["merged"] == config.contexts - 1
-    if fails:
-        assert all(a.code == ErrorCode.BUS for a in tb.answers)
+    if fails != "never":
+        assert all(a.code == ErrorCode[fails] for a in tb.answers)
         first = next(
             at
             for at, beats in GoldenDMA(config).bursts(address)
@@ -1699,6 +1868,9 @@ async def contexts_share_a_fetch(dut, fails):
         )
         assert all(a.address == first for a in tb.answers)
         assert tb.strobes["fill_errors"] == 1 and tb.strobes["fills"] == 0
+        hit("scheduler.reasons")
+    if config.contexts > 1:
+        hit("scheduler.merge", "fails" if fails else "comes", of=("comes", "fails"))
 
 
 @cocotb.test()
@@ -1715,6 +1887,7 @@ async def routed_again_while_in_flight(dut):
     await tb.idle()
     assert [a[:3] for a in tb.answers] == [(0, 1, 2)] * 2
     assert tb.strobes["merged"] == 1 and tb.strobes["misses"] == 1
+    hit("scheduler.again")
 
 
 def places(config):
@@ -1726,10 +1899,12 @@ def places(config):
 
 
 @cocotb.test()
-async def demand_waits_for_a_slot(dut):
+@cocotb.parametrize(cancel=[False, True])
+async def demand_waits_for_a_slot(dut, cancel):
     """With every slot pinned or filling a demand waits, then takes the slot of a prefetch."""
     tb = TB(dut, latency=(3, 9))
     config = tb.config
+    dut.cancel_enable.value = int(cancel)
     await tb.reset()
     model = config.model
     left = config.slots - 1
@@ -1753,8 +1928,50 @@ async def demand_waits_for_a_slot(dut):
     tb.hold_memory = False
     await tb.idle()
     assert tb.answers[-1][:3] == (0, layer, model.experts - 2)
-    assert tb.expected["waits"] == config.layer_tiles[layer]
+    tiles = config.layer_tiles[layer]
+    assert tb.expected["waits"] == (1 if cancel else tiles)
+    assert tb.strobes["prefetch_cancelled"] == (cancel and tiles > 1)
     assert tb.strobes["refused"] == 0
+    hit("scheduler.no_slot", "waits", of=("waits", "refused"))
+    if cancel and tiles > 1:
+        hit("scheduler.spares_a_slot")
+
+
+@cocotb.test()
+async def demand_takes_the_slot_of_the_youngest(dut):
+    """Of several prefetches the one that was begun last goes, and at once if no tile is out."""
+    tb = TB(dut, latency=(3, 9))
+    config = tb.config
+    model = config.model
+    layer = model.layers - 1
+    if config.layer_tiles[layer] < 2 or config.prefetch_inflight < 2:
+        return
+    dut.cancel_enable.value = 1
+    await tb.reset()
+    left = config.slots - 2
+    for at, ctx, experts in places(config):
+        tb.demand(ctx, at, experts[:left])
+        left -= len(experts[:left])
+        await tb.idle()
+        if not left:
+            break
+    assert tb.taken_slots() == config.slots - 2 and at < layer
+    tb.hold_memory = True
+    deadline = (tb.routes[0] + 1) % 256
+    for expert in (model.experts - 1, model.experts - 2):
+        tb.candidate(0, layer, expert, deadline=deadline)
+        await cycles(dut, 60)
+    assert len(tb.inflight) == 2
+    tb.demand(0, layer, [model.experts - 3])
+    await cycles(dut, 200)
+    # The second one had no tile with the memory, which answers nothing: its slot is free at once.
+    assert tb.expected["waits"] == 1 and tb.retrying is None
+    assert {e.expert for e in tb.inflight.values()} == {model.experts - 1, model.experts - 3}
+    assert tb.strobes["prefetch_cancelled"] == 1
+    tb.hold_memory = False
+    await tb.idle()
+    assert tb.answers[-1][:3] == (0, layer, model.experts - 3)
+    hit("scheduler.spares_the_youngest")
 
 
 @cocotb.test()
@@ -1780,6 +1997,7 @@ async def every_slot_pinned(dut):
         Event(ErrorCode.NO_SLOT, 0, layer, expert, 0) for expert in range(model.top_k)
     ]
     assert tb.strobes["refused"] == model.top_k
+    hit("scheduler.no_slot", "refused", of=("waits", "refused"))
 
 
 @cocotb.test()
@@ -1808,6 +2026,7 @@ async def queue_overflows(dut):
         tb.strobes[n] for n in ("prefetch_issued", "prefetch_redundant", "prefetch_no_slot")
     )
     assert served == places
+    hit("scheduler.overflow")
 
 
 @cocotb.test()
@@ -1823,6 +2042,7 @@ async def enable_low(dut):
     assert tb.strobes["prefetch_issued"] == 2
     assert [key for op, key, _ in tb.lookups if op == BufferOp.PREFETCH] == [(0, 1, 1), (0, 1, 3)]
     dut.enable.value = 1
+    hit("scheduler.enable")
 
 
 @cocotb.test()
@@ -1873,6 +2093,8 @@ async def stale_candidates(dut):
             )
             await tb.idle()
             assert tb.strobes["prefetch_stale"] - before == (ahead <= 0)
+    # Deadlines that far apart lie on either side of where counts wrap.
+    hit("scheduler.stale")
 
 
 async def _rescan_while_busy(tb, *, proposals, budgets=(0,)):
@@ -1946,8 +2168,8 @@ async def rescans_drained(dut, stall):
     if tb.rescans is None:
         return
     config, rng = tb.config, tb.random
-    # How often a demand that waits for a slot asks again hangs on time.
-    tb.policy = Policy.LRU if failing else rng.choice(list(Policy))
+    # LRU where fetches fail: how often a demand that waits for a slot asks again hangs on time.
+    tb.policy = {"none": Policy.NEXT_USE, "some": Policy.LRU, "long": Policy.LFU}[stall]
     if stall == "long":
         tb.throttled_at_random()
     dut.cancel_enable.value = 1
@@ -2023,7 +2245,7 @@ async def rescans_drained(dut, stall):
     for name in ("state", "pins", "evicted_by_prefetch"):
         ours = getattr(tb.buffer.directory, name)
         assert ours == getattr(golden_buffer.directory, name), name
-    hit("scheduler.rescans_drained")
+    hit("scheduler.rescans_drained", *seen_drained(tb), of=DRAINED)
 
 
 @cocotb.test()
@@ -2033,6 +2255,7 @@ async def reset_in_flight(dut):
     config = tb.config
     await tb.reset()
     work = Workload(tb)
+    busy = 0
     for _ in range(10):
         for _ in range(3):
             ctx = tb.random.randrange(config.contexts)
@@ -2040,8 +2263,11 @@ async def reset_in_flight(dut):
             for target, expert in work.candidates(ctx, layer):
                 tb.candidate(ctx, target, expert)
         await cycles(dut, tb.random.randrange(1, 200))
+        busy += bool(tb.inflight)
         await tb.reset()
         work = Workload(tb)
         work.step(0)
         await tb.idle()
         assert len(tb.answers) == config.model.top_k
+    assert busy > 2, "resets came when hardly anything was in flight"
+    hit("scheduler.reset")

@@ -166,7 +166,8 @@ async def follows_golden(dut, layer, tile):
             assert int(dut.layer_time.value) == 0
             answers |= await bench.run(10, layer=layer, tile=tile)
     assert answers == {False, True}
-    hit("budget.lockstep")
+    hit("budget.lockstep", "traffic", of=("traffic", "pauses"))
+    # The moment of each was compared.
     hit("budget.latency")
 
 
@@ -191,6 +192,7 @@ async def long_pauses(dut):
         await bench.pause(4)
         bench.compare()
         assert (bench.golden.layer_time != before) == (gap < limit)
+    hit("budget.lockstep", "pauses", of=("traffic", "pauses"))
 
 
 @pytest.mark.parametrize("name", ["odd", pytest.param("tiny", marks=pytest.mark.soak)])

@@ -34,7 +34,7 @@ CONFIGS = {
     "odd": DeviceConfig(
         model=ModelConfig(name="odd", layers=5, experts=60, top_k=3),
         slots=23,
-        contexts=2,
+        contexts=3,
         expert_bytes=1536,
         data_bytes=4,
     ),
@@ -45,7 +45,12 @@ CONFIGS = {
         data_bytes=64,
     ),
     # Passes of a search overlap.
-    "two-banks": TINY_DEVICE.replace(replicas=2, slots=16, victim_samples=5),
+    "two-banks": TINY_DEVICE.replace(
+        model=ModelConfig(name="two", layers=3, experts=11, top_k=2),
+        replicas=2,
+        slots=16,
+        victim_samples=5,
+    ),
     "four-banks": DeviceConfig(
         model=ModelConfig(name="banks", layers=3, experts=12, top_k=1),
         slots=12,

@@ -127,6 +127,8 @@ async def follows_golden(dut, stall):
         assert bench.received() == expected
         streaming = sum(int(each) << at for at, each in enumerate(golden.streaming))
         assert dut.streaming.value.to_unsigned() == streaming
+        gathering = sum(int(each) << at for at, each in enumerate(golden.gathering))
+        assert dut.gathering.value.to_unsigned() == gathering
 
     # More decisions than the stamps have values: old rows come round again.
     for turn in range(18 if config.model.experts > 16 else 45):

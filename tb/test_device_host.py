@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ CONFIG = DeviceConfig(
     model=preset("tiny"), slots=8, expert_bytes=1024, contexts=2, mover="host", predictor="st_moe"
 )
 DEVICES = ("model://", "sim://")
+#: How futures end on which device.
+FUTURES = [f"{how} {url}" for how in ("threads", "reverse", "cancelled") for url in DEVICES]
 COMPARED = [c.name for c in COUNTERS if not c.name.startswith("link_")]
 
 
@@ -105,7 +108,7 @@ def test_same_on_either_device(broken):
     counters, errors = outcomes[0]
     assert counters["fills"] > 30 and counters["prefetch_issued"] > 10 and counters["hits"] > 10
     assert bool(errors) == bool(broken) == bool(counters["fill_errors"])
-    hit("mover.same")
+    hit("mover.same", "broken" if broken else "good", of=("good", "broken"))
 
 
 @pytest.mark.parametrize("url", DEVICES)
@@ -139,7 +142,7 @@ def test_futures_that_end_in_any_order(url):
     assert errors and most > 1
     assert stats["rejected"] == 0
     assert stats["hits"] + stats["misses"] + stats["late"] + stats["merged"] == stats["demands"]
-    hit("mover.futures")
+    hit("mover.futures", f"threads {url}", of=FUTURES)
 
 
 @pytest.mark.parametrize("url", DEVICES)
@@ -167,6 +170,7 @@ def test_one_copy_holds_up_no_other(url):
         assert order == [5, 3]
         device.release(0, 0)
         device.drain()
+    hit("mover.futures", f"reverse {url}", of=FUTURES)
 
 
 @pytest.mark.parametrize("url", DEVICES)
@@ -192,7 +196,7 @@ def test_cancelled_future(url):
         device.release(0, 1)
         device.route(0, 1, [4, 6])
         assert not arrive(device, host, 0, 1)
-        hit("mover.futures")
+    hit("mover.futures", f"cancelled {url}", of=FUTURES)
 
 
 @pytest.mark.parametrize("url", DEVICES)
@@ -215,7 +219,7 @@ def test_many_messages_without_waiting(url):
         assert device.stats()["rejected"] == 0
         assert device.unclaimed == ()
     assert any(not demand for *_, demand in host.calls)
-    hit("mover.driver_flood")
+    hit("mover.driver_flood", url, of=DEVICES)
 
 
 def test_prefetches_while_a_clock_runs():
@@ -244,6 +248,286 @@ def test_slow_copies_are_waited_for_in_real_time():
     assert never.cancelled()
 
 
+class Gate:
+    """A copier of futures: demands are copied at once, prefetches when they are let through."""
+
+    def __init__(self, host):
+        self.host = host
+        self.asked = []  # (layer, expert, slot, tile, nbytes, demand), in the order of the calls
+        self.held = []  # prefetches that were not let through: the call and its future
+
+    def __call__(self, *fetch):
+        self.asked.append(fetch)
+        future = Future()
+        if fetch[-1]:
+            self.host.copy(*fetch)
+            future.set_result(None)
+        else:
+            self.held.append((fetch, future))
+        return future
+
+    def open(self, *, least=1):
+        """Let all prefetches end that wait."""
+        assert len(self.held) >= least
+        held, self.held = self.held, []
+        for fetch, future in held:
+            self.host.copy(*fetch)
+            future.set_result(None)
+
+    def tiles(self, layer, expert):
+        """Tiles that were asked for, and whether as demands."""
+        return [(fetch[3], fetch[5]) for fetch in self.asked if fetch[:2] == (layer, expert)]
+
+
+def until(device, condition):
+    """Let the device go on until something has come true."""
+    for _ in range(200):
+        if device.simulated.clocked:
+            device.run(100)
+        device.flush()
+        if condition():
+            return
+    raise AssertionError("it never comes true")
+
+
+@contextmanager
+def gated(url, config=CONFIG, **settings):
+    """A device whose prefetches come from hints only, and end when the test lets them."""
+    host = Host(config)
+    gate = Gate(host)
+    with prestage.open(url, config=config, copier=gate) as device:
+        device.configure(hints=True, prefetch=False, cancel=False, **settings)
+        device.begin_token(0, 1)
+        yield device, gate, host
+        gate.open(least=0)
+
+
+def hint(device, gate, layer, *experts):
+    """Hint experts, until the first of them is being copied."""
+    for expert in experts:
+        device.hint(0, layer, expert)
+    until(device, lambda: gate.held)
+
+
+@pytest.mark.parametrize("url", DEVICES)
+def test_demands_do_not_wait_for_prefetches(url):
+    """A layer's experts are ready while a prefetch is being copied, and goes on being."""
+    with gated(url) as (device, gate, host):
+        hint(device, gate, 3, 6)
+        for layer in range(3):
+            device.route(0, layer, [1, 2])
+            assert not arrive(device, host, 0, layer)
+            device.release(0, layer)
+        assert device.copying == 1 and device.counters("fills") == (6,)
+        # It has come by the time that its layer does.
+        for tile in range(CONFIG.tiles):
+            until(device, lambda: len(gate.tiles(3, 6)) == tile + 1)  # noqa: B023
+            gate.open()
+        device.drain()
+        device.route(0, 3, [6, 1])
+        assert not arrive(device, host, 0, 3)
+        assert device.counters("hits", "useful", "late", "misses") == (1, 1, 0, 7)
+        assert gate.tiles(3, 6) == [(tile, False) for tile in range(CONFIG.tiles)]
+        hit("mover.overlap")
+
+
+@pytest.mark.parametrize("url", DEVICES)
+def test_demand_takes_a_prefetch_over(url):
+    """What is left of it goes out as a demand, what is under way is waited for."""
+    with gated(url) as (device, gate, host):
+        hint(device, gate, 1, 6)
+        device.route(0, 1, [6, 4])
+        arrived = device.wait_ready(0, 1)
+        # The other one doesn't wait.
+        ready = next(arrived)
+        assert ready.expert == 4
+        host.check(ready)
+        assert device.copying == 1
+        until(device, lambda: len(gate.tiles(1, 6)) == CONFIG.tiles)
+        assert gate.tiles(1, 6) == [(0, False)] + [(tile, True) for tile in range(1, CONFIG.tiles)]
+        # A second context joins it.
+        device.route(1, 1, [6, 4])
+        others = device.wait_ready(1, 1)
+        assert next(others).expert == 4
+        gate.open()
+        for each in (arrived, others):
+            (ready,) = each
+            assert ready.expert == 6
+            host.check(ready)
+        names = ("late", "merged", "misses", "hits", "useful", "fills")
+        assert device.counters(*names) == (1, 1, 1, 1, 1, 2)
+        stats = device.stats()
+        assert stats["demand_bytes"] == (2 * CONFIG.tiles - 1) * CONFIG.tile_bytes
+        assert stats["prefetch_bytes"] == CONFIG.tile_bytes
+        hit("mover.promoted")
+
+
+@pytest.mark.parametrize("url", DEVICES)
+def test_prefetch_is_given_up_at_a_tile(url):
+    """Its layer was routed without it: no more tiles, and its slot is free after the last one."""
+    with gated(url) as (device, gate, host):
+        device.configure(cancel=True)
+        hint(device, gate, 1, 6)
+        ((_, _, slot, *_), _) = gate.held[0]
+        device.route(0, 1, [1, 2])
+        assert not arrive(device, host, 0, 1)
+        # Nobody is given the slot while the host may still write to it.
+        for layer in (2, 3):
+            device.route(0, layer, [layer, layer + 2])
+            assert not arrive(device, host, 0, layer)
+            device.release(0, layer)
+        device.route(1, 0, [6, 7])
+        assert not arrive(device, host, 1, 0)
+        assert all(fetch[2] != slot for fetch in gate.asked[1:])
+        assert device.counters("prefetch_cancelled") == (0,)
+        gate.open()
+        until(device, lambda: not device.copying)
+        device.drain()
+        assert gate.tiles(1, 6) == [(0, False)]
+        assert device.counters("prefetch_cancelled", "fill_errors") == (1, 0)
+        # It is the next to be taken; its expert is fetched anew.
+        device.release(0, 1)
+        device.route(0, 1, [6, 1])
+        assert not arrive(device, host, 0, 1)
+        assert gate.asked[-1][2] == slot and gate.tiles(1, 6)[1:] == [(0, True), (1, True)]
+        hit("mover.given_up")
+
+
+@pytest.mark.parametrize("url", DEVICES)
+def test_prefetch_that_was_given_up_is_demanded(url):
+    """Another context comes for it while its last tile is under way: the rest follows."""
+    with gated(url) as (device, gate, host):
+        device.configure(cancel=True)
+        hint(device, gate, 1, 6)
+        device.route(0, 1, [1, 2])
+        assert not arrive(device, host, 0, 1)
+        until(device, lambda: True)
+        device.route(1, 1, [6, 1])
+        arrived = device.wait_ready(1, 1)
+        assert next(arrived).expert == 1
+        gate.open()
+        (ready,) = arrived
+        host.check(ready)
+        assert device.counters("late", "prefetch_cancelled", "useful") == (1, 0, 1)
+        assert gate.tiles(1, 6) == [(0, False), (1, True)]
+        hit("mover.given_up")
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("url", DEVICES)
+def test_few_prefetch_tiles_leave_ahead_of_demands(url, tiles):
+    """No more than ``prefetch_tiles`` of them are with the host, whatever is hinted."""
+    with gated(url, prefetch_tiles=tiles) as (device, gate, host):
+        hint(device, gate, 2, 5, 6, 7)
+        until(device, lambda: len(gate.held) == tiles)
+        for _ in range(4):
+            until(device, lambda: True)
+            assert len(gate.held) == tiles
+        device.route(0, 0, [1, 2])
+        assert not arrive(device, host, 0, 0)
+        assert [fetch[-1] for fetch in gate.asked] == tiles * [False] + 2 * CONFIG.tiles * [True]
+        for _ in range(2):
+            before = len(gate.asked)
+            gate.open(least=tiles)
+            until(device, lambda: len(gate.held) == min(tiles, 10 - before))  # noqa: B023
+        while len(gate.asked) < 5 * CONFIG.tiles or gate.held:
+            gate.open(least=0)
+            until(device, lambda: True)
+        device.drain()
+        assert device.counters("prefetch_issued", "fills") == (3, 5)
+        hit("mover.order")
+
+
+def test_demand_waits_for_a_slot():
+    """All other slots are held: the demand gets that of a prefetch, once it has come."""
+    with gated("model://", CONFIG.replace(slots=4)) as (device, gate, host):
+        device.route(1, 0, [1, 2])
+        assert not arrive(device, host, 1, 0)
+        hint(device, gate, 1, 6)
+        device.route(0, 0, [1, 3])
+        assert not arrive(device, host, 0, 0)
+        device.route(0, 1, [0, 4])
+        arrived = device.wait_ready(0, 1)
+        with pytest.raises(prestage.errors.DeviceTimeoutError):
+            next(device.wait_ready(0, 1, timeout=1000))
+        assert device.counters("misses", "refused") == (3, 0)
+        # Its tiles go on; then it gives way to the first demand. There is no slot for the other.
+        gate.open()
+        until(device, lambda: gate.held)
+        gate.open()
+        ready = next(arrived)
+        assert ready.expert == 0
+        host.check(ready)
+        with pytest.raises(prestage.errors.NoSlotError):
+            next(device.wait_ready(0, 1))
+        assert device.counters("misses", "refused", "useless") == (4, 1, 1)
+
+
+def test_copies_at_once_leave_demands_first():
+    """A copier that copies within the call: none of a prefetch while a layer is waited for."""
+    host = Host()
+    with prestage.open("model://", config=CONFIG, copier=host.copy) as device:
+        device.configure(hints=True, prefetch=False)
+        device.begin_token(0, 1)
+        device.hint(0, 2, 6)
+        for layer in range(2):
+            device.route(0, layer, [1, 2])
+            assert not arrive(device, host, 0, layer)
+        assert all(demand for *_, demand in host.calls)
+        device.flush()
+        assert [call for call in host.calls if not call[-1]] == [
+            (2, 6, host.calls[-1][2], tile, False) for tile in range(CONFIG.tiles)
+        ]
+        device.route(0, 2, [6, 1])
+        assert not arrive(device, host, 0, 2)
+        assert device.counters("hits", "useful", "late") == (1, 1, 0)
+        hit("mover.overlap")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "tiles"])
+def test_layers_go_on_while_prefetches_never_end(whole):
+    """Threads copy; what a layer doesn't want itself is copied only when nobody is left to wait."""
+    config = CONFIG.replace(expert_bytes=4096, tile_bytes=4096 if whole else 512)
+    host = Host(config)
+    wanted = {}  # prefetches under way: they end when a layer wants them
+    ends = threading.Event()
+
+    def copy(*fetch):
+        if not fetch[-1]:
+            assert wanted[fetch[:2]].wait(60)
+        host.copy(*fetch)
+
+    with ThreadPoolExecutor(4) as pool:
+
+        def copier(*fetch):
+            if not fetch[-1]:
+                event = wanted.setdefault(fetch[:2], threading.Event())
+                if ends.is_set():
+                    event.set()
+            return pool.submit(copy, *fetch)
+
+        with prestage.open("model://", config=config, copier=copier) as device:
+            for token in range(40):
+                device.begin_token(0, token)
+                for layer in range(config.model.layers):
+                    experts = [(layer + token % 4 * 2) % 8, (layer + 3 + token % 4 * 2) % 8]
+                    device.route(0, layer, experts)
+                    for expert in experts:
+                        wanted.setdefault((layer, expert), threading.Event()).set()
+                    assert not arrive(device, host, 0, layer)
+                    for expert in experts:
+                        del wanted[layer, expert]
+                    device.release(0, layer)
+            ends.set()
+            for event in wanted.values():
+                event.set()
+            device.drain()
+            stats = device.stats()
+    assert stats["late"] > 10 and stats["prefetch_issued"] > 20
+    assert stats["hits"] + stats["misses"] + stats["late"] + stats["merged"] == stats["demands"]
+    hit("mover.overlap")
+
+
 @pytest.mark.soak
 def test_slots_in_the_device():
     """What the copier gives back is what the consumer port and the link read."""
@@ -268,3 +552,25 @@ def test_slots_in_the_device():
             stats = device.stats()
             assert stats["fills"] > 10 and stats["writes_refused"] == stats["rejected"] == 0
     hit("mover.driver_writes")
+
+
+def test_copies_that_take_too_long():
+    """A copy fails in time; when it ends after all, nothing is changed and nobody complains."""
+    with gated("sim://", timeout=20_000) as (device, gate, host):
+        hint(device, gate, 1, 6)
+        device.route(0, 1, [6, 4])
+        arrived = device.wait_ready(0, 1)
+        assert next(arrived).expert == 4
+        until(device, lambda: len(gate.tiles(1, 6)) == CONFIG.tiles)
+        for _ in range(6):
+            device.run(5000)
+        with pytest.raises(prestage.errors.MemoryTimeoutError, match="expert 6 of layer 1"):
+            next(device.wait_ready(0, 1))
+        gate.open()
+        until(device, lambda: not device.copying)
+        device.release(0, 1)
+        device.drain()
+        assert device.counters("rejected", "fill_errors") == (1, 1)
+        device.route(0, 1, [6, 4])
+        assert not arrive(device, host, 0, 1)
+        hit("mover.timeout")

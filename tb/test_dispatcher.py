@@ -10,6 +10,7 @@
 """
 
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import cocotb
@@ -32,9 +33,12 @@ from prestage_hw.contract.records import (
     message_by_code,
 )
 from prestage_hw.contract.registers import (
+    BASES,
     PROFILE_REGISTERS,
     REFUSAL_FIELDS,
     SHAPE_FIELDS,
+    base_limits,
+    refused_bits,
     register_by_name,
 )
 from prestage_hw.layouts import RecordLayout
@@ -430,7 +434,10 @@ class _Bench:
         assert self.dma.lower_credits == profiles.dma.lower_credits
         outside = [answer for answer in self.answers() if answer in injected]
         assert sorted(outside) == sorted(injected)
-        assert [answer for answer in self.answers() if answer not in injected] == self.expected
+        own = [answer for answer in self.answers() if answer not in injected]
+        for number, (answer, wanted) in enumerate(zip(own, self.expected, strict=False)):
+            assert answer == wanted, (number, own[number - 3 : number])
+        assert len(own) == len(self.expected)
 
     expected: list = []
 
@@ -465,7 +472,12 @@ def _profile_value(config, rng, name):
         return rng.choice([0, *[beats * config.data_bytes] * 5, *odd])
     if name == "refusal":
         return 0
-    return rng.randrange(256)
+    odd = rng.random() < 0.1
+    if name == "control":
+        return rng.randrange(1 << 32 if odd else 64)
+    if name == "prefetch_tiles":
+        return rng.randrange(6)
+    return rng.randrange(1 << 32 if odd else 256)
 
 
 def _random_message(config, rng):
@@ -480,7 +492,9 @@ def _random_message(config, rng):
         [4, 30, 25, 10, 3, 3, 14, 20, 4, 4, 6, 1],
     )[0]  # fmt: skip
     if kind == "BEGIN_TOKEN":
-        return _message(config, kind, ctx, rng.randrange(3), rng.randrange(1 << 32))
+        # 4 and 6 would be PREFILL and VERIFY in the two bits that the predictor gets.
+        phase = rng.choice([*Phase] * 4 + [3, 4, 6, rng.randrange(256)])
+        return _message(config, kind, ctx, phase, rng.randrange(1 << 32))
     if kind == "ROUTE":
         experts = rng.sample(range(model.experts), model.top_k)
         if rng.random() < 0.1:
@@ -509,7 +523,13 @@ def _random_message(config, rng):
     if kind == "SYNC":
         return _message(config, kind, rng.randrange(65536))
     # The cycle count has no golden value; a clear of the counters would hide mistakes from the end.
-    registers = [r.address for r in REGISTERS if not r.name.startswith("cycles")]
+    # While a decision waits, demands of the next one may go by: whether those were predicted is
+    # then decided too early.
+    registers = [
+        r.address
+        for r in REGISTERS
+        if not r.name.startswith("cycles") and r.name != "demands_predicted"
+    ]
     if kind == "REGISTER_READ":
         return _message(config, kind, rng.choice([*registers, 0x7FFF]))
     if kind == "REGISTER_WRITE":
@@ -519,6 +539,10 @@ def _random_message(config, rng):
             value &= 3
         if address == register_by_name("hint_threshold").address:
             value &= 0x7F
+        elif rng.random() < 0.8:
+            # Mostly what the register holds, but for what its halves or numbers say.
+            held = {register_by_name(n).address: b for n, (b, _) in refused_bits(config).items()}
+            value &= ~held.get(address, 0)
         if rng.random() < 0.6:
             name = rng.choice([*PROFILE_REGISTERS, *_PROFILE_CHOICE, "profile"])
             address, value = register_by_name(name).address, _profile_value(config, rng, name)
@@ -526,10 +550,10 @@ def _random_message(config, rng):
     return 0x33, b""
 
 
-async def _read_counters(bench, golden):
+async def _read_counters(bench, golden, *, but=()):
     """Registers of all counters equal the golden model's."""
     seen = len(bench.replies.received)
-    names = [r for r in REGISTERS if r.address >= 0x40]
+    names = [r for r in REGISTERS if r.address >= 0x40 and r.name not in but]
     for register in names:
         bench.send(*_message(bench.config, "REGISTER_READ", register.address))
     await bench.settle()
@@ -589,8 +613,11 @@ async def random_messages(dut, stall):
             await cycles(dut, rng.randrange(400))
     await bench.settle()
     bench.check(golden, injected=injected)
-    await _read_counters(bench, golden)
+    await _read_counters(bench, golden, but=("demands_predicted",))
     hit("profiles.lockstep")
+    hit("input.messages")
+    assert golden.counters["routes"] > golden.counters["routes_out_of_order"] > 3
+    hit("input.order")
 
 
 @cocotb.test()
@@ -748,6 +775,21 @@ async def _register(bench, *names):
     return values if len(names) > 1 else values[0]
 
 
+async def _access(bench, *steps):
+    """Registers that are read, by their names, in one go with writes of names and values."""
+    before = len(bench.replies.received)
+    for step in steps:
+        if isinstance(step, str):
+            bench.send(*_message(bench.config, "REGISTER_READ", register_by_name(step).address))
+        else:
+            _write(bench, *step)
+    await bench.settle()
+    return [
+        RECORDS["RegisterValue"].unpack(bench.config, body)["value"]
+        for _, body in bench.answers()[before:]
+    ]
+
+
 def _write(bench, name, value):
     message = _message(bench.config, "REGISTER_WRITE", register_by_name(name).address, value)
     bench.send(*message)
@@ -762,7 +804,8 @@ def _write_profiles(bench, golden, rng):
                 writes.append((name, rng.randrange(bench.config.most_ahead + 1)))
             elif not name.startswith("dma_"):
                 # Bit 5 of control, phases ask for their profiles, stays 0.
-                writes.append((name, rng.randrange(1, 9 if name == "budget" else 32)))
+                most = {"budget": 8, "prefetch_tiles": 4}.get(name, 31)
+                writes.append((name, rng.randrange(1, most + 1)))
         writes.append(("dma_lower_credits", rng.randrange(bench.config.outstanding_bursts + 1)))
         for channel in range(bench.config.dma_channels):
             beats = rng.randrange(1, bench.config.tile_beats + 1)
@@ -810,6 +853,7 @@ async def boundaries(dut, stall):
     asked = phase = Phase.DECODE
     pending = follow = False
     switches = 0
+    tokens = Counter()  # Starts that asked for a profile, and that would have if they counted.
     expected = {"commands": [], "begin": []}  # Active phase with each.
     current = [None] * config.contexts
     for _ in range(150):
@@ -836,8 +880,10 @@ async def boundaries(dut, stall):
             _write(bench, "control", follow << 5 | flags)
         elif kind == "BEGIN":
             token = rng.choice([*Phase, 3])
-            if follow and token != asked and token in list(Phase):
-                asked, pending = Phase(token), True
+            if token != asked and token in list(Phase):
+                tokens["follow" if follow else "ignored"] += 1
+                if follow:
+                    asked, pending = Phase(token), True
             # An unknown phase asks for nothing; a token's start is a boundary all the same.
             switches += pending
             phase, pending = (asked, False) if pending else (phase, False)
@@ -869,6 +915,8 @@ async def boundaries(dut, stall):
         found = [_phase_of(own, bench.active_at(cycle)) for _, cycle in moved]
         assert found == phases, name
     assert len(bench.commits) == switches > 10
+    hit("profiles.boundary")
+    hit("profiles.follow", *tokens, of=("follow", "ignored"))
     if pending:
         phase = asked
     # Without a boundary a switch waits until the engine is idle.
@@ -880,17 +928,30 @@ async def boundaries(dut, stall):
     asked = rng.choice([each for each in Phase if each is not phase])
     _write(bench, "profile", asked)
     assert await _register(bench, "profile", "profile_active") == [asked, phase]
+    # What is written meanwhile is part of it.
+    channel = rng.randrange(config.dma_channels)
+    stride = channels[asked][channel].row_stride + config.data_bytes
+    for name, number in (
+        ("profile_select", asked), ("dma_channel", channel), ("dma_row_stride", stride)
+    ):  # fmt: skip
+        _write(bench, name, number)
+        golden.registers.write(register_by_name(name).address, number)
+    await bench.settle()
+    assert channels[asked][channel].row_stride == stride
     assert bench.active == own[phase]
     dut.engine_idle.value = 1
     await cycles(dut, 8)
     assert bench.active == own[asked]
     assert await _register(bench, "profile_active") == asked
     assert bench.dma.active == channels[asked]
+    hit("profiles.edited")
     lower = own[asked]["dma_lower_credits"]
     assert bench.dma.lower_credits == (lower or config.lower_credits)
+    # With nothing under way at once.
+    _write(bench, "profile", phase)
+    assert await _register(bench, "profile_active") == phase
+    assert bench.active == own[phase]
     hit("profiles.idle")
-    for name in ("boundary", "edited", "follow"):
-        hit(f"profiles.{name}")
 
 
 @cocotb.test()
@@ -929,27 +990,66 @@ async def refusals(dut):
         ("profile", len(Phase), Refusal.PROFILE),
         ("profile_select", len(Phase), Refusal.PROFILE),
         ("profile_select", 1 << 31, Refusal.PROFILE),
+        ("dma_shape", _shape(**good) | 1 << 1, Refusal.VALUE),
+        ("dma_shape", _shape(**good) | 1 << 31, Refusal.VALUE),
+        ("control", 1 << 6, Refusal.VALUE),
+        ("clear", 1 << 4 | 7, Refusal.VALUE),
+        ("hint_threshold", 256, Refusal.VALUE),
+        ("prefetch_tiles", 0, Refusal.VALUE),
+        ("prefetch_tiles", 5, Refusal.VALUE),
+        ("prefetch_tiles", 9, Refusal.VALUE),
+        ("predict_threshold", 256, Refusal.VALUE),
+        ("predict_far_threshold", 1 << 31, Refusal.VALUE),
+        ("predict_ahead", 300, Refusal.VALUE),
+        ("cutoff_layer", 256, Refusal.VALUE),
+        ("policy", 3, Refusal.VALUE),
+        ("policy", 4, Refusal.VALUE),
+        ("throttle", 1 << 23, Refusal.VALUE),
+        ("throttle", 1 << 28, Refusal.VALUE),
+        ("dma_timeout", 1, Refusal.VALUE),
+        ("dma_timeout", 3, Refusal.VALUE),
+        ("dma_timeout", 1 << 24, Refusal.VALUE),
+        ("expert_base_low", beat // 2, Refusal.BASE),
+        ("slot_base_low", 2048, Refusal.BASE),
+        ("token_base_low", 2048, Refusal.BASE),
+        ("part3_base_high", 1, Refusal.BASE),
     ]
-    kept = ("dma_channel", "dma_shape", "dma_row_bytes", "dma_row_stride", "dma_lower_credits",
-            "profile", "profile_active", "profile_select")  # fmt: skip
+    kept = (
+        "profile_active",
+        *(
+            r.name
+            for r in REGISTERS
+            if r.access == "rw" and r.name not in ("refusal", "table_data")
+        ),
+    )
+    # What the refused values would become if they were cut to the register's width is not there.
+    for name, value in (("cutoff_layer", 7), ("predict_ahead", 5), ("hint_threshold", 9),
+                        ("dma_timeout", 400), ("policy", 2), ("prefetch_tiles", 3)):  # fmt: skip
+        _write(bench, name, value)
     before = await _register(bench, *kept)
     _write(bench, "dma_lower_credits", credits)
     assert await _register(bench, "refusal") == 0
     _write(bench, "dma_lower_credits", 0)
     bench.commits.clear()
     for name, value, reason in cases:
-        _write(bench, name, value)
         fields = {"refused": 1, "register": register_by_name(name).address, "reason": reason}
         expected = sum(int(v) << REFUSAL_FIELDS[f][0] for f, v in fields.items())
-        assert await _register(bench, "refusal") == expected, (name, value)
+        # What is refused later leaves it.
+        later = ("profile", 99 if name != "profile" else 1 << 30)
+        seen = await _access(bench, (name, value), "refusal", later, "refusal", *kept,
+                             ("refusal", 0), "refusal")  # fmt: skip
+        assert seen == [expected, expected, *before, 0], (name, value)
         golden.registers.write(register_by_name(name).address, value)
         assert golden.registers.read(register_by_name("refusal").address) == expected
-        # What is refused later leaves it.
-        _write(bench, "profile", 99 if name != "profile" else 1 << 30)
-        assert await _register(bench, "refusal", *kept) == [expected, *before], name
-        _write(bench, "refusal", 0)
         golden.registers.write(register_by_name("refusal").address, 0)
-        assert await _register(bench, "refusal") == 0
+    # The greatest values that they do hold.
+    held = {"control": 63, "hint_threshold": 255, "prefetch_tiles": 4, "predict_ahead": 255,
+            "cutoff_layer": 255, "policy": 2, "throttle": 0x0F7F_FFFF,
+            "dma_timeout": (1 << 24) - 1}  # fmt: skip
+    seen = await _access(bench, *held.items(), *held, "refusal", ("dma_timeout", 4), "dma_timeout",
+                         ("control", 1), "refusal")  # fmt: skip
+    assert seen == [*held.values(), 0, 4, 0]
+    before = await _register(bench, *kept)
     hit("profiles.refused")
     # The phase of a token counts only if it asks for a profile.
     bench.send(*_message(config, "BEGIN_TOKEN", 0, 77, 5))
@@ -959,10 +1059,98 @@ async def refusals(dut):
     at = register_by_name("profile").address
     expected = 1 << 31 | at << 8 | Refusal.PROFILE
     assert await _register(bench, "refusal") == expected
+    before[kept.index("control")] |= 1 << 5
     assert await _register(bench, *kept) == before
     assert not bench.commits
-    assert len(bench.sinks["begin"].received) == 2, "a token starts all the same"
+    # A token starts all the same, as one of decoding: not of what the low bits of 4, 5, 6 say.
+    for phase in (4, 6, 255):
+        bench.send(*_message(config, "BEGIN_TOKEN", 0, phase, 5))
+    await bench.settle()
+    phases = [token["phase"] for token in bench.sinks["begin"].received]
+    assert phases == [Phase.DECODE] * 5
     hit("profiles.unknown_phase")
+
+
+@cocotb.test()
+async def bases(dut):
+    """An array begins at a multiple of its step and ends below the top, or where it did before."""
+    bench = _Bench(dut, stall=0.2)
+    config, rng = bench.config, bench.random
+    golden = _Golden(config)
+    await reset(dut, drivers=bench.drivers)
+    limits = base_limits(config)
+    wide = config.address_bits > 32
+    starts = dict(zip(BASES, config.part_bases(), strict=False))
+
+    def halves(name, base):
+        return (f"{name}_low", base & 0xFFFFFFFF), (f"{name}_high", base >> 32)
+
+    async def try_base(name, base, *, fits):
+        low, high = halves(name, base)
+        seen = await _access(bench, low, high, low[0], high[0], "refusal", ("refusal", 0))
+        for half, value in (low, high, ("refusal", 0)):
+            golden.registers.write(register_by_name(half).address, value)
+        if fits:
+            starts[name] = base
+        assert seen[0] | seen[1] << 32 == starts.get(name, 0), (name, hex(base))
+        reason = seen[2] & 0xFF
+        assert reason == (Refusal.NONE if fits else Refusal.BASE), (name, hex(base))
+
+    sizes = dict(zip(BASES, config.part_bytes, strict=False))
+    assert {*limits} == {*sizes, *(["slot_base"] if config.slot_store == "axi" else [])}
+    top = 1 << config.address_bits
+    for name in BASES:
+        if name not in limits:
+            await try_base(name, 0, fits=True)
+            await try_base(name, 4096, fits=False)
+            await try_base(name, 1 << 32, fits=False)
+            continue
+        step, most = limits[name]
+        size = sizes.get(name, 0) * config.model.layers * config.model.experts
+        size = size or config.slots * config.expert_bytes
+        assert most + size <= top < most + step + size, "the array just ends below the top"
+        for base in (most, most - step, step, 0, most):
+            await try_base(name, base, fits=True)
+        for base in (most + step, top - step, step // 2, most - step // 2):
+            await try_base(name, base, fits=False)
+        if wide:
+            await try_base(name, top, fits=False)
+        await try_base(name, step, fits=True)
+    hit("profiles.bases")
+
+    # Halves at random. The high one belongs to the low one before it.
+    bench.expected = []
+    before = len(bench.replies.received)
+
+    def send(name, *values):
+        message = _message(config, name, *values)
+        bench.send(*message)
+        bench.expected += golden.dispatcher.handle(*message)
+
+    refused = 0
+    for _ in range(250):
+        name = rng.choice([*limits, *limits, *BASES])
+        step, most = limits.get(name, (1, 0))
+        base = rng.choice([0, step, most, most + step, rng.randrange(top), rng.randrange(top)])
+        base -= base % step if rng.random() < 0.9 else 0
+        both = halves(name, base)
+        for half, value in both if rng.random() < 0.5 else [rng.choice(both)]:
+            send("REGISTER_WRITE", register_by_name(half).address, value)
+        for each in (*both, ("refusal", 0)):
+            send("REGISTER_READ", register_by_name(each[0]).address)
+        refused += bool(golden.registers.profiles.refusal)
+        send("REGISTER_WRITE", register_by_name("refusal").address, 0)
+    await bench.settle()
+    assert bench.answers()[before:] == bench.expected
+    assert 20 < refused < 230
+    names = [name for name in limits if name in sizes]
+    assert golden.registers.bases == [
+        low | high << 32
+        for name in names
+        for low, high in [await _register(bench, f"{name}_low", f"{name}_high")]
+    ]
+    if wide:
+        hit("profiles.base_halves")
 
 
 @cocotb.test()
@@ -1011,6 +1199,8 @@ _SHAPES = {
         model=ModelConfig(name="odd", layers=5, experts=60, top_k=3),
         slots=21,
         expert_bytes=1536,
+        parts=(1024, 512),
+        slot_store="axi",
         contexts=3,
         data_bytes=8,
         predictor="none",

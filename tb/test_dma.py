@@ -82,6 +82,33 @@ def test_dma(name):
     )
 
 
+#: Parts whose rows are shorter than a tile, longer, a whole fraction of it, and none.
+_ROWS = TINY_DEVICE.replace(
+    expert_bytes=4608,
+    parts=(1536, 1536, 1024, 512),
+    rows=((48, 80), (768, 1024), (64, 640), ()),
+)
+
+
+def test_rows():
+    """Tiles whose part says what rows they lie in."""
+    run_bench(
+        DMA(config=_ROWS),
+        module=HERE / "cocotb_dma.py",
+        name="dma",
+        parameters={"config": _ROWS},
+        testcase=[
+            "rows/stall=some",
+            "rows_wrap",
+            "lockstep/stall=some/reorder=0.1",
+            "aborts/stall=some",
+            "settings_refused",
+            "launch_latency",
+            "reset_in_flight",
+        ],
+    )
+
+
 @pytest.mark.parametrize("name", ["tiny", "wide"])
 def test_arbiter(name):
     config = CONFIGS[name]

@@ -107,6 +107,7 @@ def test_shape(shape):
     )
 
 
+@pytest.mark.extra
 def test_trace():
     """The gpt-oss-20b preset on a real trace, with all of its table's rows."""
     path = _TRACES / "gpt-oss-20b__cs.npz"

@@ -142,6 +142,7 @@ def test_flipped_bits(shape, name):
     _run(config, names.index(name), tests=["survives_flipped_bits"], public=True)
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     ("model", "form", "top_k", "tokens"),
     # The trace of the larger model holds six of its eight experts.

@@ -27,6 +27,8 @@ from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.layouts import MessageLayout
 from prestage_hw.link.mover import HostMover
 from prestage_hw.top import Top
+from prestage_sim.model.link.mover import Fetch
+from prestage_sim.model.link.mover import HostMover as GoldenMover
 from prestage_tb.bench import (
     Stall,
     StreamSink,
@@ -72,6 +74,7 @@ class Harness(wiring.Component):
                 "fetches": In(stream.Signature(_FetchLayout(config=config))),
                 "completions": Out(stream.Signature(RecordLayout("Completion", config=config))),
                 "resets": In(1),
+                "timeout": In(24),
                 "rejected": Out(1),
                 "others_rejected": In(1),
                 "idle": Out(1),
@@ -92,6 +95,7 @@ class Harness(wiring.Component):
             mover.fetch_expert.eq(self.fetches.p.expert),
             self.fetches.ready.eq(mover.fetches.ready),
             mover.resets.eq(self.resets),
+            mover.timeout.eq(self.timeout),
             mover.others_rejected.eq(self.others_rejected),
             self.rejected.eq(mover.rejected),
             self.idle.eq(mover.idle),
@@ -128,6 +132,7 @@ class _Bench:
             self.completions,
         ]
         dut.resets.value = 0
+        dut.timeout.value = 0
         dut.others_rejected.value = 0
         self.strobes = 0
         self.forget()
@@ -252,6 +257,10 @@ class _Bench:
         raise AssertionError("Bench must come to rest")
 
 
+#: When a FETCHED comes for the second time.
+_TWICE = ("twice", "entry used again")
+
+
 def _synced(config, number):
     return MESSAGES["SYNC"].code, RECORDS["Sync"].pack(config, number)
 
@@ -274,6 +283,8 @@ async def traffic(dut, stall):
     await bench.reset()
     expected, bad, synced, answered, outstanding = [], [], 0, 0, []
     used = []  # FETCHED that were sent
+    codes = set()  # of those that say how a copy ended
+    kinds = set()  # of those that are refused
     ended = {}  # tag: tiles that came back
     fetches = 0
     for step in range(2500):
@@ -295,6 +306,7 @@ async def traffic(dut, stall):
         if outstanding and rng.random() < 0.2 and bench.messages.pending < 3:
             tag, tile, serial = outstanding.pop(rng.randrange(len(outstanding)))
             failed = rng.choice((0, 0, 0, 1, 128, 255))
+            codes.add(failed)
             bench.post("FETCHED", tag, serial, tile, failed)
             expected.append(bench.expected_completion(tag, tile, failed != 0))
             used.append((tag, serial, tile))
@@ -320,6 +332,14 @@ async def traffic(dut, stall):
             )
             if wrong not in known:
                 bench.post("FETCHED", *wrong, 0)
+                if wrong[0] >= config.inflight or wrong[2] >= config.tiles:
+                    kinds.add("out of range")
+                elif wrong in used:
+                    kinds.add("twice")
+                elif (wrong[0], wrong[2]) in {(t, i) for t, i, _ in outstanding}:
+                    kinds.add("other fetch")
+                elif wrong[0] not in bench.entries:
+                    kinds.add("unused entry")
                 bad.append((ErrorCode.BAD_FETCHED, wrong[0], wrong[2]))
     await bench.settle()
     assert fetches > 30
@@ -330,8 +350,11 @@ async def traffic(dut, stall):
     assert _numbers(bench) == list(range(synced))
     assert bench.passed == [("SYNCED", n) for n in range(answered)]
     assert any(c["failed"] for c in expected)
-    for name in ("traffic", "unknown", "twice", "failed"):
-        hit(f"mover.{name}")
+    if stall:
+        hit("mover.traffic")
+    hit("mover.unknown", *kinds - {"twice"}, of=("out of range", "other fetch", "unused entry"))
+    hit("mover.failed", *codes - {0}, of=(1, 128, 255))
+    hit("mover.twice", *kinds & {"twice"}, of=_TWICE)
 
 
 @cocotb.test()
@@ -362,7 +385,7 @@ async def reused_entries(dut):
     await bench.settle()
     serials = [{s for (t, _), s in bench.asked.items() if t == tag} for tag in (0, 2)]
     assert [len(s) for s in serials] == [1, 1] and serials[0] != serials[1]
-    hit("mover.twice")
+    hit("mover.twice", "entry used again", of=_TWICE)
 
 
 @cocotb.test()
@@ -542,6 +565,100 @@ async def restart_in_any_cycle(dut):
             bench.events.clear()
             bench.completions.clear()
     hit("mover.restart")
+
+
+@cocotb.test()
+@cocotb.parametrize(stall=[0.0, 0.4])
+async def timeouts(dut, stall):
+    """Fetches expire after the time without any progress, each by itself and all tiles together."""
+    bench = _Bench(dut, stall=Stall(stall, burst=(1, 8)))
+    config, rng = bench.config, bench.random
+    await bench.reset()
+    timeout = 2000
+    slack = 5 * (config.tiles * 4 + 200)
+    dut.timeout.value = timeout
+    late = []
+    for _ in range(3):
+        tags = rng.sample(range(config.inflight), min(3, config.inflight))
+        serials = {tag: await bench.fetch(tag, tiles=rng.randrange(1, config.tiles + 1))
+                   for tag in tags}  # fmt: skip
+        device = _Wants(bench, tags)
+        golden = GoldenMover(config)
+        golden.connect(device)
+        golden.restart()
+        left = {place for place in bench.asked if place[0] in tags}
+        last = dict.fromkeys(tags, 0)  # when something came of it, or was asked for
+        # One of them makes progress now and then, and so outlives the others.
+        kept = tags[0]
+        first = len(bench.completions.received)
+        now = 0
+        expired = set()
+        while left or len(bench.completions.received) < first + len(device.ended):
+            await RisingEdge(dut.clk)
+            bench.poll()
+            now += 1
+            assert now < 40 * timeout
+            mine = sorted(place for place in left if place[0] == kept)
+            if len(mine) > 1 and now - last[kept] >= 3 * timeout // 4:
+                bench.post("FETCHED", kept, serials[kept], mine[0][1], 0)
+                tag, tile = mine[0]
+                fetched = RECORDS["Fetched"].pack(config, tag, golden._serials[tag], tile, 0)
+                golden.receive(MESSAGES["FETCHED"].code, fetched)
+                left.remove(mine[0])
+                last[kept] = now
+            seen = {(c["tag"], c["tile"]) for c in bench.completions.received[first:]}
+            for tag in tags:
+                if tag not in expired and seen & {p for p in left if p[0] == tag}:
+                    # Its FETCHes left up to some hundred cycles before it was looked at.
+                    assert timeout - 400 <= now - last[tag] <= 5 * timeout // 4 + slack
+                    expired.add(tag)
+                    golden.expire(tag)
+                    late += [(tag, serials[tag], p[1]) for p in left if p[0] == tag]
+                    left = {p for p in left if p[0] != tag}
+        assert expired == set(tags)
+        await bench.settle()
+        got = bench.completions.received[first:]
+        for tag in tags:
+            ended = [(c["tile"], c["reason"]) for c in got if c["tag"] == tag]
+            assert ended == [(tile, reason) for t, tile, reason in device.ended if t == tag]
+        assert all(bool(c["failed"]) == (c["reason"] != FetchReason.OK) for c in got)
+        for each in late:
+            bench.post("FETCHED", *each, 0)
+        await bench.settle()
+        assert bench.events == [(ErrorCode.BAD_FETCHED, t, tile) for t, _, tile in late]
+        assert len(bench.completions.received) == first + len(got)
+        bench.asked.clear()
+        bench.events.clear()
+        late.clear()
+    # Without a time-out a fetch may take for ever.
+    dut.timeout.value = 0
+    await bench.fetch(0, tiles=1)
+    before = len(bench.completions.received)
+    await cycles(dut, 4 * timeout)
+    assert len(bench.completions.received) == before
+    hit("mover.timeout")
+
+
+class _Wants:
+    """A device that wants the tiles that the bench was asked for, and notes how they end."""
+
+    def __init__(self, bench, tags):
+        self.left = [
+            (tag, Fetch(*bench.entries[tag][:3], tile, True))
+            for tag, tile in sorted(bench.asked)
+            if tag in tags
+        ]
+        self.ended = []
+
+    def next_fetch(self):
+        return self.left.pop(0) if self.left else None
+
+    def written(self, tag, tile):
+        return True
+
+    def complete(self, tag, tile, reason):
+        self.ended.append((tag, tile, reason))
+        return []
 
 
 @cocotb.test()

@@ -98,6 +98,7 @@ def test_preset():
     )
 
 
+@pytest.mark.extra
 def test_trace():
     """The gpt-oss-20b preset on a real trace."""
     path = _TRACES / "gpt-oss-20b__cs.npz"

@@ -20,6 +20,13 @@ CONFIGS = {
     "parts": TINY_DEVICE.replace(expert_bytes=3072, parts=(1024, 512, 1024, 512)),
     # Layers whose experts have two, six, one and three tiles.
     "sizes": TINY_DEVICE.replace(expert_bytes=3072, layer_bytes=(1024, 3072, 512, 1536)),
+    # Parts whose rows are shorter than a tile, longer, whole fractions of it, and none; those of
+    # the first follow each other expert by expert.
+    "rows": TINY_DEVICE.replace(
+        expert_bytes=6144,
+        parts=(3072, 1536, 1024, 512),
+        rows=((192, 8 * 208, 208), (768, 1024), (64, 640, 12288), ()),
+    ),
     # Odd sizes, more contexts, more prefetches, a whole expert in one tile.
     "one-tile": DeviceConfig(
         model=preset("olmoe-1b-7b"),
@@ -63,7 +70,7 @@ def run_scheduler(name, *, testcase=None):
 
 
 #: What a shorter run, or another shape, shows too.
-_SOAK = ("sizes", "one-tile")
+_SOAK = ("sizes", "rows", "one-tile")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +83,19 @@ def test_scheduler(name):
 
 def test_sizes():
     run_scheduler("sizes", testcase=SIZES)
+
+
+def test_rows():
+    run_scheduler(
+        "rows",
+        testcase=[
+            "timed/stall=some/latency=3/failing=0.0",
+            "drained/stall=some/failing=True/full=False",
+            "latencies",
+            "demand_promotes_a_prefetch",
+            "routed_layer_gives_up/tiles_out=1/wanted=True",
+        ],
+    )
 
 
 def test_copies():

@@ -7,6 +7,7 @@ import pytest
 
 from prestage.replay import device_config
 from prestage_hw.contract.records import Policy
+from prestage_sim.evaluate.slower import BAR
 from prestage_sim.traces import Trace, save_trace
 from prestage_tb.slower_bench import cycles_of, main
 
@@ -46,8 +47,9 @@ def test_command(tmp_path, capsys):
     save_trace(tmp_path / "a.npz", _trace(12))
     out = tmp_path / "out.json"
     arguments = [str(tmp_path / "a.npz"), "--first", "10", "--source", "noise", "--rho", "2"]
-    assert main([*arguments, "--residency", "0.25", "--json", str(out)]) == 0
+    status = main([*arguments, "--residency", "0.25", "--json", str(out)])
     (cell,) = json.loads(out.read_text())["cells"]
+    assert status == (cell["throttled"] > BAR * cell["without"])
     assert (cell["trace"], cell["tokens"], cell["policy"]) == ("a", 10, "lru")
     assert cell["throttled"] > 4 * 512 and cell["without"] > 4 * 512
     assert f"worst of 1: {cell['throttled'] / cell['without']:.4f}" in capsys.readouterr().out

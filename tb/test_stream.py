@@ -40,6 +40,9 @@ _CONFIGS = {
 }
 
 
+OVERTAKEN = ("demands", "not fetched again", "nothing starves")
+
+
 class _Bench:
     def __init__(self, dut, *, tiles=4, latency=12):
         self.dut = dut
@@ -80,6 +83,7 @@ class _Bench:
         dut.throttle_weights.value = register_by_name("throttle").reset
         dut.prefetch_tiles.value = tiles
         dut.streaming.value = 1
+        dut.gathering.value = 1
         self.routes = 0
 
     async def reset(self):
@@ -132,6 +136,7 @@ async def demands_overtake_the_union(dut):
     config = bench.config
     k = config.model.top_k
     stream = config.stream_channel
+    overtaken = 0
     for _ in range(30):
         await bench.reset()
         bench.routes = 0
@@ -157,10 +162,12 @@ async def demands_overtake_the_union(dut):
         last = len(ids) - 1 - ids[::-1].index(0)
         bursts = config.tile_beats // config.longest_burst or 1
         assert ids[first : last + 1].count(stream) <= bursts, ids
+        overtaken += stream in ids[last:]
         await cycles(dut, 400)
         bench.release(1)
         await cycles(dut, 60)
-    hit("scheduler.stream_overtaken")
+    assert overtaken > 3, "hardly any union was left to overtake"
+    hit("scheduler.stream_overtaken", "demands", of=OVERTAKEN)
 
 
 @cocotb.test()
@@ -187,6 +194,7 @@ async def union_streams_while_a_layer_is_computed(dut):
         await cycles(dut, 40)
     assert {t.identifier for t in bench.memory.transfers} == {0, config.stream_channel}
     assert not bench.events.received
+    hit("scheduler.stream_overtaken", "not fetched again", of=OVERTAKEN)
 
 
 @cocotb.test()
@@ -216,6 +224,7 @@ async def other_prefetches_do_not_starve_a_chunk(dut):
         await cycles(dut, 30)
     ids = {t.identifier for t in bench.memory.transfers}
     assert ids == {0, 1, config.stream_channel}
+    hit("scheduler.stream_overtaken", "nothing starves", of=OVERTAKEN)
 
 
 @pytest.mark.parametrize("config", _CONFIGS.values(), ids=_CONFIGS)

@@ -192,15 +192,17 @@ async def follows_golden(dut, useful):
             await bench.idle()
             bench.compare()
             switches.add(bench.golden.state >> 24)
-    if bench.config.layer_bytes:
-        hit("throttle.sizes")
     if useful > 0.5:
         assert len(switches) >= 4, "kinds were hardly ever switched"
+        hit("throttle.lockstep")
+        if bench.config.layer_bytes:
+            hit("throttle.sizes")
 
 
 @cocotb.test()
 async def takes_outcomes_at_any_time(dut):
     """Outcomes back to back and with pauses; each takes the stated cycles."""
+    measured = 0
     for stall in (0.0, 0.4):
         bench = _Bench(dut, stall=stall)
         await bench.reset()
@@ -214,11 +216,14 @@ async def takes_outcomes_at_any_time(dut):
                 taken += 1
                 if stall == 0.0 and first is not None:
                     assert cycle - first == Throttle.latency
+                    measured += 1
                 first = cycle
             if str(dut.idle.value) == "1" and not bench.outcomes.pending:
                 break
         assert taken and str(dut.idle.value) == "1"
         bench.compare()
+    assert measured > 50
+    hit("throttle.latency")
 
 
 @cocotb.test()
@@ -231,6 +236,7 @@ async def admits_all_while_off(dut):
     dut.enable.value = 1
     await cycles(dut, 2)
     assert int(dut.admits.value) == 0
+    hit("throttle.off")
 
 
 @cocotb.test()
@@ -258,6 +264,7 @@ async def clears(dut):
             bench.step(useful=0.9)
         await bench.idle()
         bench.compare()
+    hit("throttle.clear")
 
 
 @pytest.mark.parametrize("name", _CONFIGS)

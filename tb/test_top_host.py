@@ -34,7 +34,7 @@ from prestage_hw.contract.records import (
 )
 from prestage_hw.contract.registers import COUNTERS, register_by_name
 from prestage_hw.top import Top
-from prestage_sim.model.link.mover import Fetch
+from prestage_sim.model.link.mover import Fetch, HostMover
 from prestage_sim.model.top import Top as GoldenTop
 from prestage_tb.bench import (
     Stall,
@@ -230,7 +230,110 @@ async def drained_pace(dut, stall, policy):
     assert [body[0] for _, body in answers] == [ErrorCode.BAD_READ]
     hit("mover.reads")
     await host.compare_registers(golden)
-    hit("mover.drained")
+    hit("mover.drained", policy, of=list(Policy))
+
+
+async def _quiet(host, fetches):
+    """Let the device go on until it waits for the host: answers and fetches that came."""
+    await host.rx.sent()
+    still = 0
+    while still < 24:
+        before = len(host.answers), len(host.fetches)
+        await host.step(serve=False)
+        still = still + 1 if (len(host.answers), len(host.fetches)) == before else 0
+    answers, host.answers = Counter(host.answers), []
+    fetched, host.fetches = host.fetches, []
+    host.asked.clear()
+    for fetch in fetched:
+        fetches[fetch["tag"], fetch["tile"]] = fetch
+    return answers, fetched
+
+
+@cocotb.test()
+@cocotb.parametrize(throttle=[0, 1])
+async def quiet_pace(dut, throttle):
+    """Copies under way, but one thing at a time: fetches, answers and counters are the model's.
+
+    Candidates are hints, since with several at once it hangs on time which is taken first.
+    """
+    host = _Host(dut)
+    config, rng, model = host.config, host.random, host.config.model
+    mover = HostMover(config)
+    golden = GoldenTop(config, mover)
+    await host.reset()
+    ours, theirs = {}, {}  # outstanding fetches of device and model, by entry and tile
+    held, experts = {}, {}
+    codes = Counter()
+
+    def known(fetch):
+        return tuple(value for name, value in fetch.items() if name != "serial")
+
+    async def same(message, message_of_golden=None):
+        expected, asked = Counter(), []
+        for code, body in mover.receive(*(message_of_golden or message)):
+            if code == _FETCH:
+                fetch = RECORDS["Fetch"].unpack(config, body)
+                theirs[fetch["tag"], fetch["tile"]] = fetch
+                asked.append(known(fetch))
+            else:
+                expected[code, body] += 1
+        answers, fetched = await _quiet(host, ours)
+        assert answers == expected, (message, answers, expected)
+        assert Counter(map(known, fetched)) == Counter(asked), (message, fetched, asked)
+        for code, body in answers:
+            codes[code] += 1
+            name = "Ready" if code == _READY else "Event"
+            fields = RECORDS[name].unpack(config, body)
+            if name == "Ready" or fields["code"] == ErrorCode.BUS:
+                experts[fields["ctx"], fields["layer"]].discard(fields["expert"])
+
+    async def post(name, *values):
+        await same(host.post(name, *values))
+
+    async def copy(failed):
+        place = rng.choice(list(ours))
+        ends = []
+        for fetches in (ours, theirs):
+            fetch = fetches.pop(place)
+            ends.append((*(fetch[n] for n in ("tag", "serial", "tile")), int(failed)))
+        if not failed:
+            host.slots[fetch["slot"], fetch["tile"]] = fetch["layer"], fetch["expert"]
+        code, record = MESSAGES["FETCHED"].code, MESSAGES["FETCHED"].record
+        await same(host.post("FETCHED", *ends[0]), (code, record.pack(config, *ends[1])))
+
+    for name, value in (
+        ("control", 2 | throttle << 3 | 1 << 4),
+        ("prefetch_tiles", rng.randrange(1, 4)),
+    ):
+        await post("REGISTER_WRITE", register_by_name(name).address, value)
+    layers = [0] * config.contexts
+    for _ in range(250):
+        ctx = rng.randrange(config.contexts)
+        if ours and rng.random() < 0.6:
+            await copy(rng.random() < 0.03)
+        elif ctx in held and not experts[held[ctx]]:
+            await post("RELEASE", *held.pop(ctx))
+        elif rng.random() < 0.5:
+            layer = rng.randrange(layers[ctx], model.layers)
+            await post("HINT", ctx, layer, rng.randrange(model.experts), rng.randrange(200, 256))
+        elif ctx not in held:
+            if layers[ctx] == 0:
+                await post("BEGIN_TOKEN", ctx, rng.choice((0, 0, 1)), 5)
+            held[ctx] = ctx, layers[ctx]
+            chosen = rng.sample(range(model.experts), model.top_k)
+            coming = [f["expert"] for f in ours.values() if f["layer"] == layers[ctx]]
+            if coming and coming[0] not in chosen and rng.random() < 0.7:
+                chosen[-1] = coming[0]
+            experts[held[ctx]] = set(chosen)
+            await post("ROUTE", *held[ctx], chosen)
+            layers[ctx] = (layers[ctx] + 1) % model.layers
+    while ours:
+        await copy(False)
+    await host.compare_registers(golden)
+    counters = golden.counters
+    for name in ("late", "prefetch_cancelled", "prefetch_issued", "fills"):
+        assert counters[name] or throttle, name
+    hit("mover.quiet")
 
 
 @cocotb.test()
@@ -382,6 +485,50 @@ async def clear_waits(dut):
         await host.wait(_READY)
     assert {f["expert"] for f in host.fetches} >= set(experts)
     hit("mover.clear")
+
+
+@cocotb.test()
+async def times_out(dut):
+    """A host that does not answer: the fetch fails in time, and late answers change nothing."""
+    host = _Host(dut)
+    config, model = host.config, host.config.model
+    await host.reset()
+    timeout = 3000
+    host.post("REGISTER_WRITE", register_by_name("dma_timeout").address, timeout)
+    host.post("REGISTER_WRITE", register_by_name("control").address, 2)
+    experts = list(range(model.top_k))
+    host.post("HINT", 0, 2, experts[-1], 255)
+    host.post("ROUTE", 0, 1, experts)
+    for _ in range(60):
+        await host.step(serve=False)
+    # Of the first expert the last tile is missing, of the others nothing.
+    asked = list(host.asked)
+    demands = [f for f in asked if f["demand"]]
+    missing = max(f["tile"] for f in demands if f["expert"] == experts[0])
+    for fetch in demands:
+        if fetch["expert"] == experts[0] and fetch["tile"] != missing:
+            host.asked.remove(fetch)
+            host.copy(fetch)
+    host.post("SYNC", 3)
+    left = [(f["tag"], f["serial"], f["tile"]) for f in host.asked]
+    host.asked.clear()
+    answers = await host.wait(MESSAGES["SYNCED"].code, serve=False, limit=20 * timeout)
+    events = [RECORDS["Event"].unpack(config, body) for code, body in answers if code == _EVENT]
+    assert {e["expert"] for e in events} == set(experts) and len(events) == model.top_k
+    for event in events:
+        tile = missing if event["expert"] == experts[0] else 0
+        address = config.expert_address(1, event["expert"]) + tile * config.tile_bytes
+        assert (event["code"], event["layer"], event["address"]) == (ErrorCode.TIMEOUT, 1, address)
+    for fetched in left:
+        await host.refused(*fetched)
+    assert await host.read("fill_errors") == model.top_k + 1
+    # The device goes on; a host that answers is never too late.
+    host.post("RELEASE", 0, 1)
+    host.post("ROUTE", 0, 1, experts)
+    for _ in experts:
+        await host.wait(_READY)
+    assert await host.read("fill_errors") == model.top_k + 1
+    hit("mover.timeout")
 
 
 @cocotb.test()

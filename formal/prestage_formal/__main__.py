@@ -74,15 +74,16 @@ def _table(rows):
         heading,
         *(
             (
-                row.proof,
-                str(row.depth),
-                row.engine,
-                f"{row.seconds:.1f}",
-                row.result,
-                row.twin_result,
-                f"{row.twin_seconds:.1f}",
+                *(
+                    (row.proof, str(row.depth), row.engine, f"{row.seconds:.1f}", row.result)
+                    if twin is row.twins[0]
+                    else ("",) * 5
+                ),
+                twin.result,
+                f"{twin.seconds:.1f}",
             )
             for row in rows
+            for twin in row.twins
         ),
     ]
     widths = [max(len(line[i]) for line in cells) for i in range(len(heading))]
@@ -132,7 +133,7 @@ def main(arguments=None):
         except EngineError as error:
             progress(f"error: {error}")
             return error
-        progress(f"{result.result}; its broken twin {result.twin_result}")
+        progress("; its broken twin ".join((result.result, *(t.result for t in result.twins))))
         return result
 
     prepare_solver(options.folder, options.solver)

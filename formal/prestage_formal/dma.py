@@ -86,7 +86,8 @@ class _Engine:
             | (self.step & ~mid["null"] & ~mid["turn"])
         )
         number = sum(Mux(self.chosen[c], c, 0) for c in self.channels)
-        traffic = [setting.traffic for setting in self.active]
+        urgent = self.block.urgent
+        traffic = [Mux(urgent[c], 0, self.active[c].traffic) for c in self.channels]
         *_, known = order_lemmas(m, self.inside, traffic, prefix="midend.arbiter.")
         m.d.comb += [
             lemma(known | (signal("midend.arbiter.wants") == 0)),
@@ -297,7 +298,7 @@ class _Classes:
             self.limit_two_before.eq(self.limit_before),
         ]
         credit = signal("midend.credit")
-        to_come = engine.burst & ~engine.read
+        to_come = engine.burst & ~engine.read & (engine.channel != 0)
         m.d.comb += lemma(~self.room | ~known | (self.live + to_come < self.limit_before))
         for c in channels[1:]:
             may = engine.choosing & credit[c]
@@ -347,11 +348,15 @@ class DemandFirst(Elaboratable):
         wants, choice = signal("midend.arbiter.wants"), signal("midend.arbiter.choice")
         chosen = engine.burst & (engine.channel != 0)
         longest = config.longest_burst
+        # Demands wait for what is in channel 1, too: it takes turns. What is told counts a cycle
+        # later.
+        raised = Signal()
+        m.d.sync += raised.eq(engine.block.urgent[1])
         m.d.comb += [
             # Beats that may come for others once a demand wants to.
             Assert((classes.live + chosen) * longest <= config.tile_beats),
             # Nobody below is chosen from then on.
-            Assert(~(engine.choosing & wants[0]) | (choice == 1)),
+            Assert(~(engine.choosing & wants[0] & ~raised) | (choice == 1)),
             lemma(classes.limit_before == config.lower_credits),
             lemma(classes.limit_two_before == config.lower_credits),
             lemma(signal("midend.lower_credits") == config.lower_credits),
@@ -359,6 +364,7 @@ class DemandFirst(Elaboratable):
             lemma(classes.live <= config.lower_credits),
             Cover(chosen & ((classes.live + 1) * longest == config.tile_beats)),
             Cover(engine.choosing & (wants == 3) & (classes.live == 1)),
+            Cover(engine.choosing & (wants == 3) & (choice == 2)),
         ]
         for c in engine.channels:
             for setting in (engine.shadow[c], engine.active[c]):

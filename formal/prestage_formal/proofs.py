@@ -5,7 +5,23 @@ from dataclasses import dataclass, field
 
 from .mutation import Mutation
 
-__all__ = ["PROOFS", "Proof"]
+__all__ = ["PROOFS", "Proof", "Twin"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twin(Mutation):
+    """A change that must make a proof's harness fail.
+
+    Parameters
+    ----------
+    depth : :class:`int`
+        Cycles after reset within which it must.
+    parameters : :class:`dict`
+        Keyword arguments of the harness for it: a smaller instance fails sooner.
+    """
+
+    depth: int
+    parameters: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +44,8 @@ class Proof:
         Cycles within which every ``Cover`` must be reached.
     cover_parameters : :class:`dict`
         Keyword arguments of the harness for that: a smaller instance gets there sooner.
-    twin : :class:`Mutation`
-        The change that breaks it.
-    twin_depth : :class:`int`
-        Cycles after reset within which the broken twin must fail.
-    twin_parameters : :class:`dict`
-        Keyword arguments of the harness for the broken twin: a smaller instance fails sooner.
+    twins : tuple of :class:`Twin`
+        Changes that break it, one at a time; the first is the one that the tables name.
     """
 
     name: str
@@ -42,15 +54,17 @@ class Proof:
     harness: str
     depth: int
     cover_depth: int
-    twin: Mutation
-    twin_depth: int
-    twin_parameters: dict = field(default_factory=dict)
+    twins: tuple[Twin, ...]
     cover_parameters: dict = field(default_factory=dict)
 
     def build(self, variant):
-        """The harness: ``"whole"``, that of the ``"covers"``, or ``"broken"``. Imports the RTL."""
+        """The harness: ``"whole"``, that of the ``"covers"``, or of ``"broken-0"`` and so on.
+
+        Imports the RTL.
+        """
         module, _, name = self.harness.partition(":")
-        parameters = {"whole": {}, "covers": self.cover_parameters, "broken": self.twin_parameters}
+        parameters = {"whole": {}, "covers": self.cover_parameters}
+        parameters |= {f"broken-{n}": twin.parameters for n, twin in enumerate(self.twins)}
         harness = getattr(importlib.import_module(f"{__package__}.{module}"), name)
         return harness(**parameters[variant])
 
@@ -76,13 +90,15 @@ PROOFS = (
         harness="streams:TwoBeatsOrder",
         depth=1,
         cover_depth=6,
-        twin=Mutation(
-            name="the spare register is overwritten",
-            module="prestage_hw.predictor.two_beats",
-            old="self.incoming.ready.eq(~spare_valid)",
-            new="self.incoming.ready.eq(1)",
+        twins=(
+            Twin(
+                name="the spare register is overwritten",
+                module="prestage_hw.predictor.two_beats",
+                old="self.incoming.ready.eq(~spare_valid)",
+                new="self.incoming.ready.eq(1)",
+                depth=8,
+            ),
         ),
-        twin_depth=8,
     ),
     Proof(
         name="order-lists",
@@ -91,13 +107,15 @@ PROOFS = (
         harness="order:OrderListsQueues",
         depth=1,
         cover_depth=7,
-        twin=Mutation(
-            name="an entry that comes as the last one leaves is not the first",
-            module="prestage_hw.dma.order",
-            old="with m.If(pushed & (~self.filled[i] | (popped & ends))):",
-            new="with m.If(pushed & ~self.filled[i]):",
+        twins=(
+            Twin(
+                name="an entry that comes as the last one leaves is not the first",
+                module="prestage_hw.dma.order",
+                old="with m.If(pushed & (~self.filled[i] | (popped & ends))):",
+                new="with m.If(pushed & ~self.filled[i]):",
+                depth=8,
+            ),
         ),
-        twin_depth=8,
     ),
     Proof(
         name="dma-requests",
@@ -107,13 +125,15 @@ PROOFS = (
         harness="frontend:RequestQueues",
         depth=2,
         cover_depth=8,
-        twin=Mutation(
-            name="a queue that is nearly full has room for two",
-            module="prestage_hw.dma.frontend",
-            old="(levels[c] != depth) & ~((levels[c] == depth - 1) & incoming_to[c])",
-            new="levels[c] != depth",
+        twins=(
+            Twin(
+                name="a queue that is nearly full has room for two",
+                module="prestage_hw.dma.frontend",
+                old="(levels[c] != depth) & ~((levels[c] == depth - 1) & incoming_to[c])",
+                new="levels[c] != depth",
+                depth=8,
+            ),
         ),
-        twin_depth=8,
     ),
     Proof(
         name="arbiter-priority",
@@ -122,13 +142,15 @@ PROOFS = (
         harness="arbiter:ArbiterPriority",
         depth=2,
         cover_depth=6,
-        twin=Mutation(
-            name="the worst class goes first",
-            module="prestage_hw.dma.arbiter",
-            old="(self.traffic[d] < self.traffic[c])",
-            new="(self.traffic[d] > self.traffic[c])",
+        twins=(
+            Twin(
+                name="the worst class goes first",
+                module="prestage_hw.dma.arbiter",
+                old="(self.traffic[d] < self.traffic[c])",
+                new="(self.traffic[d] > self.traffic[c])",
+                depth=6,
+            ),
         ),
-        twin_depth=6,
     ),
     Proof(
         name="arbiter-fairness",
@@ -138,13 +160,15 @@ PROOFS = (
         harness="arbiter:ArbiterFairness",
         depth=2,
         cover_depth=14,
-        twin=Mutation(
-            name="grants are not counted down",
-            module="prestage_hw.dma.arbiter",
-            old="base - chosen[c]",
-            new="base",
+        twins=(
+            Twin(
+                name="grants are not counted down",
+                module="prestage_hw.dma.arbiter",
+                old="base - chosen[c]",
+                new="base",
+                depth=24,
+            ),
         ),
-        twin_depth=24,
     ),
     Proof(
         name="dma-address-channel",
@@ -154,13 +178,15 @@ PROOFS = (
         harness="dma:AddressChannel",
         depth=2,
         cover_depth=14,
-        twin=Mutation(
-            name="bursts do not end where the longest would",
-            module="prestage_hw.dma.midend",
-            old="fits.eq(~at_read[:8] & settings.mask)",
-            new="fits.eq(settings.mask)",
+        twins=(
+            Twin(
+                name="bursts do not end where the longest would",
+                module="prestage_hw.dma.midend",
+                old="fits.eq(~at_read[:8] & settings.mask)",
+                new="fits.eq(settings.mask)",
+                depth=12,
+            ),
         ),
-        twin_depth=12,
     ),
     Proof(
         name="dma-streams",
@@ -169,13 +195,15 @@ PROOFS = (
         harness="dma:Streams",
         depth=2,
         cover_depth=16,
-        twin=Mutation(
-            name="a beat that waits for the buffer makes room",
-            module="prestage_hw.dma.backend",
-            old="room.eq((~write_valid | self.writes.ready) & (~final | done_room))",
-            new="room.eq(~final | done_room)",
+        twins=(
+            Twin(
+                name="a beat that waits for the buffer makes room",
+                module="prestage_hw.dma.backend",
+                old="room.eq((~write_valid | self.writes.ready) & (~final | done_room))",
+                new="room.eq(~final | done_room)",
+                depth=16,
+            ),
         ),
-        twin_depth=16,
     ),
     Proof(
         name="dma-credits",
@@ -185,13 +213,15 @@ PROOFS = (
         harness="dma:Credits",
         depth=2,
         cover_depth=16,
-        twin=Mutation(
-            name="a burst that was chosen does not count yet",
-            module="prestage_hw.dma.midend",
-            old="(self.outstanding[c] + (pending & (self.channel == c)) < settings.credits)",
-            new="(self.outstanding[c] < settings.credits)",
+        twins=(
+            Twin(
+                name="a burst that was chosen does not count yet",
+                module="prestage_hw.dma.midend",
+                old="(self.outstanding[c] + (pending & (self.channel == c)) < settings.credits)",
+                new="(self.outstanding[c] < settings.credits)",
+                depth=20,
+            ),
         ),
-        twin_depth=20,
     ),
     Proof(
         name="dma-read-beats",
@@ -201,13 +231,15 @@ PROOFS = (
         harness="dma:ReadBeats",
         depth=2,
         cover_depth=18,
-        twin=Mutation(
-            name="a burst ends a beat early",
-            module="prestage_hw.dma.backend",
-            old="ending[i].eq(left == 1)",
-            new="ending[i].eq(left == 2)",
+        twins=(
+            Twin(
+                name="a burst ends a beat early",
+                module="prestage_hw.dma.backend",
+                old="ending[i].eq(left == 1)",
+                new="ending[i].eq(left == 2)",
+                depth=16,
+            ),
         ),
-        twin_depth=16,
     ),
     Proof(
         name="dma-goes-on",
@@ -217,13 +249,15 @@ PROOFS = (
         harness="dma:Goes",
         depth=5,
         cover_depth=22,
-        twin=Mutation(
-            name="a step of a burst never ends",
-            module="prestage_hw.dma.midend",
-            old="done.eq(step & ~self.hold & (~turn | prepared))",
-            new="done.eq(step & ~self.hold & turn & prepared)",
+        twins=(
+            Twin(
+                name="a step of a burst never ends",
+                module="prestage_hw.dma.midend",
+                old="done.eq(step & ~self.hold & (~turn | prepared))",
+                new="done.eq(step & ~self.hold & turn & prepared)",
+                depth=12,
+            ),
         ),
-        twin_depth=12,
     ),
     Proof(
         name="dma-lower-credits",
@@ -233,13 +267,15 @@ PROOFS = (
         harness="dma:LowerCredits",
         depth=2,
         cover_depth=16,
-        twin=Mutation(
-            name="demands and all others are told apart the wrong way round",
-            module="prestage_hw.dma.midend",
-            old="(~lower[c] | lower_room)",
-            new="(lower[c] | lower_room)",
+        twins=(
+            Twin(
+                name="demands and all others are told apart the wrong way round",
+                module="prestage_hw.dma.midend",
+                old="(~lower[c] | lower_room)",
+                new="(lower[c] | lower_room)",
+                depth=20,
+            ),
         ),
-        twin_depth=20,
     ),
     Proof(
         name="dma-demand-first",
@@ -249,13 +285,22 @@ PROOFS = (
         harness="dma:DemandFirst",
         depth=2,
         cover_depth=16,
-        twin=Mutation(
-            name="bursts below demand have one credit too many",
-            module="prestage_hw.dma.midend",
-            old="                < self.lower_credits\n",
-            new="                <= self.lower_credits\n",
+        twins=(
+            Twin(
+                name="bursts below demand have one credit too many",
+                module="prestage_hw.dma.midend",
+                old="                < self.lower_credits\n",
+                new="                <= self.lower_credits\n",
+                depth=16,
+            ),
+            Twin(
+                name="the worst class goes first",
+                module="prestage_hw.dma.arbiter",
+                old="(self.traffic[d] < self.traffic[c])",
+                new="(self.traffic[d] > self.traffic[c])",
+                depth=16,
+            ),
         ),
-        twin_depth=16,
     ),
     Proof(
         name="buffer-slots",
@@ -266,14 +311,24 @@ PROOFS = (
         depth=2,
         cover_depth=52,
         cover_parameters={"lru": True, "slots": 1, "contexts": 1, "layers": 1},
-        twin=Mutation(
-            name="a slot that is filling may be taken",
-            module="prestage_hw.buffer.buffer",
-            old="free = (state.pins == 0) & ~state.filling & ~state.locked",
-            new="free = (state.pins == 0) & ~state.locked",
+        twins=(
+            Twin(
+                name="a slot that is filling may be taken",
+                module="prestage_hw.buffer.buffer",
+                old="free = (state.pins == 0) & ~state.filling & ~state.locked",
+                new="free = (state.pins == 0) & ~state.locked",
+                depth=42,
+                parameters={"lru": True, "slots": 1, "contexts": 1, "layers": 1},
+            ),
+            Twin(
+                name="an expert that is given a slot is not entered",
+                module="prestage_hw.buffer.buffer",
+                old="directory.entry_write.eq(~found & ~further if copies else ~found)",
+                new="directory.entry_write.eq(0)",
+                depth=60,
+                parameters={"lru": True, "slots": 2, "contexts": 1, "layers": 1},
+            ),
         ),
-        twin_depth=42,
-        twin_parameters={"lru": True, "slots": 1, "contexts": 1, "layers": 1},
     ),
     Proof(
         name="buffer-answers",
@@ -284,14 +339,16 @@ PROOFS = (
         depth=2,
         cover_depth=50,
         cover_parameters={"slots": 2, "contexts": 1, "layers": 1},
-        twin=Mutation(
-            name="a release never comes to its last pin",
-            module="prestage_hw.buffer.buffer",
-            old="done.eq(request.index == self.config.model.top_k - 1)",
-            new="done.eq(0)",
+        twins=(
+            Twin(
+                name="a release never comes to its last pin",
+                module="prestage_hw.buffer.buffer",
+                old="done.eq(request.index == self.config.model.top_k - 1)",
+                new="done.eq(0)",
+                depth=20,
+                parameters={"slots": 2, "contexts": 1, "layers": 1},
+            ),
         ),
-        twin_depth=20,
-        twin_parameters={"slots": 2, "contexts": 1, "layers": 1},
     ),
     Proof(
         name="buffer-walk",
@@ -302,13 +359,15 @@ PROOFS = (
         depth=2,
         cover_depth=60,
         cover_parameters={"slots": 3, "contexts": 1, "layers": 1},
-        twin=Mutation(
-            name="the slot that was touched is the most recent a cycle late",
-            module="prestage_hw.buffer.recency",
-            old="self.newest.eq(self.slot),",
-            new="self.newest.eq(self.newest),",
+        twins=(
+            Twin(
+                name="the slot that was touched is the most recent a cycle late",
+                module="prestage_hw.buffer.recency",
+                old="self.newest.eq(self.slot),",
+                new="self.newest.eq(self.newest),",
+                depth=40,
+            ),
         ),
-        twin_depth=40,
     ),
     Proof(
         name="inflight-demand-first",
@@ -318,13 +377,22 @@ PROOFS = (
         harness="inflight:DemandFirst",
         depth=4,
         cover_depth=12,
-        twin=Mutation(
-            name="a choice counts though a fetch began since it was made",
-            module="prestage_hw.scheduler.inflight",
-            old="changing.eq(self.allocate | self.wait",
-            new="changing.eq(self.wait",
+        twins=(
+            Twin(
+                name="a choice counts though a fetch began since it was made",
+                module="prestage_hw.scheduler.inflight",
+                old="changing.eq(self.allocate | self.wait",
+                new="changing.eq(self.wait",
+                depth=8,
+            ),
+            Twin(
+                name="no channel is ever urgent",
+                module="prestage_hw.scheduler.inflight",
+                old="Mux(taken_over != 0, urgent_channel, 0)",
+                new="0",
+                depth=12,
+            ),
         ),
-        twin_depth=8,
     ),
     Proof(
         name="inflight-progress",
@@ -334,13 +402,15 @@ PROOFS = (
         harness="inflight:Progress",
         depth=4,
         cover_depth=14,
-        twin=Mutation(
-            name="a fetch that begins stays older than those before it",
-            module="prestage_hw.scheduler.inflight",
-            old="older[i].eq(older[i] & ~target)",
-            new="older[i].eq(older[i])",
+        twins=(
+            Twin(
+                name="a fetch that begins stays older than those before it",
+                module="prestage_hw.scheduler.inflight",
+                old="older[i].eq(older[i] & ~target)",
+                new="older[i].eq(older[i])",
+                depth=12,
+            ),
         ),
-        twin_depth=12,
     ),
     Proof(
         name="throttle-takes",
@@ -350,13 +420,15 @@ PROOFS = (
         harness="scheduler:ThrottleTakes",
         depth=2,
         cover_depth=20,
-        twin=Mutation(
-            name="the kinds are counted for ever",
-            module="prestage_hw.scheduler.throttle",
-            old="with m.If(steps[-1]):",
-            new="with m.If(0):",
+        twins=(
+            Twin(
+                name="the kinds are counted for ever",
+                module="prestage_hw.scheduler.throttle",
+                old="with m.If(steps[-1]):",
+                new="with m.If(0):",
+                depth=26,
+            ),
         ),
-        twin_depth=26,
     ),
     Proof(
         name="scheduler-serves",
@@ -366,13 +438,22 @@ PROOFS = (
         harness="scheduler:Machine",
         depth=4,
         cover_depth=30,
-        twin=Mutation(
-            name="a candidate goes before commands",
-            module="prestage_hw.scheduler.scheduler",
-            old="with m.Elif(queue.valid & may_prefetch & ~self.hold):",
-            new="with m.If(queue.valid & may_prefetch & ~self.hold):",
+        twins=(
+            Twin(
+                name="a candidate goes before commands",
+                module="prestage_hw.scheduler.scheduler",
+                old="with m.Elif(queue.valid & may_prefetch & ~self.hold):",
+                new="with m.If(queue.valid & may_prefetch & ~self.hold):",
+                depth=12,
+            ),
+            Twin(
+                name="a candidate is looked up as a demand",
+                module="prestage_hw.scheduler.scheduler",
+                old="op.eq(BufferOp.PREFETCH),\n                        ctx.eq(queue.best.ctx)",
+                new="op.eq(BufferOp.DEMAND),\n                        ctx.eq(queue.best.ctx)",
+                depth=16,
+            ),
         ),
-        twin_depth=12,
     ),
     Proof(
         name="queue-candidates",
@@ -382,13 +463,15 @@ PROOFS = (
         harness="queue:Candidates",
         depth=2,
         cover_depth=34,
-        twin=Mutation(
-            name="a newcomer is written to its context's first place",
-            module="prestage_hw.scheduler.queue",
-            old="write_index = Mux(insert, here[:index_bits], writes[:index_bits])",
-            new="write_index = Mux(insert, 0, writes[:index_bits])",
+        twins=(
+            Twin(
+                name="a newcomer is written to its context's first place",
+                module="prestage_hw.scheduler.queue",
+                old="write_index = Mux(insert, here[:index_bits], writes[:index_bits])",
+                new="write_index = Mux(insert, 0, writes[:index_bits])",
+                depth=20,
+            ),
         ),
-        twin_depth=20,
     ),
     Proof(
         name="queue-settles",
@@ -398,13 +481,17 @@ PROOFS = (
         harness="queue:Settles",
         depth=2,
         cover_depth=60,
-        twin=Mutation(
-            name="a newcomer is weighed for ever",
-            module="prestage_hw.scheduler.queue",
-            old="here.eq(Array(counts)[insert_ctx]),\n                    state.eq(_State.COMPARE)",
-            new="here.eq(Array(counts)[insert_ctx]),\n                    state.eq(_State.WEIGH)",
+        twins=(
+            Twin(
+                name="a newcomer is weighed for ever",
+                module="prestage_hw.scheduler.queue",
+                old="here.eq(Array(counts)[insert_ctx]),\n"
+                "                    state.eq(_State.COMPARE)",
+                new="here.eq(Array(counts)[insert_ctx]),\n"
+                "                    state.eq(_State.WEIGH)",
+                depth=14,
+            ),
         ),
-        twin_depth=14,
     ),
     Proof(
         name="writer-channels",
@@ -414,13 +501,15 @@ PROOFS = (
         harness="writer:WriteChannels",
         depth=2,
         cover_depth=24,
-        twin=Mutation(
-            name="the beat before the last is marked",
-            module="prestage_hw.dma.writer",
-            old="last.eq(row == now.length)",
-            new="last.eq(row + 1 >= now.length)",
+        twins=(
+            Twin(
+                name="the beat before the last is marked",
+                module="prestage_hw.dma.writer",
+                old="last.eq(row == now.length)",
+                new="last.eq(row + 1 >= now.length)",
+                depth=20,
+            ),
         ),
-        twin_depth=20,
     ),
     Proof(
         name="mover-tiles",
@@ -430,12 +519,14 @@ PROOFS = (
         harness="mover:HostTiles",
         depth=2,
         cover_depth=22,
-        twin=Mutation(
-            name="the host may report a tile that it was not asked for",
-            module="prestage_hw.link.mover",
-            old="with m.If(fits & same & was_asked):",
-            new="with m.If(fits & same):",
+        twins=(
+            Twin(
+                name="the host may report a tile that it was not asked for",
+                module="prestage_hw.link.mover",
+                old="fits & same & was_asked,",
+                new="fits & same,",
+                depth=18,
+            ),
         ),
-        twin_depth=18,
     ),
 )

@@ -131,9 +131,10 @@ class Machine(Elaboratable):
         returned = inside.local("returned", part="InflightTable")
         rows = inside.rows("table.entries")
         filling = Array(inside.rows("filling"))
+        filled, cancels, spares = local("filled"), local("cancels"), local("spares")
         looks_up = Cat(
             op == o for o in (BufferOp.DEMAND, BufferOp.LOCK, BufferOp.PREFETCH)
-        ).any() & ~local("filled")
+        ).any() & ~(filled | cancels)
         fills = [valid[i] & (rows[i].slot == result.payload.slot) for i in entries]
         # Tiles that the DMA engine has taken and not given back.
         away = [[Signal(name=f"away_{i}_{j}") for j in range(tiles)] for i in entries]
@@ -178,7 +179,7 @@ class Machine(Elaboratable):
             m.d.sync += worked.eq(0)
         with m.Elif(~slow):
             m.d.sync += worked.eq(worked + 1)
-        longest = most + 11
+        longest = 2 * most + 15
         # Cycles since nothing changed in the table for three: so long a tile needs to be offered.
         low, since = Signal(3), Signal(8)
         calm = Signal()
@@ -238,22 +239,29 @@ class Machine(Elaboratable):
         ]
 
         # --- lemmas ---
-        tag, pending, filled = local("tag"), local("pending"), local("filled")
+        tag, pending = local("tag"), local("pending")
         outcome_valid = local("outcome_valid")
         held_tag = local("held_tag")
         answers = sum(pending) + Mux(held & (held_tag == tag), 2, 0)
         decides = 1 + Mux(outcome_valid, most + 1 - untaken, 0)
         rank = Signal(8)
         after = 6
+        # A demand that finds no slot may have a prefetch given up.
+        gives_up = most + 4 + after
         with m.Switch(state):
             for names, cycles in (
                 (("FREE", "HIT", "REFUSE", "MERGE", "ALLOCATE"), 1),
                 (("ANSWER",), answers + 2),
-                (("DECIDE",), decides + Mux(filled, answers + 2, 2)),
-                (("RESULT",), most + 3 + after),
-                (("FILL", "LOOKUP", "GIVE_UP"), most + 4 + after),
-                (("RETURN", "JUDGE", "SCAN"), most + 5 + after),
-                (("SCREEN",), most + 6 + after),
+                (
+                    ("DECIDE",),
+                    decides + Mux(filled, answers + 2, Mux(cancels, 2, gives_up)),
+                ),
+                (("RESULT",), most + 3 + Mux(filled | cancels, after, gives_up)),
+                (("FILL", "GIVE_UP"), gives_up),
+                (("RETURN", "SCAN"), gives_up + 1),
+                (("LOOKUP",), most + 4 + gives_up),
+                (("JUDGE",), most + 5 + gives_up),
+                (("SCREEN",), most + 6 + gives_up),
             ):
                 with m.Case(*(rtl._State[name] for name in names)):
                     m.d.comb += rank.eq(cycles)
@@ -267,10 +275,11 @@ class Machine(Elaboratable):
             lemma(low <= 4),
             lemma(~at("DISPATCH") | calm | (since <= 2 + 3 * (config.inflight - scans) + low)),
             lemma(~at("SCAN") | calm | (since <= 3 + 3 * (config.inflight - 1 - scans))),
-            lemma(~at("SCAN", "GIVE_UP") | (scans < config.inflight)),
+            lemma(~at("SCAN", "GIVE_UP") | spares | (scans < config.inflight)),
+            lemma(~(at("GIVE_UP") & spares) | (since <= 1)),
             lemma(scans <= config.inflight),
             lemma(~at("SCAN", "LOOKUP", "SCREEN") | (low >= 1)),
-            lemma(~at("GIVE_UP") | (since <= 4 + 3 * (config.inflight - 1 - scans))),
+            lemma(~at("GIVE_UP") | spares | (since <= 4 + 3 * (config.inflight - 1 - scans))),
             lemma(~at("RETURN") | (since <= 4 + 3 * config.inflight)),
             lemma(~at("FILL") | (since <= 5 + 3 * config.inflight)),
             lemma(~at("SCREEN", "LOOKUP", "JUDGE") | (since <= 5 + 3 * config.inflight)),
@@ -314,7 +323,7 @@ class Machine(Elaboratable):
             lemma(~at("ANSWER", "FREE") | ~to_come_here),
             lemma(~(at("RESULT", "DECIDE") & filled) | (to_come_here == ~local("last"))),
             lemma(
-                ~(at("RESULT", "DECIDE") & ~filled & (op == BufferOp.CANCEL))
+                ~(at("RESULT", "DECIDE") & cancels)
                 | (row_live & ~to_come_here & ~demand.bit_select(tag, 1))
             ),
             lemma(~held | demand.bit_select(held_tag, 1)),
@@ -322,20 +331,31 @@ class Machine(Elaboratable):
             lemma(~waiting | (local("wanted") & (used != config.inflight))),
             lemma(~at("SCREEN", "JUDGE") | (op == BufferOp.PREFETCH)),
             lemma(
-                ~(at("LOOKUP") | (at("RESULT", "DECIDE") & ~filled) | waiting)
+                ~(at("LOOKUP") | (at("RESULT", "DECIDE") & ~filled & ~cancels) | waiting)
                 | (op == BufferOp.PREFETCH)
-                | (op == BufferOp.CANCEL)
                 | commanded
             ),
             lemma(~(at("FREE") & held) | (held_tag != tag)),
-            lemma(~(waiting & at("RESULT", "DECIDE")) | filled),
+            lemma(~(waiting & at("RESULT", "DECIDE")) | filled | cancels),
+            lemma(~(filled & cancels)),
+            lemma(~cancels | at("RESULT", "DECIDE", "FREE", "DISPATCH")),
+            lemma(~spares | at("GIVE_UP", "RESULT", "DECIDE", "FREE", "DISPATCH")),
+            lemma(~(spares & at("RESULT", "DECIDE")) | cancels),
+            lemma(~(spares & at("GIVE_UP", "RESULT", "DECIDE")) | waiting),
+            lemma(~(waiting & at("GIVE_UP")) | spares),
             lemma(~at("RETURN", "FILL", "ANSWER", "FREE", "MERGE") | row_live),
             lemma(~(at("RESULT", "DECIDE") & filled) | row_live),
             lemma(~filled | at("RESULT", "DECIDE", "ANSWER", "FREE", "DISPATCH")),
-            lemma(~(waiting & ~retry) | (at("DISPATCH", "RETURN") & table.occupied)),
+            lemma(~(waiting & ~retry) | table.occupied),
+            lemma(
+                ~(waiting & ~retry)
+                | at("DISPATCH", "RETURN", "GIVE_UP", "FREE")
+                | (at("RESULT", "DECIDE") & cancels)
+            ),
             lemma(
                 ~waiting
                 | at("DISPATCH", "RETURN", "FILL", "RESULT", "DECIDE", "ANSWER", "FREE", "LOOKUP")
+                | at("GIVE_UP")
             ),
         ]
         failed = inside.local("failed", part="InflightTable")
@@ -357,7 +377,7 @@ class Machine(Elaboratable):
         for i in entries:
             offered = offer_waits & (fetch.payload.tag == i)
             on_way = sum(away[i]) + offered + (at("RETURN") & (tag == i))
-            of_entry = at("RESULT", "DECIDE") & (filled | (op == BufferOp.CANCEL))
+            of_entry = at("RESULT", "DECIDE") & (filled | cancels)
             ending = (at("RETURN", "FILL", "ANSWER", "FREE") | of_entry) & (tag == i)
             m.d.comb += [
                 lemma(~valid[i] | (issued[i] == returned[i] + on_way)),

@@ -33,7 +33,7 @@ _SCHEDULER_PORTS = (
         "throttle_enable",
         "throttle_weights",
         "throttle_state",
-        *("budget", "layer_time", "tile_time", "streaming"),
+        *("budget", "layer_time", "tile_time", "streaming", "gathering"),
         *("statistics_requests", "statistics_values", "clear_statistics"),
     ),
     *("demanding", "strobes"),
@@ -82,6 +82,8 @@ def connect_engine(m, *, scheduler, dma, buffer, values, policy):
             m.d.comb += getattr(checksums, name).eq(getattr(scheduler, name))
     else:
         wiring.connect(m, dma.completions, scheduler.completions)
+    if config.mover == "dma":
+        m.d.comb += dma.urgent.eq(scheduler.urgent)
     if config.host_writes:
         wiring.connect(m, dma.writes, buffer.host_writes)
     elif config.stores_slots:
@@ -119,8 +121,8 @@ class Engine(wiring.Component):
     -------
     commands, candidates, ready, events, expert_base, part_bases, prefetch_tiles, enable, \
     cutoff_layer, hold, wanted, alone, cancel_enable, throttle_enable, throttle_weights, \
-    throttle_state, budget, layer_time, tile_time, streaming, statistics_requests, \
-    statistics_values, clear_statistics, demanding, strobes
+    throttle_state, budget, layer_time, tile_time, streaming, gathering, \
+    statistics_requests, statistics_values, clear_statistics, demanding, strobes
         As of :class:`Scheduler`.
     copies, copied
         As of :class:`Scheduler`; only where experts may have copies.

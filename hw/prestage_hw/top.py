@@ -131,6 +131,7 @@ class Top(wiring.Component):
         wiring.connect(m, link.tx, wiring.flipped(self.tx))
         if config.mover == "host":
             self._connect_mover(m, mover=dma, link=link, dispatcher=dispatcher, scheduler=scheduler)
+            m.d.comb += dma.timeout.eq(registers.control.dma_timeout)
         else:
             wiring.connect(m, link.messages, dispatcher.messages)
             wiring.connect(m, dispatcher.replies, link.replies)
@@ -201,6 +202,7 @@ class Top(wiring.Component):
                 if config.gives_values
             ),
             scheduler.streaming.eq(chunks.streaming),
+            scheduler.gathering.eq(chunks.gathering),
             scheduler.clear.eq(registers.clear.buffer),
             scheduler.clear_statistics.eq(registers.clear.counters),
         ]

@@ -4,9 +4,10 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
-from prestage_hw.contract import PRESETS, DeviceConfig, ModelConfig, preset
+from prestage_hw.contract import PRESETS, DeviceConfig, ModelConfig, Rows, preset
 from prestage_hw.contract.perceptron import FORMS
 
 MODEL = ModelConfig(name="m", layers=4, experts=8, top_k=2)
@@ -85,6 +86,161 @@ def test_parts():
 def test_bad_parts(parts, kind, text):
     with raises(kind, text):
         device(expert_bytes=2048, parts=parts)
+
+
+#: Shapes of experts in rows: sizes of their parts, and the rows of each.
+ROWS = {
+    "tile of rows": ((1024,), (Rows(128, 4096),)),
+    "row of tiles": ((2048,), (Rows(1024, 1040),)),
+    "broken rows": ((1536, 1536), (Rows(96, 160), Rows(768, 1024))),
+    "in one part": ((512, 1024), (Rows(), Rows(32, 64))),
+    "gaps between experts": ((1024,), (Rows(expert_stride=1040),)),
+    "experts in turns": ((1536,), (Rows(48, 8 * 48, 48),)),
+    "layers in turns": ((1536,), (Rows(48, 32 * 48, 48, 8 * 48),)),
+    "columns of one matrix": ((1024, 512), (Rows(64, 208), Rows(32, 64, 0, 16384))),
+}
+
+
+@pytest.mark.parametrize("shape", ROWS)
+def test_rows(shape):
+    """Bytes gathered from each array, as NumPy strides tell where they are."""
+    sizes, rows = ROWS[shape]
+    config = device(expert_bytes=sum(sizes), parts=sizes if len(sizes) > 1 else (), rows=rows)
+    bases = [48 + sum(config.array_bytes[:part]) for part in range(len(sizes))]
+    assert config.part_bases(48) == tuple(bases)
+    assert config.memory_bytes == sum(config.array_bytes)
+    memory = np.random.default_rng(1).integers(0, 256, 48 + config.memory_bytes, dtype=np.uint8)
+    pieces = []
+    for size, given, base, taken, end in zip(
+        sizes, rows, bases, config.array_bytes, config.array_ends, strict=True
+    ):
+        row_bytes = given.row_bytes or size
+        count = size // row_bytes
+        row_stride = given.row_stride or row_bytes
+        expert_stride = given.expert_stride or count * row_stride
+        layer_stride = given.layer_stride or max(8 * expert_stride, count * row_stride)
+        pieces.append(
+            np.lib.stride_tricks.as_strided(
+                memory[base : base + taken],
+                (4, 8, count, row_bytes),
+                (layer_stride, expert_stride, row_stride, 1),
+            ).reshape(4, 8, size)
+        )
+        assert end == 3 * layer_stride + 7 * expert_stride + (count - 1) * row_stride + row_bytes
+        assert end <= taken
+    experts = np.concatenate(pieces, axis=2)
+    for layer in range(4):
+        for expert in range(8):
+            spans = config.expert_spans(layer, expert, bases=bases)
+            gathered = np.concatenate([memory[at : at + size] for at, size in spans])
+            assert np.array_equal(gathered, experts[layer, expert])
+            assert config.expert_address(layer, expert, base=48) == spans[0][0]
+            where = [at + n for at, size in spans for n in range(size)]
+            assert config.tile_addresses(layer, expert, bases=bases) == tuple(where[::512])
+            for at, size in config.expert_spans(layer, expert):
+                assert config.expert_at(at) == config.expert_at(at + size - 1) == (layer, expert)
+    assert DeviceConfig.from_fields(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_rows_of_a_tile_and_more():
+    config = device(expert_bytes=1024, rows=((128, 4096),))
+    assert config.rows == (Rows(128, 4096, 0, 0),)
+    assert [at for at, _ in config.expert_spans(0, 0)] == [n * 4096 for n in range(8)]
+    assert config.tile_addresses(0, 0) == (0, 16384)
+    assert config.gathers and not device(expert_bytes=2048, rows=((1024, 2048),)).gathers
+    assert not device().gathers
+
+
+def test_rows_without_gaps_are_none():
+    plain = device(expert_bytes=2048, parts=(1024, 1024))
+    for rows in (((128, 128), ()), ((128,), (512, 512, 1024, 8192)), (Rows(), Rows())):
+        assert plain.replace(rows=rows) == plain
+
+
+@pytest.mark.parametrize(
+    "rows, changes, kind, text",
+    [
+        ([(64, 128)], {}, TypeError, "Rows must be a tuple of Rows, not [(64, 128)]"),
+        ((64, 128), {}, TypeError, "Rows must be a tuple of Rows, not (64, 128)"),
+        (((64, 128),) * 2, {}, ValueError, "Rows must be one for each of 1 parts, not 2"),
+        (
+            ((64, 1, 2, 3, 4),),
+            {},
+            ValueError,
+            "Rows must be at most 4 numbers, not ((64, 1, 2, 3, 4),)",
+        ),
+        (
+            (("64", 128),),
+            {},
+            TypeError,
+            "Row size of part 0 in bytes must be an integer, not '64'",
+        ),
+        (
+            ((-64, 128),),
+            {},
+            ValueError,
+            "Row size of part 0 in bytes must be between 0 and 1099511627776, not -64",
+        ),
+        (
+            ((), (24, 128)),
+            {"parts": (1024, 1024)},
+            ValueError,
+            "Row size of part 1 must be a whole number of 16-byte beats, not 24 bytes",
+        ),
+        (
+            ((64, 120),),
+            {},
+            ValueError,
+            "Row stride of part 0 must be a whole number of 16-byte beats, not 120 bytes",
+        ),
+        (
+            ((96, 128),),
+            {},
+            ValueError,
+            "Part 0 must be a whole number of rows of 96 bytes, not 2048 bytes",
+        ),
+        (
+            ((64, 48),),
+            {},
+            ValueError,
+            "Row stride of part 0 must be at least the row size of 64 bytes, not 48",
+        ),
+        (
+            ((64, 128, 32),),
+            {},
+            ValueError,
+            "Expert stride of part 0 must be at least the row size of 64 bytes, not 32",
+        ),
+        (
+            ((0, 0, 0, 1024),),
+            {},
+            ValueError,
+            "Layer stride of part 0 must be at least the row size of 2048 bytes, not 1024",
+        ),
+        (
+            ((64, 128),),
+            {"layer_bytes": (2048, 1024, 512, 512)},
+            ValueError,
+            "Rows must not be given where the size of experts differs from layer to layer",
+        ),
+        (
+            ((64, 128),),
+            {"mover": "host"},
+            ValueError,
+            "Rows must be () with a host mover, who keeps experts, not"
+            " (Rows(row_bytes=64, row_stride=128, expert_stride=0, layer_stride=0),)",
+        ),
+        (
+            ((64, 128),),
+            {"address_bits": 17},
+            ValueError,
+            "Address width must span all rows of all experts (131520 bytes), but is 17 bits",
+        ),
+    ],
+)
+def test_bad_rows(rows, changes, kind, text):
+    with raises(kind, text):
+        device(expert_bytes=2048, rows=rows, **changes)
 
 
 def test_sizes_of_layers():

@@ -54,3 +54,26 @@ def test_memory_of_layers_that_differ():
             assert length == size
             pattern = expert_pattern(layer, expert, size=size)
             assert np.array_equal(memory[at : at + size], pattern)
+
+
+def test_memory_of_experts_in_rows():
+    config = DeviceConfig(
+        model=preset("tiny"),
+        slots=4,
+        expert_bytes=2560,
+        parts=(1536, 1024),
+        rows=((96, 112), (64, 8 * 64, 64)),
+    )
+    memory = expert_memory(config)
+    assert memory.shape == (config.memory_bytes,)
+    left = np.ones(memory.size, bool)
+    for layer in range(4):
+        for expert in range(8):
+            spans = config.expert_spans(layer, expert)
+            whole = np.concatenate([memory[at : at + size] for at, size in spans])
+            assert np.array_equal(whole, expert_pattern(layer, expert, size=2560))
+            for at, size in spans:
+                assert left[at : at + size].all(), "rows overlap"
+                left[at : at + size] = False
+    # What lies between rows is no row's.
+    assert left.sum() == 32 * 16 * 16

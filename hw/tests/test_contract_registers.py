@@ -89,6 +89,9 @@ def test_shape_registers():
     sizes = config.replace(layer_bytes=(2048, 512) * 12)
     tiles = np.array([4, 1] * 12, "<u4")
     assert registers.shape_registers(sizes)["layer_sizes"] == zlib.crc32(tiles.tobytes())
+    rows = np.array([64, 128, 4096, 32 * 4096], "<u8")
+    told = registers.shape_registers(config.replace(rows=((64, 128),)))
+    assert told["layer_sizes"] == zlib.crc32(rows.tobytes())
     # Exactly the read-only registers whose reset value depends on the configuration, and two fixed.
     assert {*values} - {"device_id", "version"} == {
         r.name for r in REGISTERS if r.access == "ro" and r.reset is None

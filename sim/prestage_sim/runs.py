@@ -157,6 +157,8 @@ class Run:
         Versions by name.
     prefetches : array
         What became of prefetches, ``[layers, kinds, outcomes]``.
+    refusal : :class:`str`
+        The first register write that the device has refused, and why; empty if there is none.
     """
 
     config: DeviceConfig
@@ -185,6 +187,7 @@ class Run:
     tables: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     prefetches: NDArray[np.uint32] = field(default_factory=lambda: np.zeros((0, 3, 5), np.uint32))
+    refusal: str = ""
 
     def prefetch_rows(self) -> list[dict[str, int | str]]:
         """What became of prefetches, a row for each layer and kind that had any."""

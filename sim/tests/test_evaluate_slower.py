@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prestage_hw.contract.records import Policy
-from prestage_sim.evaluate.slower import SOURCES, main, time_of
+from prestage_sim.evaluate.slower import BAR, SOURCES, main, time_of
 from prestage_sim.traces import Trace, load_trace, save_trace
 
 ROOT = Path(__file__).parents[2]
@@ -106,8 +106,9 @@ def test_command(tmp_path, capsys):
     save_trace(tmp_path / "a.npz", _trace(20))
     out = tmp_path / "out.json"
     arguments = [str(tmp_path / "a.npz"), "--first", "15", "--source", "noise", "--rho", "2"]
-    assert main([*arguments, "--residency", "0.25", "0.5", "--json", str(out)]) == 0
+    status = main([*arguments, "--residency", "0.25", "0.5", "--json", str(out)])
     cells = json.loads(out.read_text())["cells"]
+    assert status == any(cell["throttled"] > BAR * cell["without"] for cell in cells)
     assert [cell["residency"] for cell in cells] == [0.25, 0.5]
     assert all(cell["without"] >= 1 for cell in cells)
     assert "\nnoise 2 | " in capsys.readouterr().out

@@ -5,7 +5,7 @@ import pytest
 
 from prestage_hw.contract import MESSAGES, RECORDS, REGISTERS, DeviceConfig, ModelConfig
 from prestage_hw.contract.pattern import expert_memory
-from prestage_hw.contract.records import ErrorCode, Phase
+from prestage_hw.contract.records import ErrorCode, Phase, Refusal
 from prestage_hw.contract.registers import VERSION, register_by_name, register_hash
 from prestage_sim.model.stats.accuracy import Accuracy
 from prestage_sim.model.stats.counters import Counters
@@ -189,7 +189,7 @@ def test_token_starts_reach_the_predictor(device, monkeypatch):
 
     monkeypatch.setattr(device.top.predictor, "begin", begin)
     device("BEGIN_TOKEN", 1, Phase.VERIFY, 0xFFFFFFFF)
-    device.write("predict_threshold", 0x105)
+    device.write("predict_threshold", 5)
     device.write("predict_far_threshold", 6)
     device.write("predict_ahead", 2)
     device("BEGIN_TOKEN", 0, Phase.DECODE, 77)
@@ -211,20 +211,25 @@ def test_registers(device):
     assert {name: device.read(name) for name in shape} == shape
     assert device.read("device_id") == int.from_bytes(b"PRST", "big")
     assert device.read("version") == VERSION and device.read("register_hash") == register_hash()
-    for name, written, kept in (
-        ("control", 0xFFFFFFFF, 63),
-        ("throttle", 0xFFFFFFFF, 0x0F7F_FFFF),
-        ("policy", 0xFFFFFFFE, 2),
-        ("hint_threshold", 0x1FF, 0xFF),
-        ("expert_base_low", 0x12345, 0x12340),
-        ("predict_threshold", 0x1FF, 0xFF),
-        ("predict_far_threshold", 0x101, 1),
-        ("predict_ahead", 0x100, 0),
-        ("prefetch_tiles", 9, 4),
-        ("prefetch_tiles", 0, 1),
+    for name, most in (
+        ("control", 63),
+        ("throttle", 0x0F7F_FFFF),
+        ("policy", 2),
+        ("hint_threshold", 0xFF),
+        ("predict_threshold", 0xFF),
+        ("predict_far_threshold", 0xFF),
+        ("predict_ahead", 0xFF),
+        ("cutoff_layer", 0xFF),
+        ("prefetch_tiles", 4),
+        ("dma_timeout", 0xFFFFFF),
     ):
-        device.write(name, written)
-        assert device.read(name) == kept
+        device.write(name, most)
+        assert device.read("refusal") == 0
+        device.write(name, most + 1)
+        assert device.read(name) == most
+        register = register_by_name(name).address
+        assert device.read("refusal") == 1 << 31 | register << 8 | Refusal.VALUE
+        device.write("refusal", 0)
     for register in REGISTERS:
         assert device("REGISTER_READ", register.address)[0][0] == "REGISTER_VALUE"
 
@@ -288,8 +293,9 @@ def test_accuracy_compares_with_the_layer_that_follows():
 def test_memory_image_is_read_at_the_base():
     memory = np.concatenate([np.zeros(4096, np.uint8), expert_memory(CONFIG)])
     top = Top(CONFIG, memory)
-    base = register_by_name("expert_base_low").address
-    top.handle(MESSAGES["REGISTER_WRITE"].code, RECORDS["RegisterWrite"].pack(CONFIG, base, 4096))
+    for name, value in (("expert_base_low", 4096), ("expert_base_high", 0)):
+        body = RECORDS["RegisterWrite"].pack(CONFIG, register_by_name(name).address, value)
+        top.handle(MESSAGES["REGISTER_WRITE"].code, body)
     top.handle(MESSAGES["ROUTE"].code, RECORDS["Route"].pack(CONFIG, 0, 0, (1, 0)))
     data, ok = top.buffer.read_beat(0, 0)
     assert ok and bytes(data) == expert_memory(CONFIG)[512:528].tobytes()

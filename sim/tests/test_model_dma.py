@@ -79,6 +79,40 @@ def test_transfer():
     assert dma.transfer(0x1000, memory)[0] == Completion(FetchReason.OK, 0x1000)
 
 
+def test_tiles_of_rows():
+    config = CONFIG.replace(expert_bytes=4096, parts=(1536, 2560), rows=((96, 160), (1280, 4096)))
+    generator = np.random.default_rng(2)
+    memory = Memory(generator.integers(0, 256, config.memory_bytes, dtype=np.uint8))
+    dma = DMA(config)
+    tiles = list(enumerate(config.tile_addresses(2, 9)))
+    moved = [dma.transfer(address, memory, tile=tile) for tile, address in tiles]
+    assert all(
+        completion == (FetchReason.OK, tiles[n][1]) for n, (completion, _) in enumerate(moved)
+    )
+    spans = config.expert_spans(2, 9)
+    assert b"".join(data for _, data in moved) == b"".join(memory.read(*span) for span in spans)
+    # A row that cannot be read fails the tile that needs it, with the row's own address.
+    at, _ = spans[6]
+    memory.failing.append((at + 16, at + 32))
+    reasons = [dma.transfer(address, memory, tile=tile)[0] for tile, address in tiles[:3]]
+    assert reasons == [
+        (FetchReason.OK, tiles[0][1]),
+        (FetchReason.BUS, at),
+        (FetchReason.OK, tiles[2][1]),
+    ]
+
+
+def test_rows_past_the_top():
+    config = CONFIG.replace(rows=((96, 160),), expert_bytes=1536, address_bits=30)
+    top = 1 << 30
+    address = top - 512 - 2 * 160
+    assert DMA(config).bursts(address) == [(address, 6), (address + 160, 6), (address + 160, 1)]
+    assert DMA(config).completion(address) == Completion(FetchReason.ADDRESS, address)
+    # A tile whose first row would begin below address 0.
+    assert DMA(config).completion(0, tile=1) == Completion(FetchReason.ADDRESS, 0)
+    assert DMA(config).completion(32, tile=1) == Completion(FetchReason.OK, 32)
+
+
 def test_memory_ends():
     memory = Memory(bytes(range(100)))
     assert memory.read(90, 10) == bytes(range(90, 100))

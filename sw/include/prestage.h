@@ -13,7 +13,7 @@
 /* Identity. The host compares the registers of these names with them. */
 #define PRESTAGE_DEVICE_ID 0x50525354u
 #define PRESTAGE_VERSION 0x00000002u
-#define PRESTAGE_REGISTER_HASH 0xc15bcc0du
+#define PRESTAGE_REGISTER_HASH 0x5e85392cu
 
 /*
  * A frame is type, sequence, acknowledge (one byte each), the body and the CRC-32 of
@@ -93,8 +93,9 @@ enum prestage_error_code {
     PRESTAGE_ERROR_CODE_OVERRUN = 18, /* More messages wait than the device has room for; this one was dropped. */
     PRESTAGE_ERROR_CODE_BAD_COPIES = 19, /* The number of copies is 0 or more than the device has banks. */
     PRESTAGE_ERROR_CODE_NOT_HELD = 20, /* The copy was not made, because the expert itself is not held. */
-    PRESTAGE_ERROR_CODE_TIMEOUT = 21, /* The memory did not answer a read in time. */
+    PRESTAGE_ERROR_CODE_TIMEOUT = 21, /* The memory did not answer a read in time, or the host a fetch. */
     PRESTAGE_ERROR_CODE_ABORTED = 22, /* The host aborted the transfer. */
+    PRESTAGE_ERROR_CODE_ADDRESS = 23, /* The expert, or a row of it, would go past the top of the address space. */
 };
 
 enum prestage_traffic_class {
@@ -110,11 +111,13 @@ enum prestage_refusal {
     PRESTAGE_REFUSAL_WEIGHT = 3, /* The weight is 0. */
     PRESTAGE_REFUSAL_BURST = 4, /* The burst length is no power of two, or longer than the longest burst. */
     PRESTAGE_REFUSAL_CREDITS = 5, /* A channel has no credit, or there are more credits than bursts outstanding. */
-    PRESTAGE_REFUSAL_ROWS = 6, /* Size or stride of a row is no whole number of beats, or too large. */
+    PRESTAGE_REFUSAL_ROWS = 6, /* Size or stride of a row is no whole number of beats, or too large; any size where the device's configuration says what rows experts have. */
     PRESTAGE_REFUSAL_ENABLE = 7, /* Channels 0 and 1, and the last of three or more, carry demands and prefetches and can't be disabled. */
     PRESTAGE_REFUSAL_PROFILE = 8, /* No phase has that number. */
     PRESTAGE_REFUSAL_BUDGET = 9, /* A budget is at most 8 eighths. */
     PRESTAGE_REFUSAL_RESCAN = 10, /* A rescan needs a predictor that gives values, looks at most at all layers and at most at 127, and asks for a confidence of 1 to 255. */
+    PRESTAGE_REFUSAL_VALUE = 11, /* The register can't hold that value. */
+    PRESTAGE_REFUSAL_BASE = 12, /* The array that begins there must begin at a multiple of its step and end below the top of the address space, the device must have it, and the low half is written first. */
 };
 
 /* Register addresses, in 32-bit words. */
@@ -133,11 +136,11 @@ enum prestage_register {
     PRESTAGE_REG_SUCCESSORS = 0x0b, /* ro: Entries in a row of the correlation table (K). */
     PRESTAGE_REG_DATA_BYTES = 0x0c, /* ro: Width of the memory port, in bytes. */
     PRESTAGE_REG_MOVER = 0x0d, /* ro: Who moves experts into slots: 0 the DMA engine, 1 the host. */
-    PRESTAGE_REG_LAYER_SIZES = 0x0e, /* ro: CRC-32 of the tiles of an expert of each layer, as 32-bit little-endian numbers, where experts of different layers differ in size; else 0. */
-    PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its layer was routed. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are those of the profile that profile_select names. */
+    PRESTAGE_REG_LAYER_SIZES = 0x0e, /* ro: CRC-32 of the tiles of an expert of each layer, as 32-bit little-endian numbers, where experts of different layers differ in size, or of the four numbers of the rows of each part, as 64-bit ones, where parts have rows; else 0. */
+    PRESTAGE_REG_CONTROL = 0x10, /* rw: Bit 0: prefetch from the predictor's candidates. Bit 1: prefetch from hints. Bit 2: a candidate waits until the predictor is at rest and nothing is in flight, so that what is evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its layer was routed, or for a demand that finds no slot. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are those of the profile that profile_select names. */
     PRESTAGE_REG_CLEAR = 0x11, /* wo: Write ones to clear. Bit 0: predictor tables. Bit 1: buffer (all slots become free, every layer released). Bit 2: counters. Bit 3: checksums of experts, so that none is checked. Waits until the engine is idle. */
     PRESTAGE_REG_HINT_THRESHOLD = 0x12, /* rw: Hints with a lower score are dropped (bits 7..0). */
-    PRESTAGE_REG_EXPERT_BASE_LOW = 0x13, /* rw: Address of (part 0 of) expert 0 of layer 0, bits 31..0. */
+    PRESTAGE_REG_EXPERT_BASE_LOW = 0x13, /* rw: Address of (part 0 of) expert 0 of layer 0, bits 31..0. Of each address the low half is written first, and where addresses have more than 32 bits it holds from the write of the high half on, with that. */
     PRESTAGE_REG_EXPERT_BASE_HIGH = 0x14, /* rw: Address of (part 0 of) expert 0 of layer 0, bits 63..32. */
     PRESTAGE_REG_PREFETCH_TILES = 0x15, /* rw: Prefetch tiles that the DMA may hold at once, 1 to 4. */
     PRESTAGE_REG_PREDICT_THRESHOLD = 0x16, /* rw: Least confidence of a candidate for the next layer, in 1/256 (bits 7..0). */
@@ -148,7 +151,7 @@ enum prestage_register {
     PRESTAGE_REG_TABLE_WORDS = 0x1b, /* ro: Words in the table that table_address selects. */
     PRESTAGE_REG_TOKEN_BASE_LOW = 0x1c, /* rw: Address of the predictor's token tables where they lie behind a memory port, bits 31..0: a multiple of 4096. */
     PRESTAGE_REG_TOKEN_BASE_HIGH = 0x1d, /* rw: The same, bits 63..32. */
-    PRESTAGE_REG_POLICY = 0x1e, /* rw: Which expert gives way to another: 0 LRU, 1 LFU, 2 NEXT_USE; 3 stands for 2 (bits 1..0). */
+    PRESTAGE_REG_POLICY = 0x1e, /* rw: Which expert gives way to another: 0 LRU, 1 LFU, 2 NEXT_USE. */
     PRESTAGE_REG_CYCLES_LOW = 0x20, /* ro: Clock cycles since reset, bits 31..0; latches the rest. */
     PRESTAGE_REG_CYCLES_HIGH = 0x21, /* ro: Clock cycles since reset, bits 63..32, as latched. */
     PRESTAGE_REG_THROTTLE = 0x22, /* rw: What the throttle reckons with. Bits 3..0: worth of a useful prefetch; 7..4: price of each prefetch, paid back when it is used; 11..8: cost of a demand that misses because of prefetches; 15..12: cost of a demand that waits for a prefetch's tile; 22..16: below minus that credit a kind is switched off, to be switched on again at 0; 27..24: binary logarithm of the most demand misses from one probe to the next, at least 4. */
@@ -163,7 +166,7 @@ enum prestage_register {
     PRESTAGE_REG_DMA_ROW_BYTES = 0x2b, /* rw: Bytes of a row if tiles are gathered from rows, else 0. */
     PRESTAGE_REG_DMA_ROW_STRIDE = 0x2c, /* rw: Bytes from the start of a row to the start of the next, below 16,777,216. */
     PRESTAGE_REG_REFUSAL = 0x2d, /* rw: What was wrong with the first write that was refused, which has changed nothing. Bit 31: a write was refused. Bits 23..8: address of its register. Bits 7..0: a Refusal. Any write clears it. */
-    PRESTAGE_REG_DMA_TIMEOUT = 0x2e, /* rw: Cycles that a DMA channel waits for the memory before its tiles fail, 4 or more (bits 23..0); 0: for ever. */
+    PRESTAGE_REG_DMA_TIMEOUT = 0x2e, /* rw: Cycles that a DMA channel waits for the memory, or a fetch for the host, before its tiles fail, 4 to 16,777,215; 0: for ever. */
     PRESTAGE_REG_DMA_ABORT = 0x2f, /* wo: A write aborts all tiles that the DMA engine was asked for: their experts' fetches fail. */
     PRESTAGE_REG_PART1_BASE_LOW = 0x30, /* rw: Address of part 1 of expert 0 of layer 0, bits 31..0. After reset the parts' arrays follow each other from address 0 on; 0 where experts have no such part. */
     PRESTAGE_REG_PART1_BASE_HIGH = 0x31, /* rw: Address of part 1 of expert 0 of layer 0, bits 63..32. */
@@ -205,7 +208,7 @@ enum prestage_register {
     PRESTAGE_REG_PREFETCH_OUTBID = 0x55, /* ro: Candidates that were worth less than every expert that could give way. Stage 3. */
     PRESTAGE_REG_PREFETCH_OVERFLOW = 0x56, /* ro: Candidates lost to a full queue. Stage 3. */
     PRESTAGE_REG_PREFETCH_THROTTLED = 0x57, /* ro: Candidates of a kind that has cost more than it has saved. Stage 3. */
-    PRESTAGE_REG_PREFETCH_CANCELLED = 0x58, /* ro: Prefetches in flight that were given up because their layer was routed. Stage 3. */
+    PRESTAGE_REG_PREFETCH_CANCELLED = 0x58, /* ro: Prefetches in flight that were given up because their layer was routed, or for a demand that found no slot. Stage 3. */
     PRESTAGE_REG_USEFUL = 0x59, /* ro: Prefetched experts demanded or locked before eviction. Stage 5. */
     PRESTAGE_REG_USELESS = 0x5a, /* ro: Prefetched experts evicted without a demand. Stage 5. */
     PRESTAGE_REG_EVICTIONS = 0x5b, /* ro: Experts evicted. Stage 5. */
@@ -220,7 +223,8 @@ enum prestage_register {
     PRESTAGE_REG_LINK_REPLAYS = 0x64, /* ro: Times the link went back to resend. Stage 1. */
     PRESTAGE_REG_CHECKSUM_ERRORS = 0x65, /* ro: Experts that arrived whole but not with the checksum loaded for them. Stage 4. */
     PRESTAGE_REG_PREFETCH_LATE_DROPPED = 0x66, /* ro: Candidates of which less than the budget would have come in time. Stage 3. */
-    PRESTAGE_REG_WRITES_REFUSED = 0x67, /* ro: Beats that the host wrote to no tile that it was asked for, and that changed nothing. Stage 5. */
+    PRESTAGE_REG_ROUTES_OUT_OF_ORDER = 0x67, /* ro: Routing decisions, served all the same, for a layer below the last one that the context had routed in its token. Stage 1. */
+    PRESTAGE_REG_WRITES_REFUSED = 0x68, /* ro: Beats that the host wrote to no tile that it was asked for, and that changed nothing. Stage 5. */
     PRESTAGE_REG_CHANNEL_TILES = 0xa0, /* ro: Tiles that came whole. Of the channel that dma_channel names. Stage 4. */
     PRESTAGE_REG_CHANNEL_ERRORS = 0xa1, /* ro: Tiles that ended in an error, but for those aborted. Of the channel that dma_channel names. Stage 4. */
     PRESTAGE_REG_CHANNEL_ABORTED = 0xa2, /* ro: Tiles that were aborted. Of the channel that dma_channel names. Stage 4. */
@@ -263,7 +267,7 @@ struct prestage_table_write {
 /* A token starts; its id is known before layer 0 runs. */
 struct prestage_begin_token {
     uint8_t ctx; /* Context (sequence) number. */
-    uint8_t phase; /* A Phase. */
+    uint8_t phase; /* A Phase; any other number counts as DECODE. */
     uint32_t token; /* Id of the input token, 0xFFFFFFFF where unknown. */
 };
 

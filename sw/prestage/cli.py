@@ -47,7 +47,7 @@ from .replay import (
 from .simulate_cli import add_simulate, add_sweep
 from .snapshot import Snapshot, read_snapshot
 from .tables_cli import add_tables
-from .terminal import progress_bar
+from .terminal import progress_bar, warn
 
 __all__ = ["main"]
 
@@ -450,6 +450,10 @@ def _run_replay(args: argparse.Namespace) -> int:
     if not args.quiet:
         _print_run(run, args.trace)
     _write_results(args, run)
+    if run.refusal:
+        warn(run.refusal)
+    if unordered := run.counters.get("routes_out_of_order"):
+        warn(f"{unordered:,} routing decisions came out of order")
     if run.error:
         print(f"prestage: error: {run.error}", file=sys.stderr)
         return _FAILED

@@ -65,6 +65,10 @@ class CopyServer:
         self._good: dict[tuple[int, int], _Fetch] = {}  # by entry and tile
         self._errors: dict[tuple[int, int], BaseException] = {}
         self._calling = False
+        self._told: set[tuple[int, int]] = set()
+        # Whether the copier has returned a future lately: for a prefetch, if there was one.
+        self._prompt: bool | None = None
+        self._demand_prompt = False
 
     @property
     def calling(self) -> bool:
@@ -100,12 +104,21 @@ class CopyServer:
             raise LinkError(f"Device asked for a tile that there isn't: {fetch}")
         (self._demands if fetch.demand else self._prefetches).append(fetch)
 
+    @property
+    def prompt(self) -> bool:
+        """Whether prefetches are begun at once: the copier doesn't copy them within the call."""
+        return self._demand_prompt if self._prompt is None else self._prompt
+
     def begin(self, *, prefetch: bool) -> None:
-        """Begin the copies of all demands that wait, and that of one prefetch."""
+        """Begin the copies of all demands that wait, and that of one prefetch.
+
+        Without ``prefetch`` that of none, unless it takes no time: those are all begun.
+        """
         while self._demands:
             self._call(self._demands.popleft())
-        if prefetch and self._prefetches:
+        while self._prefetches and (prefetch or self.prompt):
             self._call(self._prefetches.popleft())
+            prefetch = False
 
     def _call(self, fetch: _Fetch) -> None:
         if fetch.tile == 0:
@@ -120,6 +133,10 @@ class CopyServer:
                 self._config.tile_bytes,
                 bool(fetch.demand),
             )
+            if fetch.demand:
+                self._demand_prompt = isinstance(result, Future)
+            else:
+                self._prompt = isinstance(result, Future)
             if isinstance(result, Future):
                 self._watch(fetch, result)
             elif inspect.isawaitable(result):
@@ -172,6 +189,10 @@ class CopyServer:
                 self._good[fetch.tag, fetch.tile] = fetch
             beats = [] if data is None else self._beats(fetch, data)
             yield beats, (fetch.tag, fetch.serial, fetch.tile, int(error is not None))
+
+    def was_told(self, tag: int, tile: int) -> bool:
+        """Whether the device was ever told the end of that tile of an entry, which it asked for."""
+        return (tag, tile) in self._told
 
     def _end(self, fetch: _Fetch, error: BaseException | None, result: object) -> None:
         self._futures.pop((fetch.tag, fetch.serial, fetch.tile), None)

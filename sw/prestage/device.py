@@ -63,6 +63,10 @@ _ANSWERS = 8
 #: Longest wait for a message, in the pipe's unit of time, while copies of the host's are under way.
 _COPY_PATIENCE = 2_000
 
+#: Longest wait for the end of a copy, in seconds, before a device that isn't simulated is heard
+#: again: it may still have something to say.
+_COPY_PAUSE = 0.001
+
 #: Clock cycles that a simulated device runs at once before its fetches are served.
 _SERVED_CYCLES = 500
 
@@ -92,6 +96,7 @@ _FAILED_DEMAND = frozenset(
         ErrorCode.CHECKSUM,
         ErrorCode.TIMEOUT,
         ErrorCode.ABORTED,
+        ErrorCode.ADDRESS,
     }
 )
 _FAILED_COPY = _FAILED_DEMAND | {ErrorCode.NOT_HELD}
@@ -194,6 +199,7 @@ class Device:
         require_config(config)
         check_mover(config, copier)
         self._copies = None if copier is None else CopyServer(config, copier)
+        self._expires = False  # Copies may take too long.
         self._untaken = 0  # messages that no answer has shown to be taken, at most
         self._asked: deque[bool] = deque()  # registers asked for: is it only to hear an answer?
         self._heard = 0
@@ -578,16 +584,17 @@ class Device:
         Raises
         ------
         ArgumentError
-            If a number is out of range, or a route of the context still waits for this expert, or
-            for copies of it.
+            If a number is out of range, a route of the context still waits for this expert, or for
+            copies of it, or as many slots are locked or hold copies as may.
         NoSlotError
-            If no slot may be taken, or no more experts may be locked.
+            If no slot may be taken.
         BusError
             If the expert can't be read; it is not locked then.
         DeviceTimeoutError
             If nothing arrives in time.
         """
         self._check_unawaited(ctx, layer, expert, "locked")
+        self._check_lockable(layer, expert)
         key = (ctx, layer, expert)
         self._lock_errors.pop(key, None)
         self._post("LOCK", ctx, layer, expert, 1)
@@ -623,6 +630,18 @@ class Device:
     def locked(self) -> tuple[Ready, ...]:
         """The experts that are locked, in the order in which they were."""
         return tuple(self._locked.values())
+
+    def _check_lockable(self, layer: int, expert: int) -> None:
+        """Refuse a lock for which the device has no more slots, and that would hold up demands."""
+        kept = {ready.slot for ready in self._locked.values()}
+        kept.update(ready.slot for copies in self._held.values() for ready in copies.values())
+        most = self.config.lockable
+        counted = (layer, expert) in self._locked or (layer, expert) in self._held
+        if len(kept) >= most and not counted:
+            raise ArgumentError(
+                f"Locked experts and copies must not take more than {most} slots, as they would"
+                f" with expert {expert} of layer {layer}"
+            )
 
     def _check_unawaited(self, ctx: int, layer: int, expert: int, what: str) -> None:
         """Refuse what would make the answers for an expert ambiguous."""
@@ -854,7 +873,10 @@ class Device:
         timeout : :class:`int` or None
             Clock cycles that a channel of the DMA engine waits for the memory before its tiles
             fail, 4 to 16,777,215; 0 (after reset) for ever. Choose a time longer than the memory
-            takes for all that may be outstanding.
+            takes for all that may be outstanding. With a host mover, cycles without any end of an
+            expert's copies before those that are outstanding fail; what ends later changes nothing,
+            but may still write to a slot that is another's by then. Refused on ``model://``, which
+            has no clock: a copier's future can end with an exception there.
         prefetch_tiles : :class:`int` or None
             Prefetch tiles that may be under way at once, 1 to 4. A demand waits behind at most so
             many.
@@ -898,6 +920,8 @@ class Device:
         tables : mapping of :class:`int` to arrays of uint32, or None
             Predictor tables to load after clearing, as :meth:`snapshot` gives them.
         """
+        if timeout is not None:
+            self._check_timeout(timeout)
         writes = self._settings.writes(
             settle=settle,
             throttle=throttle,
@@ -946,6 +970,16 @@ class Device:
             self._current = [-1] * self._contexts
         for number, values in loads:
             self._load_table(number, values)
+
+    def _check_timeout(self, timeout: int) -> None:
+        """Refuse a time-out of copies where there is no clock."""
+        clockless = self._simulated is not None and not self._simulated.clocked
+        if timeout and self._copies is not None and clockless:
+            raise ArgumentError(
+                f"Time-out must be 0 for copies of a device without a clock, not {timeout}: end the"
+                f" copier's future with an exception"
+            )
+        self._expires = timeout != 0
 
     def configure_profile(
         self,
@@ -1399,17 +1433,22 @@ class Device:
             except OSError as error:
                 raise self._unreachable(error) from error
         fetch = MESSAGES["FETCH"].code
+        # A prefetch that is copied at once may hold up a demand that is still to be posted, or to
+        # come: so none is begun before the device was heard, and had nothing to say.
+        quiet = False
         while True:
-            self._copy(copies, prefetch=True)
+            self._copy(copies, prefetch=quiet)
             wanted = min(messages, 0 if copies.waiting else 1)
             limit = timeout
             if copies.under_way:
                 limit = _COPY_PATIENCE if timeout is None else min(timeout, _COPY_PATIENCE)
             arrived = self._poll(wanted, limit)
+            quiet = not arrived
             if any(code != fetch for code, _ in arrived):
                 # Demands don't wait for the host to come back.
                 self._copy(copies, prefetch=False)
-                self._poll(0, None)
+                while self._poll(0, None):
+                    self._copy(copies, prefetch=False)
                 if messages:
                     return True
             if arrived or copies.waiting:
@@ -1419,7 +1458,11 @@ class Device:
             if not copies.under_way:
                 return False
             rest = None if end is None else end - time.monotonic()
-            if rest is not None and rest <= 0 or not copies.wait(rest):
+            if rest is not None and rest <= 0:
+                return False
+            if self._simulated is None:
+                copies.wait(_COPY_PAUSE if rest is None else min(rest, _COPY_PAUSE))
+            elif not copies.wait(rest):
                 return False
 
     def _copy(self, copies: CopyServer, *, prefetch: bool) -> None:
@@ -1495,6 +1538,9 @@ class Device:
         if self._copies is not None and code == ErrorCode.BAD_FETCHED:
             if self._copies.refused(expert, address):
                 return
+        late = self._expires and code == ErrorCode.BAD_FETCHED and self._copies is not None
+        if late and self._copies is not None and self._copies.was_told(expert, address):
+            return  # It had failed already, with TIMEOUT.
         error = device_error(code, ctx=ctx, layer=layer, expert=expert, address=address)
         if isinstance(error, LinkError):
             raise error

@@ -7,6 +7,7 @@ from prestage_hw.contract.records import ERROR_TEXT, ErrorCode
 __all__ = [
     "DEVICE_ERRORS",
     "AbortedError",
+    "AddressError",
     "ArgumentError",
     "BadContextError",
     "BadCopiesError",
@@ -263,7 +264,9 @@ class NotHeldError(_ExpertError):
 
 
 class MemoryTimeoutError(_AddressError):
-    """The memory did not answer a read in time; ``address`` is that of the tile or burst."""
+    """The memory did not answer a read in time, or the host a fetch; ``address`` is that of the
+    tile or burst.
+    """
 
     code = ErrorCode.TIMEOUT
 
@@ -272,6 +275,14 @@ class AbortedError(_AddressError):
     """The host aborted the transfer."""
 
     code = ErrorCode.ABORTED
+
+
+class AddressError(_AddressError):
+    """The expert, or a row of it, would go past the top of the address space; ``address`` is that
+    of the tile.
+    """
+
+    code = ErrorCode.ADDRESS
 
 
 #: The exception of each error code.
@@ -300,6 +311,7 @@ DEVICE_ERRORS: dict[ErrorCode, type[DeviceError]] = {
         NotHeldError,
         MemoryTimeoutError,
         AbortedError,
+        AddressError,
     )
 }
 

@@ -85,9 +85,9 @@ def open_device(
     config : :class:`DeviceConfig`
         Device that is expected; a simulated one is built from it.
     memory : array of uint8 or None
-        Bytes of all experts, layer by layer, ``config.memory_bytes`` of them. None stands for a
-        pattern that depends on layer, expert and position. Only where the device moves experts
-        itself.
+        Bytes of all experts as the configuration has them, layer by layer where it says no more:
+        ``config.memory_bytes`` of them. None stands for a pattern that depends on layer, expert and
+        position. Only where the device moves experts itself.
     copier : callable or None
         With ``config.mover == "host"``, and only then: copies tiles, see :class:`Device`.
 

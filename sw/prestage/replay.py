@@ -302,12 +302,14 @@ def replay(
     cycles = device.cycles - first_cycle
     counters: dict[str, int] = {}
     prefetches = np.zeros((0, len(PrefetchKind), len(PrefetchOutcome)), np.uint32)
+    refusal = ""
     try:
         counters = device.stats()
         counters.pop("cycles")
         if int(recorder.samples[recorder.sampled - 1]["token"]) != done:
             recorder.sample(device, done)
         prefetches = device.prefetch_statistics()
+        refusal = str(device.refusal(clear=False) or "")
     except PrestageError as failure:
         error = error or failure
     complete = done == trace.tokens and error is None
@@ -343,6 +345,7 @@ def replay(
         tables=tables or {},
         versions=_versions(),
         prefetches=prefetches,
+        refusal=refusal,
     )
 
 
@@ -438,6 +441,7 @@ def run_object(run: Run, *, trace_path: str) -> dict[str, Any]:
     return {
         "complete": run.complete,
         "error": run.error or None,
+        "refusal": run.refusal or None,
         "trace": {
             "path": trace_path,
             "model": run.trace.model,

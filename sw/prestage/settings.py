@@ -14,6 +14,7 @@ from prestage_hw.contract.registers import (
     SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
     TIMEOUT_BITS,
+    TOKEN_BASE_BYTES,
 )
 
 from .errors import ArgumentError
@@ -71,8 +72,8 @@ class Settings:
 
     def written(self, name: str, value: int) -> None:
         """A register was written: what the device makes of it from now on."""
-        if name == "control":
-            self._control = value & (_CONTROL_FOLLOW * 2 - 1) & ~_CONTROL_PROFILE
+        if name == "control" and value < _CONTROL_FOLLOW * 2:
+            self._control = value & ~_CONTROL_PROFILE
             self._flags[self._selected] = value & _CONTROL_PROFILE
         elif name == "profile" and value in list(Phase):
             self._profile = Phase(value)
@@ -247,6 +248,9 @@ class Settings:
             elif name in _ROW_SETTINGS:
                 rule = f"must be a multiple of {config.data_bytes} from 0 to {most}"
                 fits = fits and value % config.data_bytes == 0
+            if name == "row_bytes" and config.rows:
+                rule = "must be 0 where the configuration says what rows experts have"
+                fits = value == 0
             if not fits:
                 raise ArgumentError(f"Setting {name} of DMA channel {channel} {rule}, not {value}")
 
@@ -285,10 +289,12 @@ class Settings:
             writes.append((f"{name}_low", base & 0xFFFFFFFF))
             writes.append((f"{name}_high", base >> 32))
         if token_base is not None:
-            most = (1 << self._config.address_bits) - 4096
-            if not 0 <= operator.index(token_base) <= most or token_base % 4096:
+            if not self._config.token_memory:
+                raise ArgumentError("Token base is only for token tables behind a memory port")
+            most = (1 << self._config.address_bits) - TOKEN_BASE_BYTES
+            if not 0 <= operator.index(token_base) <= most or token_base % TOKEN_BASE_BYTES:
                 raise ArgumentError(
-                    f"Token base must be a multiple of 4096 from 0 to {most:#x},"
+                    f"Token base must be a multiple of {TOKEN_BASE_BYTES} from 0 to {most:#x},"
                     f" not {token_base:#x}"
                 )
             writes.append(("token_base_low", token_base & 0xFFFFFFFF))
@@ -329,8 +335,7 @@ class Settings:
         if not 0 <= operator.index(part) < len(parts):
             raise ArgumentError(f"Experts have parts 0 to {len(parts) - 1}, not {part}")
         what = f"Base of part {part}" if len(parts) > 1 else "Expert base"
-        array = self._config.memory_bytes * parts[part] // self._config.expert_bytes
-        most = (1 << self._config.address_bits) - array
+        most = (1 << self._config.address_bits) - self._config.array_room[part]
         if not 0 <= operator.index(base) <= most:
             raise ArgumentError(f"{what} must be between 0 and {most:#x}, not {base:#x}")
         if base % self._config.data_bytes:

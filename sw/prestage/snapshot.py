@@ -51,7 +51,7 @@ _OTHER_PARAMETERS = frozenset(
         *("model", "predictor", "form", "slots", "expert_bytes", "tile_bytes", "data_bytes"),
         *("address_bits", "inflight", "prefetch_inflight", "outstanding_bursts", "burst_beats"),
         *("dma_channels", "dma_queue_depth", "axi_ids", "mover", "parts", "slot_store"),
-        *("layer_bytes", "checksums", "replicas", "victim_samples", "host_writes"),
+        *("layer_bytes", "rows", "checksums", "replicas", "victim_samples", "host_writes"),
     }
 )
 

@@ -14,11 +14,13 @@ from rich.table import Table
 from prestage_hw.contract import PRESETS, DeviceConfig, ModelConfig, preset
 from prestage_hw.contract.perceptron import FORMS, PerceptronConfig
 
+from .device import Device
 from .errors import ArgumentError
 from .opening import open_device
 from .output import check_writable
 from .replay import default_slots
 from .snapshot import Snapshot, read_snapshot
+from .terminal import warn
 
 __all__ = ["add_tables"]
 
@@ -169,10 +171,17 @@ def _print(path: Path, snapshot: Snapshot, done: str) -> None:
     print(f"{path}: {len(snapshot.tables)} tables, {snapshot.words:,} words {done}")
 
 
+def _warn_of_refusal(device: Device) -> None:
+    """Say which register write the device has refused, if any."""
+    if refused := device.refusal(clear=False):
+        warn(str(refused))
+
+
 def _run_save(args: argparse.Namespace) -> int:
     check_writable(args.file, what="Snapshot")
     with open_device(args.device, config=_config(args, None)) as device:
         snapshot = device.save_tables(args.file)
+        _warn_of_refusal(device)
     _print(args.file, snapshot, "saved")
     return 0
 
@@ -183,6 +192,7 @@ def _run_load(args: argparse.Namespace) -> int:
     snapshot.check(config)
     with open_device(args.device, config=config) as device:
         device.load_tables(snapshot)
+        _warn_of_refusal(device)
     _print(args.file, snapshot, "loaded")
     return 0
 

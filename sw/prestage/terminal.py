@@ -1,8 +1,9 @@
-"""What the commands have in common: their progress bar, and the versions that a page names."""
+"""What the commands have in common: progress bar, warnings, and the versions that a page names."""
 
 from __future__ import annotations
 
 import platform
+import sys
 from importlib import metadata
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.progress import (
 
 from . import __version__
 
-__all__ = ["progress_bar", "versions"]
+__all__ = ["progress_bar", "versions", "warn"]
 
 
 def progress_bar(unit: str, *, quiet: bool) -> Progress:
@@ -35,6 +36,11 @@ def progress_bar(unit: str, *, quiet: bool) -> Progress:
         transient=True,
         disable=quiet or not console.is_terminal,
     )
+
+
+def warn(text: str) -> None:
+    """Say on stderr what is odd, but no error."""
+    print(f"prestage: warning: {text}", file=sys.stderr)
 
 
 def versions(*packages: str) -> dict[str, str]:

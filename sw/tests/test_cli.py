@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,36 @@ def test_profile(tmp_path, trace, capsys):
     assert json.loads(data.read_text())["config"]["profiled"] is True
     assert main([*command, "--predictor", "none"]) == 2
     assert "Predictor must be st_moe to hold a profile" in capsys.readouterr().err
+
+
+def test_refused_writes_are_shown(tmp_path, trace, capsys, monkeypatch):
+    """What an earlier program has left behind on the device."""
+
+    @contextmanager
+    def opened(*arguments, **options):
+        with prestage.open(*arguments, **options) as device:
+            device.write_register("cutoff_layer", 256)
+            for layer in (2, 1):
+                device.route(0, layer, [0, 1])
+                list(device.wait_ready(0, layer))
+                device.release(0, layer)
+            yield device
+
+    for module in ("cli", "tables_cli"):
+        monkeypatch.setattr(f"prestage.{module}.open_device", opened)
+    warning = (
+        "prestage: warning: Write of register cutoff_layer was refused: The register can't hold"
+        " that value.\n"
+    )
+    data = tmp_path / "run.json"
+    assert main(["replay", str(trace), "--quiet", "--json", str(data)]) == 0
+    expected = warning + "prestage: warning: 1 routing decisions came out of order\n"
+    assert capsys.readouterr().err == expected
+    assert json.loads(data.read_text())["refusal"] in warning
+    shape = ["--layers", "3", "--experts", "8", "--top-k", "2"]
+    command = ["tables", "save", str(tmp_path / "tables"), "--device", "model://", *shape]
+    assert main(command) == 0
+    assert capsys.readouterr().err == warning
 
 
 def test_table_of_a_clocked_device(capsys):

@@ -15,13 +15,14 @@ from prestage.errors import (
     ArgumentError,
     BadFetchedError,
     BusError,
+    DeviceTimeoutError,
     LinkError,
     MismatchError,
     OverrunError,
 )
 from prestage_hw.contract import MESSAGES, RECORDS, DeviceConfig, preset
-from prestage_hw.contract.records import HOST_MESSAGES, ErrorCode
-from prestage_sim.model.link.mover import HostCopies
+from prestage_hw.contract.records import HOST_MESSAGES, LINK_ACK, ErrorCode
+from prestage_hw.contract.wire import decode_frame, encode_frame
 from prestage_sim.model.pipe import ModelPipe, open_pipe
 from prestage_sim.model.top import Top
 from prestage_tb.coverage import hit
@@ -29,6 +30,7 @@ from prestage_tb.coverage import hit
 PLAIN = DeviceConfig(model=preset("tiny"), slots=8, expert_bytes=1024, contexts=2)
 CONFIG = PLAIN.replace(mover="host")
 EMPTY = np.zeros(0, np.uint8)
+ERRORS = ("arguments", "reads", "call", "coroutine", "asyncio")
 
 
 def nothing(*fetch):
@@ -59,7 +61,7 @@ def test_what_goes_together():
         ModelPipe(CONFIG, memory=np.zeros(9, np.uint8))
     with pytest.raises(ValueError, match="Memory must be empty where the host moves experts"):
         open_pipe(CONFIG, memory=EMPTY, options={"error": "0:4"})
-    hit("mover.driver_errors")
+    hit("mover.driver_errors", "arguments", of=ERRORS)
 
 
 def test_sizes():
@@ -98,6 +100,7 @@ def test_slots_are_the_hosts():
         device._post("READ", 0, 0, 1)
         with pytest.raises(prestage.errors.BadReadError, match="or slots are the host's"):
             device.drain()
+    hit("mover.driver_errors", "reads", of=ERRORS)
 
 
 async def _never():
@@ -127,7 +130,7 @@ def test_copiers_that_are_wrong(what):
         assert isinstance(cause, ArgumentError) and "must not call the device" in str(cause)
     else:
         assert isinstance(cause, TypeError) and "must return a concurrent.futures" in str(cause)
-    hit("mover.driver_errors")
+    hit("mover.driver_errors", what, of=ERRORS)
 
 
 def test_interrupts_are_not_the_copiers():
@@ -187,6 +190,67 @@ def test_errors_of_the_device(code, kind, text):
         device._on_event(code, 0, 0, 3, 9)
         with pytest.raises(kind, match=text):
             device.drain()
+
+
+def test_no_time_out_without_a_clock():
+    with prestage.open("model://", config=CONFIG, copier=nothing) as device:
+        with pytest.raises(ArgumentError, match="Time-out must be 0 for copies of a device with"):
+            device.configure(timeout=1000)
+        device.configure(timeout=0)
+        hit("mover.driver_errors")
+
+
+class LateWire:
+    """A wire that isn't simulated: what the device says comes some exchanges later."""
+
+    def __init__(self, config, *, late):
+        self.model = ModelPipe(config, memory=EMPTY)
+        self.late = late
+        self.answers = []  # with the exchange in which each comes
+        self.now = 0
+
+    def exchange(self, data, *, frames=1, limit=None):
+        self.now += 1
+        answer = self.model.exchange(data, frames=0)
+        if answer and self.late:
+            # That the messages have come is heard at once.
+            self.answers.append((self.now + self.late, answer))
+            *_, acknowledge, _ = decode_frame(answer.split(b"\0")[0])
+            return encode_frame(LINK_ACK, sequence=0, acknowledge=acknowledge)
+        due = [answer for when, answer in self.answers if when <= self.now]
+        self.answers = [each for each in self.answers if each[0] > self.now]
+        return b"".join(due) + answer
+
+    def close(self):
+        self.model.close()
+
+
+def test_slow_wires_are_heard_while_a_prefetch_is_copied():
+    """What a layer waits for comes late, but before a copy that nobody waits for."""
+    never = []
+
+    def copier(layer, expert, slot, tile, nbytes, demand):
+        future = Future()
+        if demand:
+            future.set_result(None)
+        else:
+            never.append(future)
+        return future
+
+    wire = LateWire(CONFIG, late=0)
+    with Device(wire, CONFIG, copier=copier) as device:
+        device.configure(hints=True, prefetch=False)
+        device.hint(0, 2, 5)
+        device.flush()
+        assert device.copying == 1
+        wire.late = 7
+        device.route(0, 0, [1, 2])
+        assert {ready.expert for ready in device.wait_ready(0, 0)} == {1, 2}
+        assert device.copying == 1 and not never[0].done()
+        with pytest.raises(DeviceTimeoutError):
+            device.route(0, 2, [5, 1])
+            list(device.wait_ready(0, 2, timeout=50_000))
+        hit("mover.overlap")
 
 
 def _exchange(pipe, *messages):
@@ -260,7 +324,7 @@ def test_golden_top():
     with pytest.raises(TypeError, match="Memory must be a callable that copies tiles"):
         Top(CONFIG, EMPTY)
     with pytest.raises(TypeError, match="Copier must be callable, not 3"):
-        HostCopies(CONFIG, 3)
+        Top(CONFIG, 3)
     pipe = ModelPipe(CONFIG, memory=EMPTY)
 
     def broken(code, body):

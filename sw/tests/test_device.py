@@ -12,6 +12,7 @@ import prestage
 from prestage import opening
 from prestage.device import Device, Ready
 from prestage.errors import (
+    AddressError,
     ArgumentError,
     BadMessageError,
     BadReadError,
@@ -329,6 +330,11 @@ def test_cutoff(device):
         ("dma_channel", 4, Refusal.CHANNEL, "has no such channel"),
         ("dma_shape", 0, Refusal.WEIGHT, "The weight is 0"),
         ("profile", 3, Refusal.PROFILE, "No phase has that number"),
+        ("cutoff_layer", 256, Refusal.VALUE, "can't hold that value"),
+        ("control", 1 << 6, Refusal.VALUE, "can't hold that value"),
+        ("dma_timeout", 1 << 24, Refusal.VALUE, "can't hold that value"),
+        ("expert_base_low", 8, Refusal.BASE, "must begin at a multiple of its step"),
+        ("slot_base_high", 1, Refusal.BASE, "the device must have it"),
     ],
 )
 def test_refusal(device, register, value, reason, text):
@@ -406,6 +412,21 @@ def test_bases_of_parts():
             device.configure(part_bases={0: 0}, expert_base=0)
 
 
+def test_rows_past_the_top():
+    # Experts fill the address space; the second row of a tile is 8 KiB after the first.
+    config = CONFIG.replace(expert_bytes=2048, address_bits=16)
+    with prestage.open("model://", config=config) as device:
+        rows = {"row_bytes": config.tile_bytes // 2, "row_stride": 8192}
+        device.configure(prefetch=False)
+        device.configure_profile(Phase.DECODE, channels={0: rows})
+        device.switch(Phase.DECODE)
+        device.route(0, 3, [2, 7])
+        with pytest.raises(AddressError, match="past the top of the address space") as caught:
+            list(device.wait_ready(0, 3))
+        assert caught.value.expert == 7 and caught.value.address == 0xF800
+        assert not caught.value.others
+
+
 SIZES = CONFIG.replace(expert_bytes=1536, layer_bytes=(512, 1536, 1024, 512))
 
 
@@ -435,6 +456,54 @@ def test_memory_of_layers_of_different_sizes():
     pipe = ModelPipe(SIZES, memory=expert_memory(SIZES))
     with pytest.raises(MismatchError, match="Register layer_sizes must be .*, but the device has"):
         Device(pipe, SIZES.replace(layer_bytes=(512, 1536, 512, 1024)))
+    pipe.close()
+
+
+#: Two parts: columns of a matrix, and rows with gaps that tiles break.
+ROWS = CONFIG.replace(expert_bytes=3072, parts=(1536, 1536), rows=((128, 512), (96, 112)))
+
+
+@pytest.mark.parametrize("over_link", [False, True])
+def test_experts_in_rows(over_link):
+    memory = expert_memory(ROWS)
+    # The same columns of another shard lie beside these.
+    end, shift = ROWS.array_ends[0], 128
+    memory[shift : shift + end] = memory[:end].copy()
+    with prestage.open("model://", config=ROWS, memory=memory) as device:
+        device.configure(expert_base=shift)
+        for layer in range(2):
+            device.route(0, layer, [2, 7])
+            for ready in device.wait_ready(0, layer):
+                whole = expert_pattern(layer, ready.expert, size=3072)
+                assert device.read(ready, over_link=over_link) == whole.tobytes()
+                assert device.pipe.compare([ready.slot], [layer], [ready.expert]) == []
+            device.release(0, layer)
+        top = 1 << ROWS.address_bits
+        for part, size in enumerate(ROWS.array_ends):
+            # The rows keep away from the last tile.
+            most = top - size - ROWS.tile_bytes
+            with pytest.raises(ArgumentError, match=f"part {part} must be between 0 and {most:#x}"):
+                device.configure(part_bases={part: most + 16})
+
+
+def test_an_error_in_a_row_tells_its_address():
+    at, _ = ROWS.expert_spans(0, 3)[7]
+    with prestage.open(f"model://?error={at + 16}:16", config=ROWS) as device:
+        device.route(0, 0, [3, 1])
+        with pytest.raises(BusError, match=f"{at:#x}"):
+            list(device.wait_ready(0, 0))
+
+
+def test_rows_are_told_once():
+    with prestage.open("model://", config=ROWS) as device:
+        with pytest.raises(ArgumentError, match="row_bytes of DMA channel 1 must be 0 where the"):
+            device.configure_profile(Phase.DECODE, channels={1: {"row_bytes": 64}})
+        device.write_register("dma_row_bytes", 64)
+        assert device.read_register("dma_row_bytes") == 0
+        assert device.read_register("refusal") & 0xFF == Refusal.ROWS
+    pipe = ModelPipe(ROWS, memory=expert_memory(ROWS))
+    with pytest.raises(MismatchError, match="Register layer_sizes must be .*, but the device has"):
+        Device(pipe, ROWS.replace(rows=((128, 512), (96, 128))))
     pipe.close()
 
 
@@ -468,6 +537,8 @@ def test_an_error_in_a_part_tells_its_address():
 def test_slots_in_a_memory_of_their_own(device):
     with pytest.raises(ArgumentError, match="only for slots in a memory of their own"):
         device.configure(slot_base=0)
+    with pytest.raises(ArgumentError, match="only for token tables behind a memory port"):
+        device.configure(token_base=0)
     config = CONFIG.replace(slot_store="axi")
     with prestage.open("model://", config=config) as device:
         device.configure(slot_base=0x1_0000_3000)
@@ -676,11 +747,18 @@ def test_locks_end(device):
     # One slot is left for each demand at a time.
     for expert in range(4):
         device.lock(0, expert)
-    with pytest.raises(NoSlotError, match="layer 1, expert 0"):
+    with pytest.raises(ArgumentError, match="more than 4 slots, as .* expert 0 of layer 1"):
         device.lock(1, 0)
     device.configure(clear_buffer=True)
     assert device.locked == ()
     device.lock(1, 0)
+    # Routes have pinned all the others.
+    for layer in range(3):
+        device.route(0, layer, [3, 4])
+        list(device.wait_ready(0, layer))
+    device.lock(0, 5)
+    with pytest.raises(NoSlotError, match="layer 3, expert 7"):
+        device.lock(3, 7)
     with prestage.open("model://?error=0:1024", config=CONFIG) as other:
         with pytest.raises(BusError, match="layer 0, expert 0"):
             other.lock(0, 0)

@@ -23,7 +23,7 @@ import prestage
 from prestage.replay import device_config
 from prestage_hw.contract import DeviceConfig
 from prestage_hw.contract.records import Phase, Policy
-from prestage_sim.evaluate.slower import RATES, RESIDENCIES, SOURCES
+from prestage_sim.evaluate.slower import BAR, RATES, RESIDENCIES, SOURCES
 from prestage_sim.traces import Trace, load_trace
 
 __all__ = ["Cell", "cycles_of", "main", "measure"]
@@ -153,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of ``python -m prestage_tb.slower_bench``."""
     parser = argparse.ArgumentParser(
         prog="python -m prestage_tb.slower_bench",
-        description="Cycles a token on the simulated RTL, with prefetching over without.",
+        description="Cycles a token on the simulated RTL, with prefetching over without. The status"
+        f" is 1 if that is above {BAR} in a cell.",
         epilog="example: python -m prestage_tb.slower_bench cs.npz --first 60 --json build/a.json",
     )
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="routing traces")
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             json.dumps({"command": command, "cells": [asdict(cell) for cell in cells]}, indent=1)
             + "\n"
         )
-    return 0
+    return int(worst.ratio > BAR)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Everything that two sides must agree on is written here once. RTL layouts, NumPy
 the C header and the register page are derived from it. Nothing here imports Amaranth.
 """
 
-from .params import PRESETS, DeviceConfig, ModelConfig, preset
+from .params import PRESETS, DeviceConfig, ModelConfig, Rows, preset
 from .pipe import TRANSFER_DTYPE, Pipe, SimulatedPipe
 from .records import MESSAGES, RECORDS, Field, Message, Record, message_by_code
 from .registers import REGISTERS, Register, register_by_name, register_hash
@@ -23,6 +23,7 @@ __all__ = [
     "Pipe",
     "Record",
     "Register",
+    "Rows",
     "SimulatedPipe",
     "WireError",
     "decode_frame",

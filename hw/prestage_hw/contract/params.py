@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from .checks import require_integer, require_power_of_two
 from .perceptron import PerceptronConfig, perceptron_form
@@ -19,6 +19,7 @@ __all__ = [
     "TINY_DEVICE",
     "DeviceConfig",
     "ModelConfig",
+    "Rows",
     "preset",
     "require_config",
 ]
@@ -152,6 +153,33 @@ def preset(name: str) -> ModelConfig:
         raise ValueError(f"Model preset must be one of {known}, not {name!r}") from None
 
 
+class Rows(NamedTuple):
+    """Where the rows of a part of an expert lie in memory, in bytes.
+
+    Row r of the part of expert e of layer l begins at ``base + l * layer_stride + e * expert_stride
+    + r * row_stride``. Each 0 stands for what follows from the others where nothing lies in
+    between.
+
+    Attributes
+    ----------
+    row_bytes : :class:`int`
+        Size of a row; 0 stands for a part in one row.
+    row_stride : :class:`int`
+        From the start of a row to the start of the next; 0 stands for ``row_bytes``.
+    expert_stride : :class:`int`
+        From an expert to the next of its layer; 0 stands for all its rows, each of ``row_stride``.
+        Where the rows of several experts lie in turns it is less than a row's stride.
+    layer_stride : :class:`int`
+        From a layer to the next; 0 stands for the greater of all experts, each of
+        ``expert_stride``, and all rows, each of ``row_stride``.
+    """
+
+    row_bytes: int = 0
+    row_stride: int = 0
+    expert_stride: int = 0
+    layer_stride: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceConfig:
     """Parameters of one device: everything that the RTL is elaborated with.
@@ -209,6 +237,12 @@ class DeviceConfig:
         whole number of tiles, the greatest ``expert_bytes``, which is the size of a slot. Not
         together with ``parts``. Empty, as sizes that are all the same, stands for
         ``expert_bytes`` in every layer.
+    rows : tuple of :class:`Rows`
+        Where the rows of each part lie, one for each part: for example those of some columns of a
+        matrix, or padded ones. A row is a whole number of beats, a part a whole number of rows; a
+        tile may begin anywhere in a row. In a slot rows follow each other without gaps. Empty, as
+        rows without gaps, stands for parts that lie in one piece. Not together with
+        ``layer_bytes``.
     slot_store : :class:`str`
         Where the slots' bytes are: ``"internal"`` in block RAM, to be read through the consumer
         port; ``"axi"`` in a memory of their own behind an AXI4 write port, which the consumer reads
@@ -257,6 +291,7 @@ class DeviceConfig:
     axi_ids: int = 0
     parts: tuple[int, ...] = ()
     layer_bytes: tuple[int, ...] = ()
+    rows: tuple[Rows, ...] = ()
     slot_store: str = "internal"
     checksums: bool = False
     mover: str = "dma"
@@ -318,7 +353,7 @@ class DeviceConfig:
         require_power_of_two("Memory port width in bytes", self.data_bytes, low=4, high=64)
         require_integer("Address width in bits", self.address_bits, low=16, high=64)
         self._check_layers()
-        total = self.memory_bytes
+        total = self.layer_starts[-1] * self.tile_bytes
         if total > 1 << self.address_bits:
             raise ValueError(
                 f"Address width must span all experts ({total} bytes),"
@@ -336,10 +371,12 @@ class DeviceConfig:
         if self.axi_ids == 0:
             object.__setattr__(self, "axi_ids", self.dma_channels)
         self._check_parts()
+        self._check_rows()
         if self.mover == "host":
             for name, value, only in (
                 ("Slot store", self.slot_store, "internal"),
                 ("Parts", self.parts, ()),
+                ("Rows", self.rows, ()),
                 ("Checksums", self.checksums, False),
             ):
                 if value != only:
@@ -398,6 +435,55 @@ class DeviceConfig:
             raise ValueError(
                 f"Parts must add up to the expert size of {self.expert_bytes} bytes,"
                 f" not to {sum(self.parts)}"
+            )
+
+    def _check_rows(self) -> None:
+        """Refuse rows that do not make up the parts, or cannot be asked for."""
+        if not isinstance(self.rows, tuple) or not all(isinstance(r, tuple) for r in self.rows):
+            raise TypeError(f"Rows must be a tuple of Rows, not {self.rows!r}")
+        if not self.rows:
+            return
+        parts = self.part_bytes
+        if len(self.rows) != len(parts):
+            raise ValueError(
+                f"Rows must be one for each of {len(parts)} parts, not {len(self.rows)}"
+            )
+        if self.layer_bytes:
+            raise ValueError(
+                "Rows must not be given where the size of experts differs from layer to layer"
+            )
+        if max(map(len, self.rows)) > len(Rows._fields):
+            raise ValueError(f"Rows must be at most {len(Rows._fields)} numbers, not {self.rows}")
+        object.__setattr__(self, "rows", tuple(Rows(*each) for each in self.rows))
+        for part, (size, rows) in enumerate(zip(parts, self.rows, strict=True)):
+            for field, value in rows._asdict().items():
+                name = f"{field.replace('_', ' ').replace('row bytes', 'row size').capitalize()}"
+                name += f" of part {part}"
+                require_integer(f"{name} in bytes", value, low=0, high=1 << 40)
+                if value % self.data_bytes:
+                    raise ValueError(
+                        f"{name} must be a whole number of {self.data_bytes}-byte beats,"
+                        f" not {value} bytes"
+                    )
+                if value and value < (rows.row_bytes or size):
+                    raise ValueError(
+                        f"{name} must be at least the row size of {rows.row_bytes or size} bytes,"
+                        f" not {value}"
+                    )
+            if rows.row_bytes and size % rows.row_bytes:
+                raise ValueError(
+                    f"Part {part} must be a whole number of rows of {rows.row_bytes} bytes,"
+                    f" not {size} bytes"
+                )
+        if self.part_rows == replace(self, rows=()).part_rows:
+            object.__setattr__(self, "rows", ())
+            return
+        ends = zip(self.part_bases(), self.array_room, strict=True)
+        total = max(self.memory_bytes, *(base + room for base, room in ends))
+        if total > 1 << self.address_bits:
+            raise ValueError(
+                f"Address width must span all rows of all experts ({total} bytes),"
+                f" but is {self.address_bits} bits"
             )
 
     def _check_layers(self) -> None:
@@ -519,13 +605,84 @@ class DeviceConfig:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of all experts."""
-        return self.layer_starts[-1] * self.tile_bytes
+        """Bytes of all experts, and of what lies between their rows."""
+        return sum(self.array_bytes)
 
     @property
     def part_bytes(self) -> tuple[int, ...]:
         """Sizes of the parts of an expert, in bytes: one of ``expert_bytes`` by default."""
         return self.parts or (self.expert_bytes,)
+
+    @cached_property
+    def part_rows(self) -> tuple[Rows, ...]:
+        """Rows of each part with all their strides; a part in one piece is one row."""
+        experts = self.model.experts
+        result = []
+        given = self.rows or (Rows(),) * len(self.part_bytes)
+        for size, rows in zip(self.part_bytes, given, strict=True):
+            row_bytes = rows.row_bytes or size
+            row_stride = rows.row_stride or row_bytes
+            if row_stride == row_bytes:
+                # Without gaps: one row.
+                row_bytes = row_stride = size
+            whole = size // row_bytes * row_stride
+            expert_stride = rows.expert_stride or whole
+            layer_stride = rows.layer_stride or max(experts * expert_stride, whole)
+            result.append(Rows(row_bytes, row_stride, expert_stride, layer_stride))
+        return tuple(result)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a tile may lie in several rows."""
+        if not self.rows:
+            return False
+        return any(rows.row_bytes % self.tile_bytes for rows in self.part_rows)
+
+    @cached_property
+    def array_bytes(self) -> tuple[int, ...]:
+        """Size of the array of each part, with what lies between and behind its rows, in bytes."""
+        if self.layer_bytes:
+            return (self.layer_starts[-1] * self.tile_bytes,)
+        layers, experts = self.model.layers, self.model.experts
+        return tuple(
+            max(
+                layers * rows.layer_stride,
+                experts * rows.expert_stride,
+                size // rows.row_bytes * rows.row_stride,
+                end,
+            )
+            for size, rows, end in zip(
+                self.part_bytes, self.part_rows, self.array_ends, strict=True
+            )
+        )
+
+    @cached_property
+    def array_ends(self) -> tuple[int, ...]:
+        """Bytes from the base of the array of each part to the end of the last row in it."""
+        if self.layer_bytes:
+            return self.array_bytes
+        layers, experts = self.model.layers, self.model.experts
+        return tuple(
+            (layers - 1) * rows.layer_stride
+            + (experts - 1) * rows.expert_stride
+            + (size // rows.row_bytes - 1) * rows.row_stride
+            + rows.row_bytes
+            for size, rows in zip(self.part_bytes, self.part_rows, strict=True)
+        )
+
+    @property
+    def array_room(self) -> tuple[int, ...]:
+        """Bytes of memory that there must be from the base of the array of each part on.
+
+        Where tiles are gathered no row may lie in the last tile of the address space: the DMA
+        engine takes it for one past the top.
+        """
+        if self.layer_bytes:
+            return self.array_ends
+        return tuple(
+            end + (self.tile_bytes if rows.row_bytes % self.tile_bytes else 0)
+            for end, rows in zip(self.array_ends, self.part_rows, strict=True)
+        )
 
     @property
     def stream_channel(self) -> int:
@@ -550,13 +707,13 @@ class DeviceConfig:
 
     def part_bases(self, base: int = 0) -> tuple[int, ...]:
         """Addresses of the arrays of the parts where they follow each other from ``base`` on."""
-        experts = self.model.layers * self.model.experts
-        return tuple(base + experts * tile * self.tile_bytes for tile in self.first_tiles)
+        return tuple(accumulate(self.array_bytes[:-1], initial=base))
 
     def expert_spans(
         self, layer: int, expert: int, *, bases: Sequence[int] = ()
     ) -> tuple[tuple[int, int], ...]:
-        """Address and size of each part of an expert, in the order in which they lie in a slot.
+        """Address and size of each piece of an expert, a part or a row, in the order in which they
+        lie in a slot.
 
         Parameters
         ----------
@@ -568,11 +725,35 @@ class DeviceConfig:
         if self.layer_bytes:
             base = bases[0] if bases else 0
             return ((self.expert_address(layer, expert, base=base), self.layer_bytes[layer]),)
-        number = layer * self.model.experts + expert
         return tuple(
-            (base + number * size, size)
-            for base, size in zip(bases or self.part_bases(), self.part_bytes, strict=True)
+            (start + at, rows.row_bytes)
+            for start, size, rows in self._expert_parts(layer, expert, bases)
+            for at in range(0, size // rows.row_bytes * rows.row_stride, rows.row_stride)
         )
+
+    def tile_addresses(
+        self, layer: int, expert: int, *, bases: Sequence[int] = ()
+    ) -> tuple[int, ...]:
+        """Address of the first byte of each tile of an expert; as for :meth:`expert_spans`."""
+        if self.layer_bytes:
+            ((start, size),) = self.expert_spans(layer, expert, bases=bases)
+            return tuple(range(start, start + size, self.tile_bytes))
+        return tuple(
+            start + at // rows.row_bytes * rows.row_stride + at % rows.row_bytes
+            for start, size, rows in self._expert_parts(layer, expert, bases)
+            for at in range(0, size, self.tile_bytes)
+        )
+
+    def _expert_parts(
+        self, layer: int, expert: int, bases: Sequence[int]
+    ) -> list[tuple[int, int, Rows]]:
+        """Address, size and rows of each part of an expert."""
+        return [
+            (base + layer * rows.layer_stride + expert * rows.expert_stride, size, rows)
+            for base, size, rows in zip(
+                bases or self.part_bases(), self.part_bytes, self.part_rows, strict=True
+            )
+        ]
 
     @property
     def tile_beats(self) -> int:
@@ -654,22 +835,38 @@ class DeviceConfig:
         raise ValueError(f"Array kind must be top_k, data_bytes or lanes, not {kind!r}")
 
     def expert_address(self, layer: int, expert: int, *, base: int = 0) -> int:
-        """Address of an expert's first byte: experts lie layer by layer without gaps.
+        """Address of an expert's first byte: experts lie layer by layer, and without gaps where
+        they have no rows.
 
         Of an expert in several parts that of the first part, whose array is at ``base``.
         """
         if self.layer_bytes:
             start = self.layer_starts[layer] * self.tile_bytes
             return base + start + expert * self.layer_bytes[layer]
-        return base + (layer * self.model.experts + expert) * self.part_bytes[0]
+        rows = self.part_rows[0]
+        return base + layer * rows.layer_stride + expert * rows.expert_stride
 
     def expert_at(self, address: int) -> tuple[int, int]:
-        """Layer and expert whose bytes are at an address after reset; not of experts in parts."""
+        """Layer and expert whose bytes are at an address after reset.
+
+        What lies between rows belongs to the row before.
+        """
         if self.layer_bytes:
             tile = address // self.tile_bytes
             layer = min(bisect_right(self.layer_starts, tile), self.model.layers) - 1
             return layer, (tile - self.layer_starts[layer]) // self.layer_tiles[layer]
-        return divmod(address // self.expert_bytes, self.model.experts)
+        bases = self.part_bases()
+        part = bisect_right(bases, address) - 1
+        rest = address - bases[part]
+        _, row_stride, expert_stride, layer_stride = self.part_rows[part]
+        # The longest stride first; where two are the same there is one row, or one layer.
+        found = {}
+        for kind, stride in sorted(
+            (("layer", layer_stride), ("expert", expert_stride), ("row", row_stride)),
+            key=lambda each: -each[1],
+        ):
+            found[kind], rest = divmod(rest, stride)
+        return found["layer"], found["expert"]
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> DeviceConfig:
@@ -685,7 +882,8 @@ class DeviceConfig:
             perceptron = PerceptronConfig.from_fields(perceptron)
         model = ModelConfig(**fields["model"])
         sizes = {name: tuple(fields.get(name, ())) for name in ("parts", "layer_bytes")}
-        return cls(**{**fields, "model": model, "perceptron": perceptron, **sizes})
+        rows = tuple(Rows(*each) for each in fields.get("rows", ()))
+        return cls(**{**fields, "model": model, "perceptron": perceptron, "rows": rows, **sizes})
 
     def replace(self, **changes: object) -> DeviceConfig:
         """The same configuration with some parameters changed, validated again."""

@@ -24,11 +24,22 @@ def expert_pattern(layer: int, expert: int, *, size: int) -> NDArray[np.uint8]:
     return words.astype("<u8").view(np.uint8)
 
 
+def _scattered(config: DeviceConfig, experts: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """The experts in their rows, with other bytes in between."""
+    memory = ~np.resize(expert_pattern(0, 0, size=4096), config.memory_bytes)
+    for number, whole in enumerate(experts):
+        start = 0
+        for at, size in config.expert_spans(*divmod(number, config.model.experts)):
+            memory[at : at + size] = whole[start : start + size]
+            start += size
+    return memory
+
+
 def expert_memory(config: DeviceConfig) -> NDArray[np.uint8]:
     """A memory image of all experts, filled with :func:`expert_pattern`.
 
     Its shape is ``[config.memory_bytes]``. Experts in several parts lie as after reset: the parts'
-    arrays follow each other.
+    arrays follow each other. Between rows there are other bytes.
     """
     model = config.model
     experts = [
@@ -36,6 +47,8 @@ def expert_memory(config: DeviceConfig) -> NDArray[np.uint8]:
         for layer in range(model.layers)
         for expert in range(model.experts)
     ]
+    if config.rows:
+        return _scattered(config, experts)
     if len(config.part_bytes) == 1:
         return np.concatenate(experts)
     starts = [tile * config.tile_bytes for tile in config.first_tiles]

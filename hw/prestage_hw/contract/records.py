@@ -193,6 +193,8 @@ class Refusal(IntEnum):
     PROFILE = 8
     BUDGET = 9
     RESCAN = 10
+    VALUE = 11
+    BASE = 12
 
 
 #: One sentence for each refusal, for messages and documents.
@@ -203,13 +205,17 @@ REFUSAL_TEXT = {
     Refusal.WEIGHT: "The weight is 0.",
     Refusal.BURST: "The burst length is no power of two, or longer than the longest burst.",
     Refusal.CREDITS: "A channel has no credit, or there are more credits than bursts outstanding.",
-    Refusal.ROWS: "Size or stride of a row is no whole number of beats, or too large.",
+    Refusal.ROWS: "Size or stride of a row is no whole number of beats, or too large; any size"
+    " where the device's configuration says what rows experts have.",
     Refusal.ENABLE: "Channels 0 and 1, and the last of three or more, carry demands and prefetches"
     " and can't be disabled.",
     Refusal.PROFILE: "No phase has that number.",
     Refusal.BUDGET: "A budget is at most 8 eighths.",
     Refusal.RESCAN: "A rescan needs a predictor that gives values, looks at most at all layers and"
     " at most at 127, and asks for a confidence of 1 to 255.",
+    Refusal.VALUE: "The register can't hold that value.",
+    Refusal.BASE: "The array that begins there must begin at a multiple of its step and end below"
+    " the top of the address space, the device must have it, and the low half is written first.",
 }
 
 
@@ -238,6 +244,7 @@ class ErrorCode(IntEnum):
     NOT_HELD = 20
     TIMEOUT = 21
     ABORTED = 22
+    ADDRESS = 23
 
 
 #: One sentence for each error code, for messages and documents.
@@ -264,8 +271,9 @@ ERROR_TEXT = {
     ErrorCode.OVERRUN: "More messages wait than the device has room for; this one was dropped.",
     ErrorCode.BAD_COPIES: "The number of copies is 0 or more than the device has banks.",
     ErrorCode.NOT_HELD: "The copy was not made, because the expert itself is not held.",
-    ErrorCode.TIMEOUT: "The memory did not answer a read in time.",
+    ErrorCode.TIMEOUT: "The memory did not answer a read in time, or the host a fetch.",
     ErrorCode.ABORTED: "The host aborted the transfer.",
+    ErrorCode.ADDRESS: "The expert, or a row of it, would go past the top of the address space.",
 }
 
 
@@ -438,7 +446,12 @@ RECORDS: dict[str, Record] = {
             description="A token starts; its id is known before layer 0 runs.",
             fields=(
                 _CTX,
-                Field(name="phase", kind=2, wire_bits=8, description="A Phase."),
+                Field(
+                    name="phase",
+                    kind=2,
+                    wire_bits=8,
+                    description="A Phase; any other number counts as DECODE.",
+                ),
                 Field(
                     name="token",
                     kind=32,

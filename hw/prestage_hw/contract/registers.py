@@ -7,9 +7,10 @@ import zlib
 from dataclasses import dataclass
 
 from .params import MOST_AHEAD, MOST_PARTS, DeviceConfig
-from .records import Phase, Policy
+from .records import Phase, Policy, Refusal
 
 __all__ = [
+    "BASES",
     "CHANNEL_COUNTERS",
     "CHANNEL_COUNTERS_ADDRESS",
     "COUNTERS",
@@ -21,11 +22,14 @@ __all__ = [
     "SHAPE_FIELDS",
     "SLOT_BASE_BYTES",
     "THROTTLE_FIELDS",
+    "TOKEN_BASE_BYTES",
     "TIME_BITS",
     "TIMEOUT_BITS",
     "VERSION",
     "Counter",
     "Register",
+    "base_limits",
+    "refused_bits",
     "register_by_name",
     "register_hash",
 ]
@@ -118,7 +122,8 @@ COUNTERS: tuple[Counter, ...] = (
     Counter(
         name="prefetch_cancelled",
         stage=3,
-        description="Prefetches in flight that were given up because their layer was routed.",
+        description="Prefetches in flight that were given up because their layer was routed, or"
+        " for a demand that found no slot.",
     ),
     Counter(
         name="useful", stage=5, description="Prefetched experts demanded or locked before eviction."
@@ -143,6 +148,12 @@ COUNTERS: tuple[Counter, ...] = (
         name="prefetch_late_dropped",
         stage=3,
         description="Candidates of which less than the budget would have come in time.",
+    ),
+    Counter(
+        name="routes_out_of_order",
+        stage=1,
+        description="Routing decisions, served all the same, for a layer below the last one that"
+        " the context had routed in its token.",
     ),
     Counter(
         name="writes_refused",
@@ -195,6 +206,18 @@ REFUSAL_FIELDS = {"reason": (0, 8), "register": (8, 16), "refused": (31, 1)}
 
 #: What the address of slot 0 is a multiple of, in bytes, where slots are in a memory of their own.
 SLOT_BASE_BYTES = 4096
+
+#: What the address of the predictor's token tables is a multiple of, in bytes.
+TOKEN_BASE_BYTES = 4096
+
+#: Addresses where arrays begin: names of the registers that hold them, without ``_low`` and
+#: ``_high``.
+BASES = (
+    "expert_base",
+    *(f"part{part}_base" for part in range(1, MOST_PARTS)),
+    "token_base",
+    "slot_base",
+)
 
 #: Width of the registers ``layer_time`` and ``tile_time``, in bits.
 TIME_BITS = 24
@@ -279,7 +302,8 @@ def _layout() -> tuple[Register, ...]:
         "ro",
         None,
         "CRC-32 of the tiles of an expert of each layer, as 32-bit little-endian numbers, where"
-        " experts of different layers differ in size; else 0.",
+        " experts of different layers differ in size, or of the four numbers of the rows of each"
+        " part, as 64-bit ones, where parts have rows; else 0.",
     )
     add(
         0x10,
@@ -290,8 +314,8 @@ def _layout() -> tuple[Register, ...]:
         " candidate waits until the predictor is at rest and nothing is in flight, so that what is"
         " evicted for it does not hang on time. Bit 3: candidates of a kind that costs more than it"
         " saves are dropped. Bit 4: a prefetch in flight is given up at a tile's edge once its"
-        " layer was routed. Bit 5: the phase of BEGIN_TOKEN asks for its profile. Bits 0 and 1 are"
-        " those of the profile that profile_select names.",
+        " layer was routed, or for a demand that finds no slot. Bit 5: the phase of BEGIN_TOKEN"
+        " asks for its profile. Bits 0 and 1 are those of the profile that profile_select names.",
     )
     add(
         0x11,
@@ -303,7 +327,15 @@ def _layout() -> tuple[Register, ...]:
         " checked. Waits until the engine is idle.",
     )
     add(0x12, "hint_threshold", "rw", 128, "Hints with a lower score are dropped (bits 7..0).")
-    add(0x13, "expert_base_low", "rw", 0, "Address of (part 0 of) expert 0 of layer 0, bits 31..0.")
+    add(
+        0x13,
+        "expert_base_low",
+        "rw",
+        0,
+        "Address of (part 0 of) expert 0 of layer 0, bits 31..0. Of each address the low half is"
+        " written first, and where addresses have more than 32 bits it holds from the write of the"
+        " high half on, with that.",
+    )
     add(
         0x14,
         "expert_base_high",
@@ -365,7 +397,7 @@ def _layout() -> tuple[Register, ...]:
         0,
         "Which expert gives way to another: "
         + ", ".join(f"{int(policy)} {policy.name}" for policy in Policy)
-        + "; 3 stands for 2 (bits 1..0).",
+        + ".",
     )
     add(0x20, "cycles_low", "ro", None, "Clock cycles since reset, bits 31..0; latches the rest.")
     add(0x21, "cycles_high", "ro", None, "Clock cycles since reset, bits 63..32, as latched.")
@@ -460,8 +492,8 @@ def _layout() -> tuple[Register, ...]:
         "dma_timeout",
         "rw",
         0,
-        "Cycles that a DMA channel waits for the memory before its tiles fail, 4 or more (bits"
-        f" {TIMEOUT_BITS - 1}..0); 0: for ever.",
+        "Cycles that a DMA channel waits for the memory, or a fetch for the host, before its tiles"
+        f" fail, 4 to {(1 << TIMEOUT_BITS) - 1:,}; 0: for ever.",
     )
     add(
         0x2F,
@@ -592,6 +624,76 @@ def register_hash() -> int:
     return zlib.crc32(text.encode())
 
 
+def _layout_checksum(config: DeviceConfig) -> int:
+    """Value of the register ``layer_sizes``."""
+    if config.layer_bytes:
+        return zlib.crc32(struct.pack(f"<{config.model.layers}I", *config.layer_tiles))
+    if config.rows:
+        return zlib.crc32(b"".join(struct.pack("<4Q", *rows) for rows in config.part_rows))
+    return 0
+
+
+def base_limits(config: DeviceConfig) -> dict[str, tuple[int, int]]:
+    """Step and greatest value of the address where each array begins, in bytes.
+
+    By the names in :data:`BASES`; arrays that the device does not have are left out.
+    """
+    steps = {
+        name: (room, config.data_bytes)
+        for name, room in zip(BASES, config.array_room, strict=False)
+    }
+    if config.token_memory:
+        steps["token_base"] = (TOKEN_BASE_BYTES, TOKEN_BASE_BYTES)
+    if config.slot_store == "axi":
+        steps["slot_base"] = (config.slots * config.expert_bytes, SLOT_BASE_BYTES)
+    top = 1 << config.address_bits
+    return {name: (step, (top - size) // step * step) for name, (size, step) in steps.items()}
+
+
+#: Bits that registers hold, and why other values are refused; of fields, and of what depends on the
+#: configuration, :func:`refused_bits` knows more.
+_WIDTHS = {
+    "control": (6, Refusal.VALUE),
+    "clear": (4, Refusal.VALUE),
+    "hint_threshold": (8, Refusal.VALUE),
+    "prefetch_tiles": (3, Refusal.VALUE),
+    "predict_threshold": (8, Refusal.VALUE),
+    "predict_far_threshold": (8, Refusal.VALUE),
+    "predict_ahead": (8, Refusal.VALUE),
+    "policy": (2, Refusal.VALUE),
+    "profile": (2, Refusal.PROFILE),
+    "profile_select": (2, Refusal.PROFILE),
+    "cutoff_layer": (8, Refusal.VALUE),
+    "dma_lower_credits": (5, Refusal.CREDITS),
+    "dma_channel": (3, Refusal.CHANNEL),
+    "dma_row_stride": (ROW_STRIDE_BITS, Refusal.ROWS),
+    "dma_timeout": (TIMEOUT_BITS, Refusal.VALUE),
+    "budget": (4, Refusal.BUDGET),
+    "rescan_ahead": (7, Refusal.RESCAN),
+    "rescan_least": (8, Refusal.RESCAN),
+}
+
+
+def refused_bits(config: DeviceConfig) -> dict[str, tuple[int, Refusal]]:
+    """Bits of registers that must be written as 0, and the reason why others are refused.
+
+    By the names of the registers; those that hold whatever is written are left out.
+    """
+    word = 0xFFFFFFFF
+    widths = {**_WIDTHS, "dma_row_bytes": (config.bits("tile_bytes"), Refusal.ROWS)}
+    bits = {name: (word >> width << width, why) for name, (width, why) in widths.items()}
+    for name, fields in (("throttle", THROTTLE_FIELDS), ("dma_shape", SHAPE_FIELDS)):
+        held = sum((1 << width) - 1 << low for low, width in fields.values())
+        bits[name] = (word ^ held, Refusal.VALUE)
+    limits = base_limits(config)
+    for name in BASES:
+        step, _ = limits.get(name, (0, 0))
+        held = (1 << config.address_bits) - step if step else 0
+        bits[f"{name}_low"] = (word & ~held, Refusal.BASE)
+        bits[f"{name}_high"] = (word & ~(held >> 32), Refusal.BASE)
+    return bits
+
+
 def shape_registers(config: DeviceConfig) -> dict[str, int]:
     """Values of the read-only registers that describe a configuration."""
     return {
@@ -603,9 +705,7 @@ def shape_registers(config: DeviceConfig) -> dict[str, int]:
         "top_k": config.model.top_k,
         "slots": config.slots,
         "expert_bytes": config.expert_bytes,
-        "layer_sizes": zlib.crc32(struct.pack(f"<{config.model.layers}I", *config.layer_tiles))
-        if config.layer_bytes
-        else 0,
+        "layer_sizes": _layout_checksum(config),
         "tile_bytes": config.tile_bytes,
         "contexts": config.contexts,
         "predictor": config.PREDICTORS.index(config.predictor),

@@ -495,10 +495,11 @@ class BackEnd(wiring.Component):
                 self.outstanding[c].eq(outstanding[c]),
                 self.live[c].eq(live_counts[c]),
                 self.drop[c].eq(now),
-                # Where nothing is open, what came for others shows that memory answers.
+                # A channel that asks memory for nothing waits for its turn: what came for others
+                # shows that memory answers.
                 self.progress[c].eq(
                     came
-                    | (beat_go & ~tiles.filled[c] & ~has_dead[c])
+                    | (beat_go & (outstanding[c] == 0))
                     | (self.answer & (self.burst.channel == c))
                 ),
             ]

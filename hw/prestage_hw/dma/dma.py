@@ -69,6 +69,10 @@ class DMA(wiring.Component):
         included.
     abort_all : ``In(1)``
         Strobe: abort all tiles.
+    urgent : ``In(config.dma_channels)``
+        Channels with a tile that a demand waits for by now: from the third cycle on their turn
+        comes as if they were of the class demand. ``lower_credits`` limits their bursts all the
+        same.
     timeout : ``In(24)``
         Cycles that a channel waits for memory before its open tiles fail, at least 4; 0 for ever.
     strobes : ``Out(ArrayLayout(ChannelStrobes(), config.dma_channels))``
@@ -115,6 +119,7 @@ class DMA(wiring.Component):
                 "abort": In(1),
                 "abort_tag": In(config.bits("tag")),
                 "abort_all": In(1),
+                "urgent": In(channels),
                 "timeout": In(24),
                 "strobes": Out(data.ArrayLayout(ChannelStrobes(), channels)),
                 "stray": Out(1),
@@ -171,6 +176,7 @@ class DMA(wiring.Component):
             frontend.pop.eq(midend.pop),
             midend.active.eq(settings.active),
             midend.lower_credits.eq(settings.active_lower_credits),
+            midend.urgent.eq(self.urgent),
             midend.expired.eq(backend.expired),
             backend.waiting.eq(frontend.waiting),
             backend.expire.eq(watchdog.expired),

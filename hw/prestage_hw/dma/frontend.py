@@ -7,7 +7,39 @@ from amaranth.lib.wiring import In, Out
 from prestage_hw.contract.params import require_config
 from prestage_hw.layouts import RecordLayout
 
-__all__ = ["FrontEnd", "TransferLayout"]
+__all__ = ["FrontEnd", "RowLayout", "TransferLayout"]
+
+
+class RowLayout(data.StructLayout):
+    """Where a tile begins in the rows of its part, with ``config.gathers``.
+
+    Parameters
+    ----------
+    config : :class:`DeviceConfig`
+        Device whose widths apply.
+    """
+
+    def __init__(self, *, config):
+        longest = max(rows.row_bytes for rows in config.part_rows) // config.data_bytes
+        super().__init__(
+            {
+                "part": unsigned(max(1, (len(config.part_rows) - 1).bit_length())),
+                "before": unsigned((longest - 1).bit_length()),  # Beats of its row before it.
+                "left": unsigned((config.tile_beats - 1).bit_length()),  # Those of it - 1.
+            }
+        )
+
+    @staticmethod
+    def all_tiles(config):
+        """Where each tile of an expert begins, as initial values."""
+        low = config.data_bytes.bit_length() - 1
+        found = []
+        for part, (size, rows) in enumerate(zip(config.part_bytes, config.part_rows, strict=True)):
+            row = rows.row_bytes >> low
+            for at in range(0, size >> low, config.tile_beats):
+                left = min(row - at % row, config.tile_beats) - 1
+                found.append({"part": part, "before": at % row, "left": left})
+        return found
 
 
 class TransferLayout(data.StructLayout):
@@ -28,6 +60,15 @@ class TransferLayout(data.StructLayout):
                 "address": unsigned(config.bits("address")),
                 "left": unsigned((config.tile_beats - 1).bit_length()),  # Beats - 1.
                 "refused": unsigned(1),
+                # Of its first row, and how many beats come after that one.
+                **(
+                    {
+                        "row": RowLayout(config=config),
+                        "after": unsigned((config.tile_beats - 1).bit_length()),
+                    }
+                    if config.gathers
+                    else {}
+                ),
             }
         )
 
@@ -150,6 +191,24 @@ class FrontEnd(wiring.Component):
             queue_read.addr.eq(Cat(read_at[self.channel], self.channel)),
             self.first.eq(queue_read.data),
         ]
+
+        if config.gathers:
+            # A tile's number says where it lies, which is looked up while it is checked.
+            m.submodules.rows = rows = memory.Memory(
+                shape=RowLayout(config=config),
+                depth=config.tiles,
+                init=RowLayout.all_tiles(config),
+            )
+            row_read = rows.read_port()
+            row = row_read.data
+            more = Signal()
+            m.d.comb += [
+                row_read.addr.eq(fetch.tile),
+                more.eq(incoming.left > row.left),
+                queue_write.data.row.eq(row),
+                queue_write.data.row.left.eq(Mux(more, row.left, incoming.left)),
+                queue_write.data.after.eq(Mux(more, incoming.left - row.left, 0)),
+            ]
 
         # --- queues ---
         firsts_aborted = Signal(channels)

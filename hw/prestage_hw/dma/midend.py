@@ -8,7 +8,7 @@ from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import FetchReason, TrafficClass
 
 from .arbiter import Arbiter
-from .frontend import TransferLayout
+from .frontend import RowLayout, TransferLayout
 from .settings import ActiveLayout
 
 __all__ = ["AnswerLayout", "BurstLayout", "MidEnd", "TileLayout"]
@@ -89,6 +89,9 @@ class MidEnd(wiring.Component):
     with a burst of one beat. Bursts of different channels may follow each other, so that a demand
     waits for no tile to end.
 
+    The rows of a tile are those of its part, with ``config.gathers``, or else those that its
+    channel is set to.
+
     Parameters
     ----------
     config : :class:`DeviceConfig`
@@ -100,6 +103,8 @@ class MidEnd(wiring.Component):
     -------
     active, lower_credits : ``In``
         As of :class:`Settings`.
+    urgent : ``In(config.dma_channels)``
+        Channels whose turn comes as if they were of the class demand.
     waiting, startable, null, first, first_aborted, first_empty : ``In``
         As of :class:`FrontEnd`.
     channel, pop : ``Out``
@@ -151,6 +156,7 @@ class MidEnd(wiring.Component):
             {
                 "active": In(data.ArrayLayout(ActiveLayout(config=config), channels)),
                 "lower_credits": In(5),
+                "urgent": In(channels),
                 "waiting": In(channels),
                 "startable": In(channels),
                 "null": In(channels),
@@ -193,6 +199,7 @@ class MidEnd(wiring.Component):
         low = config.data_bytes.bit_length() - 1
         at_bits = config.address_bits - low
         left_bits = (config.tile_beats - 1).bit_length()
+        gathers = config.gathers
 
         # Where a tile has come to, counted in beats.
         m.submodules.places = places = memory.Memory(
@@ -210,7 +217,13 @@ class MidEnd(wiring.Component):
         place_read = places.read_port(domain="comb")
         # The same for rows.
         m.submodules.rows = rows = memory.Memory(
-            shape=data.StructLayout({"start": unsigned(at_bits), "left": unsigned(left_bits)}),
+            shape=data.StructLayout(
+                {
+                    "start": unsigned(at_bits),
+                    "left": unsigned(left_bits),
+                    **({"part": RowLayout(config=config)["part"].shape} if gathers else {}),
+                }
+            ),
             depth=len(channels),
             init=[],
         )
@@ -232,7 +245,7 @@ class MidEnd(wiring.Component):
         all_outstanding = Signal(5)
         lower = Signal(len(channels))
         lower_room = Signal()
-        pending = Signal()
+        pending, lower_pending = Signal(), Signal()
         wants = Signal(len(channels))
         wants_null = Signal(len(channels))
         wants_turn = Signal(len(channels))
@@ -241,12 +254,12 @@ class MidEnd(wiring.Component):
         m.d.comb += done.eq(step & ~self.hold & (~turn | prepared))
         for c in channels:
             settings = self.active[c]
+            # Tiles of configured rows begin with a burst of the first one, the others with a turn.
+            turns = 0 if gathers else settings.rows
             begins = Signal(name=f"begins_{c}")
             m.d.comb += [
                 begins.eq(self.startable[c] & settings.enable & self.tile_room),
-                wants_turn[c].eq(
-                    Mux(self.begun[c], turning[c], begins & settings.rows) & ~self.expired[c]
-                ),
+                wants_turn[c].eq(Mux(self.begun[c], turning[c], begins & turns) & ~self.expired[c]),
                 wants[c].eq(
                     wants_null[c]
                     | (
@@ -254,11 +267,12 @@ class MidEnd(wiring.Component):
                         & Mux(
                             self.begun[c],
                             turning[c] | (self.burst_room & credit[c]),
-                            begins & (settings.rows | (self.burst_room & credit[c])),
+                            begins & (turns | (self.burst_room & credit[c])),
                         )
                     )
                 ),
-                arbiter.traffic[c].eq(settings.traffic),
+                # Its bursts go on counting as below demand, and so does their limit.
+                arbiter.traffic[c].eq(Mux(self.urgent[c], TrafficClass.DEMAND, settings.traffic)),
                 arbiter.weight[c].eq(settings.weight),
             ]
             m.d.sync += credit[c].eq(
@@ -276,11 +290,15 @@ class MidEnd(wiring.Component):
                 & ~(step & (null | (self.channel == c)))
             )
         # A burst counts from its choice on, so that the next choice knows of it.
-        m.d.comb += pending.eq(read | (step & ~null & ~turn))
+        m.d.comb += [
+            pending.eq(read | (step & ~null & ~turn)),
+            # Not a demand's: bursts of demands back to back would leave an urgent channel no turn.
+            lower_pending.eq(pending & lower.bit_select(self.channel, 1)),
+        ]
         m.d.sync += [
             lower.eq(Cat(self.active[c].traffic != TrafficClass.DEMAND for c in channels)),
             lower_room.eq(
-                sum((Mux(lower[c], self.live[c], 0) for c in channels), pending)
+                sum((Mux(lower[c], self.live[c], 0) for c in channels), lower_pending)
                 < self.lower_credits
             ),
         ]
@@ -332,7 +350,7 @@ class MidEnd(wiring.Component):
         left = Signal(left_bits)
         entry = Signal(self.entry_bits)
         mask = Signal(8)
-        stride = Signal(settings.stride.shape())
+        stride = Signal(settings.stride.shape() if not gathers else at_bits)
         this_row_left = Signal(left_bits)
         cut = Signal()
         # Beats that fit before the next multiple of the longest burst, - 1.
@@ -340,6 +358,12 @@ class MidEnd(wiring.Component):
         rest = Signal(range(-256, config.tile_beats))
         ends = Signal()
         has_more = Signal()
+        first_left, row_beats, row_stride = self.first.left, settings.row_left, settings.stride
+        rows_follow = ~fresh_now & more.bit_select(channel, 1)
+        if gathers:
+            first_left = self.first.row.left
+            row_beats, row_stride = self._rows_of(row_read.data.part)
+            rows_follow = Mux(fresh_now, self.first.after.any(), more.bit_select(channel, 1))
         m.d.comb += [
             settings.eq(self.active[channel]),
             place_read.addr.eq(channel),
@@ -351,13 +375,13 @@ class MidEnd(wiring.Component):
                 first.eq(self.first),
                 at.eq(at_read),
                 fits.eq(~at_read[:8] & settings.mask),
-                left.eq(Mux(fresh_now, self.first.left, place.left)),
+                left.eq(Mux(fresh_now, first_left, place.left)),
                 entry.eq(Mux(fresh_now, self.tile_entry, place.entry)),
                 cut.eq(Mux(fresh_now, self.first_aborted, aborted.bit_select(channel, 1))),
-                has_more.eq(~fresh_now & more.bit_select(channel, 1)),
+                has_more.eq(rows_follow),
                 mask.eq(settings.mask),
-                stride.eq(settings.stride),
-                this_row_left.eq(settings.row_left),
+                stride.eq(row_stride),
+                this_row_left.eq(row_beats),
             ]
         m.d.comb += [
             place_write.addr.eq(channel),
@@ -392,7 +416,8 @@ class MidEnd(wiring.Component):
         with m.Else():
             m.d.comb += self.answered.reason.eq(FetchReason.TIMEOUT)
 
-        # A tile of rows has its first one set up like those that follow, in two cycles. A row that
+        # A tile of rows has its first one set up like those that follow, in two cycles, unless the
+        # configuration tells which they are: then its place came with the request. A row that
         # is not wholly below the last tile of the address space is taken as one past its top; its
         # tile ends with a beat of the row before.
         old_start = Signal(at_bits)
@@ -435,6 +460,18 @@ class MidEnd(wiring.Component):
                 place_write.data.left.eq(rest),
             ]
 
+        if gathers:
+            # The first row is taken to begin where it does, not where the tile does.
+            with m.If(fresh):
+                m.d.comb += [
+                    row_write.data.start.eq((first.address >> low) - first.row.before),
+                    row_write.data.left.eq(first.after - 1),
+                    row_write.data.part.eq(first.row.part),
+                    row_write.en.eq(self.open),
+                ]
+            with m.Else():
+                m.d.comb += row_write.data.part.eq(row_read.data.part)
+
         kept = Signal(len(channels))
         m.d.comb += kept.eq(self.begun & ~self.drop)
         m.d.sync += self.begun.eq(kept)
@@ -452,7 +489,7 @@ class MidEnd(wiring.Component):
                         turning[c].eq(ends & has_more & ~cut),
                     ]
                     with m.If(fresh):
-                        m.d.sync += more[c].eq(0)
+                        m.d.sync += more[c].eq(has_more if gathers else 0)
                 with m.If(self.open):
                     m.d.sync += [
                         tags[c].eq(first.tag),
@@ -463,3 +500,11 @@ class MidEnd(wiring.Component):
                         ),
                     ]
         return m
+
+    def _rows_of(self, part):
+        """Beats that a tile may have of a part's row, - 1, and beats from a row to the next."""
+        config = self.config
+        low = config.data_bytes.bit_length() - 1
+        beats = [min(rows.row_bytes >> low, config.tile_beats) - 1 for rows in config.part_rows]
+        strides = [rows.row_stride >> low for rows in config.part_rows]
+        return Array(beats)[part], Array(strides)[part]

@@ -49,13 +49,18 @@ def shape_refusals(config, *, traffic, weight, burst_beats, credits):
 
 
 def rows_are_bad(config, *, row_bytes=None, row_stride=None):
-    """Whether rows, or one of their two numbers, are no whole beats or longer than a tile."""
+    """Whether rows, or one of their two numbers, are no whole beats or longer than a tile.
+
+    Where the configuration says what rows tiles lie in, a channel must have none.
+    """
     part_of_beat = config.data_bytes - 1
     bad = Const(0, 1)
     for size in (row_bytes, row_stride):
         if size is not None:
             bad |= (size & part_of_beat).any()
-    return bad if row_bytes is None else bad | (row_bytes > config.tile_bytes)
+    return (
+        bad if row_bytes is None else bad | (row_bytes > (0 if config.rows else config.tile_bytes))
+    )
 
 
 class ActiveLayout(data.StructLayout):

@@ -20,6 +20,8 @@ class Watchdog(wiring.Component):
     ----------
     config : :class:`DeviceConfig`
         Parameters of the device.
+    count : :class:`int` or None
+        What is watched, as many; None stands for the DMA engine's channels.
 
     Members
     -------
@@ -27,21 +29,21 @@ class Watchdog(wiring.Component):
         Cycles, at least 4; less switches the watchdog off.
     run : ``In(1)``
         Cycles in which it is 0 do not count.
-    pending : ``In(config.dma_channels)``
+    pending : ``In(count)``
         Channels that wait.
-    progress : ``In(config.dma_channels)``
+    progress : ``In(count)``
         Channels for which something came.
-    expired : ``Out(config.dma_channels)``
+    expired : ``Out(count)``
         Strobe of a channel that has waited for too long; its time begins anew.
     """
 
     #: Ticks without progress.
     ticks = 5
 
-    def __init__(self, *, config):
+    def __init__(self, *, config, count=None):
         require_config(config)
         self.config = config
-        channels = config.dma_channels
+        self.count = channels = config.dma_channels if count is None else count
         super().__init__(
             {
                 "cycles": In(24),
@@ -62,7 +64,7 @@ class Watchdog(wiring.Component):
             m.d.sync += passed.eq(passed + 1)
             with m.If(passed + 1 >= quarter):
                 m.d.sync += [passed.eq(0), tick.eq(quarter != 0)]
-        for c in range(self.config.dma_channels):
+        for c in range(self.count):
             age = Signal(range(self.ticks), name=f"age_{c}")
             m.d.sync += self.expired[c].eq(0)
             with m.If(~self.pending[c] | self.progress[c]):

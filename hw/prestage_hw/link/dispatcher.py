@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract import MESSAGES
 from prestage_hw.contract.params import require_config
-from prestage_hw.contract.records import TABLE_BURST, ErrorCode, Source
+from prestage_hw.contract.records import TABLE_BURST, ErrorCode, Phase, Source
 from prestage_hw.contract.registers import register_by_name
 from prestage_hw.layouts import RecordLayout, body_bytes, body_fields
 
@@ -19,6 +19,9 @@ __all__ = ["Dispatcher", "RegisterRequestLayout", "RegisterResponseLayout"]
 #: one block's output register
 #: shows in the next block's ``idle`` a cycle later.
 _IDLE_CYCLES = 4
+
+#: What is counted here.
+_COUNTERS = ("tokens", "routes", "routes_out_of_order", "releases", "hints", "rejected")
 
 
 class RegisterRequestLayout(data.StructLayout):
@@ -96,13 +99,12 @@ class Dispatcher(wiring.Component):
     busy : ``Out(1)``
         The dispatcher is clearing.
     strobes : ``Out(StructLayout)``
-        One bit a counter: tokens, routes, releases, hints, rejected.
+        One bit a counter: tokens, routes, routes_out_of_order, releases, hints, rejected.
     """
 
     def __init__(self, *, config):
         require_config(config)
         self.config = config
-        counters = ("tokens", "routes", "releases", "hints", "rejected")
 
         def record(name):
             return stream.Signature(RecordLayout(name, config=config))
@@ -133,7 +135,7 @@ class Dispatcher(wiring.Component):
                 "engine_idle": In(1),
                 "clear": In(1),
                 "busy": Out(1),
-                "strobes": Out(data.StructLayout(dict.fromkeys(counters, 1))),
+                "strobes": Out(data.StructLayout(dict.fromkeys(_COUNTERS, 1))),
             }
         )
 
@@ -232,7 +234,7 @@ class Dispatcher(wiring.Component):
             m.d.comb += self.messages.ready.eq(1)
             m.next = "NEXT"
 
-        for name in ("tokens", "routes", "releases", "hints", "rejected"):
+        for name in _COUNTERS:
             m.d.sync += self.strobes[name].eq(0)
         m.d.sync += self.boundary.eq(0)
 
@@ -322,7 +324,9 @@ class Dispatcher(wiring.Component):
                 # Decisions, starts of tokens and hints travel on three streams: each waits until
                 # the others have been taken, so that the predictor sees them in the host's order.
                 with m.If(~self.phases.valid & ~self.decisions.valid & ~self.hints.valid):
-                    put(self.begin, token)
+                    # The field is wider on the wire: 4 must not become PREFILL.
+                    known = token["phase"] <= max(Phase)
+                    put(self.begin, {**token, "phase": Mux(known, token["phase"], Phase.DECODE)})
                     m.d.sync += [nexts[ctx_index].eq(0), self.strobes.tokens.eq(1)]
                     m.next = "BEGUN"
 
@@ -386,6 +390,9 @@ class Dispatcher(wiring.Component):
                         repeat.eq(again),
                         nexts[ctx_index].eq(layer + 1),
                         self.strobes.routes.eq(1),
+                        # The model is right, whatever order it has: it is served, but what was
+                        # predicted, and hints, are for layers above.
+                        self.strobes.routes_out_of_order.eq(nexts[ctx_index] > layer + 1),
                     ]
                     m.next = "DEMAND"
 

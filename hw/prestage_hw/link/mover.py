@@ -8,6 +8,8 @@ from amaranth.lib.wiring import In, Out
 from prestage_hw.contract import MESSAGES
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.records import HOST_MESSAGES, ErrorCode, FetchReason
+from prestage_hw.contract.registers import TIMEOUT_BITS
+from prestage_hw.dma.watchdog import Watchdog
 from prestage_hw.layouts import RecordLayout, body_bytes, body_fields
 
 from .gate import WriteGate
@@ -37,6 +39,9 @@ class HostMover(wiring.Component):
 
     A restart of the link means that the host has forgotten its fetches, or never heard of them: all
     tiles of which a FETCH was sent are then completed as failed.
+
+    A fetch of which no tile was asked for and none came back for too long has expired: all of its
+    tiles that are with the host are completed as failed, with the reason TIMEOUT.
 
     EVENTs go before FETCHes and answers, which take turns.
 
@@ -76,6 +81,9 @@ class HostMover(wiring.Component):
         A strobe for each beat that was dropped.
     resets : ``In(1)``
         A strobe: the link was restarted.
+    timeout : ``In(24)``
+        Cycles before a fetch expires, 4 or more, as in :class:`Watchdog`: at most a quarter more
+        pass. 0: none expires.
     rejected : ``Out(1)``
         A strobe for each EVENT, never while ``others_rejected`` is high.
     others_rejected : ``In(1)``
@@ -141,6 +149,7 @@ class HostMover(wiring.Component):
                 "completions": Out(record("Completion")),
                 **(writes if config.host_writes else {}),
                 "resets": In(1),
+                "timeout": In(TIMEOUT_BITS),
                 "rejected": Out(1),
                 "others_rejected": In(1),
                 "idle": Out(1),
@@ -160,6 +169,15 @@ class HostMover(wiring.Component):
             shape=unsigned(1), depth=1 << (tag_bits + tile_bits), init=[]
         )
         asked_read, asked_write = asked.read_port(), asked.write_port()
+        # How many of an entry's, if it is pending. A FETCH leaves and a tile completes in different
+        # states, so that one port is enough.
+        m.submodules.counts = counts = Memory(
+            shape=unsigned(config.tiles.bit_length()), depth=1 << tag_bits, init=[]
+        )
+        count_write = counts.write_port()
+        fetch_count = counts.read_port(domain="comb")
+        ended_count = counts.read_port(domain="comb")
+        pending = Signal(config.inflight)
         # What an entry's tiles have in common, written with the first of them.
         common = {"serial": 16, "address": address_bits}
         if config.host_writes:
@@ -216,6 +234,21 @@ class HostMover(wiring.Component):
         if config.host_writes:
             m.d.comb += subject_write.data.slot.eq(fetch.slot)
 
+        # --- time-out ---
+        m.submodules.watchdog = watchdog = Watchdog(config=config, count=config.inflight)
+        asks, ends = Signal(config.inflight), Signal(config.inflight)  # of an entry, a tile
+        expired = Signal(config.inflight)
+        m.d.comb += [
+            watchdog.cycles.eq(self.timeout),
+            watchdog.run.eq(1),
+            watchdog.pending.eq(pending),
+            watchdog.progress.eq(asks | ends),
+            fetch_count.addr.eq(fetch.tag),
+            count_write.addr.eq(fetch.tag),
+            count_write.data.eq(Mux((pending & (1 << fetch.tag)).any(), fetch_count.data, 0) + 1),
+        ]
+        m.d.sync += expired.eq((expired | watchdog.expired) & pending & ~(asks | ends))
+
         def load(name, values):
             m.d.sync += self.replies.p.code.eq(MESSAGES[name].code)
             record = MESSAGES[name].record.name
@@ -232,8 +265,14 @@ class HostMover(wiring.Component):
                     self.fetches.ready.eq(1),
                     asked_write.en.eq(1),
                     subject_write.en.eq(first),
+                    count_write.en.eq(1),
+                    asks.eq(1 << fetch.tag),
                 ]
-                m.d.sync += [self.replies.valid.eq(1), turn.eq(1)]
+                m.d.sync += [
+                    self.replies.valid.eq(1),
+                    turn.eq(1),
+                    pending.eq(pending | asks),
+                ]
                 with m.If(first):
                     m.d.sync += serial.eq(serial + 1)
                 load(
@@ -296,8 +335,15 @@ class HostMover(wiring.Component):
                 offset.eq(looked_up[:tile_bits] * config.tile_bytes),
             ]
 
-        def complete(failed):
+        ended_tag = looked_up[tile_bits:]
+        m.d.comb += ended_count.addr.eq(ended_tag)
+
+        def complete(failed, reason=FetchReason.BUS):
             m.d.comb += [
+                count_write.en.eq(1),
+                count_write.addr.eq(ended_tag),
+                count_write.data.eq(ended_count.data - 1),
+                ends.eq(1 << ended_tag),
                 asked_write.en.eq(1),
                 asked_write.addr.eq(looked_up),
                 asked_write.data.eq(0),
@@ -309,13 +355,20 @@ class HostMover(wiring.Component):
                 self.completions.p.failed.eq(failed),
                 self.completions.p.address.eq(subject.address + offset),
                 self.completions.p.channel.eq(0),
-                self.completions.p.reason.eq(Mux(failed, FetchReason.BUS, FetchReason.OK)),
+                self.completions.p.reason.eq(Mux(failed, reason, FetchReason.OK)),
             ]
+            with m.If(ended_count.data == 1):
+                m.d.sync += pending.eq(pending & ~ends)
 
         restarted = Signal()
         spared_valid = Signal()
         spared = Signal(tag_bits + tile_bits)
         sweep = Signal(tag_bits + tile_bits)
+        ending = Signal()  # Only an entry is swept, which has expired.
+        oldest = Signal(tag_bits)
+        for i in reversed(range(config.inflight)):
+            with m.If(expired[i]):
+                m.d.comb += oldest.eq(i)
         tag_fits = fetched["tag"] < config.inflight
         tile_fits = fetched["tile"] < config.tiles
         fits = Signal()
@@ -363,6 +416,9 @@ class HostMover(wiring.Component):
                 with m.Elif(restarted):
                     m.d.sync += [sweep.eq(0), restarted.eq(0)]
                     m.next = "SWEEP"
+                with m.Elif(expired.any()):
+                    m.d.sync += [sweep.eq(oldest << tile_bits), ending.eq(1)]
+                    m.next = "SWEEP"
                 with m.Else():
                     m.d.comb += may_send.eq(~self.resets)
                     with m.If(self.messages.valid & room):
@@ -397,7 +453,8 @@ class HostMover(wiring.Component):
                     reject(ErrorCode.BAD_FETCHED, expert=fetched["tag"], address=fetched["tile"])
                     m.next = "IDLE"
 
-            # After a restart each tile is looked at; no FETCH leaves meanwhile.
+            # After a restart each tile is looked at, or each of an entry that has expired. No FETCH
+            # leaves meanwhile.
             with m.State("SWEEP"):
                 m.d.comb += place.eq(sweep)
                 m.d.sync += looked_up.eq(place)
@@ -408,13 +465,14 @@ class HostMover(wiring.Component):
                 m.next = "SWEEP JUDGE"
 
             with m.State("SWEEP JUDGE"):
-                spare = spared_valid & (spared == looked_up)
+                spare = spared_valid & (spared == looked_up) & ~ending
                 with m.If(~was_asked | spare | may_complete):
                     with m.If(was_asked & ~spare):
-                        complete(1)
+                        complete(1, Mux(ending, FetchReason.TIMEOUT, FetchReason.BUS))
                     m.d.sync += sweep.eq(sweep + 1)
                     m.next = "SWEEP"
-                    with m.If(sweep.all()):
+                    with m.If(sweep[:tile_bits].all() & (ending | sweep[tile_bits:].all())):
+                        m.d.sync += ending.eq(0)
                         m.next = "IDLE"
 
         # A FETCH that the link has not taken yet goes to the host that has come.

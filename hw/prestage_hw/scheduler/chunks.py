@@ -60,8 +60,8 @@ class ChunkUnion(wiring.Component):
         The scheduler has no candidate left.
     hold : ``In(1)``
         1 lets what was gathered wait.
-    streaming : ``Out(config.contexts)``
-        Contexts that go through a prefill chunk.
+    streaming, gathering : ``Out(config.contexts)``
+        Contexts that go through a prefill chunk; through any chunk.
     idle : ``Out(1)``
         No candidate is in the block, nor one gathered that will be handed on.
     """
@@ -89,6 +89,7 @@ class ChunkUnion(wiring.Component):
                 "wanted": In(1),
                 "hold": In(1),
                 "streaming": Out(config.contexts),
+                "gathering": Out(config.contexts),
                 "idle": Out(1),
             }
         )
@@ -108,7 +109,6 @@ class ChunkUnion(wiring.Component):
         # Block RAM is slow out of the clock edge. No reset, so that the register may be its own.
         raw = Signal(row, reset_less=True)
 
-        chunk = Signal(config.contexts)  # The context goes through a chunk.
         pending = Signal(config.contexts)  # Something was gathered since the last search in vain.
         target = Array(Signal(range(config.model.layers + 1), name=f"target_{c}") for c in contexts)
         due = Array(Signal(8, name=f"due_{c}") for c in contexts)
@@ -126,7 +126,7 @@ class ChunkUnion(wiring.Component):
         best_expert = Signal(expert_bits)
 
         m.d.comb += collects.eq(
-            chunk.bit_select(self.i.p.ctx, 1)
+            self.gathering.bit_select(self.i.p.ctx, 1)
             & (self.i.p.source == Source.PREDICTOR)
             & (self.i.p.layer == target[self.i.p.ctx])
         )
@@ -235,7 +235,7 @@ class ChunkUnion(wiring.Component):
         # What is listened to comes last, so that it has the last word on `pending`.
         with m.If(self.token_valid):
             m.d.sync += [
-                chunk.bit_select(self.token.ctx, 1).eq(
+                self.gathering.bit_select(self.token.ctx, 1).eq(
                     (self.token.phase == Phase.PREFILL) | (self.token.phase == Phase.VERIFY)
                 ),
                 self.streaming.bit_select(self.token.ctx, 1).eq(self.token.phase == Phase.PREFILL),

@@ -1,10 +1,10 @@
 """Table of the experts that are being fetched, and the choice of the next tile."""
 
-from amaranth import Array, Const, Module, Mux, Signal, unsigned
+from amaranth import Array, Cat, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from prestage_hw.contract.params import require_config
+from prestage_hw.contract.params import Rows, require_config
 from prestage_hw.layouts import RecordLayout
 
 __all__ = ["EntryLayout", "InflightTable"]
@@ -25,7 +25,7 @@ class EntryLayout(data.StructLayout):
                 "layer": unsigned(config.bits("layer")),
                 "expert": unsigned(config.bits("expert")),
                 "slot": unsigned(config.bits("slot")),
-                # Of each part, as if the tiles before it lay there, too.
+                # Of each part; without rows as if the tiles before it lay there, too.
                 "addresses": data.ArrayLayout(config.bits("address"), len(config.part_bytes)),
                 "ctx": unsigned(config.bits("ctx")),  # of a prefetch, as the next two
                 "deadline": unsigned(8),
@@ -87,14 +87,26 @@ class InflightTable(wiring.Component):
         Entry ``tag`` was cancelled, and is no demand; tiles that came back.
     row_idle, row_disposable : ``Out``
         None of the tiles of entry ``tag`` is on its way; it is a prefetch with tiles left.
+    row_shared : ``Out``
+        Candidates of several decisions were for entry ``tag``.
+    spare, spare_tag : ``Out``
+        There is a prefetch with tiles left, and the one that was allocated last, a cycle after that
+        changed.
+    cancelling : ``Out(1)``
+        An entry was cancelled and is there still, a cycle after that changed.
     left : ``Out``
         Tiles of all entries that did not come back and will, two cycles after they changed.
+    urgent : ``Out(config.dma_channels)``
+        Channel whose tiles on their way were requested for a prefetch and are waited for by now:
+        its entry became a demand.
     waits, waits_kind : ``Out``
         A prefetch's tile is on its way; kind of the one that left last.
     wait : ``In(1)``
         Add ``waiters`` and make the entry a demand.
     cancel : ``In(1)``
         No more tiles of the entry.
+    share : ``In(1)``
+        Another candidate was for the entry.
     complete : ``In(1)``
         Tile ``tile`` came back, ``failed`` or not, with ``address`` and ``reason``.
     tile, failed, address, reason : ``In``
@@ -144,11 +156,17 @@ class InflightTable(wiring.Component):
                 "row_returned": Out(range(config.tiles + 1)),
                 "row_idle": Out(1),
                 "row_disposable": Out(1),
+                "row_shared": Out(1),
+                "spare": Out(1),
+                "spare_tag": Out(tag_bits),
+                "cancelling": Out(1),
                 "left": Out(range(config.inflight * config.tiles + 1)),
+                "urgent": Out(config.dma_channels),
                 "waits": Out(1),
                 "waits_kind": Out(2),
                 "wait": In(1),
                 "cancel": In(1),
+                "share": In(1),
                 "complete": In(1),
                 "tile": In(config.bits("tile")),
                 "failed": In(1),
@@ -171,6 +189,7 @@ class InflightTable(wiring.Component):
         demand = Signal(count)
         failed = Signal(count)
         cancelled = Signal(count)
+        shared = Signal(count)
         more = Signal(count)  # Tiles are left to offer.
         # older[i][j]: entry j took its place in the order before entry i.
         older = [Signal(count, name=f"older_{i}") for i in range(count)]
@@ -181,7 +200,8 @@ class InflightTable(wiring.Component):
         part = [Signal(range(parts), name=f"part_{i}") for i in range(count)]
         waiters = [Signal(config.contexts, name=f"waiters_{i}") for i in range(count)]
         prefetches = Signal(range(count + 1))  # Entries of the class prefetch.
-        under_way = Signal(3)  # Prefetch tiles offered.
+        under_way = Signal(3)  # Prefetch tiles offered,
+        taken_over = Signal(3)  # those among them whose entry is a demand's by now.
 
         # Written when an entry starts.
         m.submodules.entries = entries = memory.Memory(
@@ -244,11 +264,28 @@ class InflightTable(wiring.Component):
             self.row_last.eq(self.row_idle & ~row_more),
             self.row_cancelled.eq(cancelled.bit_select(self.tag, 1)),
             self.row_returned.eq(row_returned),
+            self.row_shared.eq(shared.bit_select(self.tag, 1)),
             self.row_disposable.eq(
                 valid.bit_select(self.tag, 1) & row_more & ~self.row_demand & ~self.row_cancelled
             ),
             self.waits.eq(under_way != 0),
             self.complete_demand.eq(self.tile >= promotion_read.data),
+        ]
+
+        # --- what could be given up ---
+        # The youngest: it has got the least so far, and of those that waited together the best went
+        # first.
+        may_go = Signal(count)
+        spare_tag = Signal(config.bits("tag"))
+        m.d.comb += may_go.eq(valid & more & ~demand & ~cancelled)
+        for i in range(count):
+            younger = Cat(older[j][i] for j in range(count))
+            with m.If(may_go[i] & ~(may_go & younger).any()):
+                m.d.comb += spare_tag.eq(i)
+        m.d.sync += [
+            self.spare.eq(may_go.any()),
+            self.spare_tag.eq(spare_tag),
+            self.cancelling.eq((valid & cancelled).any()),
         ]
 
         # --- tiles yet to come ---
@@ -316,6 +353,7 @@ class InflightTable(wiring.Component):
         if config.layer_bytes:
             prepared_last = Signal(config.bits("tile"))
             m.d.sync += prepared_last.eq(offer_read.data.last_tile)
+        prepared_offset = prepared_tile * config.tile_bytes
         prefetch_channel = Signal(config.bits("channel"))
         target = Signal(count)  # Entry that changes, one bit.
         ready = Signal()
@@ -342,6 +380,15 @@ class InflightTable(wiring.Component):
             prepared_demand.eq((chosen & demand).any()),
             ready.eq(chosen.any() & stands & ~changing & ~load),
         ]
+        if config.rows:
+            prepared_offset = self._follow_rows(
+                m,
+                tag=chosen_tag,
+                loaded=prepared_tag,
+                tile=prepared_tile,
+                part=prepared_part,
+                load=load,
+            )
         with m.If(self.fetches.ready):
             m.d.sync += self.fetches.valid.eq(0)
         with m.If(~self.fetches.valid):
@@ -351,12 +398,13 @@ class InflightTable(wiring.Component):
                 self.fetches.payload.channel.eq(Mux(prepared_demand, 0, prefetch_channel)),
                 self.fetches.payload.slot.eq(prepared_slot),
                 self.fetches.payload.tile.eq(prepared_tile),
-                self.fetches.payload.address.eq(
-                    prepared_address + prepared_tile * config.tile_bytes
-                ),
+                self.fetches.payload.address.eq(prepared_address + prepared_offset),
             ]
         m.d.comb += prefetch_channel.eq(min(1, config.dma_channels - 1))
+        urgent_channel = 1 << min(1, config.dma_channels - 1)
         if config.dma_channels > 2:
+            # Tiles that are on their way are of one channel.
+            urgent_channel = Mux(streaming, 1 << config.stream_channel, urgent_channel)
             prepared_stream = Signal()
             m.d.sync += prepared_stream.eq((chosen & streams).any())
             with m.If(prepared_stream):
@@ -392,6 +440,8 @@ class InflightTable(wiring.Component):
                 with m.If(prepared[i]):
                     m.d.sync += [issued[i].eq(prepared_tile + 1), part[i].eq(next_part)]
 
+        m.d.sync += self.urgent.eq(Mux(taken_over != 0, urgent_channel, 0))
+
         # --- changes ---
         m.d.comb += [
             target.eq(1 << Mux(self.allocate, self.free_tag, self.tag)),
@@ -414,6 +464,7 @@ class InflightTable(wiring.Component):
                 demand.eq(Mux(self.demand, demand | target, demand & ~target)),
                 failed.eq(failed & ~target),
                 cancelled.eq(cancelled & ~target),
+                shared.eq(shared & ~target),
                 more.eq(more | target),
                 prefetches.eq(prefetches + ~self.demand),
             ]
@@ -422,7 +473,12 @@ class InflightTable(wiring.Component):
             with m.If(self.row_cancelled & (row_issued != row_tiles) & ~self.row_failed):
                 m.d.sync += more.eq(more | target)
             with m.If(~self.row_demand):
-                m.d.sync += prefetches.eq(prefetches - 1)
+                m.d.sync += [
+                    prefetches.eq(prefetches - 1),
+                    taken_over.eq(taken_over + (row_issued - row_returned)[:3]),
+                ]
+        with m.If(self.share):
+            m.d.sync += shared.eq(shared | target)
         with m.If(self.cancel):
             m.d.sync += [cancelled.eq(cancelled | target), more.eq(more & ~target)]
         with m.If(self.complete):
@@ -430,6 +486,8 @@ class InflightTable(wiring.Component):
                 m.d.sync += [failed.eq(failed | target), more.eq(more & ~target)]
             with m.If(~self.complete_demand):
                 m.d.sync += under_way.eq(under_way - 1)
+                with m.If(self.row_demand):
+                    m.d.sync += taken_over.eq(taken_over - 1)
         with m.If(self.free):
             m.d.sync += valid.eq(valid & ~target)
             with m.If(~self.row_demand):
@@ -452,3 +510,55 @@ class InflightTable(wiring.Component):
             with m.If(target[i] & self.complete):
                 m.d.sync += returned[i].eq(returned[i] + 1)
         return m
+
+    def _follow_rows(self, m, *, tag, loaded, tile, part, load):
+        """Where a tile lies in its part, in bytes, in the cycle after ``tag`` names its entry.
+
+        That of each entry's next tile is kept: rows may have any size, and a tile begin anywhere in
+        one. With ``load`` entry ``loaded`` goes on, whose ``tile`` of this ``part`` is offered.
+        """
+        config = self.config
+        low = config.data_bytes.bit_length() - 1
+        # All of them are counted in beats.
+        parts = [Rows(*(each >> low for each in rows)) for rows in config.part_rows]
+        ends = [
+            (size >> low) // rows.row_bytes * rows.row_stride
+            for size, rows in zip(config.part_bytes, parts, strict=True)
+        ]
+        place = data.StructLayout(
+            {
+                "offset": unsigned((max(ends) - 1).bit_length()),
+                "within": unsigned((max(rows.row_bytes for rows in parts) - 1).bit_length()),
+            }
+        )
+        m.submodules.places = places = memory.Memory(shape=place, depth=config.inflight, init=[])
+        write = places.write_port()
+        read = places.read_port(domain="comb")
+        now, following = Signal(place), Signal(place)
+        moved = Signal(len(now.within) + 1)
+        m.d.sync += now.eq(read.data)
+        m.d.comb += [
+            read.addr.eq(tag),
+            write.addr.eq(Mux(self.allocate, self.free_tag, loaded)),
+            write.data.eq(Mux(self.allocate, Const(0, place.size), following.as_value())),
+            write.en.eq(self.allocate | load),
+        ]
+        for number, rows in enumerate(parts):
+            whole, rest = divmod(config.tile_beats, rows.row_bytes)
+            step = whole * rows.row_stride + rest
+            gap = rows.row_stride - rows.row_bytes
+            with m.If(part == number):
+                m.d.comb += [
+                    moved.eq(now.within + rest),
+                    following.offset.eq(now.offset + step),
+                    following.within.eq(moved),
+                ]
+                with m.If(moved >= rows.row_bytes):
+                    m.d.comb += [
+                        following.offset.eq(now.offset + step + gap),
+                        following.within.eq(moved - rows.row_bytes),
+                    ]
+        for first in config.first_tiles[1:]:
+            with m.If(tile == first - 1):
+                m.d.comb += following.eq(0)
+        return now.offset << low

@@ -125,6 +125,8 @@ class Scheduler(wiring.Component):
         Strobes: the buffer takes values of this context; only then.
     fetches : ``Out(stream.Signature(RecordLayout("FetchRequest")))``
         Tiles for the DMA engine.
+    urgent : ``Out(config.dma_channels)``
+        Channel with a prefetch's tile on its way that a demand waits for by now.
     completions : ``In(stream.Signature(RecordLayout("Completion")))``
         One for each fetch, in any order.
     start, start_tag, start_number, start_address, start_last_tile : ``Out``
@@ -155,7 +157,9 @@ class Scheduler(wiring.Component):
         1 lets a candidate wait until nothing is in flight.
     cancel_enable : ``In(1)``
         1 gives up prefetches in flight whose layer was routed: once a routing decision was looked
-        up, each entry is looked at, and gets no more tiles if its deadline has come.
+        up, each entry is looked at, and gets no more tiles if its deadline has come and no other
+        decision's candidate was for it. A demand that finds no slot gives one up, too: that which
+        was begun last, and another once its slot is free.
     throttle_enable : ``In(1)``
         1 drops candidates of kinds that cost more than they save.
     throttle_weights : ``In(WeightsLayout())``
@@ -169,6 +173,9 @@ class Scheduler(wiring.Component):
     streaming : ``In(config.contexts)``
         Contexts that go through a prefill chunk: what the predictor proposes for their next layer
         goes over ``config.stream_channel``.
+    gathering : ``In(config.contexts)``
+        Contexts that go through any chunk, whose tokens are routed one by one through a layer:
+        their prefetches are not given up before the layer after theirs is routed.
     statistics_requests, statistics_values, clear_statistics
         As ``requests``, ``values`` and ``clear`` of :class:`PrefetchStatistics`.
     clear : ``In(1)``
@@ -241,6 +248,7 @@ class Scheduler(wiring.Component):
                 "buffer_requests": Out(record("BufferRequest")),
                 "buffer_results": In(record("BufferResult")),
                 "fetches": Out(record("FetchRequest")),
+                "urgent": Out(config.dma_channels),
                 "completions": In(record("Completion")),
                 "ready": Out(record("Ready")),
                 "events": Out(record("Event")),
@@ -259,6 +267,7 @@ class Scheduler(wiring.Component):
                 "layer_time": Out(TIME_BITS),
                 "tile_time": Out(TIME_BITS),
                 "streaming": In(contexts),
+                "gathering": In(contexts),
                 "statistics_requests": In(record("TableRequest")),
                 "statistics_values": Out(stream.Signature(32)),
                 "clear_statistics": In(1),
@@ -334,8 +343,9 @@ class Scheduler(wiring.Component):
         weighs = Signal()  # Whether it comes late is asked.
         route_starts = Signal()
         waiting = Signal()  # A demand found no slot and waits for a completion.
-        retry = Signal()  # That completion has come.
-        filled = Signal()  # The buffer's answer is to a FILL.
+        retry = Signal()  # That completion has come, or a slot was given up.
+        filled = Signal()  # The buffer's answer is to a FILL,
+        cancels = Signal()  # to a CANCEL.
 
         # A copy that is held or given back stays in its queue until it is decided. One at a time is
         # fetched, so that nothing hangs on when it arrives.
@@ -361,6 +371,8 @@ class Scheduler(wiring.Component):
         routes = [Signal(8, name=f"routes_{c}") for c in range(contexts)]
         scans = Signal(range(config.inflight + 1))  # entries to look at
         overdue = Signal()
+        spares = Signal()  # A demand needs its slot.
+        entry_gathers = Signal()  # Its context goes through a chunk.
         waits, waits_kind = Signal(), Signal(2)  # A prefetch's tile was on its way, and whose.
         charged = Signal()  # A demand of this decision was charged for waiting.
 
@@ -391,24 +403,34 @@ class Scheduler(wiring.Component):
 
         # Address of the expert that is served, three cycles after it is known: sooner than any
         # lookup ends. Of each further part the address that the expert would have if its tiles
-        # before the part lay there, too, so that a tile's number counts from 0 in all of them.
+        # before the part lay there, too, so that a tile's number counts from 0 in all of them. With
+        # rows the table counts in each part itself.
         number = Signal(range(config.model.layers * config.model.experts))
         m.d.sync += number.eq(layer * config.model.experts + expert)
         addresses = []
         if config.layer_bytes:
             last_tile = Signal(config.bits("tile"))
             addresses.append(self._address(m, layer=layer, expert=expert, last_tile=last_tile))
-        for part, size in enumerate(() if config.layer_bytes else config.part_bytes):
-            offset = Signal(
-                range(config.model.layers * config.model.experts * size), name=f"offset_{part}"
-            )
+        for part, rows in enumerate(() if config.layer_bytes else config.part_rows):
+            offset = Signal(range(config.array_bytes[part]), name=f"offset_{part}")
             address = Signal(config.bits("address"), name=f"address_{part}")
             start = self.expert_base
             if part:
                 start = Signal(config.bits("address"), name=f"start_{part}")
-                before = config.first_tiles[part] * config.tile_bytes
+                before = 0 if config.rows else config.first_tiles[part] * config.tile_bytes
                 m.d.sync += start.eq(self.part_bases[part - 1] - before)
-            m.d.sync += [offset.eq(number * size), address.eq(start + offset)]
+            if rows.layer_stride == config.model.experts * rows.expert_stride:
+                m.d.sync += offset.eq(number * rows.expert_stride)
+            else:
+                # Experts whose rows lie in turns.
+                of_layer = Signal(range(config.array_bytes[part]), name=f"of_layer_{part}")
+                of_expert = Signal(range(config.array_bytes[part]), name=f"of_expert_{part}")
+                m.d.sync += [
+                    of_layer.eq(layer * rows.layer_stride),
+                    of_expert.eq(expert * rows.expert_stride),
+                    offset.eq(of_layer + of_expert),
+                ]
+            m.d.sync += address.eq(start + offset)
             addresses.append(address)
 
         one_ctx = Signal(contexts)
@@ -418,9 +440,11 @@ class Scheduler(wiring.Component):
             wanted.eq((op == BufferOp.DEMAND) | (op == BufferOp.LOCK)),
             age.eq(Array(routes)[ctx] - deadline),
             entry_age.eq(Array(routes)[table.row.ctx] - table.row.deadline),
+            entry_gathers.eq(self.gathering.bit_select(table.row.ctx, 1)),
             *(queue.routes[c].eq(routes[c]) for c in range(contexts)),
             queue.cutoff_layer.eq(self.cutoff_layer),
             self.wanted.eq(queue.empty),
+            self.urgent.eq(table.urgent),
             table.prefetch_tiles.eq(self.prefetch_tiles),
             table.tag.eq(tag),
             table.entry.layer.eq(layer),
@@ -528,7 +552,7 @@ class Scheduler(wiring.Component):
         request = self.buffer_requests.payload
         with m.Switch(state):
             with m.Case(_State.DISPATCH):
-                m.d.sync += filled.eq(0)
+                m.d.sync += [filled.eq(0), cancels.eq(0), spares.eq(0)]
                 with m.If(self.completions.valid):
                     m.d.sync += [
                         completion.eq(self.completions.payload),
@@ -642,8 +666,11 @@ class Scheduler(wiring.Component):
                             m.d.comb += rescan.failed.eq(scanned)
 
             with m.Case(_State.SCAN):
+                # What other decisions want, too, comes. A chunk's other tokens may want it, so long
+                # as they are routed through the layer.
+                in_time = entry_age[7] | (entry_gathers & (entry_age == 0))
                 m.d.sync += [
-                    overdue.eq(~entry_age[7]),
+                    overdue.eq(~in_time & ~table.row_shared),
                     state.eq(_State.GIVE_UP),
                 ]
 
@@ -657,12 +684,12 @@ class Scheduler(wiring.Component):
                     request.op.eq(BufferOp.CANCEL),
                     request.slot.eq(table.row.slot),
                 ]
-                with m.If(overdue & disposable):
+                with m.If((overdue | spares) & disposable):
                     m.d.comb += table.cancel.eq(1)
                     # What is on its way comes first: its last tile ends the entry.
                     with m.If(table.row_idle):
                         m.d.sync += [
-                            op.eq(BufferOp.CANCEL),
+                            cancels.eq(1),
                             self.buffer_requests.valid.eq(1),
                             state.eq(_State.RESULT),
                         ]
@@ -730,7 +757,7 @@ class Scheduler(wiring.Component):
                     with m.If(last & (table.row_failed | table.row_cancelled) & ~table.row_demand):
                         tell(Outcome.DROPPED, slot=table.row.slot)
                     m.d.sync += state.eq(Mux(last, _State.ANSWER, _State.DISPATCH))
-                with m.Elif(op == BufferOp.CANCEL):
+                with m.Elif(cancels):
                     m.d.comb += strobe.prefetch_cancelled.eq(1)
                     tell(Outcome.DROPPED, slot=table.row.slot)
                     m.d.sync += state.eq(_State.FREE)
@@ -764,6 +791,15 @@ class Scheduler(wiring.Component):
                         waiting=waiting,
                         retry=retry,
                     )
+                    # A demand without a slot waits for no more than a tile of a prefetch: the slot
+                    # of one is given up, another's once that has come to its end.
+                    starves = wanted & (result.code == BufferCode.NO_SLOT) & table.spare
+                    with m.If(starves & self.cancel_enable & ~table.cancelling):
+                        m.d.sync += [
+                            tag.eq(table.spare_tag),
+                            spares.eq(1),
+                            state.eq(_State.GIVE_UP),
+                        ]
 
             with m.Case(_State.MERGE):
                 m.d.comb += [
@@ -772,11 +808,16 @@ class Scheduler(wiring.Component):
                     strobe.merged.eq((op == BufferOp.DEMAND) & table.row_demand),
                     strobe.locks.eq(op == BufferOp.LOCK),
                 ]
-                with m.If((table.row_waiters & one_ctx).any()):
+                candidate = op == BufferOp.PREFETCH
+                differs = (table.row.ctx != ctx) | (table.row.deadline != deadline)
+                m.d.comb += table.share.eq(candidate & differs)
+                with m.If(candidate):
+                    pass
+                with m.Elif((table.row_waiters & one_ctx).any()):
                     m.d.sync += [held.eq(1), held_tag.eq(tag), held_ctx.eq(one_ctx)]
                 with m.Else():
                     m.d.comb += table.wait.eq(1)
-                with m.If(result.prefetched):
+                with m.If(result.prefetched & ~candidate):
                     whole = {"last_tile": table.row.last_tile} if config.layer_bytes else {}
                     tell(Outcome.USED, slot=result.slot, returned=table.row_returned, **whole)
                 m.d.sync += state.eq(_State.DISPATCH)
@@ -920,7 +961,7 @@ class Scheduler(wiring.Component):
 
             with m.Case(_State.FREE):
                 m.d.comb += table.free.eq(1)
-                m.d.sync += state.eq(_State.DISPATCH)
+                m.d.sync += [retry.eq(1), state.eq(_State.DISPATCH)]
                 if self._valued:
                     m.d.comb += [
                         rescan.freed.eq(table.row_cancelled),
@@ -938,7 +979,9 @@ class Scheduler(wiring.Component):
                 *([self.start_last_tile.eq(last_tile)] if config.layer_bytes else []),
             ]
         m.d.sync += self.demanding.eq(
-            (commands.level != 0) | waiting | ((state != _State.DISPATCH) & wanted & ~filled)
+            (commands.level != 0)
+            | waiting
+            | ((state != _State.DISPATCH) & wanted & ~filled & ~cancels)
         )
         m.d.comb += [
             strobe.prefetch_overflow.eq(queue.overflow),
@@ -996,9 +1039,10 @@ class Scheduler(wiring.Component):
     def _error(self, reason):
         """Code of the event for a fetch that failed."""
         code = Const(ErrorCode.BUS, self.events.payload.code.shape())
+        code = Mux(reason == FetchReason.TIMEOUT, ErrorCode.TIMEOUT, code)
         if self.config.mover == "dma":
-            code = Mux(reason == FetchReason.TIMEOUT, ErrorCode.TIMEOUT, code)
             code = Mux(reason == FetchReason.ABORTED, ErrorCode.ABORTED, code)
+            code = Mux(reason == FetchReason.ADDRESS, ErrorCode.ADDRESS, code)
         if self.config.slot_store == "axi":
             code = Mux(reason == FetchReason.WRITE, ErrorCode.SLOT_MEMORY, code)
         if self.config.checksums:
@@ -1083,6 +1127,9 @@ class Scheduler(wiring.Component):
                     with m.Case(BufferCode.NO_SLOT):
                         m.d.comb += strobe.prefetch_no_slot.eq(1)
                         m.d.sync += state.eq(_State.DISPATCH)
+                    with m.Case(BufferCode.FILLING):
+                        m.d.comb += strobe.prefetch_redundant.eq(1)
+                        m.d.sync += state.eq(_State.MERGE)
                     with m.Default():
                         m.d.comb += strobe.prefetch_redundant.eq(1)
                         m.d.sync += state.eq(_State.DISPATCH)

@@ -12,13 +12,14 @@ from prestage_hw.contract.registers import (
     REFUSAL_FIELDS,
     ROW_STRIDE_BITS,
     SHAPE_FIELDS,
+    refused_bits,
     register_by_name,
 )
 from prestage_hw.dma.settings import channel_reset, rows_are_bad, shape_refusals
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.link.dispatcher import RegisterRequestLayout
 
-__all__ = ["ACCESSED", "ActiveProfileLayout", "Profiles"]
+__all__ = ["ACCESSED", "ActiveProfileLayout", "Profiles", "RefusedLayout"]
 
 #: Registers that are read and written here.
 ACCESSED = (*PROFILE_REGISTERS, "dma_channel", "profile", "profile_select", "refusal")
@@ -43,6 +44,13 @@ class ActiveProfileLayout(data.StructLayout):
                 "dma_lower_credits": 5,
             }
         )
+
+
+class RefusedLayout(data.StructLayout):
+    """A write that was refused: whether there is one, why, and the address of its register."""
+
+    def __init__(self):
+        super().__init__({"valid": 1, "reason": Refusal, "register": 16})
 
 
 class _ChannelLayout(data.StructLayout):
@@ -78,7 +86,8 @@ class Profiles(wiring.Component):
     Members
     -------
     requests : ``In(stream.Signature(RegisterRequestLayout()))``
-        Accesses to the registers in :data:`ACCESSED`, of ``control`` to bits 0 and 1.
+        Accesses to the registers in :data:`ACCESSED`, of ``control`` to bits 0 and 1. Bits that
+        :func:`refused_bits` names are 0.
     values : ``Out(stream.Signature(32))``
         One for each access, the value read.
     phases : ``In(stream.Signature(8))``
@@ -99,6 +108,8 @@ class Profiles(wiring.Component):
         active, with ``active.dma_lower_credits``.
     asked, selected, active_phase : ``Out(2)``
         Profile that was asked for last, that is accessed, that is active.
+    refused : ``In(RefusedLayout())``
+        Strobe ``valid``: a write was refused before it came here. Not while a phase is under way.
     refusal : ``Out(32)``
         The register ``refusal``.
     """
@@ -123,6 +134,7 @@ class Profiles(wiring.Component):
                 "asked": Out(2, init=Phase.DECODE),
                 "selected": Out(2, init=Phase.DECODE),
                 "active_phase": Out(2, init=Phase.DECODE),
+                "refused": In(RefusedLayout()),
                 "refusal": Out(32),
                 "channel": Out(range(config.dma_channels)),
             }
@@ -145,17 +157,27 @@ class Profiles(wiring.Component):
     def _reason(self, m, access, channel):
         """What is wrong with an access."""
         config = self.config
-        value = access.value
-        shape = {name: value[low : low + bits] for name, (low, bits) in SHAPE_FIELDS.items()}
+        # What is held of the value; the bits above are 0.
+        held = {
+            name: access.value[: (0xFFFFFFFF & ~bits).bit_length()]
+            for name, (bits, _) in refused_bits(config).items()
+        }
+        shape = {name: access.value[low : low + bits] for name, (low, bits) in SHAPE_FIELDS.items()}
         enabled = shape.pop("enable")
+        tiles, least = held["prefetch_tiles"], held["rescan_least"]
+        row_bytes, row_stride = held["dma_row_bytes"], held["dma_row_stride"]
         checks = {
-            "profile": ((value > max(Phase), Refusal.PROFILE),),
-            "profile_select": ((value > max(Phase), Refusal.PROFILE),),
-            "budget": ((value > 8, Refusal.BUDGET),),
-            "rescan_ahead": ((value > config.most_ahead, Refusal.RESCAN),),
-            "rescan_least": (((value == 0) | (value > 255), Refusal.RESCAN),),
-            "dma_channel": ((value >= config.dma_channels, Refusal.CHANNEL),),
-            "dma_lower_credits": ((value > config.outstanding_bursts, Refusal.CREDITS),),
+            "profile": ((held["profile"] > max(Phase), Refusal.PROFILE),),
+            "profile_select": ((held["profile_select"] > max(Phase), Refusal.PROFILE),),
+            # None would stop prefetching for ever, and more than 4 is not built.
+            "prefetch_tiles": (((tiles == 0) | (tiles > 4), Refusal.VALUE),),
+            "budget": ((held["budget"] > 8, Refusal.BUDGET),),
+            "rescan_ahead": ((held["rescan_ahead"] > config.most_ahead, Refusal.RESCAN),),
+            "rescan_least": ((least == 0, Refusal.RESCAN),),
+            "dma_channel": ((held["dma_channel"] >= config.dma_channels, Refusal.CHANNEL),),
+            "dma_lower_credits": (
+                (held["dma_lower_credits"] > config.outstanding_bursts, Refusal.CREDITS),
+            ),
             "dma_shape": (
                 *shape_refusals(config, **shape),
                 (
@@ -163,13 +185,8 @@ class Profiles(wiring.Component):
                     Refusal.ENABLE,
                 ),
             ),
-            "dma_row_bytes": ((rows_are_bad(config, row_bytes=value), Refusal.ROWS),),
-            "dma_row_stride": (
-                (
-                    rows_are_bad(config, row_stride=value) | value[ROW_STRIDE_BITS:].any(),
-                    Refusal.ROWS,
-                ),
-            ),
+            "dma_row_bytes": ((rows_are_bad(config, row_bytes=row_bytes), Refusal.ROWS),),
+            "dma_row_stride": ((rows_are_bad(config, row_stride=row_stride), Refusal.ROWS),),
         }
         reason = Signal(Refusal)
         with m.If(access.write), m.Switch(access.register):
@@ -226,6 +243,9 @@ class Profiles(wiring.Component):
             asks.eq(self.follow & (self.phases.payload != self.asked)),
             unknown.eq(self.follow & (self.phases.payload > max(Phase))),
             changed.eq(row),
+            refuse.eq(self.refused.valid),
+            refuse_reason.eq(self.refused.reason),
+            refuse_register.eq(self.refused.register),
             self.settings.p.enable.eq(shape.enable),
             self.settings.p.traffic.eq(shape.traffic),
             self.settings.p.weight.eq(shape.weight),
@@ -246,16 +266,8 @@ class Profiles(wiring.Component):
                     value.eq(Cat(own.prefetch_enable, own.hint_enable)),
                     Cat(own_changed.prefetch_enable, own_changed.hint_enable).eq(access.value),
                 ]
-            with m.Case(register_by_name("prefetch_tiles").address):
-                # Zero would stop prefetching for ever and more than 4 is not built: clamp.
-                m.d.comb += [
-                    own_row.eq(1),
-                    value.eq(own.prefetch_tiles),
-                    own_changed.prefetch_tiles.eq(
-                        Mux(access.value > 4, 4, Mux(access.value == 0, 1, access.value))
-                    ),
-                ]
             for name in (
+                "prefetch_tiles",
                 "predict_threshold",
                 "predict_far_threshold",
                 "predict_ahead",

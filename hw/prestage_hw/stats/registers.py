@@ -5,14 +5,16 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from prestage_hw.contract import REGISTERS
-from prestage_hw.contract.params import MOST_PARTS, require_config
+from prestage_hw.contract.params import require_config
+from prestage_hw.contract.records import Policy, Refusal
 from prestage_hw.contract.registers import (
+    BASES,
     CHANNEL_COUNTERS,
     COUNTERS,
-    SLOT_BASE_BYTES,
-    THROTTLE_FIELDS,
     TIME_BITS,
     TIMEOUT_BITS,
+    base_limits,
+    refused_bits,
     register_by_name,
     shape_registers,
 )
@@ -21,7 +23,7 @@ from prestage_hw.link.dispatcher import RegisterRequestLayout, RegisterResponseL
 from prestage_hw.scheduler import ThrottleStateLayout, WeightsLayout
 
 from .channels import CounterAddressLayout
-from .profiles import ACCESSED, ActiveProfileLayout, Profiles
+from .profiles import ACCESSED, ActiveProfileLayout, Profiles, RefusedLayout
 
 __all__ = ["RegisterBank"]
 
@@ -41,6 +43,9 @@ class RegisterBank(wiring.Component):
     registers in
     :data:`prestage_hw.stats.profiles.ACCESSED` it comes 3 cycles later than :class:`Profiles`
     states.
+
+    A write of what a register can't hold changes nothing but ``refusal``. Where addresses have more
+    than 32 bits, the low half of a base waits for the high half, and both hold at once.
 
     Parameters
     ----------
@@ -139,6 +144,34 @@ class RegisterBank(wiring.Component):
             }
         )
 
+    def _refusal(self, m, *, low_half, low_of):
+        """Whether the write that is asked for makes no sense, and why: but for what the profiles
+        look at themselves.
+        """
+        config = self.config
+        wanted = self.requests.p
+        bits, odd, reason = Signal(32), Signal(), Signal(Refusal)
+        timeout = wanted.value[:TIMEOUT_BITS]
+        ranges = {
+            "policy": wanted.value[:2] > max(Policy),
+            # The watchdog counts quarters of it.
+            "dma_timeout": (timeout != 0) & (timeout[2:] == 0),
+        }
+        two_halves = config.address_bits > 32
+        whole = Cat(low_half, wanted.value) if two_halves else wanted.value
+        for number, name in enumerate(BASES):
+            if name in (limits := base_limits(config)):
+                beyond = whole[: config.address_bits] > limits[name][1]
+                if two_halves:
+                    ranges[f"{name}_high"] = beyond | (low_of != number)
+                else:
+                    ranges[f"{name}_low"] = beyond
+        with m.Switch(wanted.register):
+            for name, (zeros, why) in refused_bits(config).items():
+                with m.Case(register_by_name(name).address):
+                    m.d.comb += [bits.eq(zeros), reason.eq(why), odd.eq(ranges.get(name, 0))]
+        return (wanted.value & bits).any() | odd, reason
+
     def elaborate(self, platform):
         m = Module()
         config = self.config
@@ -150,25 +183,24 @@ class RegisterBank(wiring.Component):
         control = Signal(len(_CONTROL_BITS), init=register_by_name("control").reset >> first)
         settle, throttle_enable, cancel_enable, follow = control
         hint_threshold = Signal(8, init=register_by_name("hint_threshold").reset)
-        base_low = Signal(32)
-        base_high = Signal(32)
-        token_low, token_high = Signal(32), Signal(32)
-        slot_low, slot_high = Signal(32), Signal(32)
         timeout = Signal(TIMEOUT_BITS)
-        part_bases = [
-            (
-                Signal(32, name=f"part_low_{part}", init=base & 0xFFFFFFFF),
-                Signal(32, name=f"part_high_{part}", init=base >> 32),
-            )
-            for part, base in enumerate(config.part_bases())
-            if part
-        ]
+        limits = base_limits(config)
+        # Of a base only the bits above its step.
+        resets = dict(zip(BASES, config.part_bases(), strict=False))
+        low_bits = {name: step.bit_length() - 1 for name, (step, _) in limits.items()}
+        held = {
+            name: Signal(config.address_bits - low, name=name, init=resets.get(name, 0) >> low)
+            for name, low in low_bits.items()
+        }
+        bases = {name: Cat(Const(0, low), held[name]) for name, low in low_bits.items()}
+        # The low half that was written last, and of which base, if addresses have two. None is
+        # left once half of one was refused, so that its high half does not come to another.
+        two_halves = config.address_bits > 32
+        low_half = Signal(32)
+        low_of = Signal(range(len(BASES) + 1))
         table_address = Signal(32)
         cycles = Signal(64)
         high = Signal(32)
-        fields = sum((1 << bits) - 1 << low for low, bits in THROTTLE_FIELDS.values())
-        # The bus reads whole beats: the low bits of the base are not kept.
-        aligned = (1 << 32) - config.data_bytes
 
         m.d.sync += cycles.eq(cycles + 1)
         m.d.comb += [
@@ -178,13 +210,13 @@ class RegisterBank(wiring.Component):
             self.control.throttle.eq(throttle),
             self.control.policy.eq(policy),
             self.control.hint_threshold.eq(hint_threshold),
-            self.control.expert_base.eq(Cat(base_low, base_high)),
-            self.control.token_base.eq(Cat(token_low, token_high)),
-            self.control.slot_base.eq(Cat(slot_low, slot_high)),
+            self.control.expert_base.eq(bases["expert_base"]),
+            self.control.token_base.eq(bases.get("token_base", 0)),
+            self.control.slot_base.eq(bases.get("slot_base", 0)),
             self.control.dma_timeout.eq(timeout),
             *(
-                self.control.part_bases[at].eq(Cat(low, high))
-                for at, (low, high) in enumerate(part_bases)
+                self.control.part_bases[part].eq(bases[BASES[part + 1]])
+                for part in range(len(config.part_bytes) - 1)
             ),
             self.control.profile.eq(profiles.active),
             self.table_select.eq(table_address[24:]),
@@ -203,12 +235,6 @@ class RegisterBank(wiring.Component):
             "layer_time": self.layer_time,
             "tile_time": self.tile_time,
             "hint_threshold": hint_threshold,
-            "expert_base_low": base_low,
-            "expert_base_high": base_high,
-            "token_base_low": token_low,
-            "token_base_high": token_high,
-            "slot_base_low": slot_low,
-            "slot_base_high": slot_high,
             "dma_timeout": timeout,
             "profile_active": profiles.active_phase,
             "table_address": table_address,
@@ -216,13 +242,10 @@ class RegisterBank(wiring.Component):
             "cycles_low": cycles[:32],
             "cycles_high": high,
         }
-        bases_low, bases_high = {}, {}
-        for part in range(1, MOST_PARTS):
-            low, high_word = part_bases[part - 1] if part <= len(part_bases) else (None, None)
-            bases_low[f"part{part}_base_low"] = low
-            bases_high[f"part{part}_base_high"] = high_word
-        for name, value in (bases_low | bases_high).items():
-            readable[name] = Const(0, 32) if value is None else value
+        for name in BASES:
+            base = bases.get(name, Const(0, 64))
+            readable[f"{name}_low"] = base[:32]
+            readable[f"{name}_high"] = base[32:] if len(base) > 32 else Const(0, 32)
         for name, value in shape_registers(config).items():
             readable[name] = Const(value, 32)
         latches = {"cycles_low": cycles[32:]}
@@ -245,6 +268,9 @@ class RegisterBank(wiring.Component):
         of_control = access.register == register_by_name("control").address
         profile_value = profiles.values.payload | Mux(of_control, control << first, 0)
         wait = Signal(range(_CLEAR_CYCLES + 1))
+        bad, reason = self._refusal(m, low_half=low_half, low_of=low_of)
+        refused = Signal(RefusedLayout())
+        m.d.comb += [profiles.refused.eq(refused), profiles.refused.register.eq(access.register)]
 
         m.d.comb += [
             self.channel_counter.channel.eq(profiles.channel),
@@ -268,12 +294,21 @@ class RegisterBank(wiring.Component):
             with m.State("IDLE"):
                 m.d.comb += self.requests.ready.eq(~self.values.valid)
                 with m.If(self.requests.valid & self.requests.ready):
-                    m.d.sync += access.eq(self.requests.p)
+                    m.d.sync += [
+                        access.eq(self.requests.p),
+                        refused.reason.eq(reason),
+                        refused.valid.eq(self.requests.p.write & bad),
+                    ]
                     m.next = "ACCESS"
 
             with m.State("ACCESS"):
                 m.d.sync += wait.eq(0)
-                with m.If(of_profiles):
+                with m.If(refused.valid):
+                    m.d.sync += refused.valid.eq(0)
+                    with m.If(refused.reason == Refusal.BASE):
+                        m.d.sync += low_of.eq(len(BASES))
+                    respond(1)
+                with m.Elif(of_profiles):
                     m.next = "PROFILE"
                 with m.Elif(access.write):
                     with m.Switch(access.register):
@@ -281,33 +316,24 @@ class RegisterBank(wiring.Component):
                             ("policy", policy),
                             ("throttle", throttle),
                             ("hint_threshold", hint_threshold),
-                            ("expert_base_high", base_high),
-                            ("token_base_low", token_low),
-                            ("token_base_high", token_high),
-                            ("slot_base_high", slot_high),
+                            ("dma_timeout", timeout),
                             ("table_address", table_address),
-                            *bases_high.items(),
                         ):
                             with m.Case(register_by_name(name).address):
-                                kept = fields if name == "throttle" else (1 << 32) - 1
-                                if target is not None:
-                                    m.d.sync += target.eq(access.value & kept)
+                                m.d.sync += target.eq(access.value)
                                 respond(1)
-                        for name, target in (("expert_base_low", base_low), *bases_low.items()):
-                            with m.Case(register_by_name(name).address):
-                                if target is not None:
-                                    m.d.sync += target.eq(access.value & aligned)
+                        for number, name in enumerate(BASES):
+                            with m.Case(register_by_name(f"{name}_low").address):
+                                if name in held and two_halves:
+                                    m.d.sync += [low_half.eq(access.value), low_of.eq(number)]
+                                elif name in held:
+                                    m.d.sync += held[name].eq(access.value[low_bits[name] :])
                                 respond(1)
-                        with m.Case(register_by_name("slot_base_low").address):
-                            m.d.sync += slot_low.eq(access.value & -SLOT_BASE_BYTES)
-                            respond(1)
-                        with m.Case(register_by_name("dma_timeout").address):
-                            # The watchdog counts quarters of it.
-                            small = (access.value[:TIMEOUT_BITS] != 0) & (
-                                access.value[2:TIMEOUT_BITS] == 0
-                            )
-                            m.d.sync += timeout.eq(Mux(small, 4, access.value))
-                            respond(1)
+                            with m.Case(register_by_name(f"{name}_high").address):
+                                if name in held and two_halves:
+                                    whole = Cat(low_half, access.value)
+                                    m.d.sync += held[name].eq(whole[low_bits[name] :])
+                                respond(1)
                         with m.Case(register_by_name("dma_abort").address):
                             m.d.sync += self.abort.eq(1)
                             respond(1)

@@ -37,8 +37,10 @@ from ..model.predictor.base import Candidate
 from ..model.scheduler import CandidateQueue, Throttle, kind_of
 from ..model.scheduler.queue import stale
 
-__all__ = ["RATES", "RESIDENCIES", "SOURCES", "Cell", "main", "measure", "time_of"]
+__all__ = ["BAR", "RATES", "RESIDENCIES", "SOURCES", "Cell", "main", "measure", "time_of"]
 
+#: Most that time with prefetching may be, in times of that without.
+BAR = 1.005
 #: Shares of all experts that fit in the buffer.
 RESIDENCIES = (0.10, 0.25, 0.40, 0.60)
 #: Times that the link needs for all experts of a layer, over the layer's time.
@@ -411,7 +413,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of ``python -m prestage_sim.evaluate.slower``."""
     parser = argparse.ArgumentParser(
         prog="python -m prestage_sim.evaluate.slower",
-        description="Time with prefetching over time without, by source, buffer and link.",
+        description="Time with prefetching over time without, by source, buffer and link. The"
+        f" status is 1 if that is above {BAR} with the throttle in a cell.",
         epilog="example: python -m prestage_sim.evaluate.slower cs.npz --first 300 --json a.json",
     )
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="routing traces")
@@ -482,7 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             json.dumps({"command": command, "cells": [asdict(cell) for cell in cells]}, indent=1)
             + "\n"
         )
-    return 0
+    return int(any(cell.throttled / cell.without > BAR for cell in cells))
 
 
 if __name__ == "__main__":

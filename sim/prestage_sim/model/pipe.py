@@ -11,7 +11,6 @@ from prestage_hw.contract import TRANSFER_DTYPE, DeviceConfig
 from prestage_hw.contract.params import require_config
 from prestage_hw.contract.pipe import slot_tiles
 
-from .dma.axi import Memory
 from .link import DeviceLink
 from .link.dispatcher import Answer
 from .link.mover import HostMover
@@ -21,7 +20,9 @@ __all__ = ["ModelPipe", "open_pipe"]
 
 
 class ModelPipe:
-    """A device without a clock: every message is served to completion as soon as it arrives.
+    """A device without a clock: every message is served as soon as it arrives.
+
+    With a DMA engine it is served to completion; with a host mover copies take their time.
 
     Parameters
     ----------
@@ -60,10 +61,9 @@ class ModelPipe:
                 raise ValueError("Memory must be empty where the host moves experts")
             self._mover = HostMover(config)
             self.top = Top(config, self._mover)
-            self._mover.connect(self._serve, self._reject)
         else:
             self.top = Top(config, memory)
-            assert isinstance(self.top.memory, Memory)
+            assert self.top.memory is not None
             self.top.memory.failing.extend((address, address + size) for address, size in failing)
         self._memory = memory
         self._link = DeviceLink(config)
@@ -113,14 +113,9 @@ class ModelPipe:
 
     def _handle(self, code: int, body: bytes) -> list[Answer]:
         """Answers that a message brings about, perhaps with those to messages before."""
-        return self._serve(code, body) if self._mover is None else self._mover.receive(code, body)
-
-    def _serve(self, code: int, body: bytes) -> list[Answer]:
-        # Looked up each time: a test may put something else in its place.
-        return self.top.handle(code, body)
-
-    def _reject(self) -> None:
-        self.top.counters["rejected"] += 1
+        return (
+            self.top.handle(code, body) if self._mover is None else self._mover.receive(code, body)
+        )
 
     def _count(self) -> None:
         counters = self.top.counters
@@ -193,8 +188,6 @@ class ModelPipe:
     def close(self) -> None:
         """Refuse further bytes. A second call does nothing."""
         self._closed = True
-        if self._mover is not None:
-            self._mover.close()
 
 
 def open_pipe(

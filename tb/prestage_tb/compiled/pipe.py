@@ -216,9 +216,13 @@ class CompiledPipe:
             library.prestage_fail(self._handle, address, length)
         self._cycles_a_call = 10_000
         # Everything in flight one after the other, four times over, and room for link timeouts.
+        shortest = min(config.burst_beats, config.tile_beats)
+        if config.rows:
+            # Each tile may cut a row in two.
+            least = min(rows.row_bytes for rows in config.part_rows)
+            shortest = max(1, min(shortest, least // config.data_bytes) // 2)
         busy = (config.inflight + 1) * (
-            config.expert_bytes / self.bandwidth
-            + latency * (config.expert_beats // min(config.burst_beats, config.tile_beats) + 1)
+            config.expert_bytes / self.bandwidth + latency * (config.expert_beats // shortest + 1)
         )
         self._default_limit = 500_000 + 4 * int(busy)
 
@@ -290,7 +294,7 @@ class CompiledPipe:
             addresses.append(self.config.expert_address(int(layer), int(expert)))
         if self.config.mover == "host" and self.config.stores_slots:
             raise OSError("Experts are the host's")
-        if len(self.config.part_bytes) > 1:
+        if len(self.config.part_bytes) > 1 or self.config.rows:
             return self._compare_parts(slots, layers, experts)
         sizes = [self.config.layer_sizes[layer] for layer in layers]
         verdicts = self._consume(slots, addresses, sizes)

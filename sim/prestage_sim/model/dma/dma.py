@@ -43,18 +43,27 @@ class DMA:
         require_config(config)
         self.config = config
 
-    def bursts(self, address: int, channel: Channel | None = None) -> list[tuple[int, int]]:
+    def bursts(
+        self, address: int, channel: Channel | None = None, *, tile: int = 0
+    ) -> list[tuple[int, int]]:
         """Address and beats of each burst of the tile at ``address``, in order."""
-        return self._bursts(address, channel)[0]
+        return self._bursts(address, channel, tile)[0]
 
-    def _bursts(self, address: int, channel: Channel | None) -> tuple[list[tuple[int, int]], bool]:
+    def _bursts(
+        self, address: int, channel: Channel | None, tile: int
+    ) -> tuple[list[tuple[int, int]], bool]:
         address %= 1 << self.config.address_bits
         if refused(self.config, address, self.config.tile_bytes):
             return [], True
-        return bursts(self.config, address, channel)
+        return bursts(self.config, address, channel, tile=tile)
 
     def completion(
-        self, address: int, failing: Container[int] = (), channel: Channel | None = None
+        self,
+        address: int,
+        failing: Container[int] = (),
+        channel: Channel | None = None,
+        *,
+        tile: int = 0,
     ) -> Completion:
         """Completion of the tile at ``address``.
 
@@ -66,10 +75,12 @@ class DMA:
             Addresses of beats that the memory answers with an error.
         channel : :class:`Channel` or None
             Settings of its channel; None stands for those of channel 0 after reset.
+        tile : :class:`int`
+            Its number in the expert.
         """
         size = self.config.data_bytes
         address %= 1 << self.config.address_bits
-        cut, wraps = self._bursts(address, channel)
+        cut, wraps = self._bursts(address, channel, tile)
         completion = complete(
             address,
             cut,
@@ -80,19 +91,19 @@ class DMA:
         return completion
 
     def transfer(
-        self, address: int, memory: Memory, channel: Channel | None = None
+        self, address: int, memory: Memory, channel: Channel | None = None, *, tile: int = 0
     ) -> tuple[Completion, bytes]:
         """Completion of the tile at ``address`` and its bytes, those of failing bursts as zeros."""
         data = bytearray()
         failed: set[int] = set()
-        for at, beats in self.bursts(address, channel):
+        for at, beats in self.bursts(address, channel, tile=tile):
             size = beats * self.config.data_bytes
             try:
                 data += memory.read(at, size)
             except BusError:
                 data += bytes(size)
                 failed.add(at)
-        return self.completion(address, failed, channel), bytes(data)
+        return self.completion(address, failed, channel, tile=tile), bytes(data)
 
 
 class Mismatch(AssertionError):
@@ -230,7 +241,8 @@ class Engine:
                 )
                 if first is None:
                     continue
-                tile = OpenTile(first, Cutter(self.config, first.address, first.beats))
+                cutter = Cutter(self.config, first.address, first.beats, tile=first.tile)
+                tile = OpenTile(first, cutter)
             trial = Cutter(self.config, 0, 1)
             trial.__dict__.update(tile.cutter.__dict__)
             burst = trial.next(settings, aborted=tile.transfer.aborted)

@@ -79,7 +79,7 @@ class Settings:
         if (
             write["row_bytes"] % config.data_bytes
             or write["row_stride"] % config.data_bytes
-            or write["row_bytes"] > config.tile_bytes
+            or write["row_bytes"] > (0 if config.rows else config.tile_bytes)
         ):
             return SettingsRefusal.ROWS
         return SettingsRefusal.NONE

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from prestage_hw.contract.params import DeviceConfig
-from prestage_hw.contract.records import MESSAGES, RECORDS, TABLE_BURST, ErrorCode, Source
+from prestage_hw.contract.records import MESSAGES, RECORDS, TABLE_BURST, ErrorCode, Phase, Source
 from prestage_hw.contract.registers import register_by_name
 
 from ..dma.checksum import Checksums
@@ -33,6 +33,16 @@ CandidateTuple = tuple[int, int, int, int, int, int]
 
 def _address(register: str) -> int:
     return register_by_name(register).address
+
+
+_SYNC, _TABLE_READ, _TABLE_WRITE, _REGISTER_READ, _REGISTER_WRITE = (
+    MESSAGES[name].code
+    for name in ("SYNC", "TABLE_READ", "TABLE_WRITE", "REGISTER_READ", "REGISTER_WRITE")
+)
+_COMMANDS = tuple(MESSAGES[name].code for name in ("ROUTE", "RELEASE", "LOCK"))
+
+#: Registers whose access waits until the engine is idle.
+_SLOW = (_address("table_data"), _address("clear"))
 
 
 class Predictor(Tables, Protocol):
@@ -73,11 +83,27 @@ class Scheduler(Protocol):
     throttle: Throttle
     statistics: PrefetchStatistics
     streaming: list[bool]
+    gathering: list[bool]
     rescan_ahead: int
     rescan_least: int
+    alone: bool
+    cancel_enable: bool
+    prefetch_tiles: int
 
-    def wake(self, ctx: int) -> None:
-        """Values of a context have come."""
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing is in flight."""
+
+    @property
+    def command_room(self) -> int:
+        """Commands that there is room for."""
+
+    @property
+    def copy_room(self) -> int:
+        """Copies that there is room for."""
+
+    def valued(self, kind: int, ctx: int, layer: int, beat: int, values: Sequence[int]) -> None:
+        """Take what the predictor says of some experts of a layer."""
 
     def rescan(self) -> None:
         """Prefetch what the buffer's own values say."""
@@ -89,6 +115,9 @@ class Scheduler(Protocol):
 
     def offer(self, candidates: Sequence[CandidateTuple]) -> None:
         """Prefetch candidates, best first."""
+
+    def offer_in_turn(self, candidates: Sequence[CandidateTuple]) -> None:
+        """The same, once no other candidate waits."""
 
     def replicate(self, ctx: int, layer: int, expert: int, copies: int) -> Sequence[object]:
         """Hold so many copies of an expert, and give the answers."""
@@ -166,6 +195,23 @@ class Dispatcher:
             return self._reject(ErrorCode.BAD_MESSAGE, address=code)
         return handler(body)
 
+    def ready(self, code: int, body: bytes) -> bool:
+        """Whether there is room for a message, and nothing that it has to wait for.
+
+        At drained pace there always is, and never anything.
+        """
+        if code in (_SYNC, _TABLE_READ, _TABLE_WRITE):
+            return self._scheduler.idle
+        if code in (_REGISTER_READ, _REGISTER_WRITE):
+            record = "RegisterRead" if code == _REGISTER_READ else "RegisterWrite"
+            return self._values(record, body)[0] not in _SLOW or self._scheduler.idle
+        if code in _COMMANDS:
+            most = self._config.model.top_k if code == MESSAGES["ROUTE"].code else 1
+            return self._scheduler.command_room >= most
+        if code == MESSAGES["REPLICATE"].code:
+            return self._scheduler.copy_room >= self._config.replicas
+        return True
+
     def _values(self, name: str, body: bytes) -> tuple[int, ...]:
         """Fields of a body; an array is one element."""
         return tuple(RECORDS[name].unpack(self._config, body).values())  # type: ignore[arg-type]
@@ -196,6 +242,8 @@ class Dispatcher:
         self._current[ctx] = -1
         self._accuracy.begin(ctx)
         self._registers.begin(phase)
+        if phase > max(Phase):
+            phase = int(Phase.DECODE)
         self._chunks.begin(ctx, phase)
         self._configure()
         self._propose(ctx, self._predictor.begin(ctx, token, phase))
@@ -209,8 +257,12 @@ class Dispatcher:
         self._scheduler.cutoff_layer = registers["cutoff_layer"]
         self._scheduler.rescan_ahead = registers["rescan_ahead"]
         self._scheduler.rescan_least = registers["rescan_least"]
+        self._scheduler.alone = bool(registers["control"] & 4)
+        self._scheduler.cancel_enable = bool(registers["control"] & 16)
+        self._scheduler.prefetch_tiles = registers["prefetch_tiles"]
         self._scheduler.channels = registers.profiles.dma.active
         self._scheduler.streaming = self._chunks.streaming
+        self._scheduler.gathering = self._chunks.gathering
         self._scheduler.throttle.enable = bool(registers["control"] & 8)
         self._scheduler.throttle.register = registers["throttle"]
         self._buffer.policy = registers["policy"]
@@ -222,10 +274,12 @@ class Dispatcher:
         """Hand the predictor's candidates on; only its own count, not the hints among them."""
         self._accuracy.proposed(ctx, [(c[1], c[2]) for c in candidates if c[4] != Source.HINT])
         for value in self._predictor.values():
-            self._buffer.values(*value)
-            self._scheduler.wake(value[1])
-        for offered in self._chunks.offer(candidates):
-            self._scheduler.offer(offered)
+            self._scheduler.valued(*value)
+        passed, *gathered = self._chunks.offer(candidates)
+        if passed:
+            self._scheduler.offer(passed)
+        for each in gathered:
+            self._scheduler.offer_in_turn(each)
         self._scheduler.rescan()
 
     def _route(self, body: bytes) -> list[Answer]:
@@ -248,21 +302,22 @@ class Dispatcher:
         # In a chunk of tokens a layer is routed several times before the next one; the stamp counts
         # it once.
         repeat = self._current[ctx] == layer
+        self._counters["routes_out_of_order"] += layer < self._current[ctx]
         if not repeat:
             self._stamp[ctx] = (self._stamp[ctx] + 1) % 256
         self._current[ctx] = layer
         self._configure()
-        answers = [
-            self._scheduled(answer)
-            for answer in self._scheduler.demand(ctx, layer, experts, repeat=repeat)
-        ]
+        answers = self.scheduled(self._scheduler.demand(ctx, layer, experts, repeat=repeat))
         self._accuracy.truth(ctx, layer, experts)
         self._chunks.decide(ctx, layer)
         self._propose(ctx, self._predictor.decide(ctx, layer, experts, self._stamp[ctx]))
         return answers
 
+    def scheduled(self, answers: Sequence[object]) -> list[Answer]:
+        """Answers of the scheduler as messages."""
+        return [self._scheduled(answer) for answer in answers]
+
     def _scheduled(self, answer: object) -> Answer:
-        """An answer of the scheduler as a message."""
         fields = tuple(answer)  # type: ignore[arg-type, var-annotated]
         if isinstance(answer, Copy):
             return self._answer("COPY", *fields)
@@ -307,7 +362,7 @@ class Dispatcher:
             return self._reject(reason, ctx=ctx, layer=layer, expert=named)
         self._configure()
         act = self._scheduler.lock if lock & 1 else self._scheduler.unlock
-        return [self._scheduled(answer) for answer in act(ctx, layer, expert)]
+        return self.scheduled(act(ctx, layer, expert))
 
     def _replicate(self, body: bytes) -> list[Answer]:
         ctx, layer, expert, copies = self._values("Replicate", body)
@@ -321,8 +376,7 @@ class Dispatcher:
                 ErrorCode.BAD_COPIES, ctx=ctx, layer=layer, expert=expert, address=copies
             )
         self._configure()
-        answers = self._scheduler.replicate(ctx, layer, expert, copies)
-        return [self._scheduled(answer) for answer in answers]
+        return self.scheduled(self._scheduler.replicate(ctx, layer, expert, copies))
 
     def _read(self, body: bytes) -> list[Answer]:
         slot, beat, count = self._values("Read", body)

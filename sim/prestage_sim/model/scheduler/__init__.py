@@ -1,7 +1,8 @@
 """Golden model of stage 3: the scheduler."""
 
 from .budget import Budget
-from .inflight import Copy, Entry
+from .host import HostScheduler
+from .inflight import Copy, Entry, InflightTable
 from .queue import CandidateQueue
 from .scheduler import Event, Ready, Scheduler
 from .statistics import PrefetchStatistics
@@ -13,6 +14,8 @@ __all__ = [
     "Copy",
     "Entry",
     "Event",
+    "HostScheduler",
+    "InflightTable",
     "PrefetchStatistics",
     "Ready",
     "Scheduler",

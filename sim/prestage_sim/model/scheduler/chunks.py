@@ -26,21 +26,21 @@ class ChunkUnion:
 
     Attributes
     ----------
-    streaming : list of :class:`bool`
-        Contexts that go through a prefill chunk.
+    streaming, gathering : list of :class:`bool`
+        Contexts that go through a prefill chunk; through any chunk.
     """
 
     def __init__(self, config: DeviceConfig) -> None:
         require_config(config)
         self.streaming = [False] * config.contexts
-        self._chunk = [False] * config.contexts
+        self.gathering = [False] * config.contexts
         self._target = [0] * config.contexts
         # Popularity, deadline and whether it was handed on, by context and expert.
         self._rows: list[dict[int, tuple[int, int, bool]]] = [{} for _ in range(config.contexts)]
 
     def begin(self, ctx: int, phase: int) -> None:
         """A token starts, or a chunk."""
-        self._chunk[ctx] = phase in (Phase.PREFILL, Phase.VERIFY)
+        self.gathering[ctx] = phase in (Phase.PREFILL, Phase.VERIFY)
         self.streaming[ctx] = phase == Phase.PREFILL
         self._target[ctx] = 0
 
@@ -49,12 +49,12 @@ class ChunkUnion:
         self._target[ctx] = layer + 1
 
     def offer(self, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-        """What reaches the scheduler: all that passes, then one expert at a time."""
+        """What reaches the scheduler: all that passes, then one expert at a time, in turn."""
         passed = []
         due: dict[int, int] = {}
         for candidate in candidates:
             ctx, layer, expert, score, source, deadline = candidate
-            chunk = self._chunk[ctx] and layer == self._target[ctx]
+            chunk = self.gathering[ctx] and layer == self._target[ctx]
             if not chunk or source != Source.PREDICTOR:
                 passed.append(candidate)
                 continue
@@ -63,7 +63,7 @@ class ChunkUnion:
                 before, sent = 0, False
             self._rows[ctx][expert] = min(before + max(score, 1), _MOST), deadline, sent
             due[ctx] = deadline
-        offered = [passed] if passed else []
+        offered = [passed]
         for ctx, deadline in due.items():
             rows = self._rows[ctx]
             waiting = [e for e, (_, whose, sent) in rows.items() if whose == deadline and not sent]

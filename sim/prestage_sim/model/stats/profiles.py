@@ -91,7 +91,7 @@ class Profiles:
         if not follow or phase == self.phase:
             return
         if phase > max(Phase):
-            self._refuse("profile", Refusal.PROFILE)
+            self.refuse("profile", Refusal.PROFILE)
         else:
             self._switch(Phase(phase))
 
@@ -102,7 +102,8 @@ class Profiles:
         self.dma.shadow = list(profile.channels)
         self.dma.commit(profile.own["dma_lower_credits"])
 
-    def _refuse(self, name: str, reason: Refusal) -> None:
+    def refuse(self, name: str, reason: Refusal) -> None:
+        """Keep the register and the reason of a write that was refused, unless one is kept."""
         if not self.refusal:
             values = {"reason": reason, "register": register_by_name(name).address, "refused": 1}
             self.refusal = sum(
@@ -132,12 +133,10 @@ class Profiles:
         """Write a register; what makes no sense changes nothing but ``refusal``."""
         reason = self._reason(name, value)
         if reason is not Refusal.NONE:
-            self._refuse(name, reason)
+            self.refuse(name, reason)
             return
         profile = self.profiles[self.selected]
         if name in profile.own:
-            if name == "prefetch_tiles":
-                value = min(max(value, 1), 4)
             profile.own[name] = value & _OWN[name]
             if self.selected is self.phase:
                 self.active[name] = profile.own[name]
@@ -178,8 +177,16 @@ class Profiles:
             return Refusal.RESCAN
         if name == "dma_lower_credits" and value > self._config.outstanding_bursts:
             return Refusal.CREDITS
+        if name == "prefetch_tiles" and not 1 <= value <= 4:
+            return Refusal.VALUE
+        if name in _OWN and name != "control" and value > _OWN[name]:
+            return Refusal.VALUE
         if name in ("dma_shape", "dma_row_bytes", "dma_row_stride"):
             fields = self._fields(name, value)
+            if name == "dma_shape" and value != sum(
+                fields[field] << low for field, (low, _) in SHAPE_FIELDS.items()
+            ):
+                return Refusal.VALUE
             if fields.get("row_stride", 0) >= 1 << ROW_STRIDE_BITS:
                 return Refusal.ROWS
             old = vars(self.profiles[self.selected].channels[self.channel])

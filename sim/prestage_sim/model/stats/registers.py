@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from prestage_hw.contract.params import MOST_PARTS, DeviceConfig
+from prestage_hw.contract.params import DeviceConfig
+from prestage_hw.contract.records import Policy, Refusal
 from prestage_hw.contract.registers import (
+    BASES,
     CHANNEL_COUNTERS,
     COUNTERS,
     PROFILE_REGISTERS,
     REGISTERS,
-    SLOT_BASE_BYTES,
     THROTTLE_FIELDS,
     TIMEOUT_BITS,
+    base_limits,
     shape_registers,
 )
 
@@ -101,11 +103,13 @@ class RegisterBank:
             and r.reset is not None
             and (r.name not in _PROFILES or r.name == "control")
         }
-        self._parts = len(config.part_bytes)
-        for part in range(1, MOST_PARTS):
-            base = config.part_bases()[part] if part < self._parts else 0
-            self._values[f"part{part}_base_low"] = base & 0xFFFFFFFF
-            self._values[f"part{part}_base_high"] = base >> 32
+        self._limits = base_limits(config)
+        self._bases = dict.fromkeys(BASES, 0)
+        self._bases |= dict(zip(BASES, config.part_bases(), strict=False))
+        # The low half of a base that was written last, and whose it is.
+        self._low_half = (BASES[0], 0)
+        for name in BASES:
+            self._show(name)
         self._shape = shape_registers(config)
         self.cleared: set[str] = set()
 
@@ -121,12 +125,13 @@ class RegisterBank:
     @property
     def bases(self) -> list[int]:
         """Address of the first expert, for each part of experts."""
-        names = ("expert_base", *(f"part{part}_base" for part in range(1, self._parts)))
-        return [
-            (self._values[f"{name}_high"] << 32 | self._values[f"{name}_low"])
-            % (1 << self._config.address_bits)
-            for name in names
-        ]
+        return [self._bases[name] for name in BASES[: len(self._config.part_bytes)]]
+
+    def _show(self, name: str) -> None:
+        """Let the registers of a base have its halves."""
+        base = self._bases[name]
+        self._values[f"{name}_low"] = base & 0xFFFFFFFF
+        self._values[f"{name}_high"] = base >> 32
 
     def read(self, address: int) -> int | None:
         """Value of a register, None if there is none at the address."""
@@ -172,13 +177,19 @@ class RegisterBank:
     def write(self, address: int, value: int) -> bool:
         """Write a register; False if there is none at the address or it is read-only.
 
-        A write of ``clear`` leaves what to clear in :attr:`cleared`.
+        What makes no sense changes nothing but ``refusal``. A write of ``clear`` leaves what to
+        clear in :attr:`cleared`.
         """
         register = self._by_address.get(address)
         if register is None or register.access == "ro":
             return False
         name = register.name
-        if name == "clear":
+        base, _, half = name.rpartition("_")
+        if not self._makes_sense(name, value):
+            self.profiles.refuse(name, Refusal.VALUE)
+        elif base in self._bases:
+            self._write_base(base, half, value)
+        elif name == "clear":
             parts = ("tables", "buffer", "counters", "checksums")
             self.cleared = {part for i, part in enumerate(parts) if value >> i & 1}
         elif name == "table_data":
@@ -189,33 +200,50 @@ class RegisterBank:
             if name in _PROFILES:
                 self.profiles.write(name, value)
             if name in self._values:
-                self._values[name] = self._legal(name, value)
+                self._values[name] = value
         return True
 
     def begin(self, phase: int) -> None:
         """A token starts."""
         self.profiles.begin(phase, follow=bool(self._values["control"] & 32))
 
-    def _legal(self, name: str, value: int) -> int:
-        """What is kept of a written value."""
-        if name == "control":
-            return value & 63
-        if name == "policy":
-            return value & 3
+    def _makes_sense(self, name: str, value: int) -> bool:
+        """Whether a register that no profile has, and that is no base, can hold a value."""
         if name == "throttle":
-            return value & sum((1 << bits) - 1 << low for low, bits in THROTTLE_FIELDS.values())
+            return not value & ~sum(
+                (1 << bits) - 1 << low for low, bits in THROTTLE_FIELDS.values()
+            )
         if name == "dma_timeout":
-            value %= 1 << TIMEOUT_BITS
-            return max(4, value) if value else 0
-        if name == "hint_threshold":
-            return value & 0xFF
-        if name.startswith("part") and int(name[4]) >= self._parts:
-            return 0
-        if name == "slot_base_low":
-            return value - value % SLOT_BASE_BYTES
-        if name.endswith("_base_low") and name != "token_base_low":
-            return value - value % self._config.data_bytes
-        return value
+            return value == 0 or 4 <= value < 1 << TIMEOUT_BITS
+        most = {"control": 63, "clear": 15, "policy": max(Policy), "hint_threshold": 255}
+        return value <= most.get(name, value)
+
+    def _write_base(self, name: str, half: str, value: int) -> None:
+        """Write half of an address where an array begins.
+
+        Both halves hold with the high one, which comes last, or with the low one where addresses
+        have no more than 32 bits.
+        """
+        step, most = self._limits.get(name, (1, 0))
+        wide = self._config.address_bits > 32 and name in self._limits
+        if half == "low":
+            whole = value
+            ok = whole % step == 0 and (wide or whole <= most)
+        elif wide:
+            owner, low = self._low_half
+            whole = value << 32 | low
+            ok = owner == name and whole <= most
+        else:
+            whole = self._bases[name]
+            ok = value == 0
+        if not ok:
+            self.profiles.refuse(f"{name}_{half}", Refusal.BASE)
+            self._low_half = ("", 0)
+        elif wide and half == "low":
+            self._low_half = name, value
+        else:
+            self._bases[name] = whole
+            self._show(name)
 
     def _advance(self) -> None:
         at = self._values["table_address"]
