@@ -40,7 +40,7 @@ def _netlist(folder, **kinds):
         elif kind == "always":
             m.d.sync += kept.eq(read.data)
         else:
-            with m.If(enable):
+            with m.If(~enable if kind == "disable" else enable):
                 m.d.sync += kept.eq(read.data)
         ports += [address, data, shown]
         if kind != "always":
@@ -57,6 +57,7 @@ def netlist(tmp_path_factory):
         tmp_path_factory.mktemp("outreg"),
         plain="enable",
         always="always",
+        unless="disable",
         reset="reset",
         twice="read twice",
         apart="two enables",
@@ -87,12 +88,27 @@ def _drivers(netlist):
 def test_moves_what_it_may(netlist):
     merged = copy.deepcopy(netlist)
     before = netlist["modules"]["top"]["cells"]
-    assert merge_output_registers(merged) == 36
-    assert len(merged["modules"]["top"]["cells"]) == len(before) - 36
+    assert merge_output_registers(merged) == 54
+    # One cell inverts an enable.
+    assert len(merged["modules"]["top"]["cells"]) == len(before) - 54 + 1
     for name, memory in _memories(merged).items():
         modes = {memory["parameters"][f"REGMODE_{port}"] for port in "AB"}
-        assert modes == ({"NOREG", "OUTREG"} if name in ("plain", "always") else {"NOREG"})
-    for name, enable in (("plain", _bits(netlist, "plain_enable")), ("always", ["1"])):
+        moved = name in ("plain", "always", "unless")
+        assert modes == ({"NOREG", "OUTREG"} if moved else {"NOREG"})
+    (inverter,) = (
+        cell
+        for cell in merged["modules"]["top"]["cells"].values()
+        if cell["type"] == "LUT4" and cell["connections"]["A"] == _bits(netlist, "unless_enable")
+    )
+    assert (
+        int(inverter["parameters"]["INIT"], 2) & 1
+        and not int(inverter["parameters"]["INIT"], 2) & 2
+    )
+    for name, enable in (
+        ("plain", _bits(netlist, "plain_enable")),
+        ("always", ["1"]),
+        ("unless", inverter["connections"]["Z"]),
+    ):
         memory = _memories(merged)[name]
         (port,) = (p for p in "AB" if memory["parameters"][f"REGMODE_{p}"] == "OUTREG")
         assert memory["connections"][f"OCE{port}"] == enable

@@ -4,8 +4,8 @@ A word that is read from a ``DP16KD`` comes 5.8 ns after the clock, most of a cy
 where it goes to a register without any logic between, the way there must be short. The block RAM
 has such registers itself, from which it comes in a fraction of that time, but yosys does not use
 them. :func:`merge_output_registers` moves the registers of a netlist there: those that a memory's
-output bits go to and nothing else does, all with one enable and without a reset. Each bit stays
-what it is in every cycle.
+output bits go to and nothing else does, all with one enable and without a reset. An enable that is
+low where they load is inverted by a cell of its own. Each bit stays what it is in every cycle.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def _output_bits(cell: dict[str, Any], ports: str) -> list[int]:
 
 def _register_of(
     readers: list[tuple[str, str]], cells: dict[str, Any], clock: list[Any]
-) -> tuple[str, tuple[str, Any]] | None:
-    """The register that alone reads a bit, and its enable; None if there is no such."""
+) -> tuple[str, tuple[Any, bool]] | None:
+    """The register that alone reads a bit, its enable and whether that is inverted, if there is."""
     if len(readers) != 1:
         return None
     name, port = readers[0]
@@ -45,10 +45,33 @@ def _register_of(
         return None
     mode = parameters.get("CEMUX", "1").strip()
     if mode == "1":
-        return name, "1"
-    if mode == "CE":
-        return name, connections["CE"][0]
+        return name, ("1", False)
+    if mode in ("CE", "INV"):
+        return name, (connections["CE"][0], mode == "INV")
     return None
+
+
+def _inverted(top: dict[str, Any], net: Any) -> int:
+    """A net that is the opposite of another, from a cell of its own."""
+    name = f"$outreg$not${net}"
+    cells = top["cells"]
+    if name not in cells:
+        named = (each["bits"] for each in (*top["netnames"].values(), *top["ports"].values()))
+        wired = (bits for cell in cells.values() for bits in cell["connections"].values())
+        nets = {bit for bits in (*named, *wired) for bit in bits if isinstance(bit, int)}
+        cells[name] = {
+            "hide_name": 1,
+            "type": "LUT4",
+            "parameters": {"INIT": "0101010101010101"},
+            "attributes": {},
+            "port_directions": {**dict.fromkeys("ABCD", "input"), "Z": "output"},
+            "connections": {
+                "A": [net],
+                **{port: ["0"] for port in "BCD"},
+                "Z": [1 + max(nets)],
+            },
+        }
+    return cells[name]["connections"]["Z"][0]
 
 
 def merge_output_registers(netlist: dict[str, Any]) -> int:
@@ -100,7 +123,9 @@ def merge_output_registers(netlist: dict[str, Any]) -> int:
             enables = {enable for _, enable in registers}
             if len(enables) != 1:
                 continue
-            (enable,) = enables
+            ((enable, inverted),) = enables
+            if inverted:
+                enable = _inverted(top, enable)
             outputs = {
                 bit: cells[name]["connections"]["Q"]
                 for bit, (name, _) in zip(used, registers, strict=True)
