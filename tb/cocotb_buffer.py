@@ -323,7 +323,6 @@ class TB:
         self.rescan_seen[code.name] += 1
         if code == RescanCode.DISTURBED:
             assert cleared or disturbed == cycle - 1, f"{request}: disturbed by nothing"
-            assert not any(value for name, value in got.items() if name != "code")
         else:
             assert disturbed is None, f"{request}: {got} was disturbed"
         if code != RescanCode.DISTURBED:

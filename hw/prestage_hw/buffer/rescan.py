@@ -324,24 +324,30 @@ class Rescan(wiring.Component):
             m.d.sync += [skipping.eq(0), walking.eq(1), more.eq(ahead <= request.ahead)]
             with m.If(~request.near):
                 m.d.sync += layer.eq(after)
+        # What disturbs comes late in a cycle, so that little may hang on it: all else stops a cycle
+        # later, long before anything can start again.
         disturbed = busy & (self.disturbed | self.value_valid)
+        found = ~best_left.all()
+        with m.If(walking & (ended | enough)):
+            m.d.sync += [
+                result.layer.eq(Mux(found, best.layer, 0)),
+                result.expert.eq(Mux(found, best.expert, 0)),
+                result.value.eq(Mux(found, best.value, 0)),
+                result.ahead.eq(Mux(found, best.ahead, 0)),
+                result.code.eq(Mux(found, RescanCode.FOUND, RescanCode.NOTHING)),
+            ]
+        stops = Signal()
+        m.d.sync += stops.eq(0)
         with m.If((walking & (ended | enough)) | disturbed):
             m.d.sync += [
-                Cat(starting, skipping, walking, more, at_1.valid, at_2.valid, counts_2).eq(0),
-                missing.eq(0),
+                Cat(starting, skipping, walking).eq(0),
+                stops.eq(1),
                 self.results.valid.eq(1),
-                result.as_value().eq(0),
             ]
             with m.If(disturbed):
                 m.d.sync += result.code.eq(RescanCode.DISTURBED)
-            with m.Elif(~best_left.all()):
-                m.d.sync += [
-                    result.code.eq(RescanCode.FOUND),
-                    result.layer.eq(best.layer),
-                    result.expert.eq(best.expert),
-                    result.value.eq(best.value),
-                    result.ahead.eq(best.ahead),
-                ]
+        with m.If(stops):
+            m.d.sync += [Cat(more, at_1.valid, at_2.valid, counts_2).eq(0), missing.eq(0)]
         return m
 
     def _row(self, beat):

@@ -842,7 +842,8 @@ RECORDS: dict[str, Record] = {
         ),
         Record(
             name="RescanResult",
-            description="The answer to a RescanRequest. All but the code is 0 unless FOUND.",
+            description="The answer to a RescanRequest. All but the code is 0 if NOTHING was found,"
+            " and anything if DISTURBED.",
             fields=(
                 Field(name="code", kind=2, wire_bits=8, description="A RescanCode."),
                 _LAYER,
