@@ -47,7 +47,14 @@ _SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", _SHAPES)
+#: What the other shapes show, too.
+_SOAK = ("qwen3-30b-a3b", "narrow")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(s, marks=pytest.mark.soak if s in _SOAK else ()) for s in _SHAPES],
+)
 def test_trust(shape):
     config, steps = _SHAPES[shape]
     timed = ["is_as_fast_as_promised"] if config.contexts > 1 else []
@@ -60,7 +67,7 @@ def test_trust(shape):
     )
 
 
-@pytest.mark.parametrize("shape", ["tiny", "ten", "wide"])
+@pytest.mark.parametrize("shape", ["tiny", pytest.param("ten", marks=pytest.mark.soak), "wide"])
 def test_bit_flips(shape):
     config, steps = _SHAPES[shape]
     run_bench(
