@@ -299,14 +299,26 @@ class Rescan(wiring.Component):
             ended.eq(walking & ~under_way),
         ]
 
+        # What disturbs comes late in a cycle, so that nothing but a register hangs on it: a cycle
+        # later it stands in place of whatever the walk has found by then.
+        answered = Signal()
+        result = Signal(self.results.payload.shape())
+        busy, busy_before = Signal(), Signal()
+        came, disturbed = Signal(), Signal()
+        m.d.sync += [
+            came.eq(self.disturbed | self.value_valid),
+            busy_before.eq(busy & ~disturbed),
+        ]
         with m.If(self.results.ready):
-            m.d.sync += self.results.valid.eq(0)
-        result = self.results.payload
-        busy = Signal()
+            m.d.sync += answered.eq(0)
         m.d.comb += [
+            disturbed.eq(busy_before & came),
+            self.results.valid.eq(answered | disturbed),
+            self.results.payload.eq(result),
+            self.results.payload.code.eq(Mux(disturbed, RescanCode.DISTURBED, result.code)),
             busy.eq(starting | skipping | walking),
-            self.requests.ready.eq(self.calm & noted & ~busy & ~self.results.valid),
-            self.idle.eq(noted & ~busy & ~self.results.valid),
+            self.requests.ready.eq(self.calm & noted & ~busy & ~answered),
+            self.idle.eq(noted & ~busy & ~answered & ~disturbed),
         ]
         with m.If(self.requests.valid & self.requests.ready):
             m.d.sync += [request.eq(self.requests.payload), starting.eq(1)]
@@ -324,28 +336,27 @@ class Rescan(wiring.Component):
             m.d.sync += [skipping.eq(0), walking.eq(1), more.eq(ahead <= request.ahead)]
             with m.If(~request.near):
                 m.d.sync += layer.eq(after)
-        # What disturbs comes late in a cycle, so that little may hang on it: all else stops a cycle
-        # later, long before anything can start again.
-        disturbed = busy & (self.disturbed | self.value_valid)
         found = ~best_left.all()
-        with m.If(walking & (ended | enough)):
+        stops = Signal()  # All else of the walk does so before another can start.
+        m.d.sync += stops.eq(0)
+        with m.If(walking & (ended | enough) & ~disturbed):
             m.d.sync += [
+                walking.eq(0),
+                stops.eq(1),
+                answered.eq(1),
                 result.layer.eq(Mux(found, best.layer, 0)),
                 result.expert.eq(Mux(found, best.expert, 0)),
                 result.value.eq(Mux(found, best.value, 0)),
                 result.ahead.eq(Mux(found, best.ahead, 0)),
                 result.code.eq(Mux(found, RescanCode.FOUND, RescanCode.NOTHING)),
             ]
-        stops = Signal()
-        m.d.sync += stops.eq(0)
-        with m.If((walking & (ended | enough)) | disturbed):
+        with m.If(disturbed):
             m.d.sync += [
                 Cat(starting, skipping, walking).eq(0),
                 stops.eq(1),
-                self.results.valid.eq(1),
+                answered.eq(~self.results.ready),
+                result.code.eq(RescanCode.DISTURBED),
             ]
-            with m.If(disturbed):
-                m.d.sync += result.code.eq(RescanCode.DISTURBED)
         with m.If(stops):
             m.d.sync += [Cat(more, at_1.valid, at_2.valid, counts_2).eq(0), missing.eq(0)]
         return m
