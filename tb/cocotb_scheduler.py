@@ -1224,14 +1224,14 @@ async def run_timed(dut, stall, latency, failing):
     await tb.check_statistics()
     if tb.expected["urgent"]:
         hit("scheduler.urgent")
+    if config.rows and tb.whole:
+        hit("scheduler.rows")
     if tb.strobes["fill_errors"] and config.contexts > 1:
         hit("scheduler.timed")
         if len(config.part_bytes) > 1 and tb.whole:
             hit("scheduler.parts")
         if config.layer_bytes and tb.whole == set(config.layer_tiles):
             hit("scheduler.sizes")
-        if config.rows and tb.whole:
-            hit("scheduler.rows")
     dut._log.info("counters: %s", dict(tb.strobes))
     return tb
 
@@ -1870,7 +1870,8 @@ async def contexts_share_a_fetch(dut, fails):
         assert tb.strobes["fill_errors"] == 1 and tb.strobes["fills"] == 0
         hit("scheduler.reasons")
     if config.contexts > 1:
-        hit("scheduler.merge", "fails" if fails else "comes", of=("comes", "fails"))
+        how = "comes" if fails == "never" else "fails"
+        hit("scheduler.merge", how, of=("comes", "fails"))
 
 
 @cocotb.test()
