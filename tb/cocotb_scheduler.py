@@ -1976,6 +1976,49 @@ async def demand_takes_the_slot_of_the_youngest(dut):
 
 
 @cocotb.test()
+async def demand_leaves_a_copy_its_slot(dut):
+    """A prefetch goes though a copy was begun after it, which is never given up."""
+    tb = TB(dut, latency=(3, 9))
+    config = tb.config
+    model = config.model
+    layer = model.layers - 1
+    dut.cancel_enable.value = 1
+    await tb.reset()
+    left = config.slots - 2
+    for at, ctx, experts in places(config):
+        tb.demand(ctx, at, experts[:left])
+        left -= len(experts[:left])
+        await tb.idle()
+        if not left:
+            break
+    assert tb.taken_slots() == config.slots - 2 and at < layer
+    pinned = {result.slot: key for _, key, result in tb.lookups}
+    tb.hold_memory = True
+    tb.candidate(0, layer, model.experts - 1, deadline=(tb.routes[0] + 1) % 256)
+    await cycles(dut, 60)
+    (prefetch,) = tb.inflight
+    # The copy is to come into the bank of the last free slot.
+    (free,) = set(range(config.slots)) - {prefetch, *pinned}
+    _, held, expert = next(key for slot, key in pinned.items() if (slot ^ free) & 1)
+    tb.replicate(0, held, expert, 2)
+    await cycles(dut, 200)
+    assert list(tb.inflight) == [prefetch, free] and tb.inflight[free].copy
+    assert tb.inflight[free].offered < config.layer_tiles[held]
+    tb.demand(0, layer, [model.experts - 2])
+    await cycles(dut, 100)
+    assert tb.retrying and tb.expected["waits"] == 1
+    tb.hold_memory = False
+    await tb.idle()
+    assert tb.strobes["prefetch_cancelled"] == 1 and tb.strobes["refused"] == 0
+    assert [a[:3] for a in tb.answers[-2:]] == [
+        (0, layer, model.experts - 2),
+        (0, held, expert),
+    ], "a demand goes before a copy"
+    assert prefetch in {r.slot for _, key, r in tb.lookups if key == (0, layer, model.experts - 2)}
+    hit("scheduler.spares_no_copy")
+
+
+@cocotb.test()
 async def every_slot_pinned(dut):
     """With nothing in flight a demand without a slot is refused; its route's others go on."""
     tb = TB(dut, latency=(3, 9))

@@ -110,6 +110,7 @@ def test_copies():
             *(f"copies_timed/stall={stall}" for stall in ("none", "some", "long")),
             "copies_drained/stall=none/failing=False",
             "copies_drained/stall=some/failing=True",
+            "demand_leaves_a_copy_its_slot",
             "latencies",
             "reset_in_flight",
         ],

@@ -229,6 +229,36 @@ def test_slot_is_given_up_for_a_demand():
     host.finish()
 
 
+def test_slot_of_a_copy_is_not_given_up():
+    """The prefetch goes, though the copy was begun after it."""
+    host = Host(CONFIG.replace(slots=6, replicas=2))
+    host.write("control", 2 | 16)
+    host.route(1, 0, [1, 2])
+    host.route(0, 0, [3, 4])
+    while host.asked:
+        host.copy(host.asked[0])
+    host.post("HINT", 0, 3, 6, 255)
+    (tile,) = host.asked
+    (free,) = set(range(6)) - {tile["slot"], *host.held[1, 0].values(), *host.held[0, 0].values()}
+    first = next(e for e, slot in host.held[1, 0].items() if (slot ^ free) & 1)
+    host.post("REPLICATE", 0, 0, first, 2)
+    table = host.top.scheduler._table
+    assert [(table[tag].slot, table[tag].copy) for tag in table] == [
+        (tile["slot"], False),
+        (free, True),
+    ]
+    host.route(0, 1, [0, 4])
+    host.copy(tile)
+    assert host.top.counters["prefetch_cancelled"] == 1
+    assert {f["expert"] for f in host.asked if f["slot"] == tile["slot"]} == {0}
+    while host.asked:
+        host.copy(host.asked[0])
+    copies = [fields for name, fields in host.answers if name == "COPY"]
+    assert [(c["copy"], c["slot"]) for c in copies][-1] == (1, free)
+    assert host.settle_answers() == {ErrorCode.NO_SLOT: 1}
+    host.finish()
+
+
 @pytest.mark.parametrize("why", ["nobody", "context", "chunk"])
 def test_what_others_want_is_not_given_up(why):
     """A prefetch that another context's candidate was for, too, or that a chunk may want."""

@@ -89,6 +89,8 @@ class InflightTable(wiring.Component):
         None of the tiles of entry ``tag`` is on its way; it is a prefetch with tiles left.
     row_shared : ``Out``
         Candidates of several decisions were for entry ``tag``.
+    keeps, kept_tag : ``In``
+        Entry ``kept_tag`` fetches a copy: it is no prefetch to be spared. Only with replicas.
     spare, spare_tag : ``Out``
         There is a prefetch with tiles left, and the one that was allocated last, a cycle after that
         changed.
@@ -129,9 +131,11 @@ class InflightTable(wiring.Component):
             "fetch_layer": Out(config.bits("layer")),
             "fetch_expert": Out(config.bits("expert")),
         }
+        copy = {"keeps": In(1), "kept_tag": In(tag_bits)}
         super().__init__(
             {
                 **(subject if config.mover == "host" else {}),
+                **(copy if config.replicas > 1 else {}),
                 "fetches": Out(stream.Signature(RecordLayout("FetchRequest", config=config))),
                 "prefetch_tiles": In(3),
                 "occupied": Out(1),
@@ -277,7 +281,10 @@ class InflightTable(wiring.Component):
         # first.
         may_go = Signal(count)
         spare_tag = Signal(config.bits("tag"))
-        m.d.comb += may_go.eq(valid & more & ~demand & ~cancelled)
+        disposable = valid & more & ~demand & ~cancelled
+        if config.replicas > 1:
+            disposable &= ~(self.keeps << self.kept_tag)
+        m.d.comb += may_go.eq(disposable)
         for i in range(count):
             younger = Cat(older[j][i] for j in range(count))
             with m.If(may_go[i] & ~(may_go & younger).any()):

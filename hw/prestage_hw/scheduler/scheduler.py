@@ -433,6 +433,8 @@ class Scheduler(wiring.Component):
             m.d.sync += address.eq(start + offset)
             addresses.append(address)
 
+        if may_copy:
+            m.d.comb += [table.keeps.eq(copying), table.kept_tag.eq(copying_tag)]
         one_ctx = Signal(contexts)
         age, entry_age = Signal(8), Signal(8)
         m.d.comb += [

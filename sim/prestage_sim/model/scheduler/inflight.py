@@ -157,10 +157,13 @@ class InflightTable:
     @property
     def spare(self) -> int | None:
         """The prefetch with tiles left that was begun last, None for none: what has got the least
-        so far.
+        so far. What is fetched as a copy is none.
         """
-        spares = [t for t in self._order if self._entries[t].more and not self._entries[t].demand]
-        return spares[-1] if spares else None
+        for tag in reversed(self._order):
+            entry = self._entries[tag]
+            if entry.more and not (entry.demand or entry.copy):
+                return tag
+        return None
 
     def begin(self, entry: Entry) -> None:
         """Begin a fetch, as the lowest entry that is free."""
