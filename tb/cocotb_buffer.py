@@ -390,7 +390,7 @@ class TB:
             return self.buffer.lookup_latency
         if op == UNLOCK or (op == LOCK and self.golden.locked >= config.lockable):
             return 4
-        return self._walk_cycles(self.buffer.lookup_latency, op=op)
+        return self._walk_cycles(self.buffer.walk_latency, op=op)
 
     def _walk_cycles(self, base, *, op, bank=None):
         """Cycles of a search by recency; None with other policies."""
@@ -404,9 +404,9 @@ class TB:
             held = directory.slots[slot]
             kept = held.pins or held.filling or held.locked or held.held
             if not kept and bank in (None, self.bank(slot)):
-                return base + 3 * skipped
+                return base + 4 * skipped
             skipped += 1
-        return base + 3 * (skipped - 1) if skipped else 4
+        return base + 4 * (skipped - 1) if skipped else 4
 
     def _copy_cycles(self, layer, expert, value, last):
         """The same of a COPY."""
@@ -419,7 +419,7 @@ class TB:
         if directory.state[key] == 0:
             if value or not last or full:
                 return 4
-            return self._walk_cycles(buffer.lookup_latency, op=COPY)
+            return self._walk_cycles(buffer.walk_latency, op=COPY)
         first = directory.slot_of[key]
         held = directory.slots[first]
         if value == 0 or held.filling or not held.held:
@@ -428,7 +428,7 @@ class TB:
             return buffer.copy_latency
         if not last or full:
             return buffer.lookup_latency
-        return self._walk_cycles(buffer.lookup_latency + 3, op=COPY, bank=self.bank(first + value))
+        return self._walk_cycles(buffer.walk_latency + 5, op=COPY, bank=self.bank(first + value))
 
     def _golden(self, op, fields):
         """Answer of the golden model, its cycles, and whether it searches by value."""
@@ -441,8 +441,8 @@ class TB:
         searched = took is None
         if searched:
             took = self.buffer.search_latency + (before.passes - 1) * self.buffer.pass_cycles
-            took += 2 * (op == COPY and fields["value"] != 0)
-            took -= 2 * (answer.code in (NO_SLOT, OUTBID))
+            took += 3 * (op == COPY and fields["value"] != 0)
+            took -= 3 * (answer.code in (NO_SLOT, OUTBID))
             self.passes.append(before.passes)
         return answer, took, searched
 

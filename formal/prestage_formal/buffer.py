@@ -216,11 +216,14 @@ class Slots(Elaboratable):
         slot, pinned, done = signal("slot"), signal("pinned"), signal("done")
         is_resident = signal("is_resident")
         entry = directory.entry_layout(signal("entry"))
-        state, pin = slot_layout(signal("state")), directory.pin_layout(signal("pin"))
-        read_state = slot_layout(signal("directory.state"))
+        pin = directory.pin_layout(signal("pin"))
+        # A slot's state on its way.
+        port, read_state, state = (
+            slot_layout(signal(name)) for name in ("directory.state", "read_state", "state")
+        )
         inner = block.requests.payload.shape()(signal("request"))
         key = Cat(inner.expert, inner.layer)
-        decided = ("SEARCH", "READ", "CAPTURE", "CHECK", "REFUSE", "TOUCH")
+        decided = ("SEARCH", "READ", "CAPTURE", "ARRIVE", "CHECK", "REFUSE", "TOUCH")
         lookup = ("LOOKUP", "BRANCH", *decided)
 
         def is_same(a, b):
@@ -240,7 +243,8 @@ class Slots(Elaboratable):
         # --- states of the work on a request ---
         clearing, idle = at("CLEAR"), at("IDLE")
         allocating = at("ALLOCATE") & ~is_resident
-        releasing = at("UNPIN", "UNPIN READ", "UNPIN CAPTURE")
+        filling = at("FILL READ", "FILL ARRIVE", "FILL")
+        releasing = at("UNPIN", "UNPIN ARRIVE", "UNPIN READ", "UNPIN CAPTURE")
         op = inner.op
         looks_up = Cat(
             op == o for o in (BufferOp.DEMAND, BufferOp.PREFETCH, BufferOp.LOCK, BufferOp.UNLOCK)
@@ -255,7 +259,7 @@ class Slots(Elaboratable):
             lemma(~at(*lookup, "ALLOCATE") | (op != BufferOp.DEMAND) | (inner.index == 0)),
             lemma(~(at("ALLOCATE") | book.new) | (op != BufferOp.UNLOCK) | is_resident | idle),
             lemma(~at(*decided, "ALLOCATE") | (op != BufferOp.UNLOCK) | is_resident),
-            lemma(~at("FILL READ", "FILL") | (op == BufferOp.FILL) | (op == BufferOp.CANCEL)),
+            lemma(~filling | (op == BufferOp.FILL) | (op == BufferOp.CANCEL)),
             lemma(~releasing | (op == BufferOp.RELEASE)),
         ]
         for field in ("op", "layer", "expert", "ctx", "slot", "last", "failed"):
@@ -303,7 +307,7 @@ class Slots(Elaboratable):
             )
 
         # --- what was read ---
-        filling = at("FILL READ", "FILL")
+        missing = at("BRANCH") & ~is_resident
         is_cancel = op == BufferOp.CANCEL
         m.d.comb += [
             lemma(~at("FETCH") | is_same(signal("directory.entry"), entry_here)),
@@ -314,18 +318,25 @@ class Slots(Elaboratable):
                 | (is_resident == (entry.state != EntryState.EMPTY))
             ),
             lemma(
-                ~(at("LOOKUP", "CAPTURE") | (at("BRANCH") & ~is_resident))
-                | is_same(read_state, here)
+                ~(at("LOOKUP", "CAPTURE", "ARRIVE", "CHECK", "FILL READ", "FILL ARRIVE") | missing)
+                | is_same(port, here)
             ),
-            lemma(~at("CHECK", "TOUCH") | is_same(state, here)),
+            lemma(~(at("ARRIVE", "CHECK", "FILL ARRIVE") | missing) | is_same(read_state, here)),
+            lemma(~at("CHECK", "TOUCH", "FILL") | is_same(state, here)),
             lemma(~at("SEARCH", "READ", "CHECK", "REFUSE") | ~is_resident),
             lemma(~at("SEARCH") | (block.policy != Policy.LRU)),
             lemma(~at("READ", "CHECK", "REFUSE") | (block.policy == Policy.LRU)),
-            lemma(~at("BRANCH", "CAPTURE", "TOUCH") | ~is_resident | (slot == entry.slot)),
-            lemma(~at("CAPTURE") | is_resident | (block.policy == Policy.LRU) | may_take(here)),
+            lemma(
+                ~at("BRANCH", "CAPTURE", "ARRIVE", "TOUCH") | ~is_resident | (slot == entry.slot)
+            ),
+            lemma(
+                ~at("CAPTURE", "ARRIVE")
+                | is_resident
+                | (block.policy == Policy.LRU)
+                | may_take(here)
+            ),
             lemma(~at("TOUCH") | is_resident | may_take(here)),
-            lemma(~at("FILL") | is_same(state, here)),
-            lemma(~at("FILL READ", "FILL") | (slot == inner.slot)),
+            lemma(~filling | (slot == inner.slot)),
             lemma(signal("allocates") == at("ALLOCATE")),
             lemma(~filling | (signal("is_cancel") == is_cancel)),
             lemma(~filling | (signal("last") == (inner.last | is_cancel))),
@@ -340,7 +351,7 @@ class Slots(Elaboratable):
         m.d.comb += [
             lemma(~entry_write | at("CLEAR", "ALLOCATE", "SETTLE") | (idle & block.results.valid)),
             lemma(~slot_write | at_rest),
-            lemma(~pin_write | at_rest | at("UNPIN READ")),
+            lemma(~pin_write | at_rest | at("UNPIN ARRIVE")),
         ]
 
         # --- pins ---
@@ -374,8 +385,9 @@ class Slots(Elaboratable):
         m.d.comb += [
             lemma(releasing | (~pinned & ~done & ~signal("any_pinned"))),
             lemma(done | ~pinned),
-            lemma(~at("UNPIN READ") | done),
+            lemma(~at("UNPIN ARRIVE", "UNPIN READ") | done),
             lemma(~releasing | done | (inner.index == 0)),
+            lemma(~at("UNPIN READ") | ~pinned | is_same(port, here)),
             lemma(~at("UNPIN CAPTURE") | ~pinned | is_same(read_state, here)),
             lemma(~at("UNPIN") | ~pinned | is_same(state, here)),
         ]
@@ -404,8 +416,8 @@ class Slots(Elaboratable):
         m.d.comb += [
             lemma(searching == at("SEARCH")),
             lemma(searching | (~asking & ~Cat(*stages, *last).any())),
-            lemma(~asked[0] | (Value.cast(read_state) == rows[numbers[0]])),
-            lemma(~asked[1] | (Value.cast(state) == rows[numbers[1]])),
+            lemma(~asked[0] | (Value.cast(port) == rows[numbers[0]])),
+            lemma(~asked[1] | (Value.cast(read_state) == rows[numbers[1]])),
             lemma(~(asked[2] & signal("victims.may")) | may_take(slot_layout(rows[numbers[2]]))),
             lemma(~(searching & found) | may_take(slot_layout(rows[signal("victims.victim")]))),
         ]
@@ -460,7 +472,7 @@ class Answers(Elaboratable):
             Assert(~(busy & ~block.results.valid) | (waited < search)),
             Assert(~(new & found) | (waited == block.lookup_latency)),
             Assert(~(new & allocated) | (waited == search)),
-            Assert(~(new & lost) | (waited <= search - 2)),
+            Assert(~(new & lost) | (waited <= search - 3)),
             Assert(~(new & fills) | (waited <= block.fill_latency)),
             Assert(~(new & releases) | (waited <= block.release_latency)),
             Assert(~(busy & fills) | (waited < block.fill_latency)),
@@ -478,18 +490,24 @@ class Answers(Elaboratable):
         asks = (block._victims.samples + 2) * config.contexts
         last = inside.delays("victims", of=("last",), cycles=13)
         passes = signal("victims.passes")
+        decided = ("BRANCH", "SEARCH", "CAPTURE", "ARRIVE", "TOUCH", "ALLOCATE")
+        unpins = at("UNPIN", "UNPIN ARRIVE", "UNPIN READ", "UNPIN CAPTURE")
         fetched = (
             (at("FETCH"), 1),
             (at("LOOKUP") | (at("UNPIN CAPTURE") & ~done) | at("FILL READ"), 2),
             (at("BRANCH"), 3),
             (at("CAPTURE") & is_resident, 4),
-            (at("TOUCH") & is_resident, 5),
-            (at("ALLOCATE") & is_resident, 6),
-            (at("FILL") | (at("UNPIN") & ~done), 3),
-            (at("UNPIN READ"), 4),
-            (at("UNPIN CAPTURE") & done, 5),
-            (at("UNPIN") & done, 6),
-            (at("CAPTURE") & ~is_resident, search - 2),
+            (at("ARRIVE") & is_resident, 5),
+            (at("TOUCH") & is_resident, 6),
+            (at("ALLOCATE") & is_resident, 7),
+            (at("FILL ARRIVE") | (at("UNPIN") & ~done), 3),
+            (at("FILL"), 4),
+            (at("UNPIN ARRIVE"), 4),
+            (at("UNPIN READ"), 5),
+            (at("UNPIN CAPTURE") & done, 6),
+            (at("UNPIN") & done, 7),
+            (at("CAPTURE") & ~is_resident, search - 3),
+            (at("ARRIVE") & ~is_resident, search - 2),
             (at("TOUCH") & ~is_resident, search - 1),
             (at("ALLOCATE") & ~is_resident, search),
             *((ended, 3 + asks + i) for i, ended in enumerate(last, 1)),
@@ -505,15 +523,12 @@ class Answers(Elaboratable):
             lemma(~asking | ((passes == 0) & (asked < asks))),
             lemma(signal("victims.ctx") < config.contexts),
             lemma(~Cat(last).any() | (passes == 1)),
-            lemma(at("UNPIN", "UNPIN READ", "UNPIN CAPTURE") | ~done),
-            lemma(~at("UNPIN READ") | done),
-            lemma(~at("UNPIN", "UNPIN READ", "UNPIN CAPTURE") | releases),
-            lemma(~at("FILL READ", "FILL") | fills),
-            lemma(~at("LOOKUP", "BRANCH", "SEARCH", "CAPTURE", "TOUCH", "ALLOCATE") | looked),
-            lemma(
-                ~at("BRANCH", "SEARCH", "CAPTURE", "TOUCH", "ALLOCATE")
-                | (is_resident == (entry.state != EntryState.EMPTY))
-            ),
+            lemma(unpins | ~done),
+            lemma(~at("UNPIN ARRIVE", "UNPIN READ") | done),
+            lemma(~unpins | releases),
+            lemma(~at("FILL READ", "FILL ARRIVE", "FILL") | fills),
+            lemma(~at("LOOKUP", *decided) | looked),
+            lemma(~at(*decided) | (is_resident == (entry.state != EntryState.EMPTY))),
             lemma(~at("SEARCH") | ~is_resident),
             *(lemma(~when | (waited == cycles)) for when, cycles in fetched),
         ]

@@ -139,23 +139,23 @@ class Walk(Elaboratable):
         found = looked & ((code == BufferCode.RESIDENT) | (code == BufferCode.FILLING))
         allocated = looked & (code == BufferCode.ALLOCATED)
         none = looked & (code == BufferCode.NO_SLOT)
-        lookup, step = block.lookup_latency, 3
-        most = lookup + step * (config.slots - 1)
+        lookup, walk, step = block.lookup_latency, block.walk_latency, 4
+        most = max(lookup, walk + step * (config.slots - 1))
         busy = ~idle & ~clearing & ~at("SETTLE")
         m.d.comb += [
-            # Work that began ends; a walk skips a slot in three cycles.
+            # Work that began ends; a walk skips a slot in four cycles.
             Assert(~busy | (waited <= most)),
             Assert(~(new & found) | (waited == lookup)),
-            Assert(~(new & allocated) | (waited == lookup + step * skipped)),
+            Assert(~(new & allocated) | (waited == walk + step * skipped)),
             Assert(~(new & allocated) | (skipped < config.slots)),
             Assert(~(new & none & ~is_resident) | (waited <= most)),
             # The list is the order of the touches.
             Assert(clearing | ~order.settled | (recency.oldest == order.slots[0])),
             Assert(clearing | ~order.settled | (recency.newest == order.slots[-1])),
             # A slot is checked once all that are less recent were.
-            Assert(~at("CHECK") | (waited == lookup - 2 + step * place)),
+            Assert(~at("CHECK") | (waited == walk - 2 + step * place)),
             Cover(new & allocated & (skipped == 2)),
-            Cover(new & none & (waited == lookup + step)),
+            Cover(new & none & (waited == walk + step)),
         ]
 
         # --- lemmas ---
@@ -166,6 +166,7 @@ class Walk(Elaboratable):
         row_of = Signal(config.bits("slot"))
         m.d.comb += row_of.eq(slot)
         done, index = local("done"), request.index
+        unpins = at("UNPIN", "UNPIN ARRIVE", "UNPIN READ", "UNPIN CAPTURE")
         m.d.comb += [
             lemma(at()),
             lemma(~at("SEARCH")),
@@ -173,7 +174,7 @@ class Walk(Elaboratable):
             lemma(~block.results.valid | idle | at("ALLOCATE", "SETTLE")),
             lemma(~order.writes | idle | at("CLEAR", "ALLOCATE", "SETTLE")),
             lemma(
-                ~at("BRANCH", "READ", "CAPTURE", "CHECK", "REFUSE", "TOUCH", "ALLOCATE")
+                ~at("BRANCH", "READ", "CAPTURE", "ARRIVE", "CHECK", "REFUSE", "TOUCH", "ALLOCATE")
                 | (is_resident == (local("entry").state != EntryState.EMPTY))
             ),
             lemma(~at("ALLOCATE") | new),
@@ -184,35 +185,39 @@ class Walk(Elaboratable):
             lemma(~at("LOOKUP") | ((waited == 2) & (slot == order.slots[0]) & looked)),
             lemma(~at("BRANCH") | ((waited == 3) & looked)),
             lemma(~at("BRANCH") | is_resident | (slot == order.slots[0])),
-            lemma(~at("LOOKUP", "CAPTURE", "CHECK", "FILL READ") | read),
+            lemma(~at("LOOKUP", "CAPTURE", "ARRIVE", "CHECK", "FILL READ", "FILL ARRIVE") | read),
             lemma(~(at("BRANCH") & walking) | read),
-            lemma(~at("REFUSE") | (walking & looked & (waited == lookup - 1 + step * skipped))),
+            lemma(~at("REFUSE") | (walking & looked & (waited == walk - 1 + step * skipped))),
             lemma(~at("CHECK", "TOUCH", "FILL") | known),
             lemma(~at("READ", "CHECK") | walking),
-            lemma(~at("READ") | (waited == lookup - 4 + step * place)),
+            lemma(~at("READ") | (waited == walk - 5 + step * place)),
             lemma(~at("READ") | (place != 0)),
-            lemma(~(at("CAPTURE") & walking) | (waited == lookup - 3 + step * place)),
-            lemma(~(at("CAPTURE") & walking) | (place != 0)),
-            lemma(~(at("TOUCH") & walking) | (waited == lookup - 1 + step * place)),
+            lemma(~(at("CAPTURE") & walking) | (waited == walk - 4 + step * place)),
+            lemma(~(at("ARRIVE") & walking) | (waited == walk - 3 + step * place)),
+            lemma(~(at("CAPTURE", "ARRIVE") & walking) | (place != 0)),
+            lemma(~(at("TOUCH") & walking) | (waited == walk - 1 + step * place)),
             lemma(~(at("TOUCH") & walking) | (skipped == place)),
-            lemma(~(at("ALLOCATE") & walking) | (waited == lookup + step * skipped)),
+            lemma(~(at("ALLOCATE") & walking) | (waited == walk + step * skipped)),
             lemma(skipped < config.slots),
             lemma(~(at("CAPTURE") & is_resident) | (waited == 4)),
-            lemma(~(at("TOUCH") & is_resident) | (waited == 5)),
-            lemma(~(at("ALLOCATE") & is_resident) | (waited == 6)),
-            lemma(~at("READ", "CAPTURE", "CHECK", "TOUCH", "ALLOCATE") | looked),
+            lemma(~(at("ARRIVE") & is_resident) | (waited == 5)),
+            lemma(~(at("TOUCH") & is_resident) | (waited == 6)),
+            lemma(~(at("ALLOCATE") & is_resident) | (waited == 7)),
+            lemma(~at("READ", "CAPTURE", "ARRIVE", "CHECK", "TOUCH", "ALLOCATE") | looked),
             lemma(
-                ~(at("READ", "CAPTURE", "CHECK") & walking & is_prefetch)
+                ~(at("READ", "CAPTURE", "ARRIVE", "CHECK") & walking & is_prefetch)
                 | (place <= order.place(recency.mark))
             ),
             lemma(~at("FILL READ") | (waited == 2)),
-            lemma(~at("FILL") | (waited == 3)),
-            lemma(~at("FILL READ", "FILL") | fills),
-            lemma(~at("UNPIN", "UNPIN READ", "UNPIN CAPTURE") | releases),
-            lemma(at("UNPIN", "UNPIN READ", "UNPIN CAPTURE") | ~done),
-            lemma(~at("UNPIN READ") | (done & (waited == 4))),
-            lemma(~at("UNPIN CAPTURE") | (waited == Mux(done, 5, 2))),
-            lemma(~at("UNPIN") | (waited == Mux(done, 6, 3))),
+            lemma(~at("FILL ARRIVE") | (waited == 3)),
+            lemma(~at("FILL") | (waited == 4)),
+            lemma(~at("FILL READ", "FILL ARRIVE", "FILL") | fills),
+            lemma(~unpins | releases),
+            lemma(unpins | ~done),
+            lemma(~at("UNPIN ARRIVE") | (done & (waited == 4))),
+            lemma(~at("UNPIN READ") | (done & (waited == 5))),
+            lemma(~at("UNPIN CAPTURE") | (waited == Mux(done, 6, 2))),
+            lemma(~at("UNPIN") | (waited == Mux(done, 7, 3))),
             lemma(~(at("UNPIN CAPTURE", "UNPIN") & ~done) | (index == 0)),
             lemma(clearing | (row == 0)),
         ]

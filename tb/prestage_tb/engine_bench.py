@@ -61,7 +61,7 @@ def measure_victims(*, output: Path) -> list[dict[str, object]]:
     result: list[dict[str, object]] = json.loads(output.read_text())
     for row in result:
         by_order = row["policy"] == Policy.LRU.name
-        row["stated"] = buffer.lookup_latency if by_order else buffer.search_latency
+        row["stated"] = buffer.walk_latency if by_order else buffer.search_latency
     return result
 
 

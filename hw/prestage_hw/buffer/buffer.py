@@ -27,18 +27,18 @@ class ExpertBuffer(wiring.Component):
     which the request is taken:
 
     - DEMAND, PREFETCH, LOCK, UNLOCK of an expert that has a slot: after ``lookup_latency``.
-    - DEMAND, PREFETCH, LOCK of another. Policy LRU: after ``lookup_latency``, plus 3 for each
+    - DEMAND, PREFETCH, LOCK of another. Policy LRU: after ``walk_latency``, plus 4 for each
       pinned, filling or locked slot that the search for a victim skips. NO_SLOT comes when the
       allocation of the last slot searched would; for a PREFETCH after 4 if every slot was touched
       since the route began. Other policies: after ``search_latency``, plus ``pass_cycles`` for each
-      pass after the first, of at most ``passes``; NO_SLOT and OUTBID two cycles sooner.
+      pass after the first, of at most ``passes``; NO_SLOT and OUTBID three cycles sooner.
     - FILL, CANCEL: after ``fill_latency``.
     - RELEASE: after ``release_latency``.
     - LOCK of one expert more than may be locked, UNLOCK of one without a slot: after 4.
     - COPY of an expert without a slot: as a LOCK or, where there is nothing to hold, an UNLOCK. Of
       one that has a slot: after ``lookup_latency``, or ``copy_latency`` where the copy has a slot,
-      too. One that allocates a slot for a copy: three cycles later than a LOCK that has to look at
-      as many slots, those of other banks included; with policies other than LRU two later.
+      too. One that allocates a slot for a copy: five cycles later than a LOCK that has to look at
+      as many slots, those of other banks included; with policies other than LRU three later.
     - INVALID: after 2.
 
     The next request is taken when the result was taken, at the earliest one cycle later, two after
@@ -74,8 +74,8 @@ class ExpertBuffer(wiring.Component):
 
     Attributes
     ----------
-    lookup_latency, fill_latency, release_latency, search_latency, pass_cycles, copy_latency : \
-    :class:`int`
+    lookup_latency, walk_latency, fill_latency, release_latency, search_latency, pass_cycles, \
+    copy_latency : :class:`int`
         See above, in cycles.
     passes : :class:`int`
         See above.
@@ -140,14 +140,15 @@ class ExpertBuffer(wiring.Component):
         self._storages = [Storage(config=config, bank=bank) for bank in range(banks)]
         self._victims = Victims(config=config, valued=self.valued)
         self._rescan = Rescan(config=config) if self.valued else None
-        self.lookup_latency = 6
-        self.fill_latency = 4
-        self.release_latency = 3 * config.model.top_k + 4
-        self.search_latency = self._victims.search_cycles + 6
+        self.lookup_latency = 7
+        self.walk_latency = 6
+        self.fill_latency = 5
+        self.release_latency = 4 * config.model.top_k + 4
+        self.search_latency = self._victims.search_cycles + 7
         self.pass_cycles = self._victims.pass_cycles
         self.passes = self._victims.passes
         #: Of a COPY that finds or allocates a copy.
-        self.copy_latency = 8
+        self.copy_latency = 10
         self.read_latency = self._storages[0].read_latency if stores else 0
         self._row_bits = max(self._directory.row_bits, self._victims.row_bits)
         self.clear_cycles = (1 << self._row_bits) + 1
@@ -229,11 +230,13 @@ class ExpertBuffer(wiring.Component):
         clear_wanted = Signal()
         rests = Signal()  # nothing is looked for
         # Block RAM is slow out of the clock edge: what it gives is looked at a cycle later, from
-        # registers that synthesis may take from the block RAM since they have no reset.
+        # registers that synthesis may take from the block RAM since they have no reset. Much hangs
+        # on a slot's state, and its block RAM may be far away: it has a cycle for the way, too.
         entry = Signal.like(directory.entry, reset_less=True)
+        read_state = Signal.like(directory.state, reset_less=True)
         state = Signal.like(directory.state, reset_less=True)
         pin = Signal.like(directory.pin, reset_less=True)
-        m.d.sync += [state.eq(directory.state), pin.eq(directory.pin)]
+        m.d.sync += [read_state.eq(directory.state), state.eq(read_state), pin.eq(directory.pin)]
 
         is_demand = Signal()
         is_prefetch = Signal()
@@ -305,7 +308,7 @@ class ExpertBuffer(wiring.Component):
             victims.bids.eq(is_prefetch & (request.value != 0)),
             victims.value.eq(request.value),
             victims.strict.eq(request.last),
-            victims.state.eq(state),
+            victims.state.eq(read_state),
             victims.free_slot.eq(slot),
             victims.row.eq(row),
         ]
@@ -484,6 +487,9 @@ class ExpertBuffer(wiring.Component):
                 m.next = "CAPTURE"
 
             with m.State("CAPTURE"):
+                m.next = "ARRIVE"
+
+            with m.State("ARRIVE"):
                 m.next = "CHECK"
                 with m.If(found | ~by_recency):
                     m.next = "TOUCH"
@@ -587,6 +593,9 @@ class ExpertBuffer(wiring.Component):
                         m.next = "LINK"
 
             with m.State("FILL READ"):
+                m.next = "FILL ARRIVE"
+
+            with m.State("FILL ARRIVE"):
                 m.next = "FILL"
 
             with m.State("FILL"):
@@ -682,7 +691,7 @@ class ExpertBuffer(wiring.Component):
                     request.index.eq(request.index + 1),
                     done.eq(request.index == self.config.model.top_k - 1),
                 ]
-                m.next = "UNPIN READ"
+                m.next = "UNPIN ARRIVE"
                 with m.If(done):
                     m.d.sync += [
                         pinned.eq(0),
@@ -691,6 +700,9 @@ class ExpertBuffer(wiring.Component):
                     ]
                     answer(Mux(any_pinned | pinned, BufferCode.RESIDENT, BufferCode.REFUSED))
                     m.next = "IDLE"
+
+            with m.State("UNPIN ARRIVE"):
+                m.next = "UNPIN READ"
 
             with m.State("UNPIN READ"):
                 m.d.comb += directory.pin_read.eq(1)
@@ -855,6 +867,9 @@ class ExpertBuffer(wiring.Component):
                     m.next = "SEARCH"
 
         with m.State("COPY CAPTURE"):
+            m.next = "COPY ARRIVE"
+
+        with m.State("COPY ARRIVE"):
             m.next = "COPY FOUND"
 
         # The slot of the copy.
@@ -886,6 +901,9 @@ class ExpertBuffer(wiring.Component):
             m.next = "UNLINK CAPTURE"
 
         with m.State("UNLINK CAPTURE"):
+            m.next = "UNLINK ARRIVE"
+
+        with m.State("UNLINK ARRIVE"):
             m.next = "UNLINK FIRST"
 
         with m.State("UNLINK FIRST"):
