@@ -217,7 +217,8 @@ class Budget(wiring.Component):
             tiles.valid.eq(self.completed & ~self.failed & ~self.clear),
             timer.eq(timer + ~timer.all()),
         ]
-        with m.If(self.completed | (self.fetched & (busy == 0))):
+        # Whether a tile is fetched comes late in a cycle: until one is, the timer stands at its start.
+        with m.If(self.completed | (busy == 0)):
             m.d.sync += timer.eq(1)
 
         # --- answers: d * T - (n + due) * t - e, bit by bit from the highest one on ---
