@@ -129,12 +129,12 @@ def _text(part: object) -> str:
 @cache
 def _file(process: int) -> Path:
     """File of a process, of a name that no other one ever has, whatever numbers come again."""
-    return _FOLDER / f"hits-{process}-{uuid.uuid4().hex}.json"
+    return _FOLDER / f"testpoints-{process}-{uuid.uuid4().hex}.json"
 
 
 def files() -> set[Path]:
     """Files of all processes so far."""
-    return set(_FOLDER.glob("hits-*.json"))
+    return set(_FOLDER.glob("testpoints-*.json"))
 
 
 def clear() -> None:
