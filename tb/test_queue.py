@@ -21,7 +21,15 @@ from prestage_hw.contract.records import Source
 from prestage_hw.layouts import RecordLayout
 from prestage_hw.scheduler import CandidateQueue
 from prestage_sim.model.scheduler import CandidateQueue as GoldenQueue
-from prestage_tb.bench import StreamSource, cycles, parameters, reset, run_bench, start_clock
+from prestage_tb.bench import (
+    Signals,
+    StreamSource,
+    cycles,
+    parameters,
+    reset,
+    run_bench,
+    start_clock,
+)
 from prestage_tb.coverage import hit
 
 _CONFIGS = {
@@ -41,7 +49,9 @@ class _Bench:
 
     def __init__(self, dut, *, stall=0.0, follow=True):
         self.dut = dut
+        self.ports = Signals(dut)
         self.config = parameters()["config"]
+        self.longest_wait = CandidateQueue(config=self.config).longest_wait
         self.random = random.Random(cocotb.RANDOM_SEED)
         self.layout = RecordLayout("Candidate", config=self.config)
         start_clock(dut)
@@ -73,25 +83,25 @@ class _Bench:
         dut = self.dut
         while True:
             await FallingEdge(dut.clk)
-            if str(dut.rst.value) != "0":
+            if self.ports.high("rst"):
                 continue
-            self.counts["stale"] += int(dut.stale.value)
-            self.counts["overflow"] += int(dut.overflow.value)
+            self.counts["stale"] += self.ports.number("stale")
+            self.counts["overflow"] += self.ports.number("overflow")
             # Who was taken in with the last edge counts from now on.
             for candidate in self.arriving:
                 self.pushed[candidate] += 1
                 if self.follow:
                     self.golden.push(candidate)
             self.arriving.clear()
-            ready = str(dut.i__ready.value) == "1"
+            ready = self.ports.high("i__ready")
             self.waited = 0 if ready else self.waited + 1
-            assert self.waited <= CandidateQueue(config=self.config).longest_wait
-            if ready and str(dut.i__valid.value) == "1":
-                fields = self.i._unpack(int(dut.i__payload.value))
+            assert self.waited <= self.longest_wait
+            if ready and self.ports.high("i__valid"):
+                fields = self.i._unpack(self.ports.number("i__payload"))
                 self.arriving.append(tuple(fields[name] for name in _FIELDS))
 
     def best(self):
-        fields = self.i._unpack(int(self.dut.best.value))
+        fields = self.i._unpack(self.ports.number("best"))
         return tuple(fields[name] for name in _FIELDS)
 
     def send(self, ctx, ahead, score, *, layer=None, source=Source.PREDICTOR):
@@ -127,7 +137,7 @@ class _Bench:
         still = 0
         for _ in range(200_000):
             await FallingEdge(self.dut.clk)
-            rests = str(self.dut.valid.value) == "1" or str(self.dut.empty.value) == "1"
+            rests = self.ports.high("valid") or self.ports.high("empty")
             still = still + 1 if rests and not self.i.pending else 0
             if still == 3:
                 return
@@ -145,7 +155,7 @@ class _Bench:
 
     async def take(self):
         """Take the best, which must be there."""
-        assert str(self.dut.valid.value) == "1"
+        assert self.ports.high("valid")
         self.taken.append(self.best())
         if self.follow:
             assert self.golden.take() == self.taken[-1]
@@ -159,7 +169,7 @@ class _Bench:
     async def drain(self):
         """Take all that is left, and see that nothing was lost."""
         await self.compare()
-        while str(self.dut.valid.value) == "1":
+        while self.ports.high("valid"):
             await self.take()
             await self.compare()
         assert self.counts["stale"] == self.golden.stale
@@ -179,7 +189,7 @@ async def follows_golden(dut):
             bench.send_at_random(ctx)
         await bench.compare()
         for _ in range(bench.random.choice((0, 1, 2, min(burst, 20)))):
-            if str(dut.valid.value) != "1":
+            if not bench.ports.high("valid"):
                 break
             await bench.take()
             await bench.compare()
@@ -203,7 +213,7 @@ async def takes_while_newcomers_come(dut, stall):
             bench.send_at_random(bench.random.randrange(contexts))
         for _ in range(bench.random.randrange(300)):
             await FallingEdge(dut.clk)
-            if str(dut.valid.value) == "1" and bench.random.random() < 0.3:
+            if bench.ports.high("valid") and bench.random.random() < 0.3:
                 await bench.take()
         await bench.quiet()
         await bench.route(bench.random.randrange(contexts))
@@ -224,14 +234,14 @@ async def routes_at_any_moment(dut):
             await FallingEdge(dut.clk)
             if step % 3 and bench.random.random() < 0.05:
                 await bench.route(bench.random.randrange(contexts))
-            elif str(dut.valid.value) == "1" and bench.random.random() < 0.2:
+            elif bench.ports.high("valid") and bench.random.random() < 0.2:
                 await bench.take()
     await bench.quiet()
-    while str(dut.valid.value) == "1":
+    while bench.ports.high("valid"):
         await bench.take()
         await bench.quiet()
     await cycles(dut, 3)
-    assert str(dut.empty.value) == "1"
+    assert bench.ports.high("empty")
     assert not Counter(bench.taken) - bench.pushed
     lost = bench.counts["stale"] + bench.counts["overflow"]
     assert bench.pushed.total() == len(bench.taken) + lost
@@ -252,7 +262,7 @@ async def orders_by_benefit(dut):
         bench.send(0, 1, score, layer=3)
     order = []
     await bench.compare()
-    while str(dut.valid.value) == "1":
+    while bench.ports.high("valid"):
         order.append((bench.best()[1], bench.best()[3]))
         await bench.take()
         await bench.compare()
@@ -320,7 +330,7 @@ async def newcomers_in_the_stated_cycles(dut):
     moments = []
     for cycle in range(100):
         await FallingEdge(dut.clk)
-        if str(dut.i__valid.value) == "1" and str(dut.i__ready.value) == "1":
+        if bench.ports.high("i__valid") and bench.ports.high("i__ready"):
             moments.append(cycle)
     steps = {later - first for first, later in zip(moments[1:], moments[2:], strict=False)}
     assert len(moments) == 9 and steps == {CandidateQueue.insert_cycles}
@@ -338,7 +348,7 @@ async def unwanted_on_entry(dut):
         for source in Source:
             bench.send(0, 1, 200, layer=layer, source=source)
     await bench.quiet()
-    while str(dut.valid.value) == "1":
+    while bench.ports.high("valid"):
         await bench.take()
         await bench.quiet()
     assert [(c[1], c[4]) for c in bench.taken] == [(0, Source.HINT), (1, Source.HINT)]
