@@ -604,6 +604,24 @@ ROWS = (
         preset="gpt-oss-20b",
         options={"predictor": "perceptron", "slots": 256, "expert_bytes": 1024},
     ),
+    # The same as it has to be for a memory of long latency to be used: `make bench` measures it so.
+    Row(
+        block="engine",
+        preset="gpt-oss-20b",
+        options={
+            "predictor": "perceptron",
+            "slots": 256,
+            "expert_bytes": 1024,
+            "tile_bytes": 1024,
+            "outstanding_bursts": 16,
+        },
+    ),
+    # Two copies of a hot expert, in banks of their own.
+    Row(
+        block="engine",
+        preset="gpt-oss-20b",
+        options={"predictor": "perceptron", "slots": 256, "expert_bytes": 1024, "replicas": 2},
+    ),
     *(
         Row(block="predictor", preset=preset, options={"predictor": "perceptron", "form": form})
         for preset, form in (
