@@ -370,7 +370,8 @@ class Scheduler(wiring.Component):
         result = Signal(self.buffer_results.payload.shape())
         routes = [Signal(8, name=f"routes_{c}") for c in range(contexts)]
         scans = Signal(range(config.inflight + 1))  # entries to look at
-        overdue = Signal()
+        # How an entry that is looked at stands, a cycle later.
+        aged, gathers, shared = Signal(8), Signal(), Signal()
         spares = Signal()  # A demand needs its slot.
         entry_gathers = Signal()  # Its context goes through a chunk.
         waits, waits_kind = Signal(), Signal(2)  # A prefetch's tile was on its way, and whose.
@@ -668,16 +669,19 @@ class Scheduler(wiring.Component):
                             m.d.comb += rescan.failed.eq(scanned)
 
             with m.Case(_State.SCAN):
-                # What other decisions want, too, comes. A chunk's other tokens may want it, so long
-                # as they are routed through the layer.
-                in_time = entry_age[7] | (entry_gathers & (entry_age == 0))
                 m.d.sync += [
-                    overdue.eq(~in_time & ~table.row_shared),
+                    aged.eq(entry_age),
+                    gathers.eq(entry_gathers),
+                    shared.eq(table.row_shared),
                     state.eq(_State.GIVE_UP),
                 ]
 
             with m.Case(_State.GIVE_UP):
                 m.d.sync += state.eq(_State.DISPATCH)
+                # What other decisions want, too, comes. A chunk's other tokens may want it, so long
+                # as they are routed through the layer.
+                in_time = aged[7] | (gathers & (aged == 0))
+                overdue = ~in_time & ~shared
                 # Its last tile may have left meanwhile.
                 held_copy = copying & (tag == copying_tag)
                 disposable = table.row_disposable & ~held_copy if may_copy else table.row_disposable

@@ -83,7 +83,7 @@ class PrefetchStatistics(wiring.Component):
     """
 
     #: Cycles from marks being taken until the next may be.
-    latency = 11
+    latency = 13
 
     def __init__(self, *, config, count_bits=COUNT_BITS):
         require_config(config)
@@ -108,8 +108,10 @@ class PrefetchStatistics(wiring.Component):
             shape=unsigned(self.count_bits), depth=words, init=[], attrs={"no_rw_check": 1}
         )
         read, write = counts.read_port(), counts.write_port()
-        # Block RAM is slow out of the clock edge. No reset, so that the register may be its own.
+        # Block RAM is slow out of the clock edge. No reset, so that the register may be its own. It
+        # is far away, too: what is added to has come a cycle before.
         raw = Signal(self.count_bits, reset_less=True)
+        count = Signal(self.count_bits, reset_less=True)
         total = Signal(self.count_bits, reset_less=True)  # with what is counted
         sweep = Signal(range(words))
         now = Signal(MarksLayout(config=self.config))
@@ -132,7 +134,12 @@ class PrefetchStatistics(wiring.Component):
             write.addr.eq(word),
             write.data.eq(total),
         ]
-        m.d.sync += [raw.eq(read.data), total.eq(raw + ~raw.all()), steps.eq(steps << 1)]
+        m.d.sync += [
+            raw.eq(read.data),
+            count.eq(raw),
+            total.eq(count + ~count.all()),
+            steps.eq(steps << 1),
+        ]
         with m.If(self.values.ready):
             m.d.sync += self.values.valid.eq(0)
         with m.If(steps[-1]):
@@ -168,6 +175,8 @@ class PrefetchStatistics(wiring.Component):
             with m.State("Read"):
                 m.next = "Keep"
             with m.State("Keep"):
+                m.next = "Arrive"
+            with m.State("Arrive"):
                 m.next = "Add"
             with m.State("Add"):
                 m.next = "Write"
