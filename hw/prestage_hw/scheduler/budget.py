@@ -217,7 +217,7 @@ class Budget(wiring.Component):
             tiles.valid.eq(self.completed & ~self.failed & ~self.clear),
             timer.eq(timer + ~timer.all()),
         ]
-        # Whether a tile is fetched comes late in a cycle: till one is, the timer stands at its start.
+        # Whether a tile is fetched comes late in a cycle: the timer stands at its start till then.
         with m.If(self.completed | (busy == 0)):
             m.d.sync += timer.eq(1)
 
