@@ -84,7 +84,8 @@ def test_buffer(name):
         name="buffer",
         parameters={
             "config": config,
-            "steps": STEPS,
+            # Copies are rarer than all else.
+            "steps": 2 * STEPS if config.replicas > 1 else STEPS,
             "valued": valued,
             "host_writes": host_writes,
         },
