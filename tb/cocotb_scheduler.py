@@ -856,6 +856,19 @@ def places(config):
             yield layer, ctx, list(range(ctx * k, ctx * k + k))
 
 
+async def pin_all_but(tb, free):
+    """Demands pin all slots but so many; the last layer that they are of."""
+    left = tb.config.slots - free
+    for layer, ctx, experts in places(tb.config):
+        tb.demand(ctx, layer, experts[:left])
+        left -= len(experts[:left])
+        await tb.idle()
+        if not left:
+            break
+    assert tb.taken_slots() == tb.config.slots - free
+    return layer
+
+
 @cocotb.test()
 @cocotb.parametrize(cancel=[False, True])
 async def demand_waits_for_a_slot(dut, cancel):
@@ -865,15 +878,8 @@ async def demand_waits_for_a_slot(dut, cancel):
     dut.cancel_enable.value = int(cancel)
     await tb.reset()
     model = config.model
-    left = config.slots - 1
-    for layer, ctx, experts in places(config):
-        tb.demand(ctx, layer, experts[:left])
-        left -= len(experts[:left])
-        await tb.idle()
-        if not left:
-            break
     # The last layer stays free for what comes.
-    assert tb.taken_slots() == config.slots - 1 and layer < model.layers - 1
+    assert await pin_all_but(tb, 1) < model.layers - 1
     tb.hold_memory = True
     layer = model.layers - 1
     tb.candidate(0, layer, model.experts - 1, deadline=tb.routes[0] + 1)
@@ -906,14 +912,7 @@ async def demand_takes_the_slot_of_the_youngest(dut):
         return
     dut.cancel_enable.value = 1
     await tb.reset()
-    left = config.slots - 2
-    for at, ctx, experts in places(config):
-        tb.demand(ctx, at, experts[:left])
-        left -= len(experts[:left])
-        await tb.idle()
-        if not left:
-            break
-    assert tb.taken_slots() == config.slots - 2 and at < layer
+    assert await pin_all_but(tb, 2) < layer
     tb.hold_memory = True
     deadline = (tb.routes[0] + 1) % 256
     for expert in (model.experts - 1, model.experts - 2):
@@ -943,14 +942,7 @@ async def demand_leaves_a_copy_its_slot(dut):
     layer = model.layers - 1
     dut.cancel_enable.value = 1
     await tb.reset()
-    left = config.slots - 2
-    for at, ctx, experts in places(config):
-        tb.demand(ctx, at, experts[:left])
-        left -= len(experts[:left])
-        await tb.idle()
-        if not left:
-            break
-    assert tb.taken_slots() == config.slots - 2 and at < layer
+    assert await pin_all_but(tb, 2) < layer
     pinned = {result.slot: key for _, key, result in tb.lookups}
     tb.hold_memory = True
     tb.candidate(0, layer, model.experts - 1, deadline=(tb.routes[0] + 1) % 256)
